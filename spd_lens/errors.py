@@ -1,0 +1,9 @@
+"""The one exception type a user of the library has to know."""
+
+
+class SPDError(Exception):
+    """A mistake in the input or the set-up.
+
+    The message is one sentence or two: what is wrong, with the value, and what to do instead. The command line
+    prints it and exits with code 2; the library raises it before anything is written or changed.
+    """

@@ -1,0 +1,216 @@
+"""The two TransformerLens generations behind one small interface: build, run, read weights, write weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import io
+import logging
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spd_lens.errors import SPDError
+
+BACKENDS = ("auto", "hooked", "bridge")
+
+# Buffers that a converted state dict does not carry: HookedTransformer computes them when it is built.
+_COMPUTED = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+# TransformerLens picks an architecture by name for paths that hold one of these words, and then misreads the config.
+_MISLEADING = ("llama", "gemma", "medgemma")
+
+
+class Backend(ABC):
+    """What the library needs of a TransformerLens generation."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
+        """A lens model with the twin's weights, unprocessed, in the twin's dtype and on its device."""
+
+    @abstractmethod
+    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+        """Copy the twin's weights into the lens model."""
+
+    @abstractmethod
+    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+        """The lens model's weights under the twin's parameter names and in its shapes."""
+
+
+def choose_backend(name: str) -> Backend:
+    """`"auto"`: HookedTransformer where transformer-lens still has it (before 4.0), else TransformerBridge."""
+    if name not in BACKENDS:
+        raise SPDError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    version = Version(importlib.metadata.version("transformer-lens"))
+    has_hooked = version < Version("4")
+    if name == "hooked" and not has_hooked:
+        raise SPDError(
+            f"backend 'hooked' needs HookedTransformer, which transformer-lens {version} no longer has; "
+            "install the extra 'hooked' (pip install 'transformer-lens>=3.9,<4') or use backend='bridge'"
+        )
+    return HookedBackend() if name == "hooked" or (name == "auto" and has_hooked) else BridgeBackend()
+
+
+def lens_logits(
+    lens: nn.Module, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of either lens model on token ids, with padding masked out."""
+    return lens(tokens, attention_mask=mask, return_type="logits")
+
+
+class HookedBackend(Backend):
+    """`HookedTransformer` (transformer-lens 3.9)."""
+
+    name = "hooked"
+
+    def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
+        from transformer_lens import HookedTransformer
+
+        cfg = self._config(twin)
+        # follow the twin: prepend BOS to text only where the tokenizer itself does
+        text_ids = tokenizer("a")["input_ids"]
+        cfg.default_prepend_bos = bool(text_ids) and text_ids[0] == tokenizer.bos_token_id
+        with _quiet():
+            lens = HookedTransformer(cfg, copy.deepcopy(tokenizer), move_to_device=False)
+            lens.to(twin.device)
+        lens.eval().requires_grad_(False)
+        self.write(lens, twin)
+        return lens
+
+    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+        state = self._converted(twin, lens.cfg)
+        problems = lens.load_state_dict(state, strict=False)
+        missing = [key for key in problems.missing_keys if key.rsplit(".", 1)[-1] not in _COMPUTED]
+        if missing or problems.unexpected_keys:
+            raise SPDError(
+                f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
+                f"{type(twin).__name__} (e.g. {(missing + problems.unexpected_keys)[0]}); use backend='bridge'"
+            )
+
+    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+        """Invert TransformerLens' conversion: convert running indices and read off where each weight went."""
+        places = copy.deepcopy(twin).to(device="cpu", dtype=torch.float64)  # float64 counts exactly to 2^53
+        sizes: dict[str, tuple[int, int]] = {}
+        first = 1  # 0 marks what the conversion makes up, such as the zero biases of a bias-free model
+        with torch.no_grad():
+            for key, parameter in places.named_parameters():  # tied parameters appear once
+                end = first + parameter.numel()
+                parameter.copy_(torch.arange(first, end, dtype=torch.float64).view_as(parameter))
+                sizes[key] = (first, end)
+                first = end
+        cfg = copy.deepcopy(lens.cfg)
+        cfg.dtype, cfg.device = torch.float64, "cpu"
+        index = {key: value.round().long() for key, value in self._converted(places, cfg).items()}
+        flat = torch.full((first,), torch.nan, dtype=torch.float64)
+        weights = {key: value.detach().double().cpu() for key, value in lens.state_dict().items() if key in index}
+        flat[0] = 0.0
+        for key, value in weights.items():
+            flat[index[key].flatten()] = value.flatten()
+        flat[0] = 0.0  # made-up entries all wrote here
+        for key, value in weights.items():  # two lens tensors of one tied parameter, or an edited made-up bias
+            if not torch.equal(flat[index[key]], value):
+                raise SPDError(
+                    f"the lens model's {key} cannot be brought to {type(twin).__name__}, which has no such free "
+                    "parameter (a bias it lacks, or embeddings it ties); undo that edit or untie the twin"
+                )
+        parameters = dict(twin.named_parameters())
+        read = {key: flat[low:high].view(parameters[key].shape) for key, (low, high) in sizes.items()}
+        return {key: value for key, value in read.items() if not torch.isnan(value).any()}
+
+    def _config(self, twin: PreTrainedModel) -> Any:
+        from transformer_lens import loading_from_pretrained as loading
+
+        with _quiet(), _config_directory(twin) as directory:
+            try:
+                return loading.get_pretrained_model_config(
+                    directory, dtype=twin.dtype, device=str(twin.device), fold_ln=False
+                )
+            except (NotImplementedError, KeyError, AttributeError, TypeError) as error:
+                raise SPDError(
+                    f"transformer-lens {importlib.metadata.version('transformer-lens')} cannot convert "
+                    f"{type(twin).__name__} to a HookedTransformer ({error}); use backend='bridge'"
+                ) from error
+
+    def _converted(self, twin: PreTrainedModel, cfg: Any) -> dict[str, Tensor]:
+        from transformer_lens import loading_from_pretrained as loading
+
+        with _quiet(), _config_directory(twin) as directory, torch.no_grad():
+            return loading.get_pretrained_state_dict(directory, cfg, hf_model=twin)
+
+
+class BridgeBackend(Backend):
+    """`TransformerBridge` (transformer-lens 3.9 and 4): wraps a Hugging Face model of its own."""
+
+    name = "bridge"
+
+    def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        inner = copy.deepcopy(twin)  # the bridge rewires the model it is given, so the twin must stay out of it
+        name = getattr(twin.config, "_name_or_path", "") or type(twin).__name__
+        with _quiet():
+            lens = TransformerBridge.boot_transformers(
+                name, hf_model=inner, tokenizer=copy.deepcopy(tokenizer), device=twin.device, dtype=twin.dtype
+            )
+        lens.eval()
+        for parameter in lens.original_model.parameters():
+            parameter.requires_grad_(False)
+        return lens
+
+    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+        mine = self._named(lens, twin)
+        with torch.no_grad():
+            for key, parameter in twin.named_parameters():
+                mine[key].copy_(parameter)
+
+    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+        return {key: parameter.detach().clone() for key, parameter in self._named(lens, twin).items()}
+
+    def _named(self, lens: nn.Module, twin: PreTrainedModel) -> Mapping[str, nn.Parameter]:
+        """The bridge's own parameters under the twin's names: it only adds wrappers to the path."""
+        own = {key.replace("._original_component", ""): p for key, p in lens.original_model.named_parameters()}
+        missing = [key for key, _ in twin.named_parameters() if key not in own]
+        if missing:
+            raise SPDError(
+                f"TransformerBridge splits or renames {missing[0]} of {type(twin).__name__}, so its weights cannot be "
+                "synced; build the pair again from the changed model instead"
+            )
+        return own
+
+
+@contextlib.contextmanager
+def _config_directory(twin: PreTrainedModel) -> Iterator[str]:
+    """A directory with the twin's config alone: TransformerLens reads a config only from a path or a listed name."""
+    with tempfile.TemporaryDirectory(prefix="spd_") as directory:
+        if any(word in directory.lower() for word in _MISLEADING):
+            raise SPDError(
+                f"the temporary directory {directory} has a model family in its name, by which transformer-lens would "
+                "misjudge the architecture; set TMPDIR to another path"
+            )
+        config = copy.deepcopy(twin.config)
+        config.architectures = [type(twin).__name__]
+        config.save_pretrained(Path(directory))
+        yield directory
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TransformerLens prints, and logs advice about weight processing, which is off here on purpose."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)

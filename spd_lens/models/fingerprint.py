@@ -1,0 +1,84 @@
+"""Which model is this? Shape and a sample of the embedding matrix, the same for lens and twin and in every dtype."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lens.errors import SPDError
+
+_SAMPLES = 64
+_MIN_COSINE = 0.999  # rounding to bfloat16 leaves 0.99999; another model of the same shape is near 0
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Tells models apart, whatever backend and dtype they are held in.
+
+    The embedding matrix is sampled because LoRA, folding and projection leave it alone, and because TransformerLens
+    and transformers store it in the same layout (up to a scale, which the comparison ignores).
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    sample: tuple[float, ...]
+    """64 entries of the embedding matrix at fixed places, scaled to unit norm."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        """Of a HookedTransformer, a TransformerBridge or a transformers model."""
+        n_layers, d_model, n_heads, n_kv_heads, d_head = _shape(model)
+        embedding = _embedding(model)
+        rows = torch.arange(_SAMPLES) * 7919 % min(1000, embedding.shape[0])
+        columns = torch.arange(_SAMPLES) * 104729 % embedding.shape[1]
+        sample = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].double().cpu()
+        sample = sample / sample.norm().clamp_min(1e-30)
+        return cls(n_layers, d_model, n_heads, n_kv_heads, d_head, tuple(round(x, 8) for x in sample.tolist()))
+
+    def check(self, other: Fingerprint, what: str) -> None:
+        """Raise `SPDError` if `other`, the model at hand, is not the model that `what` was made from."""
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise SPDError(
+                    f"{what} was made from another model: it has {name} = {mine}, this model has {theirs}; "
+                    "extract it again from this model"
+                )
+        cosine = sum(a * b for a, b in zip(self.sample, other.sample, strict=True))
+        if cosine < _MIN_COSINE:
+            raise SPDError(
+                f"{what} was made from another model of the same shape (its embeddings agree to a cosine of only "
+                f"{cosine:.3f}); extract it again from this model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"sample": list(self.sample)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Fingerprint:
+        return cls(**{**fields, "sample": tuple(fields["sample"])})
+
+
+def _shape(model: nn.Module) -> tuple[int, int, int, int, int]:
+    cfg = getattr(model, "cfg", None)
+    if cfg is not None:  # both TransformerLens backends
+        return cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
+    config: Any = model.config
+    config = config.get_text_config()
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads, d_head
+
+
+def _embedding(model: nn.Module) -> Float[Tensor, "d_vocab d_model"]:
+    if hasattr(model, "cfg"):
+        return model.embed.W_E if hasattr(model.embed, "W_E") else model.embed.weight
+    return model.get_input_embeddings().weight

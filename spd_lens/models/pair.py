@@ -1,0 +1,292 @@
+"""`ModelPair`: the lens model to look with, its Hugging Face twin to run and train, one tokenizer, one truth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models import adapters, hub, parity
+from spd_lens.models.backends import Backend, choose_backend, lens_logits
+from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.prompts import Encoded, Loss, PromptFormat
+from spd_lens.sites import Site, resolve_sites
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class ModelPair:
+    """A lens model and its Hugging Face twin with the same weights.
+
+    "Hooks to look, fold to run": capture, caches and interactive work happen on `lens`; generation and training on
+    `hf`. Make one with `spd_lens.load`.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str = "",
+        backend: str = "auto",
+        prompt_format: str = "auto",
+        system: str | None = None,
+    ) -> None:
+        """From a transformers model in memory, for instance one that was just edited or fine-tuned."""
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.hf: PreTrainedModel = hf.eval().requires_grad_(False)
+        """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
+        self.tokenizer = tokenizer
+        self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        self.format = PromptFormat.choose(tokenizer, prompt_format, system)
+        """How a prompt becomes tokens: chat template or raw."""
+        self._backend: Backend = choose_backend(backend)
+        self._lens: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        return f"ModelPair({self.name!r}, {self.backend}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+    @property
+    def lens(self) -> Any:
+        """The lens model, built on first use and compared with the twin: an error if their logits disagree."""
+        if self._lens is None:
+            lens = self._backend.build(self.hf, self.tokenizer)
+            result = parity.Parity.between(self._check_logits(self.hf), self._check_logits(lens))
+            parity.require(
+                result,
+                self.dtype,
+                f"lens model and twin of {self.name}",
+                "this architecture is not converted faithfully: try the other backend or float32",
+            )
+            self._lens = lens
+        return self._lens
+
+    def drop_lens(self) -> None:
+        """Let go of the lens model's memory; the next use builds it again from the twin."""
+        self._lens = None
+
+    @property
+    def backend(self) -> str:
+        """`"hooked"` or `"bridge"`."""
+        return self._backend.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.hf.config.get_text_config().num_hidden_layers
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return self.hf.config.get_text_config().max_position_embeddings
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.hf)
+
+    def sites(
+        self, layers: str | int | Iterable[int] = "last_mid", kinds: str | Sequence[str] = ("k", "v")
+    ) -> list[Site]:
+        """The sites of some layers and kinds of this model."""
+        return resolve_sites(layers, kinds, self.n_layers)
+
+    def encode(self, example: Example, loss: Loss = "aligned") -> Encoded:
+        """Token ids, completion start and scored positions of an example; refused if it exceeds the context."""
+        encoded = self.format.encode(example, loss)
+        self._check_length(encoded.ids, example)
+        return encoded
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of an example's prompt; refused if it leaves no room in the context."""
+        ids = self.format.prompt_ids(example.prompt)
+        self._check_length([*ids, 0], example)
+        return ids
+
+    def _check_length(self, ids: list[int], example: Example) -> None:
+        if len(ids) > self.n_ctx:
+            raise SPDError(
+                f"example {example.id or example.prompt[:40]!r} has {len(ids)} tokens, more than the context of "
+                f"{self.n_ctx} tokens of {self.name}; shorten it or leave it out"
+            )
+
+    def sync(self, to: str, adapter: str | Path | None = None) -> parity.Parity:
+        """Bring weights from one model to the other, and prove that they arrived.
+
+        `to="lens"`: the twin's weights, with the adapter merged in float32, into the lens model. Without an adapter
+        this gives back the twin's own bits. `to="twin"`: an edited lens model's weights into the twin.
+
+        Returns:
+            How far the lens model is from the twin carrying the *unmerged* adapter.
+
+        Raises:
+            SPDError: they disagree, or rounding to the lens model's dtype swallowed the adapter. The lens model then
+                has its earlier weights again.
+        """
+        if to == "lens":
+            return self._sync_to_lens(adapter)
+        if to == "twin":
+            if adapter is not None:
+                raise SPDError("sync(to='twin') takes no adapter: the twin receives the lens model's own weights")
+            return self._sync_to_twin()
+        raise SPDError(f"sync goes to 'lens' or to 'twin', not to {to!r}")
+
+    def check(self) -> parity.Parity:
+        """Compare lens model and twin on short texts; an error if they disagree beyond their dtype's tolerance."""
+        result = parity.Parity.between(self._check_logits(self.hf), self._check_logits(self.lens))
+        parity.require(
+            result,
+            self.dtype,
+            f"lens model and twin of {self.name}",
+            "bring them together with pair.sync(to='lens') or pair.sync(to='twin')",
+        )
+        return result
+
+    def _sync_to_lens(self, adapter: str | Path | None) -> parity.Parity:
+        lens = self.lens
+        if adapter is None:
+            self._backend.write(lens, self.hf)
+            return self.check()
+        base = self._check_logits(self.hf)
+        with adapters.adapted(self.hf, adapter) as tuned:
+            target = self._check_logits(tuned)
+        self._backend.write(lens, adapters.merged_copy(self.hf, adapter))
+        result = parity.Parity.between(target, self._check_logits(lens))
+        effect = parity.Parity.between(target, base)
+        # Merged twin and lens agree even when rounding swallowed the adapter; the unmerged adapter tells.
+        swallowed = effect.kl > 0 and result.kl > effect.kl / 2
+        if swallowed or not result.within(self.dtype):
+            self._backend.write(lens, self.hf)
+            raise SPDError(
+                f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} nats, "
+                f"but in {str(self.dtype).removeprefix('torch.')} the lens model stays {result.kl:.2g} nats away from "
+                "the adapted twin; load the pair with dtype='float32' (the lens model has the twin's weights again)"
+            )
+        return result
+
+    def _sync_to_twin(self) -> parity.Parity:
+        weights = self._backend.read(self.lens, self.hf)
+        saved = {name: parameter.detach().clone() for name, parameter in self.hf.named_parameters()}
+        _assign(self.hf, weights)
+        try:
+            return self.check()
+        except SPDError:
+            _assign(self.hf, saved)
+            raise
+
+    def _check_logits(self, model: nn.Module) -> torch.Tensor:
+        is_lens = hasattr(model, "hook_dict")
+        forward = partial(lens_logits, model) if is_lens else partial(_hf_logits, model)
+        return parity.check_logits(forward, self.tokenizer, self.device)
+
+
+def load(
+    model: str = hub.DEFAULT_MODEL,
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    prompt_format: str = "auto",
+    system: str | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """Load a model as lens and twin.
+
+    Args:
+        model: Hub name, local directory (safetensors, one GGUF file, or a PEFT adapter, which is merged into its base
+            in float32), or a `.gguf` file.
+        backend: `"hooked"` (HookedTransformer, transformer-lens 3.9), `"bridge"` (TransformerBridge) or `"auto"`.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware multiplies it, else
+            float32. Exact identities (hook = fold, batched = single) are promised in float32.
+        device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        prompt_format: `"chat"`, `"raw"` or `"auto"` (chat where the tokenizer has a template).
+        system: System message of the chat format; None leaves the template's own.
+        revision: Hub branch, tag or commit.
+        gguf_file: Which file, where a directory or hub repository has several GGUF files.
+        trust_remote_code: Allow code from the model's repository to run. Off unless you ask for it.
+
+    Raises:
+        SPDError: the model does not exist, cannot be converted, or the device or dtype is not to be had.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    choose_backend(backend)  # a wrong backend is refused before the model is read
+    directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
+    adapter = directory if (directory / "adapter_config.json").exists() else None
+    source = hub.local_directory(adapters.adapter_base(directory)) if adapter else directory
+    twin = _read_twin(source, torch.float32 if adapter else kind, trust_remote_code)
+    if adapter:
+        twin = adapters.merged_copy(twin, adapter).to(kind)
+    has_tokenizer = (directory / "tokenizer_config.json").exists() or (directory / "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory if has_tokenizer else source, trust_remote_code=trust_remote_code
+    )
+    return ModelPair(twin.to(place), tokenizer, name=model, backend=backend, prompt_format=prompt_format, system=system)
+
+
+def _read_twin(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
+        reason = " ".join(str(error).split())[:300]
+        raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """`"auto"` is CUDA if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SPDError(f"unknown device {name!r}; write 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise SPDError(
+            f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use device='cpu'"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`"auto"` is bfloat16 where the hardware has matrix instructions for it, else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    if name not in _DTYPES:
+        raise SPDError(f"unknown dtype {name!r}; choose 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]
+
+
+def _hf_logits(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+
+def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])

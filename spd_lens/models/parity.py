@@ -1,0 +1,96 @@
+"""Do two models say the same? Logits and KL divergence on a short text, with a tolerance for the dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError
+
+CHECK_TEXTS = (
+    "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
+    "def add(a, b):\n    return a + b\n\nassert add(2, 3) == 5",
+)
+"""Two short texts of unequal length, so that right padding is part of what is compared."""
+
+# Largest allowed difference of logits, relative to their spread, and mean KL in nats. Between HookedTransformer,
+# the bridge and transformers we saw 7e-6 and 9e-12 in float32, 0.11 and 2e-3 in bfloat16 (SmolLM2-135M, CPU).
+_TOLERANCE = {
+    torch.float64: (1e-6, 1e-9),
+    torch.float32: (1e-3, 1e-5),
+    torch.float16: (0.1, 5e-3),
+    torch.bfloat16: (0.5, 2e-2),
+}
+
+Logits = Float[Tensor, "... d_vocab"]
+Forward = Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_vocab"]]
+"""From token ids and attention mask to logits."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a model is from a reference model on the check texts."""
+
+    logits: float
+    """Largest absolute difference of logits over the standard deviation of the reference's logits."""
+    kl: float
+    """Mean over tokens of KL(reference || model), in nats."""
+
+    @classmethod
+    def between(cls, reference: Logits, model: Logits) -> Parity:
+        """From the two models' `check_logits`."""
+        gap = (reference - model).abs().max() / reference.std()
+        return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
+
+    def within(self, dtype: torch.dtype) -> bool:
+        logits, kl = _TOLERANCE[dtype]
+        return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
+
+
+def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
+    """KL(p || q) in nats at each position, from logits, in float32 or better."""
+    wide = torch.promote_types(p_logits.dtype, torch.float32)
+    log_p, log_q = F.log_softmax(p_logits.to(wide), dim=-1), F.log_softmax(q_logits.to(wide), dim=-1)
+    # rounding can leave a sum of positive and negative terms a hair below zero
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
+
+
+@torch.no_grad()
+def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -> Float[Tensor, "token d_vocab"]:
+    """A model's logits on the check texts, right-padded to one batch, padding left out; in float64 on the CPU."""
+    rows = [tokenizer(text)["input_ids"] for text in CHECK_TEXTS]
+    tokens, mask = right_pad(rows, tokenizer.pad_token_id, device)
+    return forward(tokens, mask)[mask.bool()].cpu().double()
+
+
+def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
+    """Raise `SPDError` unless the two models agree within the dtype's tolerance."""
+    if not parity.within(dtype):
+        logits, kl = _TOLERANCE[dtype]
+        raise SPDError(
+            f"{what} disagree: logits differ by {parity.logits:.2g} of their spread (allowed in {_short(dtype)}: "
+            f"{logits:g}) and by a KL of {parity.kl:.2g} nats (allowed: {kl:g}); {instead}"
+        )
+
+
+def right_pad(
+    rows: list[list[int]], pad_id: int, device: torch.device | str
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Token ids and attention mask of rows of unequal length."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

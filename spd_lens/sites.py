@@ -1,0 +1,75 @@
+"""`Site`: one hook point that is captured and projected, and the choice of layers (paper section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spd_lens.errors import SPDError
+
+Kind = Literal["k", "v", "q"]
+KINDS: tuple[str, ...] = ("k", "v", "q")
+"""The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12)."""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """An activation of one attention layer, named as TransformerLens names it."""
+
+    layer: int
+    """Block index, counted from 0 (the paper counts layers from 1)."""
+    kind: str
+    """`"k"`, `"v"` or `"q"`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SPDError(f"unknown kind {self.kind!r}; choose from {', '.join(KINDS)}")
+
+    @property
+    def hook_name(self) -> str:
+        """`blocks.{layer}.attn.hook_{kind}`: `[batch, pos, head, d_head]` before RoPE and before GQA expansion."""
+        return f"blocks.{self.layer}.attn.hook_{self.kind}"
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of `str(site)`: `"11.k"` is `Site(11, "k")`."""
+        layer, _, kind = text.partition(".")
+        if not layer.isdigit():
+            raise SPDError(f"{text!r} does not name a site; write a layer and a kind, as in '11.k'")
+        return cls(int(layer), kind)
+
+
+def resolve_layers(layers: str | int | Iterable[int], n_layers: int) -> list[int]:
+    """Block indices, counted from 0, in ascending order.
+
+    `"last_mid"` is the paper's default {L, ⌊L/2⌋} counted from 1, which are the blocks `n_layers - 1` and
+    `n_layers // 2 - 1`; `"all"` is every block; otherwise block indices as given.
+    """
+    if isinstance(layers, str):
+        if layers == "last_mid":
+            return sorted({max(n_layers // 2 - 1, 0), n_layers - 1})
+        if layers == "all":
+            return list(range(n_layers))
+        parts = [part.strip() for part in layers.split(",")]
+        if not all(part.isdigit() for part in parts):
+            raise SPDError(f"unknown layers {layers!r}; write 'last_mid', 'all' or block indices such as '14,29'")
+        layers = [int(part) for part in parts]
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen:
+        raise SPDError("no layer was chosen; write 'last_mid', 'all' or at least one block index")
+    for layer in chosen:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+            raise SPDError(f"layer {layer!r} does not exist: the model has blocks 0 to {n_layers - 1} (counted from 0)")
+    return sorted(set(chosen))
+
+
+def resolve_sites(layers: str | int | Iterable[int], kinds: str | Sequence[str], n_layers: int) -> list[Site]:
+    """All sites of the chosen layers and kinds, ordered by layer, then as the kinds were given."""
+    kinds = [kind.strip() for kind in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
+    if not kinds:
+        raise SPDError(f"no kind was chosen; choose from {', '.join(KINDS)}")
+    return [Site(layer, kind) for layer in resolve_layers(layers, n_layers) for kind in dict.fromkeys(kinds)]
