@@ -1,0 +1,10 @@
+"""Tasks: published benchmarks, synthetic domains and anyone's own data, as prompts, gold completions and scores.
+
+`get(name)` makes a task; `names()` lists them; `PRESETS["paper"]` has the paper's sizes. Nothing in here knows of
+models.
+"""
+
+from spd_lens.tasks.base import Task
+from spd_lens.tasks.registry import PRESETS, get, names, register
+
+__all__ = ["PRESETS", "Task", "get", "names", "register"]

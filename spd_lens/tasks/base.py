@@ -1,0 +1,223 @@
+"""`Task`: turns a data source into `Example`s, and scores completions.
+
+A task has two sides that never meet: the training side, from which calibration and training examples are drawn
+(the paper's calibration examples lie inside its training prompts, table 7), and the test side. The division is fixed;
+a seed only decides which examples of a side are drawn, and in which order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar, Literal
+
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.tasks.sources import Source
+
+Split = Literal["calibration", "train", "test"]
+
+
+@dataclass
+class Pools:
+    """What a task can draw from."""
+
+    train: list[Example]
+    test: list[Example]
+    calibration: list[Example] | None = None
+    """`None`: calibration is drawn from `train`."""
+
+
+@dataclass(kw_only=True)
+class Task(ABC):
+    """One benchmark. Subclasses are dataclasses: their fields are the task's options."""
+
+    name: ClassVar[str]
+    group: ClassVar[str | None] = None
+    """A key of `Example.meta`; draws are balanced over its values. `None`: plain draws."""
+
+    path: Path | str | None = None
+    """Local directory with the original files, or a directory that holds it under the task's name. `None`: the hub."""
+    max_new_tokens: int = 256
+    """Room for an answer when the task is evaluated; enough for the task's own gold completions."""
+    duplicates_removed: int = field(default=0, init=False)
+    """Examples left out of the training side, since they repeat another one or a test problem."""
+    _pools: Pools | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise SPDError(f"max_new_tokens of {self.name} must be a whole number above 0, not {self.max_new_tokens!r}")
+
+    @abstractmethod
+    def load(self) -> Pools:
+        """Read the source and make all examples. Called once, when first needed."""
+
+    @abstractmethod
+    def extract(self, text: str) -> str | None:
+        """The answer that `text`, a completion, gives; `None` if it gives none."""
+
+    @abstractmethod
+    def score(self, item: Example, text: str) -> float:
+        """How right the completion `text` is for `item`, in [0, 1]."""
+
+    @abstractmethod
+    def sources(self) -> dict[str, str]:
+        """sha256 of everything the examples were made from, by file name or hub name and revision."""
+
+    def calibration(self, n: int | None, seed: int = 42) -> list[Example]:
+        """`n` examples (`None`: all) for extracting the subspace, with spans. They may lie inside the training set."""
+        return self.draw("calibration", n, seed)
+
+    def train(self, n: int | None, seed: int = 42) -> list[Example]:
+        """`n` examples (`None`: all) whose prompts the model answers itself; it never sees their completions."""
+        return self.draw("train", n, seed)
+
+    def test(self, n: int | None, seed: int = 42) -> list[Example]:
+        """`n` examples (`None`: all) for evaluation. None of their problems is in the other two draws, at any seed."""
+        return self.draw("test", n, seed)
+
+    def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        """The first `n` examples of `split` in the order that `seed` gives: a larger draw begins with a smaller one."""
+        pool = self.pool(split)
+        if n is None:
+            n = len(pool)
+        check_count(self.name, split, n, len(pool))
+        ordered = shuffled(pool, f"{self.name}|{split}|{seed}", key=lambda example: example.id)
+        if self.group is not None:
+            ordered = round_robin(ordered, by=lambda example: example.meta[self.group])
+        return ordered[:n]
+
+    def pool(self, split: Split) -> list[Example]:
+        """Everything that `split` can be drawn from, in the source's order."""
+        if self._pools is None:
+            pools = self.load()
+            before = len(pools.train)
+            # the test side stays as published; what it repeats leaves the training side
+            held_out = {self.problem(example) for example in pools.test}
+            pools.train = without_repeats(pools.train, held_out, self.problem)
+            self.duplicates_removed = before - len(pools.train)
+            if pools.calibration is not None:
+                before = len(pools.calibration)
+                pools.calibration = without_repeats(pools.calibration, held_out, self.problem)
+                self.duplicates_removed += before - len(pools.calibration)
+            self._pools = pools
+        if split == "calibration" and self._pools.calibration is None:
+            return self._pools.train
+        return getattr(self._pools, split)
+
+    def problem(self, example: Example) -> str:
+        """What makes two examples the same problem: the normalised prompt, unless a task knows better."""
+        return normalised(example.prompt)
+
+    def options(self) -> dict[str, Any]:
+        """The options as they are in force, for a run's record; the path to the data is not one of them."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name != "path"}
+        return {name: value for name, value in values.items() if not callable(value)}
+
+    def card(self) -> dict[str, Any]:
+        """A data set card: counts, duplicates removed, lengths of the spans in characters, sha256 of the sources."""
+        pools = {split: self.pool(split) for split in ("calibration", "train", "test")}
+        lengths = [sum(end - start for start, end in example.spans) for example in pools["test"] if example.spans]
+        return {
+            "task": self.name,
+            "options": self.options(),
+            "counts": {split: len(pool) for split, pool in pools.items()},
+            "duplicates_removed": self.duplicates_removed,
+            "span_characters": {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else {},
+            "sources": self.sources(),
+        }
+
+    def check_option(self, option: str, allowed: Sequence[Any]) -> None:
+        """Refuse a value of `option` that is not among `allowed`."""
+        value = getattr(self, option)
+        if value not in allowed:
+            raise SPDError(f"{self.name} has no {option} {value!r}; choose one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(kw_only=True)
+class PublishedTask(Task):
+    """A task whose records are published: on the hub, or in a local directory with the original files."""
+
+    local_form: ClassVar[str]
+    """The files that a local directory must hold, in words."""
+
+    hub: str = ""
+    """Name of the data set on the hub; another copy with the same columns works too."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's copy. `None`: its newest state."""
+    source: Source = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        path = None if self.path is None else Path(self.path)
+        self.source = Source(self.name, path, self.hub, self.revision, self.local_form)
+
+    def sources(self) -> dict[str, str]:
+        self.pool("train")  # digests exist once the source has been read
+        return dict(self.source.digests)
+
+
+def check_count(task: str, split: str, n: int, available: int | None) -> None:
+    """Refuse to draw nothing, or more than there is."""
+    if n < 1:
+        raise SPDError(f"{n} {split} examples of {task} make no sense; ask for at least 1")
+    if available is not None and n > available:
+        raise SPDError(f"{n} {split} examples of {task} were asked for, and there are {available}; ask for fewer")
+
+
+def digest(text: str) -> str:
+    """sha256 in hexadecimal. Unlike `hash()` it is the same in every process."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def shuffled(items: Iterable[Example], salt: str, key: Callable[[Example], str]) -> list[Example]:
+    """`items` in an order that depends on nothing but `salt` and each item's key: not on the order they came in,
+    nor on what else is there. So the hub and the local files give the same draws."""
+    return sorted(items, key=lambda item: digest(f"{salt}|{key(item)}"))
+
+
+def split_off(items: Sequence[Example], salt: str, n_test: int) -> tuple[list[Example], list[Example]]:
+    """A fixed division into a training side and `n_test` test examples, for sources that come without one."""
+    chosen = {item.id for item in shuffled(items, f"split|{salt}", key=lambda item: item.id)[:n_test]}
+    return [item for item in items if item.id not in chosen], [item for item in items if item.id in chosen]
+
+
+def round_robin(items: Sequence[Example], by: Callable[[Example], str]) -> list[Example]:
+    """`items` with the groups taking turns, so that every beginning of the list is as balanced as it can be."""
+    seen: dict[str, int] = {}
+    turns = []
+    for item in items:
+        turns.append(seen.setdefault(by(item), 0))
+        seen[by(item)] += 1
+    order = {group: rank for rank, group in enumerate(sorted(seen))}
+    return [item for _, _, item in sorted(zip(turns, (order[by(i)] for i in items), items, strict=True), key=_turn)]
+
+
+def _turn(entry: tuple[int, int, Example]) -> tuple[int, int]:
+    return entry[:2]
+
+
+def without_repeats(items: Iterable[Example], held_out: set[str], problem: Callable[[Example], str]) -> list[Example]:
+    """`items` without those whose problem is held out or came earlier."""
+    seen = set(held_out)
+    kept = []
+    for item in items:
+        text = problem(item)
+        if text not in seen:
+            seen.add(text)
+            kept.append(item)
+    return kept
+
+
+def normalised(text: str) -> str:
+    """`text` with everything taken away that does not make it another problem: case, white space, Unicode variants,
+    punctuation at the end of a word. Operators and brackets stay, since in some sources they are the problem."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"[.,;:!?'\"]+(?=\s|$)", "", text)
+    return " ".join(text.split())

@@ -1,0 +1,69 @@
+"""Tasks by name, and the paper's sizes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spd_lens.errors import SPDError
+from spd_lens.tasks.base import Task
+from spd_lens.tasks.gsm8k import GSM8K
+from spd_lens.tasks.svamp import SVAMP
+from spd_lens.tasks.synthetic_math import SyntheticMath
+
+TaskClass = TypeVar("TaskClass", bound=type[Task])
+
+_TASKS: dict[str, type[Task]] = {}
+
+PRESETS: dict[str, dict[str, dict[str, int]]] = {
+    "paper": {
+        "gsm8k": {"n_calibration": 50, "n_train": 7473, "n_test": 100},
+        "svamp": {"n_calibration": 0, "n_train": 0, "n_test": 100},
+        "mbpp": {"n_calibration": 50, "n_train": 464, "n_test": 257},
+        "codealpaca": {"n_calibration": 0, "n_train": 0, "n_test": 100},
+        "mmlu": {"n_calibration": 50, "n_train": 2000, "n_test": 200},
+        "bbh": {"n_calibration": 0, "n_train": 0, "n_test": 300},
+    }
+}
+"""Sizes by preset and task. `paper`: tables 7 and 8; 0 where the paper only evaluates on a benchmark."""
+
+
+def register(task: TaskClass) -> TaskClass:
+    """Class decorator that makes a task known under its `name`, in the library or in a notebook."""
+    _TASKS[task.name] = task
+    return task
+
+
+for _task in (GSM8K, SVAMP, SyntheticMath):
+    register(_task)
+
+
+def names() -> list[str]:
+    """The names that `get` knows, beside those of `.jsonl` files."""
+    return sorted(_TASKS)
+
+
+def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
+    """The task called `name`.
+
+    `path` is a local directory with the original files (or one that holds it under the task's name); without it the
+    task is read from the hub. Synthetic tasks are made here and read neither. `options` are the task's own fields,
+    described in docs/tasks.md.
+    """
+    if name not in _TASKS:
+        raise SPDError(f"there is no task {name!r}{_did_you_mean(name, names())}; there are {', '.join(names())}")
+    task = _TASKS[name]
+    known = [item.name for item in fields(task) if item.init and item.name != "path"]
+    for option in options:
+        if option not in known:
+            raise SPDError(f"{name} has no option {option!r}{_did_you_mean(option, known)}; it has {', '.join(known)}")
+    make: Callable[..., Task] = task
+    return make(path=path, **options)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

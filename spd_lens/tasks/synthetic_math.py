@@ -1,0 +1,142 @@
+"""Synthetic word problems of one to three steps, with worked steps and a final number: made here, no data needed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from spd_lens.examples import Example
+from spd_lens.tasks.forms import FinalNumber
+from spd_lens.tasks.synthetic import SyntheticTask
+from spd_lens.tasks.synthetic_words import NAMES, SCENES, Scene
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one difficulty allows."""
+
+    steps: int
+    largest: int
+    """Largest starting or added number."""
+    factor: int
+    """Largest number of groups, sharers or times."""
+    endings: tuple[str, ...]
+
+
+LEVELS = {
+    "easy": Level(steps=1, largest=20, factor=5, endings=("state",)),
+    "medium": Level(steps=2, largest=60, factor=9, endings=("state", "together", "difference", "times")),
+    "hard": Level(steps=3, largest=300, factor=12, endings=("state", "together", "difference", "times", "share")),
+}
+
+
+@dataclass
+class Story:
+    """A problem while it is being told: what has been said, what was computed, and the amount there is now."""
+
+    scene: Scene
+    words: dict[str, str]
+    amount: int = 0
+    told: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+    def tell(self, sentence: str, **values: object) -> None:
+        self.told.append(sentence.format(**self.words, **values))
+
+    def compute(self, operation: str, other: int, result: int, form: str | None = None) -> None:
+        """One worked step on the running amount."""
+        work = f"{self.amount} {operation} {other} = {result}"
+        self.steps.append((form or self.scene.state).format(work=work, **self.words))
+        self.amount = result
+
+
+@dataclass(kw_only=True)
+class SyntheticMath(FinalNumber, SyntheticTask):
+    """Stories in which an amount changes, in GSM8K's form.
+
+    easy: one step with numbers up to 20; medium: two steps up to 60; hard: three steps up to 300, with sharing.
+    """
+
+    name: ClassVar[str] = "synthetic-math"
+    files: ClassVar[tuple[str, ...]] = ("synthetic_math.py", "synthetic_words.py", "forms.py")
+
+    max_new_tokens: int = 128
+
+    def make(self, rng: random.Random) -> Example:
+        level = LEVELS[self.difficulty]
+        scene = rng.choice(SCENES)
+        who, friend = rng.sample(NAMES, 2)
+        story = Story(scene, {"who": who, "friend": friend, "unit": rng.choice(scene.units)})
+        ending = rng.choice(level.endings) if scene.owned else "state"
+        changes = level.steps - (ending != "state")
+        changes -= _begin(story, rng, level, may_group=changes > 0)
+        for _ in range(changes):
+            _change(story, rng, level)
+        _END[ending](story, rng, level)
+        return self.example("", " ".join(story.told), "\n".join(story.steps), str(story.amount), steps=len(story.steps))
+
+
+def _begin(story: Story, rng: random.Random, level: Level, may_group: bool) -> int:
+    """The opening; returns how many steps it took (equal groups are one)."""
+    if may_group and rng.random() < 0.3:
+        groups, each = rng.randint(2, level.factor), rng.randint(2, max(9, level.largest // level.factor))
+        story.tell(story.scene.groups, k=groups, n=each)
+        story.amount = groups
+        story.compute("*", each, groups * each, story.scene.first)
+        return 1
+    story.amount = rng.randint(3, level.largest)
+    story.tell(story.scene.start, n=story.amount)
+    return 0
+
+
+def _change(story: Story, rng: random.Random, level: Level) -> None:
+    """Something is gained, or something is lost that was there; at least 2 stay, so that plurals are right."""
+    if story.amount > 3 and rng.random() < 0.5:
+        number = rng.randint(2, min(story.amount - 2, level.largest))
+        story.tell(rng.choice(story.scene.losses), n=number)
+        story.compute("-", number, story.amount - number)
+    else:
+        number = rng.randint(2, level.largest)
+        story.tell(rng.choice(story.scene.gains), n=number)
+        story.compute("+", number, story.amount + number)
+
+
+def _ask_state(story: Story, rng: random.Random, level: Level) -> None:
+    story.tell(rng.choice(story.scene.asks))
+
+
+def _ask_together(story: Story, rng: random.Random, level: Level) -> None:
+    number = rng.randint(2, level.largest)
+    story.tell("{friend} has {n} {unit}. How many {unit} do {who} and {friend} have together?", n=number)
+    story.compute("+", number, story.amount + number, "Together they have {work} {unit}.")
+
+
+def _ask_difference(story: Story, rng: random.Random, level: Level) -> None:
+    number = rng.randint(1, story.amount - 1)
+    story.tell("{friend} has {n} {unit}. How many more {unit} does {who} have than {friend}?", n=number)
+    story.compute("-", number, story.amount - number, "{who} has {work} more {unit} than {friend}.")
+
+
+def _ask_times(story: Story, rng: random.Random, level: Level) -> None:
+    factor = rng.randint(2, min(5, level.factor))
+    story.tell("{friend} has {n} times as many {unit} as {who} has now. How many {unit} does {friend} have?", n=factor)
+    story.compute("*", factor, story.amount * factor, "{friend} has {work} {unit}.")
+
+
+def _ask_share(story: Story, rng: random.Random, level: Level) -> None:
+    sharers = [number for number in range(2, level.factor + 1) if story.amount % number == 0]
+    if not sharers:  # a prime amount cannot be shared
+        return _ask_times(story, rng, level)
+    number = rng.choice(sharers)
+    story.tell("{who} shares the {unit} equally among {n} people. How many {unit} does each of them get?", n=number)
+    story.compute("/", number, story.amount // number, "Each of them gets {work} {unit}.")
+
+
+_END = {
+    "state": _ask_state,
+    "together": _ask_together,
+    "difference": _ask_difference,
+    "times": _ask_times,
+    "share": _ask_share,
+}

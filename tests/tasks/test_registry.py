@@ -1,0 +1,64 @@
+"""Names, options, presets, and what `tasks` must not import."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import spd_lens.tasks as tasks
+from spd_lens.errors import SPDError
+
+
+def test_unknown_names_list_what_there_is(tmp_path):
+    with pytest.raises(SPDError, match="no task 'gsm9k' .did you mean 'gsm8k'.*svamp"):
+        tasks.get("gsm9k")
+    with pytest.raises(SPDError, match="gsm8k has no option 'spam' .did you mean 'span'.*max_new_tokens"):
+        tasks.get("gsm8k", spam="line")
+    with pytest.raises(SPDError, match="no span 'word'; choose one of number, line, completion"):
+        tasks.get("gsm8k", span="word")
+    with pytest.raises(SPDError, match="not a directory; gsm8k needs one with train.jsonl and test.jsonl"):
+        tasks.get("gsm8k", path=tmp_path / "nowhere")
+    with pytest.raises(SPDError, match="whole number above 0"):
+        tasks.get("gsm8k", path=tmp_path, max_new_tokens=0)
+
+
+def test_every_task_has_what_the_contract_says():
+    for name in tasks.names():
+        cls = type(tasks.get(name))
+        assert cls.name == name and cls.__doc__
+        assert tasks.get(name).max_new_tokens >= 16
+
+
+def test_a_registered_task_is_known():
+    from spd_lens.tasks.synthetic_math import SyntheticMath
+
+    @tasks.register
+    @dataclass(kw_only=True)
+    class Mine(SyntheticMath):
+        name = "mine"
+
+    try:
+        assert tasks.get("mine").train(1)[0].id.startswith("mine-train-")
+    finally:
+        from spd_lens.tasks import registry
+
+        del registry._TASKS["mine"]
+
+
+def test_paper_preset():
+    paper = tasks.PRESETS["paper"]
+    assert set(paper) <= {*tasks.names()}
+    assert paper["gsm8k"] == {"n_calibration": 50, "n_train": 7473, "n_test": 100}
+    assert [paper[t]["n_test"] for t in ("svamp", "mbpp", "codealpaca", "mmlu", "bbh")] == [100, 257, 100, 200, 300]
+    assert [paper[t]["n_train"] for t in ("mbpp", "mmlu")] == [464, 2000]
+
+
+def test_tasks_import_no_model_library():
+    code = (
+        "import sys, spd_lens.tasks; "
+        "print([m for m in ('torch', 'transformers', 'transformer_lens', 'datasets', 'math_verify') if m in sys.modules])"
+    )
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
