@@ -139,6 +139,16 @@ class Task(ABC):
         if value not in allowed:
             raise SPDError(f"{self.name} has no {option} {value!r}; choose one of {', '.join(map(str, allowed))}")
 
+    def check_names(self, what: str, given: Sequence[str] | str | None, known: Sequence[str]) -> tuple[str, ...]:
+        """`given` (one name, several, or `None` for all) as names that are known, each once, in the order of `known`."""
+        wanted = known if given is None else [given] if isinstance(given, str) else list(given)
+        for name in wanted:
+            if name not in known:
+                raise SPDError(f"{self.name} has no {what} {name!r}; there are {', '.join(known)}")
+        if not wanted:
+            raise SPDError(f"{self.name} needs at least one {what}; there are {', '.join(known)}")
+        return tuple(name for name in known if name in wanted)
+
 
 @dataclass(kw_only=True)
 class PublishedTask(Task):

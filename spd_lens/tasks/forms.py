@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spd_lens.errors import SPDError
-from spd_lens.examples import Example, Span
-from spd_lens.tasks.base import Task
-from spd_lens.tasks.scoring import final_number, same_number
+from spd_lens.examples import Example
+from spd_lens.tasks.base import Task, normalised
+from spd_lens.tasks.scoring import answer_letter, final_number, same_choice, same_number
 
 NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '#### ' followed by the final number."
 
@@ -45,9 +45,46 @@ class FinalNumber(Task):
         return float(same_number(item.meta["answer"], final_number(text)))
 
 
-def span_of(completion: str, answer: str, where: str) -> Span:
-    """The last place where `answer` stands in `completion`."""
-    start = completion.rfind(answer) if answer else -1
-    if start < 0:
-        raise SPDError(f"{where}: the answer {answer!r} does not occur in the completion")
-    return start, start + len(answer)
+ANSWER_MARK = "Answer: "
+LETTER_REQUEST = f"Reply with one line that says '{ANSWER_MARK}' followed by the letter of the right choice."
+
+
+def answer_example(
+    id: str, prompt: str, answer: str, *, whole_line: bool = False, meta: Mapping[str, object] | None = None
+) -> Example:
+    """An example whose completion is `Answer: ...`, with what follows the mark (or the whole line) as its span."""
+    completion = ANSWER_MARK + answer
+    span = (0 if whole_line else len(ANSWER_MARK), len(completion))
+    return Example(prompt, completion, (span,), id, {"answer": answer, **(meta or {})})
+
+
+@dataclass(kw_only=True)
+class ChosenLetter(Task):
+    """Multiple choice (paper table 6: the span is the letter after `Answer:`, 1 token)."""
+
+    span: Literal["letter", "line"] = "letter"
+    """What decides correctness: the letter (the paper), or the whole line `Answer: B`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_option("span", ("letter", "line"))
+
+    def example(
+        self, id: str, question: str, choices: Sequence[str], answer: int, *, intro: str = "", **meta: object
+    ) -> Example:
+        """Puts a question and its choices into the form that all these tasks share; `answer` is a position."""
+        choices = [choice.strip() for choice in choices]
+        listed = "\n".join(f"{chr(65 + index)}. {choice}" for index, choice in enumerate(choices))
+        prompt = f"{intro}{question.strip()}\n{listed}\n\n{LETTER_REQUEST}"
+        meta = {"question": question.strip(), "choices": choices, **meta}
+        return answer_example(id, prompt, chr(65 + answer), whole_line=self.span == "line", meta=meta)
+
+    def problem(self, example: Example) -> str:
+        """The question with its choices in whatever order: a repeated question may be shuffled."""
+        return normalised("\n".join([example.meta["question"], *sorted(example.meta["choices"])]))
+
+    def extract(self, text: str) -> str | None:
+        return answer_letter(text)
+
+    def score(self, item: Example, text: str) -> float:
+        return float(same_choice(item.meta["answer"], item.meta["choices"], text))

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from spd_lens.errors import SPDError
 from spd_lens.tasks.base import Task
+from spd_lens.tasks.bbh import BBH
 from spd_lens.tasks.gsm8k import GSM8K
+from spd_lens.tasks.mmlu import MMLU
 from spd_lens.tasks.svamp import SVAMP
 from spd_lens.tasks.synthetic_math import SyntheticMath
 
@@ -37,7 +39,7 @@ def register(task: TaskClass) -> TaskClass:
     return task
 
 
-for _task in (GSM8K, SVAMP, SyntheticMath):
+for _task in (GSM8K, SVAMP, MMLU, BBH, SyntheticMath):
     register(_task)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from fractions import Fraction
 
 _SPACES = "\u00a0\u2007\u2009\u202f"  # spaces that only ever stand inside a number or before a unit
@@ -26,6 +27,7 @@ NUMBER = re.compile(
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 _LEAD = r"[\s*_`:\\({\[\"']*"  # markdown and LaTeX that may stand between a marker and the answer
+_MACRO = r"\$?(?:\\?(?:boxed|text|textbf|mathrm)\{)*"
 _HASHES = re.compile(r"####(?P<rest>[^\n]*)")
 _PREAMBLE = re.compile(rf"^{_LEAD}(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?{_LEAD})?", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer\b(?:\s+is\b|\s*:|\s*=|\*\*\s*:|:\s*\*\*)(?P<rest>[^\n]*)", re.IGNORECASE)
@@ -44,9 +46,11 @@ def final_number(text: str) -> str | None:
     `#### Step 2` as a heading.
     """
     text = tidy(text)
-    for match in reversed(list(_HASHES.finditer(text))):
-        if (found := _number_of_line(match["rest"])) is not None:
-            return found
+    lines = [found for match in _HASHES.finditer(text) if (found := _number_of_line(match["rest"])) is not None]
+    if lines:
+        # small models repeat the line until they run out of tokens, perhaps in the middle of the number
+        repeats = len(lines) > 1 and text.endswith(lines[-1]) and lines[-2].startswith(lines[-1])
+        return lines[-2] if repeats else lines[-1]
     if (box := last_box(text)) is not None:
         found = _last_number(box.rpartition("=")[2])
         return box if _is_expression(box) or found is None else found
@@ -64,9 +68,8 @@ def same_number(gold: str, answer: str | None) -> bool:
     """
     if answer is None:
         return False
-    golds, answers = values(gold), values(answer)
-    if golds and answers and not _is_expression(answer):
-        return any(_close(one, other) for one in golds for other in answers)
+    if values(gold) and values(answer) and not _is_expression(answer):
+        return _same_values(gold, answer)
     return _same_expression(gold, answer)
 
 
@@ -160,3 +163,80 @@ def _same_expression(gold: str, answer: str) -> bool:
     one = parse(f"${gold}$", parsing_timeout=limit, raise_on_error=False)
     other = parse(f"${answer}$", parsing_timeout=limit, raise_on_error=False)
     return bool(one and other and verify(one, other, timeout_seconds=limit, raise_on_error=False))
+
+
+def _after_mark(text: str) -> str | None:
+    """What the last "answer:" or "answer is" is followed by, on its line or the next one that is not empty."""
+    matches = list(_ANSWER_IS.finditer(text))
+    if not matches:
+        return None
+    rest = re.sub(rf"^{_LEAD}$", "", matches[-1]["rest"]) or text[matches[-1].end() :].strip().partition("\n")[0]
+    return rest.strip()
+
+
+def answer_letter(text: str, letters: str = "ABCD") -> str | None:
+    """The letter that a multiple-choice completion settles on; `None` if it is not clear.
+
+    What follows the last "Answer:" or "answer is"; else a letter that the text begins with; else the last "option C";
+    else the only letter that stands alone. A bare "A" before a word is taken for the article.
+    """
+    alone = rf"\(?([{letters}])(?![\w'’])\)?"
+    single = rf"(?!\s*(?:,|/|&|or\b|and\b)\s*\(?[{letters}](?![\w'’]))"  # "A or B" settles nothing
+    given = _after_mark(text)
+    if given is not None:
+        match = re.match(rf"{_LEAD}(?:(?:option|choice)\s)?{_LEAD}{_MACRO}{alone}{single}", given, re.IGNORECASE)
+        settled = match and (match[1].isupper() or not re.match(r"\s+\w", given[match.end() :]))  # "a number", "i.e."
+        return match[1].upper() if match and settled else None
+    no_article = r"(?!\s+(?!or\b|and\b)[a-z])" if "A" in letters else ""
+    if match := re.match(rf"{_LEAD}{alone}{single}{no_article}", text):
+        return match[1]
+    named = re.findall(rf"\b(?:[Oo]ption|[Cc]hoice)\s+{_LEAD}{alone}{single}", text)
+    standing = named[-1:] or set(re.findall(rf"(?<![\w'’]){alone}{no_article}", text))
+    return next(iter(standing)) if len(standing) == 1 else None
+
+
+def same_choice(gold: str, choices: Sequence[str], text: str) -> bool:
+    """Whether a completion picks the right choice: by its letter, or by repeating the choice itself."""
+    letters = "".join(chr(65 + index) for index in range(len(choices)))
+    said = plain(short_answer(text) or "")
+    named = [letter for letter, choice in zip(letters, choices, strict=True) if plain(choice) == said]
+    if len(named) == 1 and len(said) > 1:
+        return named[0] == gold
+    return answer_letter(text, letters) == gold
+
+
+def short_answer(text: str) -> str | None:
+    """A short answer as it is written: after the last "Answer:" or "answer is", else boxed, else the first line."""
+    given = _after_mark(text) or last_box(text) or text.strip().partition("\n")[0]
+    given = given.strip().strip("*_`").strip()
+    return given or None
+
+
+def same_short_answer(gold: str, answer: str | None) -> bool:
+    """Normalised exact match (BBH): case, outer punctuation and markdown do not count.
+
+    A gold letter `(B)` also matches `B` and `(B) 12/25/1937`; a gold number also one with a unit; a single gold word
+    also one that an explanation follows; a list of words also one with commas; brackets also with other spaces.
+    """
+    if answer is None:
+        return False
+    if letter := re.fullmatch(r"\(?([A-Z])\)", gold):
+        return answer_letter(f"answer: {answer}", "ABCDEFGHIJKLMNOPQRSTUVWXYZ") == letter[1]
+    if not re.search(r"\w", gold):
+        return re.sub(r"\s", "", gold) == re.sub(r"[\s`*]", "", answer)
+    if NUMBER.fullmatch(gold):
+        start = NUMBER.match(tidy(answer))
+        return start is not None and _same_values(gold, start.group())
+    head = re.split(r"[,.;:(\n]|\s[-\u2013\u2014]\s|\b(?:because|since|as)\b", answer)[0]
+    candidates = [answer, answer.replace(",", " ")] + ([head] if len(gold.split()) == 1 else [])
+    return plain(gold) in [plain(candidate) for candidate in candidates]
+
+
+def _same_values(gold: str, answer: str) -> bool:
+    return any(_close(one, other) for one in values(gold) for other in values(answer))
+
+
+def plain(text: str) -> str:
+    """`text` without case, outer quotes, brackets, markdown and full stop, and with single spaces."""
+    text = " ".join(tidy(text).casefold().split())
+    return text.strip("*_`\"'“”‘’.,;:!?()[] ")

@@ -55,10 +55,8 @@ def test_paper_preset():
 
 
 def test_tasks_import_no_model_library():
-    code = (
-        "import sys, spd_lens.tasks; "
-        "print([m for m in ('torch', 'transformers', 'transformer_lens', 'datasets', 'math_verify') if m in sys.modules])"
-    )
+    unwanted = ["torch", "transformers", "transformer_lens", "datasets", "math_verify"]
+    code = f"import sys, spd_lens.tasks; print([m for m in {unwanted} if m in sys.modules])"
     env = {"PYTHONPATH": ":".join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -2,7 +2,14 @@
 
 import pytest
 
-from spd_lens.tasks.scoring import final_number, same_number
+from spd_lens.tasks.scoring import (
+    answer_letter,
+    final_number,
+    same_choice,
+    same_number,
+    same_short_answer,
+    short_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,8 @@ from spd_lens.tasks.scoring import final_number, same_number
         ("#### 25%", "25%"),
         ("#### 25\\%", "25\\%"),
         ("#### 42.", "42"),
+        ("#### 16\n#### 16\n#### 1", "16"),  # a repetition that ran out of tokens
+        ("#### 16\n#### 1\n", "1"),  # a correction
         # headings that happen to contain a number
         ("#### Step 1: Add\n1 + 1 = 2\n#### Step 2: Multiply\n2 * 4 = 8\nThe answer is 8.", "8"),
         ("#### 1. Read the problem\nThere are 3.\n#### 2. Solve it\nIt is 9.", "9"),
@@ -117,6 +126,103 @@ def test_different_number(gold, answer):
     assert not same_number(gold, answer)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Answer: B", "B"),
+        ("answer: b", "B"),
+        ("Answer: (b)", "B"),
+        ("**Answer:** B", "B"),
+        ("**Answer: B**", "B"),
+        ("Answer:\n\nB", "B"),
+        ("Answer: \\boxed{B}", "B"),
+        ("Answer: $\\boxed{\\text{B}}$", "B"),
+        ("The correct answer is B.", "B"),
+        ("The answer is option C, because", "C"),
+        ("The answer is: (A) Gravity", "A"),
+        ("Answer: A\nWait.\nAnswer: D", "D"),
+        ("Let me think. B is wrong.\nAnswer: C", "C"),
+        ("Answer: A", "A"),
+        ("B", "B"),
+        ("B. Because of gravity", "B"),
+        ("(C) foo", "C"),
+        ("**D**", "D"),
+        ("A", "A"),
+        ("A. gravity", "A"),
+        ("I would choose option B here", "B"),
+        ("It must be (D), I think", "D"),
+        # not clear, or not a letter
+        ("A cat sat on the mat", None),
+        ("A or B", None),
+        ("Answer: A or B", None),
+        ("Answer: a number of things", None),
+        ("Answer: vitamin C", None),
+        ("Answer: Because", None),
+        ("Answer: E", None),
+        ("It is C's fault", None),
+        ("Answer:", None),
+        ("", None),
+    ],
+)
+def test_answer_letter(text, expected):
+    assert answer_letter(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("C", "Answer: C", True),
+        ("C", "Answer: vitamin C", True),  # the choice itself; its letter is C as well
+        ("B", "Answer: vitamin C", False),
+        ("A", "vitamin D", True),  # the whole text is choice A, although a letter D stands in it
+        ("D", "vitamin D", False),
+        ("A", "Answer: Vitamin D.", True),
+        ("A", "Answer: B", False),
+        ("A", "", False),
+    ],
+)
+def test_same_choice(gold, text, right):
+    assert same_choice(gold, ["vitamin D", "vitamin B", "vitamin C", "none"], text) is right
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("(B)", "Answer: (B)", True),
+        ("(B)", "Answer: B", True),
+        ("(B)", "Answer: (B) 12/25/1937", True),
+        ("(B)", "The answer is (B).", True),
+        ("(B)", "Answer: (A)", False),
+        ("(R)", "Answer: (R)", True),  # some subtasks have 18 options
+        ("(B)", "Answer: Because", False),
+        ("Yes", "Answer: yes.", True),
+        ("Yes", "Answer: Yes, because he caused it", True),
+        ("Yes", "**Answer:** **Yes**", True),
+        ("Yes", "Answer: Yes and no", False),
+        ("Yes", "Yes", True),
+        ("No", "Answer: Not really", False),
+        ("True", "Answer: False", False),
+        ("valid", "Answer: invalid", False),
+        ("8", "Answer: 8 objects", True),
+        ("8", "Answer: 8.0", True),
+        ("8", "Answer: 80", False),
+        ("8", "Answer: 5 + 3", False),
+        ("-35", "Answer: -35", True),
+        ("-35", "Answer: 35", False),
+        ("barn damp dot", "Answer: barn, damp, dot", True),
+        ("barn damp dot", "Answer: barn dot damp", False),
+        ("barn damp dot", "Answer: barn", False),
+        ("] ) }", "Answer: ])}", True),
+        ("] ) }", "Answer: ] ) } )", False),
+        (")", "Answer: )", True),
+        (")", "Answer:", False),
+        ("Yes", "", False),
+    ],
+)
+def test_short_answers(gold, text, right):
+    assert same_short_answer(gold, short_answer(text)) is right
+
+
 def test_scoring_survives_long_and_odd_text():
     """Model output can be anything; nothing here may raise or take long."""
     for text in (
@@ -130,3 +236,6 @@ def test_scoring_survives_long_and_odd_text():
     ):
         final_number(text)
         same_number("1", text)
+        answer_letter(text)
+        same_choice("A", ["x", "y"], text)
+        same_short_answer("(B)", short_answer(text))

@@ -68,10 +68,12 @@ def test_same_in_another_process(name):
     runs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert runs == {f"{[(e.id, e.prompt, e.completion) for e in tasks.get(name).test(5, seed=3)]}\n"}
 
 
