@@ -39,11 +39,11 @@ class Backend(ABC):
         """A lens model with the twin's weights, unprocessed, in the twin's dtype and on its device."""
 
     @abstractmethod
-    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+    def write(self, lens: Any, twin: PreTrainedModel) -> None:
         """Copy the twin's weights into the lens model."""
 
     @abstractmethod
-    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+    def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         """The lens model's weights under the twin's parameter names and in its shapes."""
 
 
@@ -62,7 +62,7 @@ def choose_backend(name: str) -> Backend:
 
 
 def lens_logits(
-    lens: nn.Module, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    lens: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of either lens model on token ids, with padding masked out."""
     return lens(tokens, attention_mask=mask, return_type="logits")
@@ -73,7 +73,7 @@ class HookedBackend(Backend):
 
     name = "hooked"
 
-    def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
+    def build(self, twin: PreTrainedModel, tokenizer: Any) -> Any:
         from transformer_lens import HookedTransformer
 
         cfg = self._config(twin)
@@ -87,7 +87,7 @@ class HookedBackend(Backend):
         self.write(lens, twin)
         return lens
 
-    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+    def write(self, lens: Any, twin: PreTrainedModel) -> None:
         state = self._converted(twin, lens.cfg)
         problems = lens.load_state_dict(state, strict=False)
         missing = [key for key in problems.missing_keys if key.rsplit(".", 1)[-1] not in _COMPUTED]
@@ -97,7 +97,7 @@ class HookedBackend(Backend):
                 f"{type(twin).__name__} (e.g. {(missing + problems.unexpected_keys)[0]}); use backend='bridge'"
             )
 
-    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+    def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         """Invert TransformerLens' conversion: convert running indices and read off where each weight went."""
         places = copy.deepcopy(twin).to(device="cpu", dtype=torch.float64)  # float64 counts exactly to 2^53
         sizes: dict[str, tuple[int, int]] = {}
@@ -153,7 +153,7 @@ class BridgeBackend(Backend):
 
     name = "bridge"
 
-    def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
+    def build(self, twin: PreTrainedModel, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
         inner = copy.deepcopy(twin)  # the bridge rewires the model it is given, so the twin must stay out of it
@@ -167,16 +167,16 @@ class BridgeBackend(Backend):
             parameter.requires_grad_(False)
         return lens
 
-    def write(self, lens: nn.Module, twin: PreTrainedModel) -> None:
+    def write(self, lens: Any, twin: PreTrainedModel) -> None:
         mine = self._named(lens, twin)
         with torch.no_grad():
             for key, parameter in twin.named_parameters():
                 mine[key].copy_(parameter)
 
-    def read(self, lens: nn.Module, twin: PreTrainedModel) -> dict[str, Tensor]:
+    def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         return {key: parameter.detach().clone() for key, parameter in self._named(lens, twin).items()}
 
-    def _named(self, lens: nn.Module, twin: PreTrainedModel) -> Mapping[str, nn.Parameter]:
+    def _named(self, lens: Any, twin: PreTrainedModel) -> Mapping[str, nn.Parameter]:
         """The bridge's own parameters under the twin's names: it only adds wrappers to the path."""
         own = {key.replace("._original_component", ""): p for key, p in lens.original_model.named_parameters()}
         missing = [key for key, _ in twin.named_parameters() if key not in own]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from spd_lens.errors import SPDError
 
@@ -32,7 +32,7 @@ class Fingerprint:
     """64 entries of the embedding matrix at fixed places, scaled to unit norm."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Fingerprint:
+    def of(cls, model: Any) -> Fingerprint:
         """Of a HookedTransformer, a TransformerBridge or a transformers model."""
         n_layers, d_model, n_heads, n_kv_heads, d_head = _shape(model)
         embedding = _embedding(model)
@@ -66,19 +66,17 @@ class Fingerprint:
         return cls(**{**fields, "sample": tuple(fields["sample"])})
 
 
-def _shape(model: nn.Module) -> tuple[int, int, int, int, int]:
+def _shape(model: Any) -> tuple[int, int, int, int, int]:
     cfg = getattr(model, "cfg", None)
     if cfg is not None:  # both TransformerLens backends
         return cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
-    config: Any = model.config
-    config = config.get_text_config()
+    config = model.config.get_text_config()
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads, d_head
 
 
-def _embedding(model: nn.Module) -> Float[Tensor, "d_vocab d_model"]:
-    if hasattr(model, "cfg"):
-        return model.embed.W_E if hasattr(model.embed, "W_E") else model.embed.weight
-    return model.get_input_embeddings().weight
+def _embedding(model: Any) -> Float[Tensor, "d_vocab d_model"]:
+    embed: Any = model.embed if hasattr(model, "cfg") else model.get_input_embeddings()
+    return embed.W_E if hasattr(embed, "W_E") else embed.weight

@@ -1,0 +1,199 @@
+"""`extract`: gradients of the correctness-aligned loss with respect to K and V, straight into moments (Eq. 6-8)."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models.backends import lens_logits
+from spd_lens.models.hooks import LensHook
+from spd_lens.models.pair import ModelPair
+from spd_lens.models.parity import right_pad
+from spd_lens.models.prompts import Encoded, Loss
+from spd_lens.models.weights import projection_module
+from spd_lens.moments import GradientMoments
+from spd_lens.sites import Site
+
+ENGINES = ("lens", "twin")
+
+# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly
+_HALF_SCALE = 2.0**12
+
+
+def extract(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    layers: str | int | Iterable[int] = "last_mid",
+    kinds: str | Sequence[str] = ("k", "v"),
+    loss: Loss = "aligned",
+    engine: str = "lens",
+    shards: int = 8,
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> GradientMoments:
+    """Moments of the token gradients of all examples, for any rank afterwards.
+
+    One forward and one backward pass per batch of similar length. Weights are frozen, nothing below the first target
+    layer keeps a graph, and logits are computed only where a scored token is predicted. Each example's loss is a mean
+    over its own `S`, so neither batching nor padding changes a row.
+
+    Args:
+        pair: The model.
+        examples: Calibration examples with completion and spans.
+        layers: `"last_mid"` (the paper's choice), `"all"`, or block indices counted from 0.
+        kinds: Activations to take: `"k"`, `"v"`, `"q"`.
+        loss: `"aligned"` scores the tokens of the spans (Eq. 6); `"full"` every token of the completion (table 5).
+        engine: `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the Hugging
+            Face model, which saves holding the weights twice. Both give the same moments.
+        shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
+            numbers per shard and site.
+        batch_tokens: Padded tokens per batch, which bounds memory.
+        progress: Show a progress bar.
+
+    Raises:
+        SPDError: no examples, an example without span or completion or beyond the context, an unknown layer or kind.
+    """
+    if engine not in ENGINES:
+        raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if not examples:
+        raise SPDError("there are no calibration examples; give at least one")
+    if shards < 1:
+        raise SPDError(f"shards = {shards} is not possible; give at least 1")
+    sites = pair.sites(layers, kinds)
+    encoded = [pair.encode(example, loss) for example in examples]
+    settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
+    run = LensTap(pair, sites) if engine == "lens" else TwinTap(pair, sites)
+    with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
+        for batch in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+            _add_batch(moments, run, [encoded[i] for i in batch], [i % shards for i in batch], pair)
+            bar.update(len(batch))
+    return moments
+
+
+def _add_batch(moments: GradientMoments, run: Tap, batch: list[Encoded], shards: list[int], pair: ModelPair) -> None:
+    tokens, mask = right_pad([e.ids for e in batch], pair.tokenizer.pad_token_id, pair.device)
+    row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
+    target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
+    with torch.enable_grad(), run.tapped() as activations:
+        logits = run.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
+        losses = token_losses(logits, tokens[row, target])
+        sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)
+        per_example = torch.zeros(len(batch), device=pair.device, dtype=losses.dtype)
+        per_example = per_example.index_add(0, row, losses / sizes[row])  # mean over S (Eq. 6)
+        scale = _HALF_SCALE if pair.dtype == torch.float16 else 1.0
+        gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
+    for (site, x), g in zip(activations.items(), gradients, strict=True):
+        for i, (e, shard) in enumerate(zip(batch, shards, strict=True)):
+            length = len(e.ids)  # what follows is padding
+            moments.add_tokens(
+                site, shard, g[i, :length].flatten(1).double() / scale, x.detach()[i, :length].flatten(1)
+            )
+    for e, shard, value in zip(batch, shards, per_example.tolist(), strict=True):
+        moments.n_examples[shard] += 1
+        moments.n_tokens[shard] += len(e.ids)
+        moments.n_scored[shard] += len(e.scored)
+        moments.loss_sum[shard] += value
+
+
+def token_losses(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """`-log p(z_t | z_<t)` in nats, in float32 or better."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="none")
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped by similar length, longest first (so that a lack of memory shows at once).
+
+    A batch holds at most `batch_tokens` tokens counting padding, and at least one row.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class Tap(ABC):
+    """One way to run a model with its K and V in reach of autograd."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, sites: Sequence[Site]) -> None:
+        self.model = model
+        self.sites = list(sites)
+        self._head = head
+
+    @abstractmethod
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        """Install `keep` at a site and return something with `remove()`."""
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """A forward pass."""
+
+    @contextlib.contextmanager
+    def tapped(self) -> Iterator[dict[Site, Float[Tensor, "batch pos ..."]]]:
+        """Activations of the forward pass run inside, each the start of a graph or a node of one."""
+        activations: dict[Site, Tensor] = {}
+
+        def keep(activation: Tensor, site: Site) -> Tensor:
+            # With all weights frozen, nothing below the first target layer needs a graph: it begins here.
+            if not activation.requires_grad:
+                activation.requires_grad_()
+            activations[site] = activation
+            return activation
+
+        with contextlib.ExitStack() as stack:
+            for site in self.sites:
+                stack.callback(self._hook(site, partial(keep, site=site)).remove)
+            yield activations
+
+    def logits_at(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], row: Tensor, position: Tensor
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits at some positions only: a vocabulary of 150,000 is a quarter of a 0.5B model's work."""
+        handle = self._head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
+        try:
+            return self._logits(tokens, mask)[0]
+        finally:
+            handle.remove()
+
+
+class LensTap(Tap):
+    """Captures at `hook_k` / `hook_v` of the lens model: `[batch, pos, head, d_head]`."""
+
+    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
+        super().__init__(pair.lens, pair.lens.unembed, sites)
+
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        return LensHook(self.model, site, keep)
+
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return lens_logits(self.model, tokens, mask)
+
+
+class TwinTap(Tap):
+    """Captures at the outputs of the twin's `k_proj` / `v_proj`: `[batch, pos, head · d_head]`."""
+
+    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
+        super().__init__(pair.hf, pair.hf.get_output_embeddings(), sites)
+
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        module = projection_module(self.model, site)
+        return module.register_forward_hook(lambda _module, _args, output: keep(output))
+
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits

@@ -1,0 +1,248 @@
+"""`GradientMoments`: what one extraction leaves behind, and all that a subspace of any rank needs (Eq. 8-9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError
+from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.sites import Site
+from spd_lens.storage import load_tensors, save_tensors
+from spd_lens.subspace import Rank, Subspace, resolve_rank
+
+Gram = Float[Tensor, "shard width width"]
+
+
+@dataclass
+class GradientMoments:
+    """Sums over tokens of `gᵀg` and `xᵀx` per site, in float64 and in a few shards of examples.
+
+    The eigenvectors of `Σ gᵀg` are the right singular vectors of the stacked gradients `G`, its eigenvalues their
+    squared singular values; its diagonal blocks are the per-head moments. Moments of disjoint examples add: `a + b`.
+    Nothing is centred.
+    """
+
+    fingerprint: Fingerprint
+    """The model they were taken from."""
+    n_heads: dict[Site, int]
+    """Heads at each site: KV heads for `k` and `v`, query heads for `q`. `width = n_heads · d_head`."""
+    gradient: dict[Site, Gram]
+    """`Σ gᵀg` over the tokens of each shard's examples."""
+    activation: dict[Site, Gram]
+    """`Σ xᵀx` over the same tokens."""
+    activation_sum: dict[Site, Float[Tensor, "shard width"]]
+    """`Σ x` over the same tokens."""
+    n_tokens: Int[Tensor, " shard"]
+    """Rows of `G`: all real tokens, scored or not (Eq. 8)."""
+    n_scored: Int[Tensor, " shard"]
+    """Tokens in `S` (Eq. 6)."""
+    n_examples: Int[Tensor, " shard"]
+    loss_sum: Float[Tensor, " shard"]
+    """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How they were taken: `loss`, `engine`, `dtype` of the model."""
+
+    @classmethod
+    def empty(
+        cls, fingerprint: Fingerprint, sites: Iterable[Site], n_shards: int, settings: dict[str, Any]
+    ) -> GradientMoments:
+        """Moments of nothing, to be added to."""
+        heads = {s: fingerprint.n_heads if s.kind == "q" else fingerprint.n_kv_heads for s in sites}
+        widths = {site: n * fingerprint.d_head for site, n in heads.items()}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(n_shards, *shape, dtype=torch.float64)
+
+        def counts() -> Tensor:
+            return torch.zeros(n_shards, dtype=torch.long)
+
+        return cls(
+            fingerprint=fingerprint,
+            n_heads=heads,
+            gradient={site: zeros(w, w) for site, w in widths.items()},
+            activation={site: zeros(w, w) for site, w in widths.items()},
+            activation_sum={site: zeros(w) for site, w in widths.items()},
+            n_tokens=counts(),
+            n_scored=counts(),
+            n_examples=counts(),
+            loss_sum=zeros(),
+            settings=settings,
+        )
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted(self.gradient)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.n_examples)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over examples of the loss, in nats per scored token."""
+        return (self.loss_sum.sum() / self.n_examples.sum()).item()
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientMoments({int(self.n_examples.sum())} examples, {int(self.n_tokens.sum())} tokens, "
+            f"{int(self.n_scored.sum())} scored, {self.n_shards} shards, sites {', '.join(map(str, self.sites))})"
+        )
+
+    def add_tokens(
+        self,
+        site: Site,
+        shard: int,
+        gradients: Float[Tensor, "token width"],
+        activations: Float[Tensor, "token width"],
+    ) -> None:
+        """Add one example's rows at one site. Products and sums are float64 whatever the model's dtype."""
+        g, x = gradients.double(), activations.double()
+        self.gradient[site][shard] += (g.T @ g).cpu()
+        self.activation[site][shard] += (x.T @ x).cpu()
+        self.activation_sum[site][shard] += x.sum(dim=0).cpu()
+
+    def __add__(self, other: GradientMoments) -> GradientMoments:
+        """Moments of both sets of examples, which must be disjoint and taken in the same way from the same model."""
+        if not isinstance(other, GradientMoments):
+            return NotImplemented
+        self.fingerprint.check(other.fingerprint, "the first of the two moments")
+        for what in ("sites", "n_shards", "settings"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SPDError(f"moments with {what} {mine} and {theirs} do not add; extract both in the same way")
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _PER_SHARD}
+        for name in _PER_SITE:
+            sums[name] = {site: getattr(self, name)[site] + getattr(other, name)[site] for site in self.sites}
+        return replace(self, **sums)
+
+    def shards(self, chosen: Sequence[int]) -> GradientMoments:
+        """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
+        index = torch.tensor(list(chosen), dtype=torch.long)
+        if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
+            raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
+        parts: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SHARD}
+        for name in _PER_SITE:
+            parts[name] = {site: value[index] for site, value in getattr(self, name).items()}
+        return replace(self, **parts)
+
+    def halves(self) -> tuple[GradientMoments, GradientMoments]:
+        """Two disjoint halves of the examples: even and odd shards."""
+        if self.n_shards < 2:
+            raise SPDError("moments with one shard have no halves; extract with shards=2 or more")
+        return self.shards(range(0, self.n_shards, 2)), self.shards(range(1, self.n_shards, 2))
+
+    def blocks(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> Float[Tensor, "block width width"]:
+        """`Σ gᵀg` (`of="gradient"`) or `Σ xᵀx` (`of="activation"`) over all shards: per head, or as one joint block."""
+        gram = {"gradient": self.gradient, "activation": self.activation}[of][site].sum(dim=0)
+        gram = (gram + gram.T) / 2  # exact symmetry, which eigh assumes
+        if not per_head:
+            return gram[None]
+        d_head = gram.shape[0] // self.n_heads[site]
+        heads = gram.unfold(0, d_head, d_head).unfold(1, d_head, d_head)
+        return heads.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+
+    def mean(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
+        """Mean activation over all tokens."""
+        mean = self.activation_sum[site].sum(dim=0) / self.n_tokens.sum()
+        return mean.view(self.n_heads[site] if per_head else 1, -1)
+
+    def singular_values(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
+        """Singular values of the stacked gradients, descending (Eq. 9)."""
+        values = torch.linalg.eigvalsh(self.blocks(site, per_head))
+        return values.flip(-1).clamp_min(0).sqrt()  # rounding leaves eigenvalues of -1e-20 where there is none
+
+    def subspace(
+        self, rank: Rank = 0.5, *, per_head: bool = True, sites: Iterable[Site] | None = None, center: bool = False
+    ) -> Subspace:
+        """The top right singular vectors of each block (Eq. 9-11).
+
+        Args:
+            rank: Directions per block: an integer, or a fraction of the block's width (the paper: half). Where the
+                gradients have fewer directions than that, the rank is theirs and `Subspace.ranks` says so.
+            per_head: A projector for each head, or one joint projector over all heads.
+            sites: Some of the extracted sites; all by default.
+            center: Project around the mean activation instead of the origin. The paper does not.
+        """
+        if not int(self.n_examples.sum()):
+            raise SPDError("there are no examples in these moments, so there is no subspace")
+        chosen = self.sites if sites is None else sorted(sites)
+        bases, ranks, values = {}, {}, {}
+        for site in chosen:
+            if site not in self.gradient:
+                raise SPDError(f"site {site} was not extracted; the moments have {', '.join(map(str, self.sites))}")
+            blocks = self.blocks(site, per_head)
+            limit = resolve_rank(rank, blocks.shape[-1])
+            eigenvalues, vectors = torch.linalg.eigh(blocks)
+            values[site] = eigenvalues.flip(-1).clamp_min(0).sqrt()
+            ranks[site] = tuple(min(limit, int(n)) for n in self._numerical_rank(values[site]))
+            if not any(ranks[site]):
+                raise SPDError(f"the gradients at site {site} are all zero; the scored tokens do not depend on it")
+            basis = _fixed_signs(vectors.flip(-1)[:, :, : max(ranks[site])])
+            for block, own in enumerate(ranks[site]):
+                basis[block, :, own:] = 0
+            bases[site] = basis
+        return Subspace(
+            bases=bases,
+            ranks=ranks,
+            singular_values=values,
+            offset={site: self.mean(site, per_head) for site in chosen} if center else {},
+            rank=rank,
+            fingerprint=self.fingerprint,
+            origin={
+                **self.settings,
+                "n_examples": int(self.n_examples.sum()),
+                "n_tokens": int(self.n_tokens.sum()),
+                "n_scored": int(self.n_scored.sum()),
+            },
+        )
+
+    def _numerical_rank(self, values: Float[Tensor, "block width"]) -> Int[Tensor, " block"]:
+        """How many singular values stand above what rounding of the gradients alone would leave.
+
+        Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width`
+        directions, so each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
+        """
+        dtype = getattr(torch, self.settings.get("dtype", "float32"))
+        width = values.shape[-1]
+        noise = torch.finfo(dtype).eps * values.norm(dim=-1, keepdim=True) / width**0.5
+        gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[:, :1]
+        return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        tensors = {f"{name}.{site}": v for name in _PER_SITE for site, v in getattr(self, name).items()}
+        tensors |= {name: getattr(self, name) for name in _PER_SHARD}
+        header = {
+            "fingerprint": self.fingerprint.to_dict(),
+            "n_heads": {str(site): n for site, n in self.n_heads.items()},
+            "settings": self.settings,
+        }
+        return save_tensors(path, "gradient moments", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> GradientMoments:
+        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
+        tensors, header = load_tensors(path, "gradient moments")
+        n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
+        parts: dict[str, Any] = {name: tensors[name] for name in _PER_SHARD}
+        for name in _PER_SITE:
+            parts[name] = {site: tensors[f"{name}.{site}"] for site in n_heads}
+        fingerprint = Fingerprint.from_dict(header["fingerprint"])
+        return cls(fingerprint=fingerprint, n_heads=n_heads, settings=header["settings"], **parts)
+
+
+_PER_SITE = ("gradient", "activation", "activation_sum")
+_PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")
+
+
+def _fixed_signs(basis: Float[Tensor, "block width rank"]) -> Float[Tensor, "block width rank"]:
+    """Singular vectors are defined up to sign: make each one's largest entry positive, so that files compare."""
+    largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
+    return basis * torch.where(largest < 0, -1.0, 1.0)

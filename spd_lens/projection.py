@@ -1,0 +1,188 @@
+"""`projected`, `folded` and `fold_to`: one projection, as hooks to look with and as weights to run with (Eq. 12)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spd_lens.errors import SPDError
+from spd_lens.models.hooks import LensHook
+from spd_lens.models.weights import projection_module
+from spd_lens.sites import Site
+from spd_lens.subspace import Subspace
+
+
+class Projection:
+    """A projection in force on a lens model: which sites, how strong, how often it has fired."""
+
+    def __init__(self, subspace: Subspace, strength: float) -> None:
+        self.subspace = subspace
+        self.strength = strength
+        self.firings: dict[Site, int] = dict.fromkeys(subspace.sites, 0)
+        """Forward passes that went through each site's hook."""
+
+    def at(self, site: Site, activation: Float[Tensor, "batch pos head d_head"]) -> Tensor:
+        self.firings[site] += 1
+        return self.subspace(activation, site, self.strength)
+
+    def __repr__(self) -> str:
+        firings = ", ".join(f"{site}: {n}" for site, n in self.firings.items())
+        return f"Projection(strength {self.strength}, firings {{{firings}}})"
+
+
+@contextlib.contextmanager
+def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[Projection]:
+    """Project the lens model's activations at every token while the context is open (Eq. 12).
+
+    Applies `(1 - s) x + s P x` per block at each site of the subspace. The hooks come off again always. Contexts
+    nest: an inner projection sees what the outer one left. Hooks added inside see projected activations.
+
+    Args:
+        lens: A HookedTransformer or TransformerBridge.
+        subspace: What to keep.
+        strength: From 0 (identity, exactly) to 1 (the paper's projection).
+
+    Raises:
+        SPDError: the subspace belongs to another model; or something inside, such as `reset_hooks()`, removed the
+            hooks, so that what ran afterwards was not projected.
+
+    Warns:
+        UserWarning: no forward pass went through one of the sites.
+    """
+    check_strength(strength)
+    subspace.check(lens)
+    projection = Projection(subspace, strength)
+    hooks: list[LensHook] = []
+    try:
+        for site in subspace.sites:
+            hooks.append(LensHook(lens, site, partial(projection.at, site)))
+        yield projection
+        if not all(hook.attached for hook in hooks):
+            raise SPDError(
+                "the projection's hooks were removed inside `with projected(...)`, by reset_hooks() for instance: what "
+                "ran after that was not projected; call reset_hooks() outside the context"
+            )
+        silent = [str(site) for site, n in projection.firings.items() if n == 0]
+        if silent:
+            warnings.warn(
+                f"the projection never fired at {', '.join(silent)}: no forward pass went there", stacklevel=3
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> Iterator[nn.Module]:
+    """The same projection written into the twin's projection weights while the context is open.
+
+    `x W -> x W M + c` with the map `M`, `c` of `Subspace.affine`, computed in float64 and then cast. The weights' own
+    bits come back always. A model with a LoRA adapter on is folded exactly too: the map goes into the base weight and
+    into the adapter's `B`. None leaves the model as it is.
+
+    Raises:
+        SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
+    """
+    check_strength(strength)
+    if subspace is None or strength == 0.0:
+        if subspace is not None:
+            subspace.check(hf)
+        yield hf
+        return
+    subspace.check(hf)
+    with contextlib.ExitStack() as stack:
+        for site in subspace.sites:
+            stack.enter_context(_folded_site(projection_module(hf, site), subspace, site, strength))
+        yield hf
+
+
+def fold_to(
+    hf: PreTrainedModel, subspace: Subspace, directory: str | Path, strength: float = 1.0, *, tokenizer: Any = None
+) -> Path:
+    """Write a standalone checkpoint of the projected model, for any engine that reads Hugging Face models.
+
+    Args:
+        hf: The twin; left as it was.
+        subspace: What to keep.
+        directory: Where to; must not exist or be empty.
+        strength: From 0 to 1.
+        tokenizer: Saved beside the weights where given.
+
+    Raises:
+        SPDError: the directory is not empty, or the subspace is centred and the architecture has no bias to hold the
+            mean.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")
+    for site in subspace.offset:
+        if getattr(projection_module(hf, site), "bias", None) is None:
+            raise SPDError(
+                f"a centred projection needs a bias, and {type(hf).__name__} has none at site {site}, so a checkpoint "
+                "cannot hold it; use folded() or projected(), or a subspace without centring"
+            )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        with folded(hf, subspace, strength):
+            hf.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+        if directory.exists():
+            directory.rmdir()
+        scratch.rename(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+def check_strength(strength: float) -> None:
+    """Raise `SPDError` unless `strength` is a number from 0 to 1."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= 1.0:
+        raise SPDError(f"strength {strength!r} is not between 0 (identity) and 1 (full projection)")
+
+
+@contextlib.contextmanager
+def _folded_site(module: Any, subspace: Subspace, site: Site, strength: float) -> Iterator[None]:
+    base = getattr(module, "base_layer", module)  # PEFT wraps the layer it adapts
+    lora_b = [layer for name, layer in getattr(module, "lora_B", {}).items() if name in module.active_adapters]
+    matrix, constant = subspace.affine(site, strength)
+    saved = [(parameter, parameter.detach().clone()) for layer in (base, *lora_b) for parameter in layer.parameters()]
+    own_bias = base.bias
+    try:
+        with torch.no_grad():
+            for layer in (base, *lora_b):
+                layer.weight.copy_(_map_rows(layer.weight, matrix))
+            if base.bias is not None:
+                base.bias.copy_(_map_rows(base.bias[:, None], matrix)[:, 0] + constant.flatten().to(base.bias.device))
+            elif site in subspace.offset:
+                bias = constant.flatten().to(base.weight)
+                base.bias = nn.Parameter(bias, requires_grad=False)
+        yield
+    finally:
+        base.bias = own_bias
+        with torch.no_grad():
+            for parameter, bits in saved:
+                parameter.copy_(bits)
+
+
+def _map_rows(
+    weight: Float[Tensor, "d_out d_in"], matrix: Float[Tensor, "block width width"]
+) -> Float[Tensor, "d_out d_in"]:
+    """`M` applied to the output dimension, float64: rows of a linear layer's weight are its output features."""
+    rows = rearrange(weight.double(), "(block width) d_in -> block width d_in", block=matrix.shape[0])
+    mapped = einsum(matrix.to(rows.device), rows, "block i j, block i d_in -> block j d_in")
+    return rearrange(mapped, "block width d_in -> (block width) d_in")

@@ -1,0 +1,61 @@
+"""One safetensors file per artefact: tensors, a JSON header, and a clear word when a file is not what it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spd_lens.errors import SPDError
+
+_FORMAT = "spd_lens"
+
+
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+    """Write atomically: a reader finds the old file or the whole new one.
+
+    Raises `SPDError` where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    metadata = {"format": _FORMAT, "kind": kind, "header": json.dumps(header)}
+    handle = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, handle = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, handle, metadata=metadata)
+        os.chmod(handle, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(handle, path)
+    except (OSError, SafetensorError) as error:
+        if handle is not None:
+            Path(handle).unlink(missing_ok=True)
+        raise SPDError(f"{path} cannot be written ({error}); free some space or choose another place") from error
+    return path
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file that `save_tensors` wrote with the same `kind`.
+
+    Raises `SPDError` if the file is missing, damaged, or something else.
+    """
+    if not Path(path).is_file():
+        raise SPDError(f"there is no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise SPDError(f"{path} is not a readable safetensors file ({error}); make it again") from error
+    if metadata.get("format") != _FORMAT or metadata.get("kind") != kind:
+        found = metadata.get("kind") if metadata.get("format") == _FORMAT else "a file of another program"
+        raise SPDError(f"{path} does not hold {kind} of spd_lens but {found}; give the right file")
+    try:
+        return tensors, json.loads(metadata["header"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise SPDError(f"{path} has a damaged header; make it again") from error

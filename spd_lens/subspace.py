@@ -1,0 +1,204 @@
+"""`Subspace`: frozen orthonormal bases per site, callable on activations (paper Eq. 9-12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lens.errors import SPDError
+from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.sites import Site
+from spd_lens.storage import load_tensors, save_tensors
+
+Rank = int | float
+Basis = Float[Tensor, "block width rank"]
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The directions that are kept at each site.
+
+    A site's activation `[..., head, d_head]` is read as `[..., block, width]`: per head, blocks are heads; joint, there
+    is one block of all heads. `P = V_r V_rᵀ` (Eq. 10-11) is never stored: the bases are.
+    """
+
+    bases: Mapping[Site, Basis]
+    """Orthonormal columns, float64; zero columns behind a block's rank."""
+    ranks: Mapping[Site, tuple[int, ...]]
+    """Rank of each block: what was asked for, or less where the gradients had fewer directions."""
+    singular_values: Mapping[Site, Float[Tensor, "block width"]] = field(default_factory=dict)
+    """All singular values of the stacked gradients `G` per block, descending (Eq. 9). Empty for made-up subspaces."""
+    offset: Mapping[Site, Float[Tensor, "block width"]] = field(default_factory=dict)
+    """Point that the projection leaves in place; absent for the paper's Eq. 12, the mean for a centred projection."""
+    rank: Rank | None = None
+    """The rank that was asked for: per block, an integer or a fraction of the width."""
+    fingerprint: Fingerprint | None = None
+    """The model it was extracted from; None fits every model of its shape."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from: loss, dtype and numbers of examples and tokens, or how it was drawn."""
+
+    def __post_init__(self) -> None:
+        if not self.bases:
+            raise SPDError("a subspace needs at least one site")
+        for site, basis in self.bases.items():
+            if basis.ndim != 3 or len(self.ranks[site]) != basis.shape[0]:
+                raise SPDError(f"the basis of site {site} must be [block, width, rank], not {tuple(basis.shape)}")
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted(self.bases)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether a site has a projector per head (a single-head model has one block either way)."""
+        return any(basis.shape[0] > 1 for basis in self.bases.values())
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site}: {'/'.join(map(str, self.ranks[site]))}" for site in self.sites)
+        width = next(iter(self.bases.values())).shape[1]
+        return f"Subspace({'per head' if self.per_head else 'joint'}, width {width}, ranks {{{sites}}})"
+
+    def __call__(
+        self, activation: Float[Tensor, "... head d_head"], site: Site, strength: float = 1.0
+    ) -> Float[Tensor, "... head d_head"]:
+        """`(1 - s) x + s (μ + (x - μ) P)`, with `μ = 0` in the paper's Eq. 12.
+
+        Computed in at least float32 and returned in the activation's dtype. Strength 0 returns the activation itself.
+        """
+        if strength == 0.0:
+            return activation
+        basis = self.bases[site]
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        basis = basis.to(activation.device, wide)
+        x = activation.to(wide).reshape(*activation.shape[:-2], basis.shape[0], basis.shape[1])
+        mean = self.offset[site].to(x) if site in self.offset else None
+        centred = x if mean is None else x - mean
+        # x V first: two thin products cost 2·width·rank, forming P would cost width² per token
+        kept = einsum(centred, basis, "... block width, block width rank -> ... block rank")
+        projected = einsum(kept, basis, "... block rank, block width rank -> ... block width")
+        projected = projected if mean is None else projected + mean
+        mixed = projected if strength == 1.0 else torch.lerp(x, projected, strength)
+        return mixed.reshape(activation.shape).to(activation.dtype)
+
+    def projector(self, site: Site) -> Float[Tensor, "block width width"]:
+        """`P = V_r V_rᵀ` per block (Eq. 10-11), float64."""
+        basis = self.bases[site]
+        return basis @ basis.mT
+
+    def affine(
+        self, site: Site, strength: float = 1.0
+    ) -> tuple[Float[Tensor, "block width width"], Float[Tensor, "block width"]]:
+        """The map `x -> x M + c`, float64: `M = (1 - s) I + s P`, which is symmetric, and `c = s μ (I - P)`."""
+        projector = self.projector(site)
+        identity = torch.eye(projector.shape[-1], dtype=projector.dtype).expand_as(projector)
+        mean = self.offset.get(site, torch.zeros(projector.shape[:2], dtype=projector.dtype)).double()
+        constant = strength * einsum(mean, identity - projector, "block i, block i j -> block j")
+        return torch.lerp(identity, projector, strength), constant
+
+    def __getitem__(self, ranks: slice) -> Subspace:
+        """`subspace[:16]`: the leading 16 directions of every block."""
+        if not isinstance(ranks, slice) or ranks.start not in (None, 0) or ranks.step not in (None, 1):
+            raise SPDError("slice a subspace by rank from the front, as in subspace[:16]")
+        return self.truncate(ranks.stop) if ranks.stop is not None else self
+
+    def truncate(self, rank: Rank) -> Subspace:
+        """The leading directions alone: an integer per block or a fraction of its width; never more than it has."""
+        bases, ranks = {}, {}
+        for site, basis in self.bases.items():
+            limit = resolve_rank(rank, basis.shape[1])
+            ranks[site] = tuple(min(limit, own) for own in self.ranks[site])
+            bases[site] = basis[:, :, : max(ranks[site])].clone()
+            for block, own in enumerate(ranks[site]):
+                bases[site][block, :, own:] = 0
+        return replace(self, bases=bases, ranks=ranks, rank=rank)
+
+    def select(self, sites: Iterable[Site]) -> Subspace:
+        """Some of its sites."""
+        chosen = list(sites)
+        for site in chosen:
+            if site not in self.bases:
+                raise SPDError(f"the subspace has no site {site}; it has {', '.join(map(str, self.sites))}")
+        parts: dict[str, Any] = {}
+        for name in ("bases", "ranks", "singular_values", "offset"):
+            parts[name] = {site: value for site, value in getattr(self, name).items() if site in chosen}
+        return replace(self, **parts)
+
+    def random_like(self, seed: int) -> Subspace:
+        """Uniformly random directions with the same blocks and ranks: the control that any claim needs beside it."""
+        generator = torch.Generator().manual_seed(seed)
+        bases = {}
+        for site in self.sites:  # in a fixed order, so that a seed names one subspace
+            basis = torch.zeros_like(self.bases[site])
+            for block, rank in enumerate(self.ranks[site]):
+                gaussian = torch.randn(basis.shape[1], rank, generator=generator, dtype=torch.float64)
+                basis[block, :, :rank] = torch.linalg.qr(gaussian).Q  # Q of a Gaussian matrix is Haar up to signs
+            bases[site] = basis
+        return replace(self, bases=bases, singular_values={}, origin={"random": seed})
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `SPDError` if this is not a subspace of `model` (lens model or twin)."""
+        mine = Fingerprint.of(model)
+        if self.fingerprint is not None:
+            self.fingerprint.check(mine, "the subspace")
+        for site, basis in self.bases.items():
+            width = mine.d_head * (mine.n_heads if site.kind == "q" else mine.n_kv_heads)
+            if site.layer >= mine.n_layers or basis.shape[0] * basis.shape[1] != width:
+                raise SPDError(
+                    f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
+                    f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
+                )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        tensors = {f"basis.{site}": basis for site, basis in self.bases.items()}
+        tensors |= {f"singular_values.{site}": values for site, values in self.singular_values.items()}
+        tensors |= {f"offset.{site}": mean for site, mean in self.offset.items()}
+        header = {
+            "ranks": {str(site): list(ranks) for site, ranks in self.ranks.items()},
+            "rank": self.rank,
+            "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
+            "origin": dict(self.origin),
+        }
+        return save_tensors(path, "a subspace", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Subspace:
+        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
+        tensors, header = load_tensors(path, "a subspace")
+
+        def part(name: str) -> dict[Site, Tensor]:
+            prefix = f"{name}."
+            return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
+
+        return cls(
+            bases=part("basis"),
+            ranks={Site.parse(site): tuple(ranks) for site, ranks in header["ranks"].items()},
+            singular_values=part("singular_values"),
+            offset=part("offset"),
+            rank=header["rank"],
+            fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
+            origin=header["origin"],
+        )
+
+
+def resolve_rank(rank: Rank, width: int) -> int:
+    """Directions per block: an integer as it is, a fraction of the width rounded down but at least 1.
+
+    Raises `SPDError` for 0, a negative number, or more than the width.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise SPDError(f"rank {rank!r} is neither an integer nor a fraction")
+    if isinstance(rank, float):
+        if not 0.0 < rank <= 1.0:
+            raise SPDError(f"rank {rank} is no fraction in (0, 1]; write an integer for a number of directions")
+        return max(1, int(rank * width + 1e-9))
+    if not 1 <= rank <= width:
+        raise SPDError(f"rank {rank} is not between 1 and the block's width of {width}")
+    return rank
