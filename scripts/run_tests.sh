@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Lint, then the tests once per lane. Every step runs; the exit code says whether all of them passed.
+#   LANES      hooked (TransformerLens 3.9), bridge (4.x), or both
+#   TEST_ARGS  further arguments for pytest
+#   WORKERS    test processes; 0: one, with all cores
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+logs=.cache/test-logs
+mkdir -p "$logs"
+workers=${WORKERS:-0}
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+threads=$((workers > 1 ? cores / workers : cores))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+eval "pytest_args=(${TEST_ARGS:-})" # so that quotes work: TEST_ARGS='-k "a or b"'
+[ "$workers" -gt 1 ] && pytest_args+=(-n "$workers")
+
+failed=0
+summary=()
+
+step() { # step NAME COMMAND…: run it, keep its last line
+  local name=$1 start=$SECONDS verdict=passed
+  shift
+  printf '\n== %s\n' "$name"
+  if ! "$@" </dev/null 2>&1 | tee "$logs/$name.log"; then
+    verdict=FAILED
+    failed=1
+  fi
+  summary+=("$(printf '%-7s %-12s %4d s  %s' "$verdict" "$name" $((SECONDS - start)) "$(grep . "$logs/$name.log" | tail -n 1)")")
+}
+
+step lint scripts/lint.sh
+for lane in ${LANES:-hooked bridge}; do
+  case $lane in
+    hooked) python=.venv/bin/python ;;
+    bridge) python=.venv-bridge/bin/python ;;
+    *)
+      echo "unknown lane '$lane': choose from hooked, bridge" >&2
+      exit 2
+      ;;
+  esac
+  step "tests-$lane" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
+done
+
+printf '\n== summary (%s torch threads, %s workers)\n' "$OMP_NUM_THREADS" "$workers"
+printf '%s\n' "${summary[@]}"
+exit $failed
