@@ -1,0 +1,180 @@
+"""Tiny random models with a small real tokenizer, built once per test run.
+
+The models have 4 layers, 4 query and 2 key/value heads of 8 dimensions, float32, and weights large enough that logits
+are far from flat: completions vary, and a mistake in the mask or the cache changes tokens. Treat the session's pairs
+as read-only, or leave them as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from spd_lens.models import ModelPair, load
+
+TEXTS = (
+    "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
+    "A baker sells 7 loaves at 3 dollars each. How much money does she make? 7 * 3 = 21. #### 21",
+    "def add(a, b):\n    return a + b\n\nassert add(2, 3) == 5",
+    "def double(values):\n    return [2 * value for value in values]\n\nassert double([1, 2]) == [2, 4]",
+    "Which planet is the largest? A. Earth B. Mars C. Jupiter D. Venus Answer: C",
+    "Question: Sara reads 15 pages a day. How many pages does she read in 4 days?\nAnswer: 15 * 4 = 60 pages.",
+)
+"""What the tokenizer is trained on; the byte-level alphabet covers everything else."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+"""Brings its own BOS, as most do, and ends a turn with a token that is not the model's EOS."""
+
+SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|start|>", "<|end|>")
+"""Their ids are 0 to 4."""
+
+N_CTX = 256
+
+
+def build_tokenizer(*, chat: bool, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer. `bos`: put BOS before raw text, as Llama does; Qwen does not."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=False)]
+    if bos:
+        steps.append(processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]))
+    core.post_processor = processors.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|start|>", "<|end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def randomise(model: PreTrainedModel, *, seed: int = 0, std: float = 0.25) -> PreTrainedModel:
+    """Gaussian weights and biases; norm weights near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in name
+            parameter.copy_(1 + 0.1 * noise if is_norm else std * noise)
+    return model.eval()
+
+
+def _dimensions(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": N_CTX,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
+    """Llama: no biases."""
+    return randomise(LlamaForCausalLM(LlamaConfig(**_dimensions(tokenizer), head_dim=8)), seed=seed)
+
+
+def build_qwen2(tokenizer: PreTrainedTokenizerFast, *, seed: int = 1) -> Qwen2ForCausalLM:
+    """Qwen2: biases on q, k and v, here random and not zero."""
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**_dimensions(tokenizer))), seed=seed)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama checkpoint whose tokenizer has no chat template and prepends BOS."""
+    tokenizer = build_tokenizer(chat=False)
+    # the directory must not be named after a model family: TransformerLens goes by such names
+    return _save(build_llama(tokenizer), tokenizer, tmp_path_factory.mktemp("tiny_a"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 checkpoint with biases, whose tokenizer has a chat template and prepends nothing to raw text."""
+    tokenizer = build_tokenizer(chat=True, bos=False)
+    return _save(build_qwen2(tokenizer), tokenizer, tmp_path_factory.mktemp("tiny_b"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_llama_dir: Path) -> ModelPair:
+    """The Llama as a pair in float32: raw prompts."""
+    return load(str(tiny_llama_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_pair(tiny_qwen2_dir: Path) -> ModelPair:
+    """The Qwen2 as a pair in float32: chat prompts."""
+    return load(str(tiny_qwen2_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def any_tiny_pair(request: pytest.FixtureRequest) -> ModelPair:
+    """Both tiny pairs, one after the other."""
+    return request.getfixturevalue("tiny_pair" if request.param == "llama" else "tiny_qwen2_pair")
+
+
+@pytest.fixture
+def fresh_pair(tiny_llama_dir: Path) -> ModelPair:
+    """A Llama pair of the test's own, to change at will."""
+    return load(str(tiny_llama_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts() -> list[str]:
+    """Prompts of quite different lengths, so that batches need padding."""
+    return [
+        "Tom has 12 apples.",
+        "How many pages does Sara read in 4 days if she reads 15 pages a day and 3 more on each Sunday?",
+        "def add(a, b):",
+        "Which planet is the largest? A. Earth B. Mars C. Jupiter D. Venus",
+        "7 * 3",
+        "A baker sells 7 loaves at 3 dollars each. How much money does she make?",
+    ]
+
+
+@pytest.fixture(scope="session")
+def state_of() -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
+    """A copy of all parameters and buffers, to compare bit for bit later."""
+    return lambda model: {name: value.detach().clone() for name, value in model.state_dict().items()}
