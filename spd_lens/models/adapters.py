@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,15 +45,8 @@ def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Mo
         with _swapped(twin, directory):
             yield twin
         return
-    before = {name: value for name, value in vars(twin).items() if not name.startswith("_modules")}
-    wrapped = _wrap(twin, directory)
-    try:
-        yield wrapped.eval()
-    finally:
-        wrapped.unload()
-        for name in set(vars(twin)) - set(before):  # PEFT leaves its config on the model it wrapped
-            delattr(twin, name)
-        twin.requires_grad_(False)
+    with _restored(twin):
+        yield _wrap(twin, directory).eval()
 
 
 def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel:
@@ -80,9 +74,37 @@ def check_adapter(adapter: str | Path) -> Path:
 
 def _wrap(twin: PreTrainedModel, directory: Path) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(twin, str(directory), is_trainable=False)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {error}") from error
+        wrapped = PeftModel.from_pretrained(twin, str(directory), is_trainable=False)
+        stored = _lora_keys(load_file(directory / "adapter_model.safetensors"))
+    except Exception as error:  # peft, torch and safetensors raise many types on a damaged or foreign adapter
+        reason = " ".join(str(error).split())[:300]
+        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {reason}") from error
+    # PEFT loads what it finds: an adapter of a deeper or shallower model would be taken in part, with a warning
+    own = _lora_keys(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if stored != own:
+        raise SPDError(
+            f"the adapter in {directory} does not fit {type(twin).__name__}: {min(stored ^ own)} has no counterpart"
+        )
+    return wrapped
+
+
+def _lora_keys(state: Iterable[str]) -> set[str]:
+    return {key for key in state if "lora_" in key}
+
+
+@contextlib.contextmanager
+def _restored(twin: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the twin has its own layers again, no attribute of PEFT's, and frozen weights, whatever went wrong."""
+    attributes = set(vars(twin))
+    children = [(module, dict(module._modules)) for module in twin.modules()]
+    try:
+        yield
+    finally:
+        for module, own in children:
+            module._modules.update(own)  # PEFT put its layers around them
+        for name in set(vars(twin)) - attributes:  # and left its config on the model
+            delattr(twin, name)
+        twin.requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -99,9 +121,13 @@ def _swapped(twin: PreTrainedModel, directory: Path) -> Iterator[None]:
 
 def _load_weights(twin: PreTrainedModel, directory: Path) -> None:
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        state |= load_file(file)
-    missing = [name for name, _ in twin.named_parameters() if name not in state]
-    if missing:
-        raise SPDError(f"the checkpoint in {directory} does not fit {type(twin).__name__}: it lacks {missing[0]}")
+    try:
+        for file in sorted(directory.glob("*.safetensors")):
+            state |= load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise SPDError(f"the checkpoint in {directory} cannot be read ({error}); make it again") from error
+    for name, parameter in twin.named_parameters():
+        if name not in state or state[name].shape != parameter.shape:
+            found = f"has {name} as {tuple(state[name].shape)}" if name in state else f"lacks {name}"
+            raise SPDError(f"the checkpoint in {directory} does not fit {type(twin).__name__}: it {found}")
     twin.load_state_dict(state, strict=False)
