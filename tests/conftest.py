@@ -7,11 +7,14 @@ as read-only, or leave them as they were.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GenerationConfig,
@@ -24,6 +27,9 @@ from transformers import (
 )
 
 from spd_lens.models import ModelPair, load
+
+# One thread each: tiny models gain nothing from more, and threads of several test workers hold each other up.
+torch.set_num_threads(1)
 
 TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
@@ -45,6 +51,9 @@ SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|start|>", "<|end|>")
 """Their ids are 0 to 4."""
 
 N_CTX = 256
+
+BACKENDS = ("hooked", "bridge") if Version(importlib.metadata.version("transformer-lens")) < Version("4") else ("bridge",)
+"""Those of this lane."""
 
 
 def build_tokenizer(*, chat: bool, bos: bool = True) -> PreTrainedTokenizerFast:
@@ -153,6 +162,30 @@ def tiny_qwen2_pair(tiny_qwen2_dir: Path) -> ModelPair:
 def any_tiny_pair(request: pytest.FixtureRequest) -> ModelPair:
     """Both tiny pairs, one after the other."""
     return request.getfixturevalue("tiny_pair" if request.param == "llama" else "tiny_qwen2_pair")
+
+
+@pytest.fixture(scope="session")
+def pair_of(tiny_llama_dir: Path, tiny_qwen2_dir: Path) -> Callable[..., ModelPair]:
+    """`pair_of("qwen2", "bridge", "float64")`, built once and shared by all tests: leave it as it was."""
+
+    @cache
+    def _pair_of(family: str, backend: str = "auto", dtype: str = "float32") -> ModelPair:
+        directory = {"llama": tiny_llama_dir, "qwen2": tiny_qwen2_dir}[family]
+        return load(str(directory), backend=backend, dtype=dtype, device="cpu")
+
+    return _pair_of
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each TransformerLens generation that this lane has."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Llama: no biases, raw prompts with BOS. Qwen2: biases, chat prompts."""
+    return request.param
 
 
 @pytest.fixture
