@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models.backends import lens_logits
-from spd_lens.models.hooks import LensHook
+from spd_lens.models.hooks import LensHook, unembed_only
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
@@ -164,12 +164,9 @@ class Tap(ABC):
     def logits_at(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], row: Tensor, position: Tensor
     ) -> Float[Tensor, "row d_vocab"]:
-        """Logits at some positions only: a vocabulary of 150,000 is a quarter of a 0.5B model's work."""
-        handle = self._head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
-        try:
+        """Logits at some positions only."""
+        with unembed_only(self._head, row, position):
             return self._logits(tokens, mask)[0]
-        finally:
-            handle.remove()
 
 
 class LensTap(Tap):

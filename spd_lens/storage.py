@@ -1,4 +1,4 @@
-"""One safetensors file per artefact: tensors, a JSON header, and a clear word when a file is not what it should be."""
+"""Files that are whole or not there: safetensors with a JSON header, JSON, and a clear word when one is damaged."""
 
 from __future__ import annotations
 
@@ -59,3 +59,25 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         return tensors, json.loads(metadata["header"])
     except (KeyError, json.JSONDecodeError) as error:
         raise SPDError(f"{path} has a damaged header; make it again") from error
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON atomically."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise SPDError(f"{path} cannot be written ({error}); free some space or choose another place") from error
+    return path
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; `SPDError` if the file is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SPDError(f"{path} cannot be read as JSON: {error}") from error

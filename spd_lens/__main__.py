@@ -1,0 +1,5 @@
+"""`python -m spd_lens`."""
+
+from spd_lens.cli import main
+
+main()

@@ -1,0 +1,193 @@
+"""`spd-lens`: the whole job, or its stages alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markdown import Markdown
+
+from spd_lens.cli_options import with_settings
+from spd_lens.config import DEMO, SPDConfig
+from spd_lens.errors import SPDError
+
+app = typer.Typer(
+    help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
+AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
+
+_MODEL = ("model", "backend", "dtype", "device", "prompt_format")
+_DATA = ("task", "data_dir", "task_options", "seed")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except SPDError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command continues where it was")
+        sys.exit(130)
+
+
+@app.command("run")
+@with_settings()
+def run_command(
+    config: SPDConfig,
+    out: Out = Path("runs/spd"),
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print all settings and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate, generate, fine-tune and evaluate. Started again, it continues."""
+    if show_config:
+        sys.stdout.write(config.to_yaml())
+        return
+    _run(config, out, quiet)
+
+
+@app.command("demo")
+def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
+    """The whole job on SmolLM2-135M-Instruct and synthetic word problems, in a few minutes on two cores."""
+    _run(SPDConfig.make(DEMO), out, quiet)
+
+
+@app.command("extract")
+@with_settings(*_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "per_head", "center", "loss", "engine")
+def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
+    """Gradient moments and subspace of a task's calibration examples, into a directory."""
+    _set_up(quiet)
+    from spd_lens.capture import extract
+    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+
+    source, _ = make_tasks(config)
+    check_settings(config)
+    examples = source.calibration(config.n_calibration, config.seed)
+    pair = load_pair(config)
+    moments = extract(
+        pair, examples, layers=config.layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
+        progress=not quiet,
+    )  # fmt: skip
+    subspace = moments.subspace(config.rank, per_head=config.per_head, center=config.center)
+    moments.save(out / "moments.safetensors")
+    subspace.save(out / "subspace.safetensors")
+    Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)
+
+
+@app.command("generate")
+@with_settings(
+    *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size"
+)
+def generate_command(
+    config: SPDConfig,
+    out: Out = Path("corpus.jsonl"),
+    subspace: SubspaceFile = None,
+    adapter: AdapterDir = None,
+    engine: Annotated[str, typer.Option("--engine", help="twin (folded, batched) or lens (hooks).")] = "twin",
+    quiet: Quiet = False,
+) -> None:
+    """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
+    _set_up(quiet)
+    from spd_lens.generation import generate
+    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+    from spd_lens.subspace import Subspace
+
+    source, _ = make_tasks(config)
+    check_settings(config)
+    prompts = source.train(config.n_train, config.seed)
+    kept = Subspace.load(subspace) if subspace else None
+    corpus = generate(
+        load_pair(config), prompts, subspace=kept, strength=config.strength, adapter=adapter, seed=config.seed,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+        batch_size=config.generation_batch_size, engine=engine, path=out, progress=not quiet,
+    )  # fmt: skip
+    Console().print(f"{corpus}", highlight=False, markup=False)
+
+
+@app.command("finetune")
+@with_settings(
+    *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
+    "lora_targets", "loss_on", "seed",
+)  # fmt: skip
+def finetune_command(
+    config: SPDConfig,
+    corpus: Annotated[Path, typer.Option("--corpus", help="JSONL file that `generate` wrote.")],
+    out: Out = Path("adapter"),
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
+    _set_up(quiet)
+    from spd_lens.corpus import Corpus
+    from spd_lens.pipeline import check_settings, finetune_with, load_pair
+
+    check_settings(config)
+    records = Corpus.load(corpus)
+    path = finetune_with(config, load_pair(config), records, out, progress=not quiet)
+    Console().print(f"written to {path}", highlight=False, markup=False)
+
+
+@app.command("evaluate")
+@with_settings(*_MODEL, *_DATA, "n_eval", "strength", "generation_batch_size")
+def evaluate_command(
+    config: SPDConfig,
+    out: Out = Path("eval.json"),
+    subspace: SubspaceFile = None,
+    adapter: AdapterDir = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit; else the task's own.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score the base, projected or fine-tuned model on a task's test items."""
+    _set_up(quiet)
+    from spd_lens.evaluation import evaluate
+    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+    from spd_lens.subspace import Subspace
+
+    source, _ = make_tasks(config)
+    check_settings(config)
+    source.test(config.n_eval, config.seed)
+    kept = Subspace.load(subspace) if subspace else None
+    result = evaluate(
+        load_pair(config), source, config.n_eval, kept, adapter, strength=config.strength, seed=config.seed,
+        max_new_tokens=max_new_tokens, batch_size=config.generation_batch_size, progress=not quiet,
+    )  # fmt: skip
+    result.save(out)
+    Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
+
+
+def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
+    _set_up(quiet)
+    from spd_lens.pipeline import run
+
+    record = run(config, out, progress=not quiet)
+    Console().print(Markdown(record.summary))
+    Console().print(f"Everything is in {out}.", highlight=False, markup=False)
+
+
+def _set_up(quiet: bool) -> None:
+    """Log to stderr; keep the libraries' chatter down."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("spd_lens").setLevel(logging.WARNING if quiet else logging.INFO)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,129 @@
+"""`SPDConfig`: everything that decides what a run does, with the paper's values as defaults (tables 7-8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from spd_lens.errors import SPDError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
+
+
+class SPDConfig(BaseModel):
+    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # model
+    model: str = Field(DEFAULT_MODEL, description="Hub name, model directory or .gguf file.")
+    backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
+    dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    prompt_format: Literal["auto", "chat", "raw"] = Field("auto", description="Chat template or raw text.")
+    # data
+    task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
+    data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
+    task_options: dict[str, Any] = Field(default_factory=dict, description="Options of the source task.")
+    eval_tasks: list[str] = Field(default_factory=list, description="Tasks to evaluate on; the source task if empty.")
+    n_calibration: int = Field(50, ge=1, description="Calibration examples.")
+    n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
+    n_eval: int = Field(100, ge=1, description="Test items per task.")
+    # subspace
+    layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
+    kinds: list[str] = Field(["k", "v"], description="Activations to project: k, v, q.")
+    rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
+    per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
+    center: bool = Field(False, description="Project around the mean activation instead of the origin.")
+    strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
+    loss: Literal["aligned", "full"] = Field("aligned", description="Score correctness tokens or whole completions.")
+    engine: Literal["lens", "twin"] = Field("lens", description="Where gradients are captured.")
+    # generation
+    max_new_tokens: int = Field(256, ge=1, description="Token limit of a self-generated completion.")
+    temperature: float | None = Field(None, ge=0, description="Sampling temperature; else the model's own, else 0.7.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus mass; else the model's own, else 0.95.")
+    top_k: int | None = Field(None, ge=0, description="Tokens kept; else the model's own, else all (0).")
+    generation_batch_size: int = Field(32, ge=1, description="Completions at once.")
+    # training
+    method: Literal["lora", "full"] = Field("lora", description="LoRA adapter or full fine-tuning.")
+    epochs: int = Field(5, ge=1, description="Passes over the corpus.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate, cosine schedule.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    train_batch_size: int = Field(8, ge=1, description="Sequences per optimiser step.")
+    lora_rank: int = Field(8, ge=1, description="LoRA rank.")
+    lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
+    lora_targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], description="Modules with LoRA.")
+    loss_on: Literal["all", "completion"] = Field("all", description="Train on prompt and completion, or completion.")
+    # evaluation
+    policies: list[Literal["base", "projected", "spd"]] = Field(
+        ["base", "spd"], description="Policies to score by generation: base, projected, spd."
+    )
+    n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
+    n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
+    seed: int = Field(42, description="Seed of all draws: data, sampling, training, random subspaces.")
+
+    @field_validator("kinds", "eval_tasks", "lora_targets", "policies", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank_from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return int(value) if value.lstrip("-").isdigit() else float(value)
+
+    @classmethod
+    def make(cls, settings: dict[str, Any]) -> SPDConfig:
+        """Validate settings; `SPDError` in one sentence that names the first wrong one."""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(cls.model_fields)}") from error
+            raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {problem['msg']}") from error
+
+    @classmethod
+    def read(cls, path: str | Path | None, overrides: dict[str, Any] | None = None) -> SPDConfig:
+        """A YAML file with some settings over it; the defaults where neither speaks."""
+        settings: Any = {}
+        if path is not None:
+            try:
+                settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+            if not isinstance(settings, dict):
+                raise SPDError(f"config file {path} must hold 'setting: value' lines")
+        return cls.make({**settings, **(overrides or {})})
+
+    def to_yaml(self) -> str:
+        """All settings, as `read` takes them."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings in which two configs differ, with both values."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+DEMO: dict[str, Any] = {
+    "task": "synthetic-math",
+    "task_options": {"difficulty": "easy"},
+    "n_calibration": 32,
+    "n_train": 64,
+    "n_eval": 64,
+    "max_new_tokens": 96,
+    # 64 short texts make 40 optimiser steps: at the paper's 1e-5 nothing would move that one could see
+    "epochs": 5,
+    "lr": 2e-4,
+    "n_compared": 64,
+}
+"""Settings of `spd-lens demo`: the whole job in a few minutes on two cores."""

@@ -1,0 +1,111 @@
+"""Teacher-forced effects: what a policy does to the loss and the distribution on gold completions.
+
+Accuracy on a few hundred items cannot tell small effects apart; these measures can, and they are paired per item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spd_lens.capture import batches_by_length, token_losses
+from spd_lens.errors import SPDError
+from spd_lens.evaluation.policies import Policy
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.models.hooks import unembed_only
+from spd_lens.models.parity import kl_divergence, right_pad
+from spd_lens.models.prompts import Encoded
+
+
+@dataclass(frozen=True)
+class ForcedItem:
+    """One gold completion under one policy. All in nats, each a mean over tokens."""
+
+    id: str
+    aligned_loss: float
+    """Mean of `-log p` over the tokens of `S` (Eq. 6)."""
+    completion_loss: float
+    """Mean of `-log p` over all tokens of the completion."""
+    kl: float
+    """Mean over the completion's tokens of KL(base || policy)."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded rows, and the positions that predict completion tokens."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+    scored: list[list[int]]
+    """For each row, which of the `n` predictions are of a token in `S`."""
+
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> _Batch:
+        tokens, mask = right_pad([e.ids for e in encoded], pair.tokenizer.pad_token_id, pair.device)
+        places = [(i, t) for i, e in enumerate(encoded) for t in range(e.completion_start, len(e.ids))]
+        index = {place: n for n, place in enumerate(places)}
+        row, target = torch.tensor(places, device=pair.device).T
+        scored = [[index[i, t] for t in e.scored] for i, e in enumerate(encoded)]
+        return cls(tokens, mask, row, target - 1, tokens[row, target], scored)
+
+
+@torch.no_grad()
+def teacher_forced(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    policies: Sequence[Policy],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> dict[str, list[ForcedItem]]:
+    """Aligned loss, completion loss and KL from base of each policy on the same gold completions.
+
+    Args:
+        pair: The model; the base is its twin as it stands.
+        examples: With completion and spans; held out from calibration and training if the numbers are to mean much.
+        policies: Compared with the base on every batch, so that all see the same padding.
+        batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
+        progress: Show a progress bar.
+
+    Returns:
+        For each policy's name, one item per example, in the order of `examples`.
+    """
+    if not examples:
+        raise SPDError("there are no items to evaluate; give at least one")
+    names = [policy.name for policy in policies]
+    if len(set(names)) < len(names):
+        raise SPDError(f"policies need names of their own, but these were given: {', '.join(names)}")
+    encoded = [pair.encode(example) for example in examples]
+    items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
+    with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
+        for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+            batch = _Batch.of([encoded[i] for i in indices], pair)
+            base = _logits(pair, pair.hf, batch)
+            for policy in policies:
+                with policy.applied(pair) as model:
+                    logits = _logits(pair, model, batch)
+                losses, kl = token_losses(logits, batch.target), kl_divergence(base, logits)
+                for i, index in enumerate(indices):
+                    mine = batch.row == i
+                    items[policy.name][index] = ForcedItem(
+                        id=examples[index].id,
+                        aligned_loss=losses[batch.scored[i]].mean().item(),
+                        completion_loss=losses[mine].mean().item(),
+                        kl=kl[mine].mean().item(),
+                    )
+                bar.update(len(indices))
+    return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}
+
+
+def _logits(pair: ModelPair, model: nn.Module, batch: _Batch) -> Float[Tensor, "n d_vocab"]:
+    with unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position):
+        return model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()

@@ -1,0 +1,105 @@
+"""`EvalResult`: every item's prompt, completion, answer and verdict, and the estimates that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spd_lens.errors import SPDError
+from spd_lens.estimate import Estimate
+from spd_lens.statistics import mean_interval, paired_difference, score_interval
+from spd_lens.storage import read_json, write_json
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """One test item under one policy."""
+
+    id: str
+    prompt: str
+    gold: str
+    """The gold completion."""
+    completion: str
+    """What the policy wrote, greedily."""
+    answer: str | None
+    """The answer extracted from it; None if it gives none."""
+    score: float
+    """The task's verdict in [0, 1]."""
+    n_tokens: int
+    """Length of the completion in tokens."""
+    finish_reason: str
+    """`"eos"` or `"length"`."""
+    aligned_loss: float | None = None
+    """Nats per correctness token of the gold completion; None if the item has no spans."""
+    completion_loss: float | None = None
+    """Nats per token of the gold completion."""
+    kl: float | None = None
+    """KL(base || policy) in nats per token of the gold completion."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What one policy did on the test items of one task."""
+
+    policy: str
+    task: str
+    items: list[ItemResult]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Model, seed, token limits: what one needs to make it again."""
+
+    @property
+    def accuracy(self) -> Estimate:
+        """Mean score with its 95 % interval (Wilson where all scores are 0 or 1)."""
+        return score_interval([item.score for item in self.items])
+
+    @property
+    def mean_length(self) -> Estimate:
+        """Mean length of the completions in tokens."""
+        return mean_interval([item.n_tokens for item in self.items])
+
+    @property
+    def truncated(self) -> Estimate:
+        """Share of completions that were cut at the token limit."""
+        return score_interval([float(item.finish_reason == "length") for item in self.items])
+
+    @property
+    def aligned_loss(self) -> Estimate | None:
+        """Mean NLL of the correctness tokens, in nats; None where no item has spans."""
+        return self._mean(lambda item: item.aligned_loss)
+
+    @property
+    def kl(self) -> Estimate | None:
+        """Mean KL(base || policy), in nats per token of the gold completions."""
+        return self._mean(lambda item: item.kl)
+
+    def accuracy_gain(self, base: EvalResult) -> Estimate:
+        """Mean paired difference of scores, this policy minus `base`, on the same items."""
+        mine, theirs = self._by_id(), base._by_id()
+        if mine.keys() != theirs.keys():
+            raise SPDError(f"{self.policy} and {base.policy} were evaluated on different items of {self.task}")
+        return paired_difference([theirs[i].score for i in mine], [item.score for item in mine.values()])
+
+    def _by_id(self) -> dict[str, ItemResult]:
+        return {item.id: item for item in self.items}
+
+    def _mean(self, value: Callable[[ItemResult], float | None]) -> Estimate | None:
+        values = [v for v in map(value, self.items) if v is not None]
+        return mean_interval(values) if values else None
+
+    def __repr__(self) -> str:
+        return f"EvalResult({self.policy} on {self.task}: accuracy {self.accuracy}, aligned loss {self.aligned_loss})"
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, whole or not at all."""
+        return write_json(path, {"kind": "EvalResult", **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalResult:
+        """Read what `save` wrote."""
+        record = read_json(path)
+        if record.get("kind") != "EvalResult":
+            raise SPDError(f"{path} does not hold an evaluation of spd_lens; give the right file")
+        items = [ItemResult(**item) for item in record["items"]]
+        return cls(record["policy"], record["task"], items, record["settings"])

@@ -1,0 +1,93 @@
+"""`evaluate`: teacher-forced measures first, then greedy completions and the task's own score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spd_lens import tasks
+from spd_lens.evaluation.forced import teacher_forced
+from spd_lens.evaluation.policies import Policy
+from spd_lens.evaluation.results import EvalResult, ItemResult
+from spd_lens.generation import generate
+from spd_lens.models import ModelPair
+from spd_lens.subspace import Subspace
+from spd_lens.tasks import Task
+
+
+def evaluate(
+    pair: ModelPair,
+    task: Task | str,
+    n: int = 100,
+    subspace: Subspace | None = None,
+    adapter: str | Path | None = None,
+    *,
+    strength: float = 1.0,
+    seed: int = 42,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    name: str | None = None,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Score the base, the projected or the fine-tuned policy on a task's test items.
+
+    Args:
+        pair: The model.
+        task: A task, or the name of one that needs no path.
+        n: Number of test items. The same `n` and `seed` give the same items to every policy.
+        subspace: Project with it; None is the model without projection.
+        adapter: Directory of a fine-tuned adapter; None is the model without one.
+        strength: Of the projection, from 0 to 1.
+        seed: Of the draw of items. Completions are greedy and need none.
+        max_new_tokens: Token limit; the task's own by default.
+        batch_size: Completions at once.
+        name: What to call this policy; by default `base`, `projected`, `tuned` or `tuned+projected`.
+        path: Keep completions in this JSONL file as they come, so that an interrupted evaluation goes on.
+        progress: Show progress bars.
+    """
+    task = tasks.get(task) if isinstance(task, str) else task
+    items = task.test(n, seed)
+    policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)
+    limit = max_new_tokens or task.max_new_tokens
+    # items without spans (prompts of one's own) have no gold tokens to measure on
+    with_spans = [item for item in items if item.spans]
+    measured = teacher_forced(pair, with_spans, [policy], progress=progress)[policy.name] if with_spans else []
+    forced = {item.id: item for item in measured}
+    corpus = generate(
+        pair, items, subspace=subspace, strength=strength, adapter=adapter, max_new_tokens=limit, temperature=0.0,
+        batch_size=batch_size, path=path, progress=progress,
+    )  # fmt: skip
+    results = []
+    for item, record in zip(items, corpus, strict=True):
+        seen = forced.get(item.id)
+        results.append(
+            ItemResult(
+                id=item.id,
+                prompt=item.prompt,
+                gold=item.completion,
+                completion=record.completion,
+                answer=task.extract(record.completion),
+                score=task.score(item, record.completion),
+                n_tokens=record.n_completion_tokens,
+                finish_reason=record.finish_reason,
+                aligned_loss=seen.aligned_loss if seen else None,
+                completion_loss=seen.completion_loss if seen else None,
+                kl=seen.kl if seen else None,
+            )
+        )
+    settings = {
+        "model": pair.name,
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "prompt_format": pair.format.name,
+        "task_options": task.options(),
+        "n": n,
+        "seed": seed,
+        "max_new_tokens": limit,
+        "strength": strength if subspace else None,
+    }
+    return EvalResult(policy.name, task.name, results, settings)
+
+
+def _policy_name(subspace: Subspace | None, adapter: str | Path | None) -> str:
+    names = [name for name, there in (("tuned", adapter), ("projected", subspace)) if there is not None]
+    return "+".join(names) or "base"

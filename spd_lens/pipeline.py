@@ -1,0 +1,247 @@
+"""`run`: calibrate, generate, fine-tune and evaluate, each stage kept in the run directory and done once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spd_lens import tasks
+from spd_lens.capture import extract
+from spd_lens.config import SPDConfig
+from spd_lens.corpus import Corpus
+from spd_lens.digests import weights_digest
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.generation import generate
+from spd_lens.models import ModelPair, load
+from spd_lens.models.backends import choose_backend
+from spd_lens.models.pair import resolve_device, resolve_dtype
+from spd_lens.models.parity import Parity
+from spd_lens.projection import folded, projected
+from spd_lens.report import write_summary
+from spd_lens.rundir import Run, environment
+from spd_lens.sampling import Sampling
+from spd_lens.storage import write_json
+from spd_lens.subspace import Subspace
+from spd_lens.tasks import Task
+from spd_lens.training import finetune
+
+log = logging.getLogger(__name__)
+
+
+def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: ModelPair | None = None) -> Run:
+    """The whole of SPD (Algorithm 1), with evaluation of base and SPD on the same items.
+
+    Every stage writes its artefact whole or not at all, and is skipped if the artefact is there: a run that was
+    killed and is started again continues and ends with the same result.
+
+    Args:
+        config: All settings.
+        out: The run directory; new, empty, or of a run with the same settings.
+        progress: Show progress bars.
+        pair: A pair that is already loaded, instead of `config.model`.
+
+    Raises:
+        SPDError: a setting that cannot work (found before anything is written where possible), a directory of another
+            run, or a model or data set that is not the one the run was begun with.
+    """
+    source, targets = make_tasks(config)
+    check_settings(config)
+    if pair is None:
+        log.info("loading %s", config.model)
+        pair = load_pair(config)
+    pair.sites(config.layers, config.kinds)
+    record = Run.open(out, config)
+    with record.locked():
+        record.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
+        record.note_once("the data of the source task", data=source.sources())
+        sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
+        resolved = {"dtype": _name(pair.dtype), "device": str(pair.device), "backend": pair.backend}
+        record.note_once(
+            "the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name}
+        )
+        record.note(**environment(), data_card=source.card())
+        subspace = _calibrate(record, pair, source, progress)
+        _prove(record, pair, subspace)
+        _self_generate(record, pair, source, subspace, progress)
+        _distil(record, pair, progress)
+        for task in targets:
+            _effects(record, pair, task, subspace, progress)
+        for task in targets:
+            _score(record, pair, task, subspace, progress)
+        write_summary(record)
+    log.info("finished: %s", record.path / "summary.md")
+    return record
+
+
+def load_pair(config: SPDConfig) -> ModelPair:
+    """The pair that a config names."""
+    return load(
+        config.model,
+        backend=config.backend,
+        dtype=config.dtype,
+        device=config.device,
+        prompt_format=config.prompt_format,
+    )
+
+
+def make_tasks(config: SPDConfig) -> tuple[Task, list[Task]]:
+    """The source task and the tasks to evaluate on."""
+    source = tasks.get(config.task, config.data_dir, **config.task_options)
+    names = config.eval_tasks or [config.task]
+    targets = [source if name == config.task else tasks.get(name, config.data_dir) for name in names]
+    return source, targets
+
+
+def check_settings(config: SPDConfig) -> None:
+    """Refuse what can be known to be wrong before a model is read."""
+    choose_backend(config.backend)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+
+
+def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
+    config = record.config
+    if not (record.path / "subspace.safetensors").exists():
+        log.info("extracting gradients of %d calibration examples", config.n_calibration)
+        with record.stage("extract"):
+            moments = extract(
+                pair,
+                source.calibration(config.n_calibration, config.seed),
+                layers=config.layers,
+                kinds=config.kinds,
+                loss=config.loss,
+                engine=config.engine,
+                progress=progress,
+            )
+            subspace = moments.subspace(config.rank, per_head=config.per_head, center=config.center)
+            moments.save(record.path / "moments.safetensors")
+            subspace.save(record.path / "subspace.safetensors")
+    return record.subspace
+
+
+def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
+    """Hooks and folded weights do the same: the lens model under hooks against the folded twin, firings counted."""
+    if "hooks" in record.notes or record.config.engine == "twin":  # without the lens engine no lens model is built
+        return
+    with record.stage("extract"):
+        with projected(pair.lens, subspace, record.config.strength) as projection:
+            hooked = pair.check_logits(pair.lens)
+        with folded(pair.hf, subspace, record.config.strength):
+            parity = Parity.between(pair.check_logits(pair.hf), hooked)
+        if not parity.within(pair.dtype):
+            raise SPDError(
+                f"hooks and folded weights disagree for {pair.name} (logits by {parity.logits:.2g} of their spread); "
+                "use dtype='float32' or another backend"
+            )
+        firings = {str(site): n for site, n in projection.firings.items()}
+        record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
+        pair.drop_lens()  # the stages that follow run on the twin
+
+
+def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspace, progress: bool) -> None:
+    config = record.config
+    prompts = source.train(config.n_train, config.seed)
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+        "batch_size": config.generation_batch_size,
+        "progress": progress,
+    }
+    if not _complete(record.path / "corpus.jsonl"):
+        log.info("generating %d completions under the projection", len(prompts))
+        with record.stage("generate"):
+            generate(
+                pair, prompts, subspace=subspace, strength=config.strength,
+                path=record.path / "corpus.jsonl", **settings,
+            )  # fmt: skip
+    # the same prompts with the same noise: what differs, the projection changed
+    compared = prompts[: config.n_compared]
+    if not _complete(record.path / "unprojected.jsonl"):
+        log.info("generating %d of them without the projection, to compare", len(compared))
+        with record.stage("compare"):
+            generate(pair, compared, path=record.path / "unprojected.jsonl", **settings)
+
+
+def _complete(path: Path) -> bool:
+    return path.exists() and Corpus.load(path).complete
+
+
+def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
+    config = record.config
+    if (record.path / "adapter").exists():
+        return
+    log.info("fine-tuning on %d completions, %d epochs", config.n_train, config.epochs)
+    with record.stage("finetune"):
+        finetune_with(config, pair, record.corpus, record.path / "adapter", progress=progress)
+
+
+def finetune_with(config: SPDConfig, pair: ModelPair, corpus: Corpus, out: Path, *, progress: bool = True) -> Path:
+    """`finetune` with a config's settings."""
+    return finetune(
+        pair,
+        corpus,
+        out=out,
+        method=config.method,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_targets,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        epochs=config.epochs,
+        batch_size=config.train_batch_size,
+        loss_on=config.loss_on,
+        seed=config.seed,
+        progress=progress,
+    )
+
+
+def _effects(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progress: bool) -> None:
+    """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
+    config = record.config
+    path = record.path / "effects" / f"{task.name}.json"
+    items = [item for item in task.test(config.n_eval, config.seed) if item.spans]
+    if path.exists() or not items:
+        return
+    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), task.name)
+    random = [subspace.random_like(config.seed + i) for i in range(config.n_random)]
+    policies = [
+        Policy("base"),
+        Policy("projected", subspace, config.strength),
+        Policy("spd", adapter=record.adapter),
+        *(Policy(f"random-{i}", control, config.strength) for i, control in enumerate(random)),
+    ]
+    with record.stage("effects"):
+        found = teacher_forced(pair, items, policies, progress=progress)
+        write_json(path, {name: [asdict(item) for item in rows] for name, rows in found.items()})
+
+
+def _score(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progress: bool) -> None:
+    config = record.config
+    chosen: dict[str, dict[str, Any]] = {
+        "base": {},
+        "projected": {"subspace": subspace, "strength": config.strength},
+        "spd": {"adapter": record.adapter},
+    }
+    for name in config.policies:
+        path = record.path / "eval" / task.name / f"{name}.json"
+        if path.exists():
+            continue
+        log.info("scoring %s on %d items of %s", name, config.n_eval, task.name)
+        with record.stage("evaluate"):
+            result = evaluate(
+                pair, task, config.n_eval, seed=config.seed, name=name, batch_size=config.generation_batch_size,
+                path=path.with_suffix(".jsonl"), progress=progress, **chosen[name],
+            )  # fmt: skip
+            result.save(path)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,198 @@
+"""`summary.md`: what a run found, with intervals and controls, from the files in its directory."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+from spd_lens.corpus import Record
+from spd_lens.estimate import Estimate
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.rundir import Run
+from spd_lens.statistics import (
+    difference_sentence,
+    mcnemar_exact,
+    mean_interval,
+    paired_difference,
+    score_interval,
+    within_noise,
+)
+
+Forced = Mapping[str, Sequence[ForcedItem]]
+STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
+
+
+def write_summary(run: Run) -> str:
+    """Write and return `summary.md`."""
+    targets = run.config.eval_tasks or [run.config.task]
+    parts = [_heading(run)]
+    for task in targets:
+        parts.append(_scores(run, task))
+        if (run.path / "effects" / f"{task}.json").exists():
+            parts.append(effects_section(run.effects(task), task))
+    parts += [_proof(run), _completions(run, targets[0]), _times(run)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (run.path / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _heading(run: Run) -> str:
+    config, notes = run.config, run.notes
+    subspace, resolved = run.subspace, notes["resolved"]
+    sampling = ", ".join(f"{key} {value}" for key, value in resolved["sampling"].items() if value is not None)
+    ranks = "; ".join(f"{site}: {'/'.join(map(str, subspace.ranks[site]))}" for site in subspace.sites)
+    width = next(iter(subspace.bases.values())).shape[1]
+    return "\n".join(
+        [
+            f"# SPD on {config.task} with {config.model}",
+            "",
+            f"- Calibration: {config.n_calibration} examples, {subspace.origin['n_scored']} scored of "
+            f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
+            f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",
+            f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
+            f"strength {config.strength:g}",
+            f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
+            f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
+            "- Intervals are 95 %. `aligned loss` and `KL` are in nats per token, on gold completions of the test "
+            "items: the loss on the tokens that decide correctness, and KL(base || policy) on all completion tokens.",
+        ]
+    )
+
+
+def _scores(run: Run, task: str) -> str:
+    results = {name: run.result(task, name) for name in run.config.policies}
+    rows = [
+        "| policy | accuracy | aligned loss | KL from base | mean length | cut off |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, result in results.items():
+        loss, kl = result.aligned_loss or "-", result.kl or "-"
+        rows.append(
+            f"| {name} | {result.accuracy} | {loss} | {'0' if name == 'base' else kl} | {result.mean_length} tokens "
+            f"| {result.truncated} |"
+        )
+    lines = [f"## {task}: {len(next(iter(results.values())).items)} test items", "", *rows]
+    base = results.get("base")
+    for name, result in results.items():
+        if base is not None and name != "base":
+            lines += ["", _gain(base, result)]
+    return "\n".join(lines)
+
+
+def _gain(base: EvalResult, result: EvalResult) -> str:
+    scores = [item.score for item in base.items], [item.score for item in result.items]
+    binary = all(score in (0.0, 1.0) for side in scores for score in side)
+    test = mcnemar_exact(*scores) if binary else None
+    sentence = difference_sentence(
+        result.accuracy_gain(base), measure="Accuracy", first=base.policy, second=result.policy, test=test
+    )
+    return f"- {sentence}"
+
+
+def effects_section(effects: Forced, task: str) -> str:
+    """Teacher-forced effects: each policy against the base, and the projection against random subspaces."""
+    random = [name for name in effects if name.startswith("random-")]
+    rows = ["| policy | aligned loss | change from base | KL from base |", "| --- | --- | --- | --- |"]
+    shown: dict[str, Forced] = {name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects}
+    if random:
+        shown[f"{len(random)} random subspaces"] = {name: effects[name] for name in random}
+    for label, group in shown.items():
+        loss, kl = _per_item(group, lambda item: item.aligned_loss), _per_item(group, lambda item: item.kl)
+        change = "0" if label == "base" else str(_change(effects, group))
+        kl_text = "0" if label == "base" else str(mean_interval(kl))
+        rows.append(f"| {label} | {mean_interval(loss)} | {change} | {kl_text} |")
+    lines = [f"### Teacher-forced on gold solutions of {task}", "", *rows]
+    if random and "projected" in effects:
+        lines += ["", *_against_random(effects, random)]
+    if "spd" in effects:
+        change = _change(effects, {"spd": effects["spd"]})
+        verdict = "within noise" if within_noise(change) else ("higher" if change.value > 0 else "lower")
+        lines += [f"- Aligned loss after fine-tuning, minus before: {change}; {verdict}."]
+    return "\n".join(lines)
+
+
+def _against_random(effects: Forced, random: Sequence[str]) -> list[str]:
+    """The question that matters: does the gradient subspace do what any subspace of its rank would?"""
+    control = {name: effects[name] for name in random}
+    own = {"projected": effects["projected"]}
+    values: dict[str, Callable[[ForcedItem], float]] = {
+        "Aligned loss": lambda item: item.aligned_loss,
+        "KL from base": lambda item: item.kl,
+    }
+    lines = []
+    for measure, value in values.items():
+        difference = paired_difference(_per_item(control, value), _per_item(own, value))
+        each = [fmean(value(item) for item in effects[name]) for name in random]
+        sentence = difference_sentence(difference, measure=measure, first="random", second="projected")
+        lines.append(f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}.")
+    return lines
+
+
+def _per_item(group: Forced, value: Callable[[ForcedItem], float]) -> list[float]:
+    """A value per item, averaged over the policies of a group: items are the units, not policies."""
+    return [fmean(map(value, items)) for items in zip(*group.values(), strict=True)]
+
+
+def _change(effects: Forced, group: Forced) -> Estimate:
+    before = [item.aligned_loss for item in effects["base"]]
+    return paired_difference(before, _per_item(group, lambda item: item.aligned_loss))
+
+
+def changed(first: Sequence[Record], second: Sequence[Record]) -> list[bool]:
+    """Whether each completion of `first` differs from that of the same prompt in `second`, where both have it."""
+    other = {record.key: record for record in second}
+    return [record.completion_ids != other[record.key].completion_ids for record in first if record.key in other]
+
+
+def _proof(run: Run) -> str:
+    notes = run.notes
+    corpus, unprojected = run.corpus, run.unprojected
+    share = score_interval([float(x) for x in changed(corpus, unprojected)])
+    ended = score_interval([float(record.finish_reason == "eos") for record in corpus])
+    lines = ["## What shows that something happened", ""]
+    if "hooks" in notes:
+        firings = ", ".join(f"{site}: {n}" for site, n in notes["hooks"]["firings"].items())
+        parity = notes["hooks"]["fold_parity"]
+        lines.append(
+            f"- Hook firings per site in one forward pass of the lens model: {firings}. The folded twin that generated "
+            f"the corpus agrees with the hooks to a KL of {parity['kl']:.1g} nats."
+        )
+    else:
+        lines.append("- No lens model was built (engine `twin`): the projection was folded into the twin's weights.")
+    lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.")
+    lines.append(f"- Completions that the model ended by itself: {ended}.")
+    return "\n".join(lines)
+
+
+def _completions(run: Run, task: str, n: int = 3) -> str:
+    """The same prompts side by side: base, under the projection, and after fine-tuning."""
+    lines = [f"## {n} training prompts: without and with the projection", ""]
+    other = {record.key: record for record in run.unprojected}
+    both = [record for record in run.corpus if record.key in other]
+    # changed ones first: equal pairs show nothing
+    both.sort(key=lambda record: record.completion_ids == other[record.key].completion_ids)
+    for record in both[:n]:
+        lines += [*_quoted("Prompt", record.prompt), *_quoted("Base", other[record.key].completion)]
+        lines += [*_quoted("Projected", record.completion), ""]
+    if {"base", "spd"} <= set(run.config.policies):
+        lines += [f"## {n} test items of {task}: base and fine-tuned, greedy", ""]
+        base, spd = run.result(task, "base").items, run.result(task, "spd").items
+        pairs = sorted(zip(base, spd, strict=True), key=lambda pair: pair[0].completion == pair[1].completion)
+        for before, after in pairs[:n]:
+            lines += [*_quoted("Prompt", before.prompt), *_quoted(f"Base ({before.score:g})", before.completion)]
+            lines += [*_quoted(f"SPD ({after.score:g})", after.completion), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _quoted(label: str, text: str, limit: int = 600) -> list[str]:
+    short = textwrap.shorten(text.replace("\n", " ⏎ "), limit, placeholder=" …") or "(nothing)"
+    return [f"> **{label}:** {short}", ">"]
+
+
+def _times(run: Run) -> str:
+    seconds = run.notes.get("seconds", {})
+    known = [stage for stage in STAGES if stage in seconds]
+    head = " | ".join([*known, "total"])
+    line = " | ".join([*(f"{seconds[stage]:.0f} s" for stage in known), f"{sum(seconds[s] for s in known):.0f} s"])
+    return f"## Time\n\n| {head} |\n|{' --- |' * (len(known) + 1)}\n| {line} |"
