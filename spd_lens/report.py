@@ -99,9 +99,8 @@ def effects_section(effects: Forced, task: str) -> str:
         shown[f"{len(random)} random subspaces"] = {name: effects[name] for name in random}
     for label, group in shown.items():
         loss, kl = _per_item(group, lambda item: item.aligned_loss), _per_item(group, lambda item: item.kl)
-        change = "0" if label == "base" else str(_change(effects, group))
-        kl_text = "0" if label == "base" else str(mean_interval(kl))
-        rows.append(f"| {label} | {mean_interval(loss)} | {change} | {kl_text} |")
+        moved = ("0", "0") if label == "base" else (str(_change(effects, group)), str(mean_interval(kl)))
+        rows.append(f"| {label} | {mean_interval(loss)} | {moved[0]} | {moved[1]} |")
     lines = [f"### Teacher-forced on gold solutions of {task}", "", *rows]
     if random and "projected" in effects:
         lines += ["", *_against_random(effects, random)]
