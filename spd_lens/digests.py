@@ -1,0 +1,41 @@
+"""Short names for weights, subspaces and adapters, by content: what a resumed run compares."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+
+from spd_lens.models.adapters import check_adapter
+from spd_lens.subspace import Subspace
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells whether weights changed, from about 16 entries per parameter: training shows, one edited entry may not."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(flat.numel() // 16, 1)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def subspace_digest(subspace: Subspace) -> str:
+    """Names a subspace by the numbers that act: bases and offsets."""
+    digest = hashlib.blake2b(digest_size=8)
+    for site in subspace.sites:
+        for part in (subspace.bases, subspace.offset):
+            if site in part:
+                digest.update(f"{site} {tuple(part[site].shape)}".encode())
+                digest.update(part[site].detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_digest(adapter: str | Path) -> str:
+    """Names an adapter or checkpoint by its files' content, wherever the directory has moved to."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(check_adapter(adapter).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

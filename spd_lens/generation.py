@@ -1,0 +1,198 @@
+"""`generate`: the model's own completions, sampled under a projection (paper section 3.3, Eq. 13)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from spd_lens.corpus import Corpus, CorpusWriter, Key, Record
+from spd_lens.decoding import Decoding, Job, completed, lens_engine, stop_tokens, twin_engine
+from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example, as_examples
+from spd_lens.models import ModelPair
+from spd_lens.projection import check_strength
+from spd_lens.sampling import Sampling
+from spd_lens.subspace import Subspace
+
+ENGINES = ("twin", "lens")
+
+
+def generate(
+    pair: ModelPair,
+    prompts: Iterable[str | Example],
+    *,
+    subspace: Subspace | None = None,
+    strength: float = 1.0,
+    adapter: str | Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 42,
+    engine: str = "twin",
+    batch_size: int = 32,
+    samples_per_prompt: int = 1,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """Sample completions (Eq. 13), under the projection where a subspace is given.
+
+    A completion depends on the seed, its prompt's id and its sample number, not on its batch or on interruptions:
+    exactly so up to rounding of the logits, which in float32 does not show; in bfloat16 single tokens change with the
+    batch size. The models are left as they were.
+
+    Args:
+        pair: The model.
+        prompts: Texts or examples (their ids name the records and seed the noise).
+        subspace: Keep these directions of the keys and values, at prompt and new tokens alike (Eq. 12).
+        strength: Of the projection, from 0 (none) to 1.
+        adapter: Directory of a LoRA adapter or checkpoint to put on meanwhile.
+        max_new_tokens: Longest completion, in tokens. Prompt and completion must fit the context.
+        temperature: 0 is greedy. None: the model's own generation config, else 0.7.
+        top_p: None: the model's own generation config, else 0.95. 1 keeps every token.
+        top_k: None: the model's own generation config, else all tokens. 0: all tokens.
+        seed: Of the sampling noise.
+        engine: `"twin"`: batched on the Hugging Face twin, the projection folded into its weights. `"lens"`: the lens
+            model under hooks, one prompt at a time and slow, with the same tokens in float32.
+        batch_size: Completions at a time (twin engine); halved by itself where memory runs out.
+        samples_per_prompt: How many completions of each prompt.
+        path: JSONL file that every finished batch goes to. A run that was interrupted continues from it.
+        progress: Show a progress bar.
+
+    Returns:
+        The completions in prompt order.
+
+    Raises:
+        SPDError: no prompts; a prompt that leaves no room for `max_new_tokens`; a parameter out of range; a file at
+            `path` from other settings; a full disk (what was written is kept).
+    """
+    sampling = Sampling.resolve(pair, temperature, top_p, top_k)
+    _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples_per_prompt=samples_per_prompt)
+    if engine not in ENGINES:
+        raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
+    if engine == "lens" and adapter is not None:
+        raise SPDError(
+            "the lens engine runs the lens model's own weights; bring the adapter there with "
+            "pair.sync(to='lens', adapter=...) and leave adapter out, or use engine='twin'"
+        )
+    check_strength(strength)
+    jobs = _jobs(pair, prompts, samples_per_prompt, max_new_tokens, engine)
+    decoding = Decoding(sampling, seed, max_new_tokens, stop_tokens(pair))
+    settings = _settings(pair, decoding, engine, subspace, strength, adapter)
+    order = [job.key for job in jobs]
+    size = batch_size if engine == "twin" else 1
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(CorpusWriter(path, settings, order)) if path is not None else None
+        done = dict(writer.done) if writer is not None else {}
+        _refuse_other_prompts(jobs, done)
+        batches = _batches(jobs, size, done)
+        bar = stack.enter_context(tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress))
+        if batches:
+            run = stack.enter_context(
+                twin_engine(pair, decoding, subspace, strength, adapter)
+                if engine == "twin"
+                else lens_engine(pair, decoding, subspace, strength)
+            )
+        for batch in batches:
+            for part, completions in completed(run, batch):
+                records = [_record(pair, job, ids, decoding) for job, ids in zip(part, completions, strict=True)]
+                records = [record for record in records if record.key not in done]
+                if writer is not None:
+                    writer.append(records)
+                done |= {record.key: record for record in records}
+                bar.update(len(records))
+    return Corpus([done[key] for key in order], settings=settings, path=None if path is None else Path(path))
+
+
+def _settings(
+    pair: ModelPair,
+    decoding: Decoding,
+    engine: str,
+    subspace: Subspace | None,
+    strength: float,
+    adapter: str | Path | None,
+) -> dict[str, Any]:
+    """What decides a corpus' content: written beside it, and compared when it is continued.
+
+    `batch_size` is not among them, since completions do not depend on it.
+    """
+    return {
+        "model": pair.name,
+        "fingerprint": pair.fingerprint.to_dict(),
+        "weights": weights_digest(pair.hf if engine == "twin" else pair.lens),
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "engine": engine,
+        "subspace": None if subspace is None else subspace_digest(subspace),
+        "strength": None if subspace is None else float(strength),
+        "adapter": None if adapter is None else adapter_digest(adapter),
+        "prompt_format": pair.format.name,
+        "system": pair.format.system,
+        "max_new_tokens": decoding.max_new_tokens,
+        **decoding.sampling.to_dict(),
+        "stop_ids": list(decoding.stop_ids),
+        "seed": decoding.seed,
+    }
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise SPDError(f"{name} is {count!r}; it must be a whole number of at least 1")
+
+
+def _jobs(
+    pair: ModelPair, prompts: Iterable[str | Example], samples: int, max_new_tokens: int, engine: str
+) -> list[Job]:
+    examples = as_examples([prompts] if isinstance(prompts, (str, Example)) else prompts)
+    if not examples:
+        raise SPDError("there is no prompt to complete; give at least one")
+    limit = pair.n_ctx if engine == "twin" else min(pair.n_ctx, pair.lens.cfg.n_ctx)
+    jobs = []
+    for example in examples:
+        ids = pair.prompt_ids(example)
+        if not ids:
+            raise SPDError(f"prompt {example.id!r} is empty: it has no token to continue from; write something")
+        if len(ids) + max_new_tokens > limit:
+            raise SPDError(
+                f"prompt {example.id!r} has {len(ids)} tokens, which leaves room for {limit - len(ids)} new ones in "
+                f"the context of {limit}, not for {max_new_tokens}; lower max_new_tokens or leave the prompt out"
+            )
+        jobs += [Job(example, sample, ids) for sample in range(samples)]
+    return jobs
+
+
+def _batches(jobs: Sequence[Job], size: int, done: Mapping[Key, Record]) -> list[Sequence[Job]]:
+    """Batches of similar length with something left to do, the longest prompts first: they need most memory.
+
+    Batches are cut from all jobs, not from those left, and run whole: a resumed run then repeats the batches of an
+    undisturbed one, so that even in bfloat16, where the batch can change a token, it continues the same corpus.
+    """
+    ordered = sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=True)
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [batch for batch in batches if any(job.key not in done for job in batch)]
+
+
+def _refuse_other_prompts(jobs: Sequence[Job], done: Mapping[Key, Record]) -> None:
+    for job in jobs:
+        if job.key in done and list(done[job.key].prompt_ids) != job.prompt_ids:
+            raise SPDError(
+                f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
+                "again or another path"
+            )
+
+
+def _record(pair: ModelPair, job: Job, ids: list[int], decoding: Decoding) -> Record:
+    return Record(
+        id=job.example.id,
+        prompt=job.example.prompt,
+        completion=pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        prompt_ids=tuple(job.prompt_ids),
+        completion_ids=tuple(ids),
+        finish_reason="eos" if ids[-1] in decoding.stop_ids else "length",
+        sample=job.sample,
+    )

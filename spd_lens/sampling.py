@@ -1,0 +1,179 @@
+"""How the next token is drawn: temperature, top-k, top-p, and noise that belongs to the row and not to its batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError
+
+if TYPE_CHECKING:
+    from spd_lens.models import ModelPair
+
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_TOP_P = 0.95
+
+_FIRST_CANDIDATES = 128  # enough for top-p 0.95 at nearly every step of a language model
+_GROWTH = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that Eq. 13 draws from. The paper does not name it, so every run writes it out."""
+
+    temperature: float = DEFAULT_TEMPERATURE
+    """Divides the logits. 0 is greedy: the most probable token, whatever `top_p` and `top_k` say."""
+    top_p: float = DEFAULT_TOP_P
+    """Smallest set of most probable tokens whose probabilities reach this sum; 1 keeps all."""
+    top_k: int | None = None
+    """At most this many tokens (more where logits tie), applied before `top_p`; None keeps all."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise SPDError(
+                f"temperature {self.temperature} is not a number >= 0; 0 is greedy, {DEFAULT_TEMPERATURE} usual"
+            )
+        if not 0 < self.top_p <= 1:
+            raise SPDError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, {DEFAULT_TOP_P} is usual")
+        if self.top_k is not None and self.top_k < 1:
+            raise SPDError(f"top_k {self.top_k} is not a count >= 1; leave it out (or give 0) to keep every token")
+
+    @classmethod
+    def resolve(
+        cls,
+        pair: ModelPair,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+    ) -> Sampling:
+        """What is given; else what the model's own generation config sets; else temperature 0.7, top-p 0.95, no top-k.
+
+        Each of the three is resolved by itself. `top_k=0` means none, also where the model's config sets one. Greedy
+        (`temperature=0`) drops the other two, so that settings which cannot matter are not compared on resume.
+
+        Raises:
+            SPDError: temperature < 0, top_p outside (0, 1] or top_k < 0.
+        """
+        own: Any = pair.hf.generation_config
+        given = cls(  # checked before greedy forgets the others
+            float(_first(temperature, own.temperature, DEFAULT_TEMPERATURE)),
+            float(_first(top_p, own.top_p, DEFAULT_TOP_P)),
+            int(_first(top_k, own.top_k, 0)) or None,
+        )
+        return cls(0.0, 1.0, None) if given.greedy else given
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def row_uniforms(seed: int, prompt_id: str, sample: int, n_steps: int) -> Float[np.ndarray, " step"]:
+    """One uniform number in [0, 1) per step for one completion.
+
+    Philox is counter-based: the key is a hash of seed, prompt id and sample number, the counter is the step. A longer
+    row begins with the shorter one, and no other row, batch or interruption can shift it. Raw bits are used because
+    numpy promises them to stay the same in every version.
+    """
+    name = json.dumps([seed, prompt_id, sample]).encode()
+    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+    bits = np.random.Philox(key=key).random_raw(n_steps)
+    return (bits >> np.uint64(11)) * 2.0**-53  # the upper 53 bits, as a double
+
+
+class Sampler:
+    """Chooses the next token of every row of a batch; the same object serves both engines."""
+
+    def __init__(self, sampling: Sampling, rows: Sequence[tuple[str, int]], seed: int, n_steps: int) -> None:
+        """For a batch whose rows are completions `(prompt id, sample number)`, at most `n_steps` tokens long."""
+        self.sampling = sampling
+        noise = [row_uniforms(seed, prompt, sample, n_steps) for prompt, sample in rows]
+        self._uniforms = torch.from_numpy(np.stack(noise))
+
+    def choose(self, logits: Float[Tensor, "row d_vocab"], step: int) -> Int[Tensor, " row"]:
+        """Token ids for all rows at `step` (0 for the first new token).
+
+        Raises:
+            SPDError: the logits hold NaN, from which nothing can be drawn.
+        """
+        best, greedy = logits.max(dim=-1)
+        if not torch.isfinite(best).all():  # NaN and +inf win every maximum; all -inf leaves -inf
+            raise SPDError(
+                f"the model's logits are not finite at new token {step + 1}; load it with dtype='float32' "
+                "(float16 overflows in many models) or check its weights"
+            )
+        if self.sampling.greedy:
+            return greedy
+        ids, probabilities = truncated(logits, self.sampling)
+        return draw(ids, probabilities, self._uniforms[:, step].to(logits.device))
+
+
+def draw(
+    ids: Int[Tensor, "row candidate"],
+    probabilities: Float[Tensor, "row candidate"],
+    uniforms: Float[Tensor, " row"],
+) -> Int[Tensor, " row"]:
+    """Inverse of the cumulative distribution over the candidates, which must be in ascending order of token id.
+
+    Order by id, not by probability: two nearly equal probabilities may swap between batches, ids never do.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    # u < 1, but u * total may round up to the total: the last candidate with any probability then takes it
+    target = uniforms[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
+    return ids.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+def truncated(
+    logits: Float[Tensor, "row d_vocab"], sampling: Sampling
+) -> tuple[Int[Tensor, "row candidate"], Float[Tensor, "row candidate"]]:
+    """Candidate tokens in ascending order of id, and their probabilities (float64; 0 outside the truncation).
+
+    Equal to transformers' temperature, top-k and top-p warpers in this order, except that tokens whose logits tie with
+    the last one kept are all kept, so that the outcome cannot depend on how a sort breaks ties. The vocabulary is not
+    sorted: the largest `k` logits are taken, and more only where these do not reach `top_p`.
+    """
+    d_vocab = logits.shape[-1]
+    scaled = logits.double() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < d_vocab:
+        floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(logits < floor, -math.inf)
+    total = scaled.logsumexp(dim=-1, keepdim=True)
+    if sampling.top_p >= 1:
+        ids = torch.arange(d_vocab, device=logits.device).expand_as(scaled)
+        return ids, (scaled - total).exp()
+    k = min(_FIRST_CANDIDATES, d_vocab)
+    while True:
+        values, ids = scaled.topk(k, dim=-1)
+        probabilities = (values - total).exp()
+        kept = _nucleus(probabilities, sampling.top_p)
+        # a row is settled once something was cut off: then all ties with the last token kept are among the k
+        if k == d_vocab or not kept[:, -1].any():
+            break
+        k = min(k * _GROWTH, d_vocab)
+    ids, order = ids.sort(dim=-1)
+    return ids, (probabilities * kept).gather(-1, order)
+
+
+def _nucleus(probabilities: Float[Tensor, "row candidate"], top_p: float) -> Bool[Tensor, "row candidate"]:
+    """Which of the descending probabilities belong to the smallest set that reaches `top_p`, ties included."""
+    before = probabilities.cumsum(dim=-1) - probabilities
+    inside = before < top_p  # the first token always is
+    last = probabilities.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)
+    return probabilities >= last
