@@ -66,6 +66,10 @@ class Task(ABC):
     def score(self, item: Example, text: str) -> float:
         """How right the completion `text` is for `item`, in [0, 1]."""
 
+    def check_scorable(self) -> None:
+        """Raise `SPDError` if `score` would, before anyone spends time on completions."""
+        return None  # most tasks can always score
+
     @abstractmethod
     def sources(self) -> dict[str, str]:
         """sha256 of everything the examples were made from, by file name or hub name and revision."""
@@ -116,9 +120,12 @@ class Task(ABC):
         return normalised(example.prompt)
 
     def options(self) -> dict[str, Any]:
-        """The options as they are in force, for a run's record; the path to the data is not one of them."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name != "path"}
-        return {name: value for name, value in values.items() if not callable(value)}
+        """The options as they are in force, for a run's record, without the path to the data and what runs code."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.init and item.name not in ("path", "executor")
+        }
 
     def card(self) -> dict[str, Any]:
         """A data set card: counts, duplicates removed, lengths of the spans in characters, sha256 of the sources."""
@@ -140,7 +147,7 @@ class Task(ABC):
             raise SPDError(f"{self.name} has no {option} {value!r}; choose one of {', '.join(map(str, allowed))}")
 
     def check_names(self, what: str, given: Sequence[str] | str | None, known: Sequence[str]) -> tuple[str, ...]:
-        """`given` (one name, several, or `None` for all) as names that are known, each once, in the order of `known`."""
+        """`given` (one name, several, or `None` for all), each once, in the order of `known`."""
         wanted = known if given is None else [given] if isinstance(given, str) else list(given)
         for name in wanted:
             if name not in known:

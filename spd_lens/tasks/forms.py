@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Task, normalised
@@ -16,6 +16,9 @@ NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '###
 @dataclass(kw_only=True)
 class FinalNumber(Task):
     """Worked solutions that end on `#### N` (paper table 6: the span is the final numeric answer, 1-3 tokens)."""
+
+    request: ClassVar[str] = NUMBER_REQUEST
+    """Tells an instruct model the form of the answer; the end of every prompt."""
 
     span: Literal["number", "line", "completion"] = "number"
     """What decides correctness: the number alone (the paper), the whole `#### N` line, or everything."""
@@ -32,11 +35,11 @@ class FinalNumber(Task):
             "line": (completion.rindex("####"), len(completion)),
             "completion": (0, len(completion)),
         }
-        prompt = f"{problem.strip()}\n\n{NUMBER_REQUEST}"
+        prompt = f"{problem.strip()}\n\n{self.request}"
         return Example(prompt, completion, (spans[self.span],), id, {"answer": answer, **meta})
 
     def problem(self, example: Example) -> str:
-        return super().problem(Example(example.prompt.removesuffix(NUMBER_REQUEST)))
+        return super().problem(Example(example.prompt.removesuffix(self.request)))
 
     def extract(self, text: str) -> str | None:
         return final_number(text)

@@ -11,10 +11,14 @@ from typing import Any, TypeVar
 from spd_lens.errors import SPDError
 from spd_lens.tasks.base import Task
 from spd_lens.tasks.bbh import BBH
+from spd_lens.tasks.codealpaca import CodeAlpaca
 from spd_lens.tasks.gsm8k import GSM8K
+from spd_lens.tasks.mbpp import MBPP
 from spd_lens.tasks.mmlu import MMLU
 from spd_lens.tasks.svamp import SVAMP
+from spd_lens.tasks.synthetic_code import SyntheticCode
 from spd_lens.tasks.synthetic_math import SyntheticMath
+from spd_lens.tasks.synthetic_qa import SyntheticQA
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 
@@ -39,7 +43,7 @@ def register(task: TaskClass) -> TaskClass:
     return task
 
 
-for _task in (GSM8K, SVAMP, MMLU, BBH, SyntheticMath):
+for _task in (GSM8K, SVAMP, MBPP, CodeAlpaca, MMLU, BBH, SyntheticMath, SyntheticCode, SyntheticQA):
     register(_task)
 
 

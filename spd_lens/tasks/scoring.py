@@ -16,7 +16,7 @@ _DIGITS = rf"(?:\d{{1,3}}(?:[,{_SPACES}]\d{{3}})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?![\w]))?"
 _CURRENCY = r"(?:\\?\$|US\$|€|£|¥|₹|USD|EUR|GBP)"
 NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.)\]}}])[-+])?\s?(?:{_CURRENCY}\s?)?(?P<inner>(?<=[$€£¥₹])-)?"
+    rf"(?P<sign>(?<![\w.)\]}}])[-+])?(?:{_CURRENCY}\s?)?(?P<inner>(?<=[$€£¥₹])-)?"
     rf"(?:\\[dt]?frac\{{\s*(?P<top>-?{_DECIMAL})\s*\}}\{{\s*(?P<bottom>{_DECIMAL})\s*\}}"
     rf"|(?P<whole>\d+)\s(?P<part>\d+/\d+)(?![\d/])"
     rf"|(?P<over>{_DECIMAL}\s?/\s?{_DECIMAL})(?![\d/])"
@@ -110,11 +110,11 @@ def _close(one: Fraction, other: Fraction) -> bool:
 
 def _number_of_line(line: str) -> str | None:
     """The number that the rest of a `####` line gives."""
-    if "=" in line:
-        return _first_number(line.rpartition("=")[2])
     start = _PREAMBLE.match(line)
     assert start is not None  # the pattern matches the empty string
     match = NUMBER.match(line, start.end())
+    if "=" in line and not (match and re.match(r"\s*=", line[match.end() :])):  # "5 + 3 = 8", but not "8 = 5 + 3"
+        return _first_number(line.rpartition("=")[2])
     if match is None or re.match(r"[.):]\s*[^\W\d]", line[match.end() :]):  # "#### 1. Read the problem" is a heading
         return None
     return match.group().strip()

@@ -27,6 +27,7 @@ from spd_lens.tasks.scoring import (
         ("#### Answer: 18 apples", "18"),
         ("#### \\(18\\)", "18"),
         ("#### 5 + 3 = 8", "8"),
+        ("#### 8 = 5 + 3", "8"),
         ("#### 3/4 of a cup", "3/4"),
         ("#### 1 1/2 hours", "1 1/2"),
         ("#### 25%", "25%"),
@@ -53,6 +54,9 @@ from spd_lens.tasks.scoring import (
         # the last number
         ("He has 3 + 4 = 7 left.", "7"),
         ("From 10-5 we get 5", "5"),
+        ("so we have 18 - 15", "15"),  # an operator, not a sign
+        ("so we have 18-15", "15"),
+        ("so it is -15", "-15"),
         ("it rose by 1,200.50 dollars", "1,200.50"),
         ("a loss of -$30", "-$30"),
         ("a loss of $-30", "$-30"),
