@@ -52,7 +52,9 @@ SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|start|>", "<|end|>")
 
 N_CTX = 256
 
-BACKENDS = ("hooked", "bridge") if Version(importlib.metadata.version("transformer-lens")) < Version("4") else ("bridge",)
+BACKENDS = (
+    ("hooked", "bridge") if Version(importlib.metadata.version("transformer-lens")) < Version("4") else ("bridge",)
+)
 """Those of this lane."""
 
 

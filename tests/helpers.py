@@ -1,0 +1,131 @@
+"""What several tests share: the method written out plainly, adapters with an effect, and how a refusal must look."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+
+EXAMPLES = [
+    Example("Tom has 12 apples and buys 30 more.", "12 + 30 = 42. The answer is 42.", [(28, 30)], "apples"),
+    Example("7 * 3", "21", [(0, 2)], "short"),
+    Example(
+        "A baker sells 7 loaves at 3 dollars each. How much money does she make?",
+        "7 * 3 = 21 dollars.\n#### 21",
+        [(8, 10), (25, 27)],
+        "baker",
+    ),
+    Example("def add(a, b):", "    return a + b\n\nassert add(2, 3) == 5", [(36, 37)], "code"),
+    Example("Which planet is the largest?", "Answer: C", [(8, 9)], "planet"),
+    Example("Sara reads 15 pages a day, how many in 4 days? été €", "15 * 4 = 60 €", [(9, 13)], "pages"),
+]
+"""Of unequal length; some with several spans or characters of several bytes."""
+
+
+@contextlib.contextmanager
+def norms_in_full_precision():
+    """transformers computes RMS norms in float32 even for a float64 model; derivatives need the real thing."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", forward)
+        patch.setattr(Qwen2RMSNorm, "forward", forward)
+        yield
+
+
+def _module(hf, site):
+    attention = hf.model.layers[site.layer].self_attn
+    return {"k": attention.k_proj, "v": attention.v_proj, "q": attention.q_proj}[site.kind]
+
+
+def reference_rows(hf, encoded, sites):
+    """Gradients and activations of every token, and each example's loss: Eq. 6-8, one example at a time, in float64.
+
+    Returns `{site: [token, width]}` twice and a list of losses in nats.
+    """
+    wide = copy.deepcopy(hf).double()
+    gradients, activations = {site: [] for site in sites}, {site: [] for site in sites}
+    losses = []
+    for e in encoded:
+        outputs = {}
+
+        def keep(site, outputs=outputs):
+            return lambda _module, _args, output: outputs.__setitem__(site, output)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(norms_in_full_precision())
+            for site in sites:
+                stack.callback(_module(wide, site).register_forward_hook(keep(site)).remove)
+            embeddings = wide.get_input_embeddings()(torch.tensor([e.ids])).detach().requires_grad_()
+            log_p = wide(inputs_embeds=embeddings, use_cache=False).logits[0].log_softmax(dim=-1)
+        loss = -sum(log_p[t - 1, e.ids[t]] for t in e.scored) / len(e.scored)
+        grads = torch.autograd.grad(loss, [outputs[site] for site in sites])
+        losses.append(loss.item())
+        for site, g in zip(sites, grads, strict=True):
+            gradients[site].append(g[0])
+            activations[site].append(outputs[site][0].detach())
+    stack_rows = {site: torch.cat(rows) for site, rows in gradients.items()}
+    return stack_rows, {site: torch.cat(rows) for site, rows in activations.items()}, losses
+
+
+def relative_error(value, reference):
+    """Frobenius norm of the difference over that of the reference."""
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def sine(basis, reference_basis):
+    """Sine of the largest principal angle between the column spaces: norm of (I - P_ref) V."""
+    rest = basis - reference_basis @ (reference_basis.T @ basis)
+    return torch.linalg.matrix_norm(rest, 2).item()
+
+
+def make_adapter(hf, directory, *, std=0.1, seed=0, r=2, targets=("q_proj", "k_proj", "v_proj", "o_proj")):
+    """A LoRA adapter with random A and B (PEFT itself starts with B = 0, an adapter without effect)."""
+    model = get_peft_model(copy.deepcopy(hf).float(), LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return directory
+
+
+def assert_same_bits(model, state):
+    """The model's parameters and buffers are bit for bit those of `state`, no more and no fewer."""
+    now = model.state_dict()
+    assert now.keys() == state.keys()
+    changed = [name for name in state if not torch.equal(now[name], state[name])]
+    assert not changed
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """An SPDError of one short paragraph that contains all of `words`, the offending value among them."""
+    with pytest.raises(SPDError) as caught:
+        yield
+    message = str(caught.value)
+    missing = [word for word in map(str, words) if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    assert "\n" not in message
+    assert len(message) < 700
+
+
+def greedy(logits_of, ids, n):
+    """Greedy tokens with the whole sequence run anew for each: no cache that could hide a mistake."""
+    tokens = torch.tensor([ids])
+    for _ in range(n):
+        with torch.no_grad():
+            logits = logits_of(tokens)
+        tokens = torch.cat([tokens, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    return tokens[0, len(ids) :].tolist()
