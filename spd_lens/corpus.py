@@ -210,14 +210,14 @@ class CorpusWriter:
         self.header = Header(dict(settings), list(order))
         self.done: dict[Key, Record] = {}
         self._lock = FileLock(f"{self.path}.lock")
-        with _explained(f"the corpus {self.path} cannot be written"):
+        with disk_errors_explained(f"the corpus {self.path} cannot be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise SPDError(f"another process is writing {self.path}; wait for it or give another path") from error
         try:
-            with _explained(f"the corpus {self.path} cannot be written"):
+            with disk_errors_explained(f"the corpus {self.path} cannot be written"):
                 self._size = self._take_up()
                 self._file = self.path.open("r+b", buffering=0)
         except SPDError:
@@ -232,7 +232,7 @@ class CorpusWriter:
         if not settings_path(self.path).exists():
             raise SPDError(f"{self.path} exists, but its {settings_path(self.path).name} does not; give another path")
         earlier = Header.read(self.path)
-        _refuse_other_settings(self.path, earlier.settings, self.header.settings)
+        refuse_other_settings(f"{self.path} was generated", earlier.settings, self.header.settings)
         self.done, size = read_records(self.path)
         foreign = next((key for key in self.done if key not in set(self.header.order)), None)
         if foreign is not None:
@@ -276,11 +276,12 @@ class CorpusWriter:
         self._lock.release()
 
 
-def _refuse_other_settings(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_settings(what: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `SPDError` naming the first setting that differs; `what` is, e.g., "corpus.jsonl was generated"."""
     for name in [*earlier, *(name for name in now if name not in earlier)]:
         if earlier.get(name) != now.get(name):
             raise SPDError(
-                f"{path} was generated with {_shown(name, earlier)}, not {_shown(name, now)}; "
+                f"{what} with {_shown(name, earlier)}, not {_shown(name, now)}; "
                 "continue with the same settings or give another path"
             )
 
@@ -291,7 +292,8 @@ def _shown(name: str, settings: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def disk_errors_explained(what: str) -> Iterator[None]:
+    """`OSError` as `SPDError`: `what` went wrong, why, and that another path may do."""
     try:
         yield
     except OSError as error:

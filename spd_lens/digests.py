@@ -1,12 +1,15 @@
-"""Short names for weights, subspaces and adapters, by content: what a resumed run compares."""
+"""Short names for weights, subspaces, adapters and corpora, by content: what a resumed run compares."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
+from spd_lens.corpus import Record
 from spd_lens.models.adapters import check_adapter
 from spd_lens.subspace import Subspace
 
@@ -38,4 +41,12 @@ def adapter_digest(adapter: str | Path) -> str:
     for file in sorted(check_adapter(adapter).glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def corpus_digest(corpus: Iterable[Record]) -> str:
+    """Names a corpus by what training sees: ids and tokens of its completions, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for record in corpus:
+        digest.update(json.dumps([record.id, record.sample, record.prompt_ids, record.completion_ids]).encode())
     return digest.hexdigest()

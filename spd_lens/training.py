@@ -1,0 +1,300 @@
+"""`finetune`: distil the corpus into the model, by LoRA or in full (paper section 3.4, Eq. 14)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import TrainingArguments
+
+from spd_lens.corpus import Corpus
+from spd_lens.digests import corpus_digest, weights_digest
+from spd_lens.errors import SPDError
+from spd_lens.models import ModelPair
+from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.restoring import as_it_was, isolated_random, on_device
+from spd_lens.trainer import CorpusTrainer, TokenRows, save_weights
+from spd_lens.training_place import TrainingPlace, default_place
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The paper's LoRA targets (appendix A.2)."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that decides the result beside the model and the corpus. Defaults are the paper's (appendix A.2)."""
+
+    method: str = "lora"
+    rank: int = 8
+    alpha: int = 8
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ATTENTION
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    epochs: int = 5
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    loss_on: str = "all"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, rule: str) -> None:
+            if not holds:
+                raise SPDError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+        require(self.method in ("lora", "full"), "method", "'lora' or 'full'")
+        require(self.loss_on in ("all", "completion"), "loss_on", "'all' (prompt and completion) or 'completion'")
+        for name in ("rank", "epochs", "batch_size", "gradient_accumulation"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        require(self.alpha > 0, "alpha", "above 0")
+        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
+        require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0")
+        require(self.weight_decay >= 0, "weight_decay", "at least 0")
+
+
+def finetune(
+    pair: ModelPair,
+    corpus: Corpus,
+    *,
+    out: str | Path | None = None,
+    method: str = "lora",
+    rank: int = 8,
+    alpha: int = 8,
+    dropout: float = 0.05,
+    targets: str | Sequence[str] = ATTENTION,
+    lr: float = 1e-5,
+    weight_decay: float = 0.01,
+    epochs: int = 5,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    loss_on: str = "all",
+    gradient_checkpointing: bool | None = None,
+    seed: int = 42,
+    resume: bool = True,
+    save_steps: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train on the corpus' own tokens with next-token loss (Eq. 14), and leave the model as it was, bit for bit.
+
+    AdamW with a cosine schedule from `lr` to 0, no warm-up, gradients clipped to norm 1. A step's loss is the mean over
+    all scored tokens of its sequences. LoRA weights are float32 whatever the model's dtype. On the CPU in float32 a
+    seed names one adapter, interrupted or not.
+
+    Args:
+        pair: The model. If its lens model was built already, lens and twin are first checked to agree.
+        corpus: From `generate`, complete.
+        out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
+            that has no file.
+        method: `"lora"`: the result is a standard PEFT adapter. `"full"`: all weights are trained, on a float32 copy of
+            the twin (16 bytes per weight); the result is a checkpoint in float32.
+        rank: Of the LoRA matrices.
+        alpha: LoRA's scale is `alpha / rank`.
+        dropout: In front of the LoRA matrices, between 0 and 1.
+        targets: Names of the linear layers that get LoRA matrices.
+        lr: Highest learning rate.
+        weight_decay: AdamW's.
+        epochs: Passes over the corpus.
+        batch_size: Sequences per forward pass.
+        gradient_accumulation: Forward passes per step; their tokens count as one batch.
+        loss_on: `"all"`: prompt and completion, as in the paper; `"completion"`: the completion alone.
+        gradient_checkpointing: Less memory for a third more time, and the same result. None: on CUDA only.
+        seed: Of LoRA's first weights, the order of sequences and dropout.
+        resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
+        save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
+            every 100 steps. They are deleted at the end.
+        progress: Show a progress bar.
+
+    Returns:
+        `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
+
+    Raises:
+        SPDError: an empty or unfinished corpus, or another model's; a parameter out of range; a target that the model
+            does not have; other settings in `out`; a loss that is no number; memory or disk full.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    settings = TrainingSettings(
+        method,
+        rank,
+        alpha,
+        dropout,
+        targets,
+        lr,
+        weight_decay,
+        epochs,
+        batch_size,
+        gradient_accumulation,
+        loss_on,
+        seed,
+    )
+    rows = _rows(pair, corpus, loss_on)
+    if pair._lens is not None:
+        pair.check()
+    if method == "lora":
+        _check_targets(pair.hf, targets)
+    identity = {
+        "model": pair.name,
+        "weights": weights_digest(pair.hf),
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "corpus": corpus_digest(corpus),
+        **asdict(settings),
+        "targets": list(targets),
+    }
+    place = TrainingPlace(default_place(corpus) if out is None else Path(out))
+    if resume and place.finished(identity):
+        return place.directory
+    checkpointing = pair.device.type == "cuda" if gradient_checkpointing is None else gradient_checkpointing
+    with place.working(identity, resume), isolated_random(pair.device, seed), on_device(pair.device):
+        start = time.monotonic()
+        with _trainable(pair, settings, checkpointing) as model:
+            args = _arguments(pair, settings, len(rows), place, save_steps)
+            trainer = CorpusTrainer(model, args, rows, pair.tokenizer.pad_token_id, progress)
+            with _explained(place):
+                trainer.train(resume_from_checkpoint=place.latest_checkpoint())
+                save_weights(model, place.result)
+                if method == "full":
+                    pair.tokenizer.save_pretrained(place.result)
+        summary = {
+            "settings": identity,
+            "n_sequences": len(rows),
+            "n_scored_tokens": rows.n_scored,
+            "n_steps": trainer.state.global_step,
+            "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
+            "log": trainer.loss_log,
+        }
+        with _explained(place):
+            place.publish(summary)
+    return place.directory
+
+
+def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
+    """The corpus as training sees it, or `SPDError` if it is not one for this model."""
+    if not len(corpus):
+        raise SPDError("the corpus is empty, so there is nothing to train on; generate completions first")
+    if not getattr(corpus, "complete", True):
+        raise SPDError(
+            f"the corpus {corpus.path} is not finished ({len(corpus)} completions so far); "
+            "run generate with the same settings to finish it"
+        )
+    fingerprint = corpus.settings.get("fingerprint")
+    if fingerprint is not None:
+        Fingerprint.from_dict(fingerprint).check(pair.fingerprint, "the corpus")
+    d_vocab = pair.hf.get_input_embeddings().weight.shape[0]
+    for record in corpus:
+        ids = record.prompt_ids + record.completion_ids
+        if len(ids) > pair.n_ctx or not all(0 <= token < d_vocab for token in ids):
+            raise SPDError(
+                f"the completion of prompt {record.id!r} does not fit the model: {len(ids)} tokens (context "
+                f"{pair.n_ctx}), largest id {max(ids)} (vocabulary {d_vocab}); was it generated by another model?"
+            )
+    return TokenRows(corpus.records, loss_on)
+
+
+def _check_targets(twin: nn.Module, targets: Sequence[str]) -> None:
+    # PEFT takes a list of which one name exists, and leaves the others out without a word
+    linear = {name.rpartition(".")[2] for name, module in twin.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in targets if target not in linear]
+    if missing or not targets:
+        raise SPDError(
+            f"{type(twin).__name__} has no linear layer named {', '.join(missing) or '(none given)'}; "
+            f"choose targets from {', '.join(sorted(linear))}"
+        )
+
+
+def _arguments(
+    pair: ModelPair, settings: TrainingSettings, n_rows: int, place: TrainingPlace, save_steps: int | None
+) -> TrainingArguments:
+    per_epoch = math.ceil(math.ceil(n_rows / settings.batch_size) / settings.gradient_accumulation)
+    every = save_steps or (min(per_epoch, 100) if settings.method == "lora" else per_epoch)
+    args = TrainingArguments(
+        output_dir=str(place.checkpoints),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        optim="adamw_torch",
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        # full training keeps float32 weights and computes in the model's own precision, as LoRA on it does
+        bf16=settings.method == "full" and pair.dtype == torch.bfloat16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,  # the newest may be half-written when the process is killed
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
+        report_to="none",
+        disable_tqdm=True,  # there is a bar of our own
+        use_cpu=pair.device.type == "cpu",
+        dataloader_pin_memory=pair.device.type == "cuda",
+        remove_unused_columns=False,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make Trainer split every batch over them
+    return args
+
+
+@contextlib.contextmanager
+def _trainable(pair: ModelPair, settings: TrainingSettings, checkpointing: bool) -> Iterator[nn.Module]:
+    """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained."""
+    if settings.method == "full":
+        # float32, since steps of 1e-5 vanish in bfloat16 weights
+        model = copy.deepcopy(pair.hf).to(torch.float32).requires_grad_(True)
+        _checkpoint_gradients(model, checkpointing)
+        yield model.train()
+        return
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=_lasting_name(pair.name),
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+    )
+    with as_it_was(pair.hf):
+        _checkpoint_gradients(pair.hf, checkpointing)
+        model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
+        model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+        yield model.train()
+
+
+def _checkpoint_gradients(model: Any, on: bool) -> None:
+    if on:  # the newer name first: the older one warns where both exist
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def _lasting_name(name: str) -> str:
+    """A hub name as it is, a local path made absolute: the adapter may be used from another directory."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+
+
+@contextlib.contextmanager
+def _explained(place: TrainingPlace) -> Iterator[None]:
+    """Memory and disk that run out are no programming errors."""
+    again = "the latest checkpoint is kept, and the same call continues from it"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SPDError(
+            "training ran out of memory; lower batch_size and raise gradient_accumulation, or set "
+            f"gradient_checkpointing=True ({again} unless batch_size changes)"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise SPDError(f"training cannot write to {place.scratch} ({error}); make room: {again}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):  # how torch.save reports a full disk
+            raise
+        raise SPDError(f"training cannot write to {place.scratch} ({error}); make room: {again}") from error
