@@ -14,7 +14,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX_URL ?=
 TEST_ARGS ?=
 LANES ?= hooked bridge
-# Test processes per lane. 0: one process with all cores; on two cores, importing torch twice costs more than it saves.
+# Test processes per lane. 0: one process with all cores. More share the cores, and each imports torch anew.
 WORKERS ?= 0
 DEMO_ARGS ?=
 
