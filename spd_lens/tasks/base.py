@@ -148,7 +148,9 @@ class Task(ABC):
 
     def check_names(self, what: str, given: Sequence[str] | str | None, known: Sequence[str]) -> tuple[str, ...]:
         """`given` (one name, several, or `None` for all), each once, in the order of `known`."""
-        wanted = known if given is None else [given] if isinstance(given, str) else list(given)
+        wanted = known if given is None else [given] if isinstance(given, str) else given
+        if not isinstance(wanted, list | tuple):
+            raise SPDError(f"{self.name} needs a list of names as its {what}s, not {given!r}")
         for name in wanted:
             if name not in known:
                 raise SPDError(f"{self.name} has no {what} {name!r}; there are {', '.join(known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Task, normalised
@@ -17,15 +17,17 @@ NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '###
 class FinalNumber(Task):
     """Worked solutions that end on `#### N` (paper table 6: the span is the final numeric answer, 1-3 tokens)."""
 
-    request: ClassVar[str] = NUMBER_REQUEST
-    """Tells an instruct model the form of the answer; the end of every prompt."""
-
     span: Literal["number", "line", "completion"] = "number"
     """What decides correctness: the number alone (the paper), the whole `#### N` line, or everything."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_option("span", ("number", "line", "completion"))
+
+    @property
+    def request(self) -> str:
+        """Tells an instruct model the form of the answer; the end of every prompt."""
+        return NUMBER_REQUEST
 
     def example(self, id: str, problem: str, working: str, answer: str, **meta: object) -> Example:
         """Puts a problem, its worked steps and its answer into the form that all these tasks share."""

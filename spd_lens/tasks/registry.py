@@ -15,6 +15,7 @@ from spd_lens.tasks.codealpaca import CodeAlpaca
 from spd_lens.tasks.gsm8k import GSM8K
 from spd_lens.tasks.mbpp import MBPP
 from spd_lens.tasks.mmlu import MMLU
+from spd_lens.tasks.own import OwnData
 from spd_lens.tasks.svamp import SVAMP
 from spd_lens.tasks.synthetic_code import SyntheticCode
 from spd_lens.tasks.synthetic_math import SyntheticMath
@@ -43,7 +44,7 @@ def register(task: TaskClass) -> TaskClass:
     return task
 
 
-for _task in (GSM8K, SVAMP, MBPP, CodeAlpaca, MMLU, BBH, SyntheticMath, SyntheticCode, SyntheticQA):
+for _task in (GSM8K, SVAMP, MBPP, CodeAlpaca, MMLU, BBH, SyntheticMath, SyntheticCode, SyntheticQA, OwnData):
     register(_task)
 
 
@@ -57,8 +58,10 @@ def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
 
     `path` is a local directory with the original files (or one that holds it under the task's name); without it the
     task is read from the hub. Synthetic tasks are made here and read neither. `options` are the task's own fields,
-    described in docs/tasks.md.
+    described in docs/tasks.md. A name that ends in `.jsonl` is a file of one's own.
     """
+    if name.endswith(".jsonl"):
+        name, path = OwnData.name, name
     if name not in _TASKS:
         raise SPDError(f"there is no task {name!r}{_did_you_mean(name, names())}; there are {', '.join(names())}")
     task = _TASKS[name]

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
 _SPACES = "\u00a0\u2007\u2009\u202f"  # spaces that only ever stand inside a number or before a unit
 _DIGITS = rf"(?:\d{{1,3}}(?:[,{_SPACES}]\d{{3}})+(?!\d)|\d+)"
@@ -205,9 +206,11 @@ def same_choice(gold: str, choices: Sequence[str], text: str) -> bool:
     return answer_letter(text, letters) == gold
 
 
-def short_answer(text: str) -> str | None:
-    """A short answer as it is written: after the last "Answer:" or "answer is", else boxed, else the first line."""
-    given = _after_mark(text) or last_box(text) or text.strip().partition("\n")[0]
+def short_answer(text: str, *, unmarked: Literal["first", "last"] = "first") -> str | None:
+    """A short answer as it is written: after the last "Answer:" or "answer is", else boxed, else the first (or last)
+    line."""
+    lines = text.strip().split("\n")
+    given = _after_mark(text) or last_box(text) or lines[0 if unmarked == "first" else -1]
     given = given.strip().strip("*_`").strip()
     return given or None
 

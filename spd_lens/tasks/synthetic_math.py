@@ -25,7 +25,7 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(steps=1, largest=20, factor=5, endings=("state",)),
+    "easy": Level(steps=1, largest=10, factor=5, endings=("state",)),
     "medium": Level(steps=2, largest=60, factor=9, endings=("state", "together", "difference", "times")),
     "hard": Level(steps=3, largest=300, factor=12, endings=("state", "together", "difference", "times", "share")),
 }
@@ -55,13 +55,19 @@ class Story:
 class SyntheticMath(FinalNumber, SyntheticTask):
     """Stories in which an amount changes, in GSM8K's form.
 
-    easy: one step with numbers up to 20; medium: two steps up to 60; hard: three steps up to 300, with sharing.
+    easy: one step with numbers up to 10; medium: two steps up to 60; hard: three steps up to 300, with sharing.
     """
 
     name: ClassVar[str] = "synthetic-math"
     files: ClassVar[tuple[str, ...]] = ("synthetic_math.py", "synthetic_words.py", "forms.py")
 
     max_new_tokens: int = 128
+
+    @property
+    def request(self) -> str:
+        # "step by step" sends a 135M model into prose: 14 % right on the easy level, 45 % with this
+        lines = "the calculation in one line" if self.difficulty == "easy" else "one calculation per line"
+        return f"Answer with {lines}, and then a line that says '#### ' followed by the final number."
 
     def make(self, rng: random.Random) -> Example:
         level = LEVELS[self.difficulty]

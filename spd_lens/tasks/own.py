@@ -1,0 +1,224 @@
+"""Anyone's own data: JSON lines with a prompt, its gold completion, and where in it correctness is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import regex  # like `re`, with a time limit: patterns come from data files
+
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example, Span
+from spd_lens.tasks.base import Pools, Split, Task, check_count, split_off
+from spd_lens.tasks.scoring import NUMBER, final_number, plain, same_number, short_answer
+from spd_lens.tasks.sources import Row, read_rows
+
+_SPLITS: tuple[Split, ...] = ("calibration", "train", "test")
+_KNOWN = ("id", "split", "prompt", "completion", "spans", "answer", "pattern")
+_SECONDS = 2.0
+"""Time that one search for a pattern may take."""
+
+
+@dataclass(kw_only=True)
+class OwnData(Task):
+    """A `.jsonl` file, or a directory with `train.jsonl` and perhaps `calibration.jsonl` and `test.jsonl`.
+
+    Every record has a `prompt`; one with a `completion` also has `spans` (a list of `[start, end]` in characters of
+    the completion), `answer` (a text that stands in the completion; its last occurrence counts) or `pattern` (a
+    regular expression with a named group, which is the span; its last match counts). `id` and `split` are optional.
+
+    Records without a completion are prompts: they serve for training, since the model answers those itself. Scored by
+    normalised exact match of the answer, which is the text of the last span.
+    """
+
+    name: ClassVar[str] = "jsonl"
+
+    pattern: str | None = None
+    """Pattern for records that have none of the three, and for reading the answer out of a completion."""
+    test_share: float = 0.3
+    """Part of the records with completions that is held out, always the same, where the data names no test set."""
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None:
+            raise SPDError("own data needs a path: a .jsonl file, or a directory with train.jsonl")
+        self.path = Path(self.path).expanduser()
+        if not isinstance(self.test_share, int | float) or not 0 <= self.test_share < 1:
+            raise SPDError(f"test_share must be at least 0 and below 1, not {self.test_share!r}")
+        if self.pattern is not None:
+            if not isinstance(self.pattern, str):
+                raise SPDError(f"the option pattern must be a regular expression, not {self.pattern!r}")
+            compiled(self.pattern, "the option pattern")
+
+    @property
+    def label(self) -> str:
+        """What ids begin with: the name of the file or directory."""
+        assert isinstance(self.path, Path)
+        return self.path.stem
+
+    def load(self) -> Pools:
+        sides: dict[str, list[Example]] = {split: [] for split in (*_SPLITS, "open")}
+        for file, split in self._files():
+            rows, self._digests[file.name] = read_rows(file)
+            for number, row in enumerate(rows, 1):
+                example = self._example(row, f"{self.label}-{split}-{number}" if split else f"{self.label}-{number}")
+                sides[self._split(row, split, example)].append(example)
+        _check_ids([example for side in sides.values() for example in side])
+        if sides["open"]:  # no split named: divide what can be tested on, unless there is a test set
+            n_test = 0 if sides["test"] else round(self.test_share * len(sides["open"]))
+            train, test = split_off(sides["open"], "own data", n_test)
+            sides["train"] += train
+            sides["test"] += test
+        return Pools(sides["train"], sides["test"], sides["calibration"] or None)
+
+    def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        pool = self.pool(split)
+        if split == "train":
+            return super().draw(split, n, seed)
+        worked = [example for example in pool if example.completion]
+        n = len(worked) if n is None else n
+        if n > len(worked) and len(worked) < len(pool):
+            raise SPDError(
+                f"{n} {split} examples of {self.label} were asked for, and {len(worked)} of its {len(pool)} records "
+                "have a completion; add completions, or ask for fewer"
+            )
+        check_count(self.label, split, n, len(worked))
+        drawn = super().draw(split, len(pool), seed)
+        return [example for example in drawn if example.completion][:n]
+
+    def sources(self) -> dict[str, str]:
+        self.pool("train")
+        return dict(self._digests)
+
+    def extract(self, text: str) -> str | None:
+        """The last match of the task's pattern; without one, what follows `####`, "Answer:", or stands in a box, else
+        the last line that is not empty."""
+        if self.pattern is not None:
+            found = last_match(self.pattern, text, "the option pattern")
+            return None if found is None else text[slice(*found)]
+        if "####" in text:
+            return text.rpartition("####")[2].strip().partition("\n")[0].strip() or None
+        return short_answer(text, unmarked="last")
+
+    def score(self, item: Example, text: str) -> float:
+        if not item.spans:
+            raise SPDError(f"{item.id} is a prompt without an answer, so that completions cannot be scored")
+        start, end = item.spans[-1]
+        gold = item.completion[start:end].strip()
+        pattern = item.meta.get("pattern")
+        found = last_match(pattern, text, item.id) if pattern else None
+        said = text[slice(*found)] if found else None if pattern else self.extract(text)
+        if said is None:
+            return 0.0
+        if NUMBER.fullmatch(gold):
+            return float(same_number(gold, said if pattern else final_number(said)))
+        return float(plain(said) == plain(gold))
+
+    def _files(self) -> list[tuple[Path, Split | None]]:
+        assert isinstance(self.path, Path)
+        if self.path.is_file():
+            return [(self.path, None)]
+        there: list[tuple[Path, Split | None]] = [
+            (self.path / f"{split}.jsonl", split) for split in _SPLITS if (self.path / f"{split}.jsonl").is_file()
+        ]
+        if "train" not in [split for _, split in there]:
+            raise SPDError(f"{self.path} is neither a .jsonl file nor a directory with train.jsonl")
+        return there
+
+    def _split(self, row: Row, of_file: Split | None, example: Example) -> str:
+        split = row.data.get("split", of_file)
+        if split not in (*_SPLITS, None):
+            raise SPDError(f"{row.where}: the split must be one of {', '.join(_SPLITS)}, and is {split!r}")
+        if not example.completion and split in ("calibration", "test"):
+            raise SPDError(f"{row.where}: a record for {split} needs a completion")
+        return split or ("open" if example.completion else "train")
+
+    def _example(self, row: Row, id: str) -> Example:
+        for name in row.data:
+            if name not in _KNOWN:
+                raise SPDError(f"{row.where}: unknown field {name!r}; there are {', '.join(_KNOWN)}")
+        id = row.text("id") if "id" in row.data else id
+        prompt = row.text("prompt").rstrip()
+        if "completion" not in row.data:
+            return Example(prompt, id=id)
+        completion = row.text("completion")
+        spans = self._spans(row, completion)
+        # leading white space would be doubled where the completion is joined to the prompt
+        cut = len(completion) - len(completion.lstrip())
+        moved = tuple((max(0, start - cut), end - cut) for start, end in spans)
+        if any(end <= 0 for _, end in moved):
+            raise SPDError(f"{row.where}: a span covers nothing but the white space before the completion")
+        return Example(prompt, completion[cut:], moved, id, {"pattern": row.data.get("pattern")})
+
+    def _spans(self, row: Row, completion: str) -> list[Span]:
+        given = [name for name in ("spans", "answer", "pattern") if name in row.data]
+        if len(given) > 1 or not (given or self.pattern):
+            has = f"has {' and '.join(given)}" if given else "has none"
+            raise SPDError(f"{row.where}: a record with a completion needs one of spans, answer and pattern, and {has}")
+        if given == ["spans"]:
+            return spans_of(row, completion)
+        if given == ["answer"]:
+            answer = row.text("answer")
+            start = completion.rfind(answer)
+            if start < 0:
+                raise SPDError(f"{row.where}: the answer {answer[:60]!r} does not occur in the completion")
+            return [(start, start + len(answer))]
+        pattern = row.text("pattern") if given else self.pattern
+        assert pattern is not None
+        found = last_match(pattern, completion, row.where)
+        if found is None:
+            raise SPDError(f"{row.where}: the pattern {pattern!r} finds nothing in the completion")
+        return [found]
+
+
+def spans_of(row: Row, completion: str) -> list[Span]:
+    """The field `spans`, checked."""
+    value: Any = row.data["spans"]
+    if not isinstance(value, list) or not value:
+        raise SPDError(f"{row.where}: the field 'spans' must be a list of [start, end] that is not empty")
+    for span in value:
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
+        if not numbers or not 0 <= span[0] < span[1] <= len(completion):
+            raise SPDError(
+                f"{row.where}: the span {str(span)[:60]} does not lie in the completion of {len(completion)} "
+                "characters; give [start, end] with 0 <= start < end"
+            )
+    return [(start, end) for start, end in value]
+
+
+@lru_cache(maxsize=256)
+def compiled(pattern: str, where: str) -> tuple[regex.Pattern[str], str]:
+    """A pattern and the name of the group that is the span: `answer`, or the only named group."""
+    try:
+        ready = regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise SPDError(f"{where}: the regular expression {pattern[:80]!r} does not compile ({error})") from error
+    names = list(ready.groupindex)
+    group = "answer" if "answer" in names else names[0] if len(names) == 1 else None
+    if group is None:
+        raise SPDError(
+            f"{where}: the regular expression {pattern[:80]!r} needs a named group for the span, "
+            f"(?P<answer>...), and has {len(names)} named groups"
+        )
+    return ready, group
+
+
+def last_match(pattern: str, text: str, where: str) -> Span | None:
+    """Where the pattern's group last matches in `text` with at least one character."""
+    ready, group = compiled(pattern, where)
+    try:
+        found = [match.span(group) for match in ready.finditer(text, timeout=_SECONDS)]
+    except TimeoutError as error:
+        raise SPDError(f"{where}: the regular expression {pattern[:80]!r} takes too long; make it simpler") from error
+    return next((span for span in reversed(found) if 0 <= span[0] < span[1]), None)
+
+
+def _check_ids(examples: list[Example]) -> None:
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise SPDError(f"two records have the id {example.id!r}; every id must be there once")
+        seen.add(example.id)

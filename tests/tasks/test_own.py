@@ -1,0 +1,168 @@
+"""Own data: the three ways to say where correctness lies, splits, scores, and every bad record by file and line."""
+
+import pytest
+
+import spd_lens.tasks as tasks
+from spd_lens.errors import SPDError
+
+SPANS = {"prompt": "1 + 1?", "completion": "It is 2.", "spans": [[6, 7]]}
+ANSWER = {"prompt": "2 + 2?", "completion": "4 is what it is: 4", "answer": "4"}
+PATTERN = {"prompt": "Color of the sky?", "completion": "It is <blue>", "pattern": r"<(?P<answer>\w+)>"}
+PROMPT = {"prompt": "What is up?"}
+
+
+def load(write, *records, **options):
+    return tasks.get("jsonl", path=write("mine.jsonl", list(records)) / "mine.jsonl", **options)
+
+
+def covered(example):
+    return [example.completion[start:end] for start, end in example.spans]
+
+
+def test_the_three_forms(write):
+    task = load(write, SPANS, ANSWER, PATTERN, test_share=0)
+    examples = {e.id: e for e in task.pool("train")}
+    assert [covered(examples[f"mine-{n}"]) for n in (1, 2, 3)] == [["2"], ["4"], ["blue"]]
+    assert examples["mine-2"].spans == ((17, 18),)  # the last occurrence, not the first
+
+
+def test_by_file_name(write):
+    path = write("mine.jsonl", [SPANS, {**ANSWER, "id": "two"}]) / "mine.jsonl"
+    assert {e.id for e in tasks.get(str(path), test_share=0).pool("train")} == {"mine-1", "two"}
+
+
+def test_leading_space_of_a_completion_moves_the_span(write):
+    task = load(write, {"prompt": "1 + 1?\n", "completion": "  It is 2.", "spans": [[8, 9]]}, test_share=0)
+    example = task.calibration(1)[0]
+    assert (example.prompt, example.completion, covered(example)) == ("1 + 1?", "It is 2.", ["2"])
+
+
+def test_prompts_alone_serve_for_training_only(write):
+    task = load(write, PROMPT, {"prompt": "And down?"})
+    assert len(task.train(2)) == 2
+    with pytest.raises(SPDError, match="1 calibration examples of mine were asked for, and 0 of its 2 records have a"):
+        task.calibration(1)
+    with pytest.raises(SPDError, match="there are 0"):
+        task.test(1)
+
+
+def test_calibration_skips_prompts_without_completion(write):
+    task = load(write, PROMPT, SPANS, ANSWER, test_share=0)
+    assert {e.id for e in task.calibration(2)} == {"mine-2", "mine-3"}
+    assert {e.id for e in task.calibration(None)} == {"mine-2", "mine-3"}
+    assert len(task.train(3)) == 3
+
+
+def test_the_test_side_is_held_out(write):
+    records = [{"prompt": f"{n} + 1?", "completion": f"#### {n + 1}", "answer": str(n + 1)} for n in range(20)]
+    task = load(write, *records)
+    assert (len(task.pool("train")), len(task.pool("test"))) == (14, 6)
+    assert not {e.prompt for e in task.pool("train")} & {e.prompt for e in task.pool("test")}
+
+
+def test_named_splits(write):
+    task = load(write, {**SPANS, "split": "test"}, ANSWER, {**PATTERN, "split": "calibration"})
+    assert {split: [e.id for e in task.pool(split)] for split in ("calibration", "train", "test")} == {
+        "calibration": ["mine-3"],
+        "train": ["mine-2"],
+        "test": ["mine-1"],
+    }
+
+
+def test_directory(write):
+    write("train.jsonl", [PROMPT, SPANS, {**ANSWER, "prompt": "2 +  2 ?"}])
+    task = tasks.get("jsonl", path=write("test.jsonl", [ANSWER, {**ANSWER, "prompt": "2 + 2 ?"}]))
+    assert len(task.pool("train")) == 2 and task.duplicates_removed == 1  # the test problem went
+    assert [e.id for e in task.calibration(1)] == [f"{task.label}-train-2"]
+    assert sorted(task.sources()) == ["test.jsonl", "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "score"),
+    [
+        (SPANS, "It is 2.0", 1.0),
+        (SPANS, "Well.\nAnswer: 2", 1.0),
+        (SPANS, "3 - 1 = 2\n#### 2", 1.0),
+        (SPANS, "It is 3", 0.0),
+        (SPANS, "", 0.0),
+        (PATTERN, "I say <Blue>", 1.0),
+        (PATTERN, "I say blue", 0.0),  # the pattern says where an answer stands
+        ({"prompt": "p", "completion": "Answer: The Blue Sky", "answer": "The Blue Sky"}, "answer: the blue sky.", 1.0),
+        ({"prompt": "p", "completion": "Paris", "answer": "Paris"}, "I think:\n**Paris**", 1.0),
+        ({"prompt": "p", "completion": "Paris", "answer": "Paris"}, "Paris is nice", 0.0),
+    ],
+)
+def test_score(write, record, text, score):
+    task = load(write, record, test_share=0)
+    item = task.pool("train")[0]
+    assert task.score(item, item.completion) == 1.0
+    assert task.score(item, text) == score
+
+
+def test_pattern_option(write):
+    record = {"prompt": "p", "completion": "so [7]"}
+    task = load(write, record, test_share=0, pattern=r"\[(?P<n>\d+)\]")
+    assert covered(task.pool("train")[0]) == ["7"]
+    assert task.extract("I say [8], no [9]") == "9"
+    assert task.score(task.pool("train")[0], "[7]") == 1.0
+    assert task.extract("nothing") is None
+
+
+def test_scoring_a_prompt_is_refused(write):
+    task = load(write, PROMPT)
+    with pytest.raises(SPDError, match="prompt without an answer"):
+        task.score(task.train(1)[0], "x")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"completion": "x", "answer": "x"}, "the field 'prompt' is missing"),
+        ({"prompt": " "}, "not empty"),
+        ({"prompt": 3}, "must be a text"),
+        ({"prompt": "p", "completion": "x"}, "needs one of spans, answer and pattern, and has none"),
+        ({**SPANS, "answer": "2"}, "has spans and answer"),
+        ({**ANSWER, "answer": "5"}, "the answer '5' does not occur"),
+        ({**ANSWER, "answer": ""}, "must be a text that is not empty"),
+        ({**PATTERN, "pattern": "(?P<answer>"}, "does not compile"),
+        ({**PATTERN, "pattern": "blue"}, "needs a named group.* has 0"),
+        ({**PATTERN, "pattern": "(?P<a>b)(?P<c>l)"}, "has 2 named groups"),
+        ({**PATTERN, "pattern": "(?P<answer>green)"}, "finds nothing"),
+        ({**PATTERN, "pattern": "(?P<answer>x*)"}, "finds nothing"),  # matches, but no character
+        ({**SPANS, "spans": []}, "must be a list"),
+        ({**SPANS, "spans": [[6, 99]]}, "does not lie in the completion of 8"),
+        ({**SPANS, "spans": [[7, 6]]}, "does not lie"),
+        ({**SPANS, "spans": [["6", "7"]]}, "does not lie"),
+        ({**SPANS, "spans": [6, 7]}, "does not lie"),
+        ({**SPANS, "completion": " It is 2.", "spans": [[0, 1]]}, "nothing but the white space"),
+        ({**SPANS, "split": "dev"}, "split must be one of calibration, train, test, and is 'dev'"),
+        ({**PROMPT, "split": "test"}, "for test needs a completion"),
+        ({**SPANS, "anwser": "2"}, "unknown field 'anwser'"),
+    ],
+)
+def test_bad_records_name_file_and_line(write, record, message):
+    with pytest.raises(SPDError, match=f"mine.jsonl, line 2: .*{message}"):
+        load(write, SPANS, record).train(1)
+
+
+def test_a_runaway_pattern_is_stopped(write, monkeypatch):
+    monkeypatch.setattr("spd_lens.tasks.own._SECONDS", 0.2)
+    record = {"prompt": "p", "completion": "a" * 3000 + "x", "pattern": r"(?P<answer>(.*)(.*)(.*)(.*)[xy]\d)"}
+    with pytest.raises(SPDError, match="mine.jsonl, line 1: .*takes too long"):
+        load(write, record).train(1)
+
+
+def test_double_ids(write):
+    with pytest.raises(SPDError, match="two records have the id 'x'"):
+        load(write, {**SPANS, "id": "x"}, {**ANSWER, "id": "x"}).train(1)
+
+
+def test_bad_options(write, tmp_path):
+    with pytest.raises(SPDError, match="needs a path"):
+        tasks.get("jsonl")
+    with pytest.raises(SPDError, match="test_share must be"):
+        load(write, SPANS, test_share=1)
+    with pytest.raises(SPDError, match="does not compile"):
+        load(write, SPANS, pattern="(")
+    with pytest.raises(SPDError, match="neither a .jsonl file nor a directory with train.jsonl"):
+        tasks.get("nowhere.jsonl").train(1)
