@@ -23,7 +23,8 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header
     Raises `SPDError` where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    metadata = {"format": _FORMAT, "kind": kind, "header": json.dumps(header)}
+    # one entry: safetensors writes several in random order, and equal contents should be equal files
+    metadata = {_FORMAT: json.dumps({"kind": kind, "header": header})}
     handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +53,16 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise SPDError(f"{path} is not a readable safetensors file ({error}); make it again") from error
-    if metadata.get("format") != _FORMAT or metadata.get("kind") != kind:
-        found = metadata.get("kind") if metadata.get("format") == _FORMAT else "a file of another program"
-        raise SPDError(f"{path} does not hold {kind} of spd_lens but {found}; give the right file")
+    if _FORMAT not in metadata:
+        raise SPDError(f"{path} does not hold {kind} of spd_lens but is a file of another program; give the right file")
     try:
-        return tensors, json.loads(metadata["header"])
-    except (KeyError, json.JSONDecodeError) as error:
+        record = json.loads(metadata[_FORMAT])
+        found, header = record["kind"], record["header"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise SPDError(f"{path} has a damaged header; make it again") from error
+    if found != kind:
+        raise SPDError(f"{path} does not hold {kind} of spd_lens but {found}; give the right file")
+    return tensors, header
 
 
 def write_json(path: str | Path, value: Any) -> Path:

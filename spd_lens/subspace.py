@@ -48,8 +48,10 @@ class Subspace:
         if not self.bases:
             raise SPDError("a subspace needs at least one site")
         for site, basis in self.bases.items():
-            if basis.ndim != 3 or len(self.ranks[site]) != basis.shape[0]:
+            if basis.ndim != 3 or len(self.ranks.get(site, ())) != basis.shape[0]:
                 raise SPDError(f"the basis of site {site} must be [block, width, rank], not {tuple(basis.shape)}")
+        # one memory layout: products of strided tensors differ in the last bit, and a loaded subspace has none
+        object.__setattr__(self, "bases", {site: basis.contiguous() for site, basis in self.bases.items()})
 
     @property
     def sites(self) -> list[Site]:
