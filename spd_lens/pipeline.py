@@ -235,10 +235,12 @@ def _score(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progres
         if path.exists():
             continue
         log.info("scoring %s on %d items of %s", name, config.n_eval, task.name)
+        measured = (record.path / "effects" / f"{task.name}.json").exists()
         with record.stage("evaluate"):
             result = evaluate(
                 pair, task, config.n_eval, seed=config.seed, name=name, batch_size=config.generation_batch_size,
-                path=path.with_suffix(".jsonl"), progress=progress, **chosen[name],
+                path=path.with_suffix(".jsonl"), progress=progress,
+                forced=record.effects(task.name)[name] if measured else None, **chosen[name],
             )  # fmt: skip
             result.save(path)
 

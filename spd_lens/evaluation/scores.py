@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spd_lens import tasks
-from spd_lens.evaluation.forced import teacher_forced
+from spd_lens.evaluation.forced import ForcedItem, teacher_forced
 from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.generation import generate
@@ -26,6 +27,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     name: str | None = None,
+    forced: Sequence[ForcedItem] | None = None,
     path: str | Path | None = None,
     progress: bool = True,
 ) -> EvalResult:
@@ -42,6 +44,7 @@ def evaluate(
         max_new_tokens: Token limit; the task's own by default.
         batch_size: Completions at once.
         name: What to call this policy; by default `base`, `projected`, `tuned` or `tuned+projected`.
+        forced: What `teacher_forced` found for this policy on these items, where that is known already.
         path: Keep completions in this JSONL file as they come, so that an interrupted evaluation goes on.
         progress: Show progress bars.
     """
@@ -49,17 +52,19 @@ def evaluate(
     items = task.test(n, seed)
     policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)
     limit = max_new_tokens or task.max_new_tokens
-    # items without spans (prompts of one's own) have no gold tokens to measure on
-    with_spans = [item for item in items if item.spans]
-    measured = teacher_forced(pair, with_spans, [policy], progress=progress)[policy.name] if with_spans else []
-    forced = {item.id: item for item in measured}
+    if forced is None:
+        # items without spans (prompts of one's own) have no gold tokens to measure on
+        with_spans = [item for item in items if item.spans]
+        found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {}
+        forced = found.get(policy.name, [])
+    measured = {item.id: item for item in forced}
     corpus = generate(
         pair, items, subspace=subspace, strength=strength, adapter=adapter, max_new_tokens=limit, temperature=0.0,
         batch_size=batch_size, path=path, progress=progress,
     )  # fmt: skip
     results = []
     for item, record in zip(items, corpus, strict=True):
-        seen = forced.get(item.id)
+        seen = measured.get(item.id)
         results.append(
             ItemResult(
                 id=item.id,

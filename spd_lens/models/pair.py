@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
@@ -19,6 +19,7 @@ from spd_lens.models import adapters, hub, parity
 from spd_lens.models.backends import Backend, choose_backend, lens_logits
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
+from spd_lens.models.tokenizer import read_tokenizer
 from spd_lens.sites import Site, resolve_sites
 
 log = logging.getLogger(__name__)
@@ -237,11 +238,11 @@ def load(
     twin = _read_twin(source, torch.float32 if adapter else kind, trust_remote_code)
     if adapter:
         twin = adapters.merged_copy(twin, adapter).to(kind)
-    has_tokenizer = (directory / "tokenizer_config.json").exists() or (directory / "tokenizer.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory if has_tokenizer else source, trust_remote_code=trust_remote_code
-    )
-    return ModelPair(twin.to(place), tokenizer, name=model, backend=backend, prompt_format=prompt_format, system=system)
+    tokenizer = read_tokenizer(directory, trust_remote_code)
+    # adapters name their base by this: what the user can load again, not where a cache happens to lie
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    twin.config._name_or_path = twin.name_or_path = name
+    return ModelPair(twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system)
 
 
 def _read_twin(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
