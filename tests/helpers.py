@@ -23,7 +23,7 @@ EXAMPLES = [
         [(8, 10), (25, 27)],
         "baker",
     ),
-    Example("def add(a, b):", "    return a + b\n\nassert add(2, 3) == 5", [(36, 37)], "code"),
+    Example("def add(a, b):", "    return a + b\n\nassert add(2, 3) == 5", [(38, 39)], "code"),
     Example("Which planet is the largest?", "Answer: C", [(8, 9)], "planet"),
     Example("Sara reads 15 pages a day, how many in 4 days? été €", "15 * 4 = 60 €", [(9, 13)], "pages"),
 ]
