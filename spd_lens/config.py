@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spd_lens.errors import SPDError
+from spd_lens.sites import KINDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
@@ -17,7 +19,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 class SPDConfig(BaseModel):
     """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # model
     model: str = Field(DEFAULT_MODEL, description="Hub name, model directory or .gguf file.")
@@ -35,7 +37,7 @@ class SPDConfig(BaseModel):
     n_eval: int = Field(100, ge=1, description="Test items per task.")
     # subspace
     layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
-    kinds: list[str] = Field(["k", "v"], description="Activations to project: k, v, q.")
+    kinds: list[str] = Field(["k", "v"], min_length=1, description="Activations to project: k, v, q.")
     rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
     per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
     center: bool = Field(False, description="Project around the mean activation instead of the origin.")
@@ -57,27 +59,61 @@ class SPDConfig(BaseModel):
     lora_rank: int = Field(8, ge=1, description="LoRA rank.")
     lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
-    lora_targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], description="Modules with LoRA.")
+    lora_targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1, description="Modules with LoRA."
+    )
     loss_on: Literal["all", "completion"] = Field("all", description="Train on prompt and completion, or completion.")
     # evaluation
     policies: list[Literal["base", "projected", "spd"]] = Field(
-        ["base", "spd"], description="Policies to score by generation: base, projected, spd."
+        ["base", "spd"], min_length=1, description="Policies to score by generation: base, projected, spd."
     )
     n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
     n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
-    seed: int = Field(42, description="Seed of all draws: data, sampling, training, random subspaces.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of all draws: data, sampling, training, random subspaces.")
 
     @field_validator("kinds", "eval_tasks", "lora_targets", "policies", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("model", "data_dir", mode="before")
+    @classmethod
+    def _path_to_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, kinds: list[str]) -> list[str]:
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+        return kinds
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_spelling(cls, value: Any) -> Any:
+        """`14`, `"14,29"` and `[14, 29]` are block indices; a run resumed with another spelling is the same run."""
+        if value in ("last_mid", "all"):
+            return value
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if not parts or not all(
+            type(part) is int or isinstance(part, str) and part.strip().isdigit() for part in parts
+        ):
+            raise ValueError("write last_mid, all or block indices such as 14,29")
+        return sorted({int(part) for part in parts})
+
     @field_validator("rank", mode="before")
     @classmethod
-    def _rank_from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return int(value) if value.lstrip("-").isdigit() else float(value)
+    def _possible_rank(cls, value: Any) -> Any:
+        """An integer counts directions, a fraction is a share of the width: `1` is one direction, `1.0` all of them."""
+        rank = (
+            (int(value) if value.strip().lstrip("+-").isdigit() else float(value)) if isinstance(value, str) else value
+        )
+        if isinstance(rank, bool) or not isinstance(rank, int | float):
+            raise ValueError("write an integer, or a fraction of the block's width")
+        if rank < 1 if isinstance(rank, int) else not 0 < rank <= 1:
+            raise ValueError("write a number of directions of at least 1, or a fraction of the width up to 1.0")
+        return rank
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> SPDConfig:
@@ -89,29 +125,50 @@ class SPDConfig(BaseModel):
             place = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
                 raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(cls.model_fields)}") from error
-            raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {problem['msg']}") from error
+            reason = problem["msg"].removeprefix("Value error, ")
+            raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
 
     @classmethod
     def read(cls, path: str | Path | None, overrides: dict[str, Any] | None = None) -> SPDConfig:
-        """A YAML file with some settings over it; the defaults where neither speaks."""
+        """A YAML file with some settings over it; the defaults where neither speaks.
+
+        Of `task_options`, the two are joined.
+        """
         settings: Any = {}
         if path is not None:
             try:
-                settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
-            if not isinstance(settings, dict):
+            settings = {} if content is None else content  # an empty file leaves all defaults
+            if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
                 raise SPDError(f"config file {path} must hold 'setting: value' lines")
-        return cls.make({**settings, **(overrides or {})})
+        over = dict(overrides or {})
+        if isinstance(options := settings.get("task_options"), dict) and "task_options" in over:
+            over["task_options"] = {**options, **over["task_options"]}
+        return cls.make({**settings, **over})
 
     def to_yaml(self) -> str:
         """All settings, as `read` takes them."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ, with both values."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+
+        def text(value: Any) -> str:  # 1 == 1.0 in Python, but rank 1 is one direction and rank 1.0 is all
+            return json.dumps(value, sort_keys=True)
+
+        return {key: (mine[key], theirs[key]) for key in mine if text(mine[key]) != text(theirs[key])}
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
+        names = self.eval_tasks or [self.task]
+        targets = {Path(name).stem if name.endswith(".jsonl") else name: name for name in names}
+        if len(targets) < len(set(names)):
+            raise SPDError(f"two of the tasks {', '.join(names)} have the same name; rename one of the files")
+        return targets
 
 
 DEMO: dict[str, Any] = {

@@ -81,6 +81,8 @@ def generate(
             "pair.sync(to='lens', adapter=...) and leave adapter out, or use engine='twin'"
         )
     check_strength(strength)
+    if subspace is not None:
+        subspace.check(pair.hf)  # before a corpus file is begun
     jobs = _jobs(pair, prompts, samples_per_prompt, max_new_tokens, engine)
     decoding = Decoding(sampling, seed, max_new_tokens, stop_tokens(pair))
     settings = _settings(pair, decoding, engine, subspace, strength, adapter)
@@ -109,6 +111,11 @@ def generate(
     return Corpus([done[key] for key in order], settings=settings, path=None if path is None else Path(path))
 
 
+def check_room(pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int) -> None:
+    """Raise `SPDError` where `generate` would: a prompt that leaves no room for `max_new_tokens` in the context."""
+    _jobs(pair, prompts, 1, max_new_tokens, "twin")
+
+
 def _settings(
     pair: ModelPair,
     decoding: Decoding,
@@ -123,19 +130,20 @@ def _settings(
     """
     return {
         "model": pair.name,
-        "fingerprint": pair.fingerprint.to_dict(),
-        "weights": weights_digest(pair.hf if engine == "twin" else pair.lens),
-        "dtype": str(pair.dtype).removeprefix("torch."),
         "engine": engine,
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "prompt_format": pair.format.name,
+        "system": pair.format.system,
         "subspace": None if subspace is None else subspace_digest(subspace),
         "strength": None if subspace is None else float(strength),
         "adapter": None if adapter is None else adapter_digest(adapter),
-        "prompt_format": pair.format.name,
-        "system": pair.format.system,
         "max_new_tokens": decoding.max_new_tokens,
         **decoding.sampling.to_dict(),
         "stop_ids": list(decoding.stop_ids),
         "seed": decoding.seed,
+        # last: the first setting that differs is the one a refusal names
+        "fingerprint": pair.fingerprint.to_dict(),
+        "weights": weights_digest(pair.hf if engine == "twin" else pair.lens),
     }
 
 

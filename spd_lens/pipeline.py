@@ -18,12 +18,11 @@ from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair, load
-from spd_lens.models.backends import choose_backend
-from spd_lens.models.pair import resolve_device, resolve_dtype
 from spd_lens.models.parity import Parity
+from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
-from spd_lens.rundir import Run, environment
+from spd_lens.rundir import Run
 from spd_lens.sampling import Sampling
 from spd_lens.storage import write_json
 from spd_lens.subspace import Subspace
@@ -49,30 +48,42 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
         SPDError: a setting that cannot work (found before anything is written where possible), a directory of another
             run, or a model or data set that is not the one the run was begun with.
     """
+    if pair is not None:
+        config = config.model_copy(update={"model": pair.name})
+    Run(out).check(config)
     source, targets = make_tasks(config)
     check_settings(config)
+    check_data(config, source, targets)
+    keeps_lens = pair is not None and pair.has_lens
     if pair is None:
         log.info("loading %s", config.model)
         pair = load_pair(config)
-    pair.sites(config.layers, config.kinds)
+    elif keeps_lens:
+        pair.check()  # an edited lens model would be measured, and the twin trained
+    check_model(config, pair, source, targets)
     record = Run.open(out, config)
     with record.locked():
         record.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
         record.note_once("the data of the source task", data=source.sources())
+        held_out = {name: task.sources() for name, task in targets.items()}
+        record.note_once("the data of the evaluation", eval_data=held_out)
         sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
         resolved = {"dtype": _name(pair.dtype), "device": str(pair.device), "backend": pair.backend}
         record.note_once(
             "the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name}
         )
-        record.note(**environment(), data_card=source.card())
+        record.note_environment()
+        record.note(data_card=source.card())
         subspace = _calibrate(record, pair, source, progress)
         _prove(record, pair, subspace)
+        if not keeps_lens:
+            pair.drop_lens()  # the stages that follow run on the twin
         _self_generate(record, pair, source, subspace, progress)
         _distil(record, pair, progress)
-        for task in targets:
-            _effects(record, pair, task, subspace, progress)
-        for task in targets:
-            _score(record, pair, task, subspace, progress)
+        for name, task in targets.items():
+            _effects(record, pair, name, task, subspace, progress)
+        for name, task in targets.items():
+            _score(record, pair, name, task, subspace, progress)
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record
@@ -89,23 +100,18 @@ def load_pair(config: SPDConfig) -> ModelPair:
     )
 
 
-def make_tasks(config: SPDConfig) -> tuple[Task, list[Task]]:
-    """The source task and the tasks to evaluate on."""
+def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
+    """The source task, and the tasks to evaluate on by the names that their results are kept under."""
     source = tasks.get(config.task, config.data_dir, **config.task_options)
-    names = config.eval_tasks or [config.task]
-    targets = [source if name == config.task else tasks.get(name, config.data_dir) for name in names]
+    targets = {
+        key: source if name == config.task else tasks.get(name, config.data_dir) for key, name in config.targets.items()
+    }
     return source, targets
-
-
-def check_settings(config: SPDConfig) -> None:
-    """Refuse what can be known to be wrong before a model is read."""
-    choose_backend(config.backend)
-    resolve_dtype(config.dtype, resolve_device(config.device))
 
 
 def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
     config = record.config
-    if not (record.path / "subspace.safetensors").exists():
+    if not (record.path / "moments.safetensors").exists():
         log.info("extracting gradients of %d calibration examples", config.n_calibration)
         with record.stage("extract"):
             moments = extract(
@@ -117,8 +123,10 @@ def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Su
                 engine=config.engine,
                 progress=progress,
             )
-            subspace = moments.subspace(config.rank, per_head=config.per_head, center=config.center)
             moments.save(record.path / "moments.safetensors")
+    if not (record.path / "subspace.safetensors").exists():
+        with record.stage("extract"):
+            subspace = record.moments.subspace(config.rank, per_head=config.per_head, center=config.center)
             subspace.save(record.path / "subspace.safetensors")
     return record.subspace
 
@@ -139,7 +147,6 @@ def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
             )
         firings = {str(site): n for site, n in projection.firings.items()}
         record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
-        pair.drop_lens()  # the stages that follow run on the twin
 
 
 def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspace, progress: bool) -> None:
@@ -203,14 +210,14 @@ def finetune_with(config: SPDConfig, pair: ModelPair, corpus: Corpus, out: Path,
     )
 
 
-def _effects(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progress: bool) -> None:
+def _effects(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspace, progress: bool) -> None:
     """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
     config = record.config
-    path = record.path / "effects" / f"{task.name}.json"
+    path = record.path / "effects" / f"{name}.json"
     items = [item for item in task.test(config.n_eval, config.seed) if item.spans]
     if path.exists() or not items:
         return
-    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), task.name)
+    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), name)
     random = [subspace.random_like(config.seed + i) for i in range(config.n_random)]
     policies = [
         Policy("base"),
@@ -223,24 +230,24 @@ def _effects(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progr
         write_json(path, {name: [asdict(item) for item in rows] for name, rows in found.items()})
 
 
-def _score(record: Run, pair: ModelPair, task: Task, subspace: Subspace, progress: bool) -> None:
+def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspace, progress: bool) -> None:
     config = record.config
     chosen: dict[str, dict[str, Any]] = {
         "base": {},
         "projected": {"subspace": subspace, "strength": config.strength},
         "spd": {"adapter": record.adapter},
     }
-    for name in config.policies:
-        path = record.path / "eval" / task.name / f"{name}.json"
+    measured = (record.path / "effects" / f"{name}.json").exists()
+    for policy in config.policies:
+        path = record.path / "eval" / name / f"{policy}.json"
         if path.exists():
             continue
-        log.info("scoring %s on %d items of %s", name, config.n_eval, task.name)
-        measured = (record.path / "effects" / f"{task.name}.json").exists()
+        log.info("scoring %s on %d items of %s", policy, config.n_eval, name)
         with record.stage("evaluate"):
             result = evaluate(
-                pair, task, config.n_eval, seed=config.seed, name=name, batch_size=config.generation_batch_size,
+                pair, task, config.n_eval, seed=config.seed, name=policy, batch_size=config.generation_batch_size,
                 path=path.with_suffix(".jsonl"), progress=progress,
-                forced=record.effects(task.name)[name] if measured else None, **chosen[name],
+                forced=record.effects(name)[policy] if measured else None, **chosen[policy],
             )  # fmt: skip
             result.save(path)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -18,6 +19,7 @@ from spd_lens.statistics import (
     score_interval,
     within_noise,
 )
+from spd_lens.storage import write_text
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
@@ -25,7 +27,7 @@ STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
 
 def write_summary(run: Run) -> str:
     """Write and return `summary.md`."""
-    targets = run.config.eval_tasks or [run.config.task]
+    targets = list(run.config.targets)
     parts = [_heading(run)]
     for task in targets:
         parts.append(_scores(run, task))
@@ -33,7 +35,7 @@ def write_summary(run: Run) -> str:
             parts.append(effects_section(run.effects(task), task))
     parts += [_proof(run), _completions(run, targets[0]), _times(run)]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    (run.path / "summary.md").write_text(text, encoding="utf-8")
+    write_text(run.path / "summary.md", text)
     return text
 
 
@@ -45,7 +47,7 @@ def _heading(run: Run) -> str:
     width = next(iter(subspace.bases.values())).shape[1]
     return "\n".join(
         [
-            f"# SPD on {config.task} with {config.model}",
+            f"# SPD on {quoted(config.task)} with {quoted(config.model)}",
             "",
             f"- Calibration: {config.n_calibration} examples, {subspace.origin['n_scored']} scored of "
             f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
@@ -166,17 +168,17 @@ def _proof(run: Run) -> str:
 
 def _completions(run: Run, task: str, n: int = 3) -> str:
     """The same prompts side by side: base, under the projection, and after fine-tuning."""
-    lines = [f"## {n} training prompts: without and with the projection", ""]
     other = {record.key: record for record in run.unprojected}
     both = [record for record in run.corpus if record.key in other]
+    lines = [f"## Training prompts without and with the projection ({min(n, len(both))} of {len(both)})", ""]
     # changed ones first: equal pairs show nothing
     both.sort(key=lambda record: record.completion_ids == other[record.key].completion_ids)
     for record in both[:n]:
         lines += [*_quoted("Prompt", record.prompt), *_quoted("Base", other[record.key].completion)]
         lines += [*_quoted("Projected", record.completion), ""]
     if {"base", "spd"} <= set(run.config.policies):
-        lines += [f"## {n} test items of {task}: base and fine-tuned, greedy", ""]
         base, spd = run.result(task, "base").items, run.result(task, "spd").items
+        lines += [f"## Test items of {task}, base and fine-tuned, greedy ({min(n, len(base))} of {len(base)})", ""]
         pairs = sorted(zip(base, spd, strict=True), key=lambda pair: pair[0].completion == pair[1].completion)
         for before, after in pairs[:n]:
             lines += [*_quoted("Prompt", before.prompt), *_quoted(f"Base ({before.score:g})", before.completion)]
@@ -184,9 +186,24 @@ def _completions(run: Run, task: str, n: int = 3) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _quoted(label: str, text: str, limit: int = 600) -> list[str]:
-    short = textwrap.shorten(text.replace("\n", " ⏎ "), limit, placeholder=" …") or "(nothing)"
-    return [f"> **{label}:** {short}", ">"]
+def _quoted(label: str, text: str) -> list[str]:
+    return [f"> **{label}:** {quoted(text)}", ">"]
+
+
+def quoted(text: str, limit: int = 600) -> str:
+    """A model's or a data set's text on one line, shown as it is: a code span, in which Markdown and HTML mean nothing.
+
+    Line breaks become `⏎`, other control characters `�`; a long text is cut in the middle, so that the answer shows.
+    """
+    text = re.sub("\r\n|[\n\r\v\f\x85\u2028\u2029]", " ⏎ ", text.strip()).replace("\t", "    ")
+    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    if not text:
+        return "(nothing)"
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-(limit // 2) :]}"
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if "`" in (text[0], text[-1]) else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _times(run: Run) -> str:

@@ -18,9 +18,10 @@ from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.moments import GradientMoments
-from spd_lens.storage import read_json, write_json
+from spd_lens.storage import read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 
+_LOCK = ".lock"
 _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
 
 
@@ -52,27 +53,39 @@ class Run:
         Raises `SPDError` if the directory belongs to a run with other settings, or to something else.
         """
         run = cls(path)
-        if run.config_path.exists():
-            if config is not None and (differ := run.config.differences(config)):
-                named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
-                raise SPDError(f"{path} holds a run with other settings ({named}); choose another --out or the same")
-            return run
         if config is None:
-            raise SPDError(f"{path} is not a run directory: it has no config.yaml")
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            raise SPDError(f"{path} exists and is not a run directory; choose a new directory")
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.config_path.write_text(config.to_yaml(), encoding="utf-8")
+            if not run.config_path.exists():
+                raise SPDError(f"{path} is not a run directory: it has no config.yaml")
+            return run
+        run.check(config)
+        if not run.config_path.exists():
+            with run.locked():
+                run.check(config)  # another process may have begun a run meanwhile
+                write_text(run.config_path, config.to_yaml())
         return run
+
+    def check(self, config: SPDConfig) -> None:
+        """Raise `SPDError` unless the directory is a run with these settings or free for a new one. Writes nothing."""
+        if self.config_path.exists():
+            if differ := self.config.differences(config):
+                named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
+                raise SPDError(
+                    f"{self.path} holds a run with other settings ({named}); choose another --out or the same settings"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(e.name != _LOCK for e in self.path.iterdir())):
+            raise SPDError(f"{self.path} exists and is not a run directory; choose a new directory")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out of the directory."""
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / _LOCK)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise SPDError(f"{self.path} cannot be written ({error}); choose another --out") from error
         try:
             yield
         finally:
@@ -80,7 +93,7 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, over interruptions."""
+        """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
         start = time.perf_counter()
         try:
             yield
@@ -106,6 +119,14 @@ class Run:
     def note(self, **fields: Any) -> None:
         """Add to `run.json`."""
         write_json(self.path / "run.json", {**self.notes, **fields})
+
+    def note_environment(self) -> None:
+        """Versions and machine: those a run was begun with, and those of later starts where they differ."""
+        now, notes = environment(), self.notes
+        if "versions" not in notes:
+            self.note(**now)
+        elif now not in (known := [{key: notes[key] for key in now}, *notes.get("continued_with", [])]):
+            self.note(continued_with=[*known[1:], now])
 
     def note_once(self, what: str, **fields: Any) -> None:
         """Add to `run.json`, or refuse to go on where an earlier part of the run saw something else."""
@@ -142,13 +163,17 @@ class Run:
         return path
 
     def result(self, task: str, policy: str) -> EvalResult:
-        """Scores of one policy (`base`, `projected`, `spd`) on one task."""
+        """Scores of one policy (`base`, `projected`, `spd`) on one task, by its name in `config.targets`."""
         return EvalResult.load(self.path / "eval" / task / f"{policy}.json")
 
     def effects(self, task: str) -> dict[str, list[ForcedItem]]:
         """Teacher-forced effects on one task: `base`, `projected`, `spd`, `random-0`, ..."""
-        record = read_json(self.path / "effects" / f"{task}.json")
-        return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
+        path = self.path / "effects" / f"{task}.json"
+        record = read_json(path)
+        try:
+            return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
+        except (AttributeError, TypeError) as error:
+            raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
 
     @property
     def summary(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -65,18 +66,24 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     return tensors, header
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically."""
+def write_text(path: str | Path, text: str) -> Path:
+    """Write text atomically; `SPDError` where the disk is full or the folder cannot be written."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise SPDError(f"{path} cannot be written ({error}); free some space or choose another place") from error
     return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON atomically."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:

@@ -123,6 +123,8 @@ def finetune(
             does not have; other settings in `out`; a loss that is no number; memory or disk full.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if save_steps is not None and (not isinstance(save_steps, int) or save_steps < 1):
+        raise SPDError(f"save_steps is {save_steps!r}; it must be a whole number of at least 1, or None")
     settings = TrainingSettings(
         method,
         rank,
@@ -138,10 +140,10 @@ def finetune(
         seed,
     )
     rows = _rows(pair, corpus, loss_on)
-    if pair._lens is not None:
+    if pair.has_lens:
         pair.check()
     if method == "lora":
-        _check_targets(pair.hf, targets)
+        check_targets(pair.hf, targets)
     identity = {
         "model": pair.name,
         "weights": weights_digest(pair.hf),
@@ -200,7 +202,8 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
     return TokenRows(corpus.records, loss_on)
 
 
-def _check_targets(twin: nn.Module, targets: Sequence[str]) -> None:
+def check_targets(twin: nn.Module, targets: Sequence[str]) -> None:
+    """Raise `SPDError` unless the model has a linear layer of each name."""
     # PEFT takes a list of which one name exists, and leaves the others out without a word
     linear = {name.rpartition(".")[2] for name, module in twin.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in targets if target not in linear]

@@ -99,7 +99,10 @@ class EvalResult:
     def load(cls, path: str | Path) -> EvalResult:
         """Read what `save` wrote."""
         record = read_json(path)
-        if record.get("kind") != "EvalResult":
+        if not isinstance(record, dict) or record.get("kind") != "EvalResult":
             raise SPDError(f"{path} does not hold an evaluation of spd_lens; give the right file")
-        items = [ItemResult(**item) for item in record["items"]]
-        return cls(record["policy"], record["task"], items, record["settings"])
+        try:
+            items = [ItemResult(**item) for item in record["items"]]
+            return cls(record["policy"], record["task"], items, record["settings"])
+        except (KeyError, TypeError) as error:
+            raise SPDError(f"{path} holds a damaged evaluation ({error}); make it again") from error

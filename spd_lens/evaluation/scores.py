@@ -9,7 +9,7 @@ from spd_lens import tasks
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
 from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
-from spd_lens.generation import generate
+from spd_lens.generation import check_room, generate
 from spd_lens.models import ModelPair
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
@@ -50,8 +50,10 @@ def evaluate(
     """
     task = tasks.get(task) if isinstance(task, str) else task
     items = task.test(n, seed)
+    task.check_scorable()
     policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)
-    limit = max_new_tokens or task.max_new_tokens
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    check_room(pair, items, limit)
     if forced is None:
         # items without spans (prompts of one's own) have no gold tokens to measure on
         with_spans = [item for item in items if item.spans]

@@ -74,6 +74,11 @@ class ModelPair:
             self._lens = lens
         return self._lens
 
+    @property
+    def has_lens(self) -> bool:
+        """Whether the lens model has been built."""
+        return self._lens is not None
+
     def drop_lens(self) -> None:
         """Let go of the lens model's memory; the next use builds it again from the twin."""
         self._lens = None

@@ -1,0 +1,62 @@
+"""What can be known to be wrong before a run directory is made or an expensive stage begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spd_lens.config import SPDConfig
+from spd_lens.errors import SPDError
+from spd_lens.generation import check_room
+from spd_lens.models import ModelPair
+from spd_lens.models.backends import choose_backend
+from spd_lens.models.pair import resolve_device, resolve_dtype
+from spd_lens.sampling import Sampling
+from spd_lens.subspace import resolve_rank
+from spd_lens.tasks import Task
+from spd_lens.training import check_targets
+
+
+def check_settings(config: SPDConfig) -> None:
+    """Refuse what is wrong whatever the model: needs no model."""
+    choose_backend(config.backend)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+
+
+def check_data(config: SPDConfig, source: Task, targets: Mapping[str, Task]) -> None:
+    """Refuse sizes that the data sets do not have and tasks that cannot be scored here: needs no model."""
+    source.calibration(config.n_calibration, config.seed)
+    source.train(config.n_train, config.seed)
+    for task in targets.values():
+        task.test(config.n_eval, config.seed)
+        task.check_scorable()
+
+
+def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
+    """Refuse layers and ranks that the model does not have."""
+    shape = pair.fingerprint
+    for site in pair.sites(config.layers, config.kinds):
+        n_heads = shape.n_heads if site.kind == "q" else shape.n_kv_heads
+        resolve_rank(config.rank, shape.d_head * (1 if config.per_head else n_heads))
+
+
+def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mapping[str, Task]) -> None:
+    """Refuse settings and texts that this model cannot take: layers, ranks, LoRA targets, prompts beyond its context.
+
+    Everything is tokenised once for this: a prompt that is too long should not come to light after the training.
+    """
+    check_subspace(config, pair)
+    Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
+    if config.method == "lora":
+        check_targets(pair.hf, config.lora_targets)
+    for example in source.calibration(config.n_calibration, config.seed):
+        pair.encode(example, config.loss)
+    check_room(pair, source.train(config.n_train, config.seed), config.max_new_tokens)
+    for name, task in targets.items():
+        items = task.test(config.n_eval, config.seed)
+        try:
+            check_room(pair, items, task.max_new_tokens)
+        except SPDError as error:
+            raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
+        for item in items:
+            if item.spans:
+                pair.encode(item)
