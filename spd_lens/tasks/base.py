@@ -45,7 +45,7 @@ class Task(ABC):
     path: Path | str | None = None
     """Local directory with the original files, or a directory that holds it under the task's name. `None`: the hub."""
     max_new_tokens: int = 256
-    """Room for an answer when the task is evaluated; enough for the task's own gold completions."""
+    """Room for an answer when the task is evaluated; enough for nearly all of its gold completions."""
     duplicates_removed: int = field(default=0, init=False)
     """Examples left out of the training side, since they repeat another one or a test problem."""
     _pools: Pools | None = field(default=None, init=False, repr=False)
@@ -93,8 +93,8 @@ class Task(ABC):
             n = len(pool)
         check_count(self.name, split, n, len(pool))
         ordered = shuffled(pool, f"{self.name}|{split}|{seed}", key=lambda example: example.id)
-        if self.group is not None:
-            ordered = round_robin(ordered, by=lambda example: example.meta[self.group])
+        if (group := self.group) is not None:
+            ordered = round_robin(ordered, by=lambda example: example.meta[group])
         return ordered[:n]
 
     def pool(self, split: Split) -> list[Example]:

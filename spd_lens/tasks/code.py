@@ -110,12 +110,22 @@ def extract_code(text: str) -> str | None:
     start = _STARTS.search(text)
     if start is None:
         return text.strip() or None
-    lines = text[start.start() :].split("\n")[:400]
+    before = _constants_before(text[: start.start()])
+    lines = (before + text[start.start() :]).lstrip("\n").split("\n")[:400]
     for end in range(len(lines), 0, -1):
         code = "\n".join(lines[:end]).rstrip()
         if _parse(code) is not None:
             return code
     return "\n".join(lines).rstrip()  # let it fail where it is run
+
+
+def _constants_before(text: str) -> str:
+    """The assignments, comments and blank lines that `text` ends with."""
+    lines = text.splitlines(keepends=True)
+    first = len(lines)
+    while first and re.match(r"#|[A-Za-z_]\w*[ \t]*=[^=]|\s*$", lines[first - 1]):
+        first -= 1
+    return "".join(lines[first:])
 
 
 def signature(solution: str, tests: Sequence[str]) -> tuple[str, set[str]]:

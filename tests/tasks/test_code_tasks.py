@@ -74,6 +74,8 @@ def test_signature(solution, tests, header):
         ("@cache\ndef f(x):\n    return x", "@cache\ndef f(x):\n    return x"),
         ("def f(x:\n", "def f(x:"),  # nothing in it parses: left to fail where it is run
         ("return x", "return x"),
+        ("N = 3\n# limit\nM = N\n\ndef f(x):\n    return N", "N = 3\n# limit\nM = N\n\ndef f(x):\n    return N"),
+        ("Set N to 3:\nN = 3\ndef f(x):\n    return N", "N = 3\ndef f(x):\n    return N"),
         ("", None),
         ("```python\n```", None),
     ],

@@ -69,6 +69,14 @@ def test_named_splits(write):
     }
 
 
+def test_a_test_problem_leaves_a_calibration_file_too(write):
+    write("train.jsonl", [PROMPT])
+    write("calibration.jsonl", [SPANS, {**ANSWER, "prompt": "2 + 2  ?"}])
+    task = tasks.get("jsonl", path=write("test.jsonl", [{**ANSWER, "prompt": "2 + 2 ?"}]))
+    assert [e.prompt for e in task.pool("calibration")] == ["1 + 1?"]
+    assert task.duplicates_removed == 1
+
+
 def test_directory(write):
     write("train.jsonl", [PROMPT, SPANS, {**ANSWER, "prompt": "2 +  2 ?"}])
     task = tasks.get("jsonl", path=write("test.jsonl", [ANSWER, {**ANSWER, "prompt": "2 + 2 ?"}]))
