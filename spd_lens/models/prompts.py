@@ -24,6 +24,19 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class JointText:
+    """Prompt and completion as one text with its tokens, `T(q, y)`, and where each token stands in the text."""
+
+    text: str
+    completion_at: int
+    """Character at which the completion begins."""
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Characters `[low, high)` of each token: empty for a special token that the tokenizer added, and shared by tokens
+    that hold parts of one character."""
+
+
+@dataclass(frozen=True)
 class PromptFormat:
     """How a prompt becomes text. The paper does not say; both forms are common.
 
@@ -69,6 +82,24 @@ class PromptFormat:
         """Token ids of the prompt alone, as generation starts from them."""
         return self.tokenizer(self.text(prompt), add_special_tokens=not self.chat)["input_ids"]
 
+    def joint(self, example: Example) -> JointText:
+        """Tokenises prompt and completion as one text, so that a token may span both.
+
+        Raises:
+            SPDError: the text is no Unicode text (JSON can spell half a character).
+        """
+        try:
+            (example.prompt + example.completion).encode()
+        except UnicodeEncodeError as error:
+            raise SPDError(
+                f"example {example.id or example.prompt[:40]!r} holds half a character ({error.object[error.start]!r}) "
+                "that no tokenizer reads; mend or leave out the record"
+            ) from error
+        head = self.text(example.prompt)
+        text = head + example.completion
+        tokens = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+        return JointText(text, len(head), tokens["input_ids"], tokens["offset_mapping"])
+
     def encode(self, example: Example, loss: Loss = "aligned") -> Encoded:
         """Joint tokenisation (Eq. 6). `loss="full"` scores every token of the completion (paper table 5).
 
@@ -84,12 +115,8 @@ class PromptFormat:
             raise SPDError(f"{name} has no completion, so it has no loss; give it a gold answer")
         if loss == "aligned" and not example.spans:
             raise SPDError(f"{name} has no correctness span; give it one or use loss='full'")
-        head = self.text(example.prompt)
-        tokens = self.tokenizer(
-            head + example.completion, add_special_tokens=not self.chat, return_offsets_mapping=True
-        )
-        ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
-        start = len(head)
+        joint = self.joint(example)
+        ids, offsets, start = joint.ids, joint.offsets, joint.completion_at
         spans = example.spans if loss == "aligned" else ((0, len(example.completion)),)
         scored: set[int] = set()
         for low, high in spans:
