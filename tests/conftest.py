@@ -11,6 +11,7 @@ import importlib.metadata
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from spd_lens.config import SPDConfig
 from spd_lens.models import ModelPair, load
+from spd_lens.pipeline import run
+from spd_lens.rundir import Run
 
 # One thread each: tiny models gain nothing from more, and threads of several test workers hold each other up.
 torch.set_num_threads(1)
@@ -213,3 +217,33 @@ def tiny_prompts() -> list[str]:
 def state_of() -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
     """A copy of all parameters and buffers, to compare bit for bit later."""
     return lambda model: {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_llama_dir: Path) -> dict[str, Any]:
+    """Settings of a whole run of seconds, which still does all that a run does."""
+    return {
+        "model": str(tiny_llama_dir),
+        "dtype": "float32",
+        "device": "cpu",
+        "task": "synthetic-math",
+        "task_options": {"max_new_tokens": 8},
+        "n_calibration": 6,
+        "n_train": 12,
+        "n_eval": 12,
+        "n_compared": 6,
+        "n_random": 2,
+        "max_new_tokens": 8,
+        "generation_batch_size": 4,
+        "train_batch_size": 4,
+        "epochs": 2,
+        "lr": 0.01,
+        "policies": ["base", "projected", "spd"],
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was never disturbed. Copy it before changing it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return run(SPDConfig.make(tiny_settings), out, progress=False)
