@@ -1,0 +1,273 @@
+"""What runs inside a sandbox. Never imported there: the text of this file is handed to `python -c`.
+
+Two processes in two sandboxes. The **runner** is lost from the moment it runs the program: everything it says is what
+the program chooses to say. The **judge** never runs any of the program's code: it runs the asserts, and where they
+call one of the program's functions it sends the arguments to the runner and gets plain data back, on which every
+comparison is then made by untouched builtins.
+
+Standard library only, and little of it: this is started anew for every program.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import resource
+import sys
+
+TYPE_CHECKING = False  # importing `typing` and `collections.abc` would take a quarter of the start-up
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+    from typing import Any, BinaryIO
+
+MAX_ANSWER = 16 * 2**20
+"""Bytes of one answer. A longer one is an error."""
+MAX_ITEMS = 1_000_000
+"""Items taken from an iterator that a function returns, which may be endless."""
+
+_VALUES = {
+    ("collections", "deque"),
+    ("datetime", "date"),
+    ("datetime", "datetime"),
+    ("datetime", "time"),
+    ("datetime", "timedelta"),
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+}
+"""Types of the standard library that cross as themselves, through their constructor's arguments."""
+
+
+def encode(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Value as JSON. Whatever is not plain data stays behind; `keep` gives the number that stands for it."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, int):
+        number = int(value)
+        return number if abs(number) < 2**53 else ["int", hex(number)]  # hex: no limit on digits
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, bytes | bytearray):
+        return ["bytearray" if isinstance(value, bytearray) else "bytes", value.hex()]
+    if isinstance(value, range):
+        return ["range", *(encode(part, keep) for part in (value.start, value.stop, value.step))]
+    if isinstance(value, dict):
+        return ["dict", [[encode(k, keep), encode(v, keep)] for k, v in value.items()]]
+    for collection in (list, tuple, set, frozenset):
+        if isinstance(value, collection):
+            return [collection.__name__, [encode(item, keep) for item in value]]
+    cls = type(value)
+    if isinstance(value, type):
+        name = value.__name__
+        return ["type", name] if vars(builtins).get(name) is value else ["object", keep(value)]
+    if (cls.__module__, cls.__qualname__) in _VALUES:
+        arguments = [list(value)] if cls.__name__ == "deque" else list(value.__reduce__()[1])
+        return ["value", cls.__module__, cls.__qualname__, [encode(argument, keep) for argument in arguments]]
+    if hasattr(cls, "__next__"):
+        items = [item for item, _ in zip(value, range(MAX_ITEMS), strict=False)]
+        return ["iterator", [encode(item, keep) for item in items]]
+    return ["object", keep(value)]
+
+
+def decode(data: Any, fetch: Callable[[int], Any]) -> Any:
+    """The inverse of `encode`. Builds plain data only, whoever wrote `data`; raises on anything unknown."""
+    if not isinstance(data, list):
+        if isinstance(data, dict):
+            raise ValueError("unknown answer")
+        return data
+    match data:
+        case ["int", str(digits)]:
+            return int(digits, 16)
+        case ["complex", real, imag]:
+            return complex(float(real), float(imag))
+        case ["bytes", str(digits)]:
+            return bytes.fromhex(digits)
+        case ["bytearray", str(digits)]:
+            return bytearray.fromhex(digits)
+        case ["range", *parts]:
+            return range(*(decode(part, fetch) for part in parts))
+        case ["dict", list(items)]:
+            return {decode(key, fetch): decode(item, fetch) for key, item in items}
+        case [("list" | "tuple" | "set" | "frozenset") as name, list(items)]:
+            kinds: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+            return kinds[name]([decode(item, fetch) for item in items])
+        case ["value", str(module), str(name), list(arguments)] if (module, name) in _VALUES:
+            return getattr(__import__(module), name)(*(decode(argument, fetch) for argument in arguments))
+        case ["type", str(name)] if isinstance(kind := getattr(builtins, name, None), type):
+            return kind
+        case ["iterator", list(items)]:
+            return iter([decode(item, fetch) for item in items])
+        case ["object", int(number)]:
+            return fetch(number)
+    raise ValueError("unknown answer")
+
+
+# --- the runner ------------------------------------------------------------------------------------------------------
+
+
+def run(order: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
+    """Runs the program, then answers calls of its functions until nobody asks any more."""
+    module = type(sys)("__main__")
+    sys.modules["__main__"] = module
+    exec(compile(order["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
+    kept: list[Any] = []
+
+    def keep(value: Any) -> int:
+        for number, known in enumerate(kept):
+            if known is value:
+                return number
+        kept.append(value)
+        return len(kept) - 1
+
+    for line in requests if order["tested"] else ():
+        try:
+            reply = ["value", encode(_answer(decode(json.loads(line), kept.__getitem__), module), keep)]
+            text = json.dumps(reply)
+        except Exception as error:
+            builtin = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == "builtins")
+            text = json.dumps(["error", builtin, f"{type(error).__name__}: {error}"[:1000]])
+        answers.write(text.encode() + b"\n")
+        answers.flush()
+
+
+def _answer(request: tuple[Any, ...], module: ModuleType) -> Any:
+    match request:
+        case ["name", name]:
+            if not hasattr(module, name):
+                raise NameError(f"name {name!r} is not defined")
+            return getattr(module, name)
+        case ["call", function, arguments, keywords]:
+            return function(*arguments, **keywords)
+        case ["get", target, name]:
+            return getattr(target, name)
+        case ["set", target, name, value]:
+            setattr(target, name, value)
+            return None
+        case ["iterate", target]:
+            return iter(target)
+    raise ValueError("unknown request")
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+class Gone(BaseException):
+    """The runner has ended. Not an `Exception`: a test that expects one must not take it for that."""
+
+
+class Program:
+    """The judge's end of the line to the program."""
+
+    def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
+        self.requests, self.answers = requests, answers
+        self.objects: dict[int, Remote] = {}
+
+    def ask(self, *request: Any) -> Any:
+        """The program's answer as plain data; its exceptions are raised as the builtin exceptions they derive from."""
+        try:
+            self.requests.write(json.dumps(encode(request, _own)).encode() + b"\n")
+            self.requests.flush()
+        except BrokenPipeError:
+            raise Gone from None
+        line = self.answers.readline(MAX_ANSWER)
+        if not line:
+            raise Gone
+        if not line.endswith(b"\n"):
+            raise ValueError("the program's answer is too long, or broken off")
+        kind, *content = json.loads(line)
+        if kind == "value":
+            return decode(content[0], self.fetch)
+        known = getattr(builtins, str(content[0]), None)
+        ordinary = isinstance(known, type) and issubclass(known, Exception)
+        raise _exception(known if ordinary else RuntimeError, str(content[1])[:1000])
+
+    def fetch(self, number: int) -> Remote:
+        return self.objects.setdefault(number, Remote(self, number))
+
+
+def _exception(cls: Any, message: str) -> Exception:
+    try:
+        return cls(message)
+    except TypeError:  # UnicodeDecodeError and the like want more arguments
+        return RuntimeError(message)
+
+
+class Remote:
+    """Stands in the judge for an object of the program that is not plain data: a function, an instance of its class.
+
+    Equal to itself alone: what the program's own `__eq__` says is not asked.
+    """
+
+    __slots__ = ("_number", "_program")
+
+    def __init__(self, program: Program, number: int) -> None:
+        object.__setattr__(self, "_program", program)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._program.ask("call", self, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._program.ask("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._program.ask("set", self, name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._program.ask("iterate", self)
+
+
+def _own(value: Any) -> int:
+    if isinstance(value, Remote):
+        return int(object.__getattribute__(value, "_number"))
+    raise TypeError(f"a test hands the program a {type(value).__name__}, which cannot leave the judge's process")
+
+
+def judge(order: dict[str, Any], program: Program) -> dict[str, Any]:
+    """Runs the asserts. Nothing that the program sends is ever executed, unpickled or asked for its opinion."""
+    passed, test = 0, "the set-up"
+    try:
+        names: dict[str, Any] = {"__name__": "tests"}
+        names |= {module: __import__(module) for module in order["modules"]}
+        names |= {name: program.ask("name", name) for name in order["functions"]}
+        exec(compile(order["setup"], "<setup>", "exec", dont_inherit=True), names)
+        for test in order["tests"]:
+            exec(compile(test, "<test>", "exec", dont_inherit=True), names)
+            passed += 1
+        return {"reason": "passed", "passed": passed, "detail": ""}
+    except Gone:
+        reason, message = "exited", "the program ended before it had answered"
+    except AssertionError as error:
+        reason, message = "failed", str(error)
+    except MemoryError as error:
+        reason, message = "memory", str(error)
+    except BaseException as error:
+        reason, message = "error", str(error) if str(error).startswith(type(error).__name__) else repr(error)
+    return {"reason": reason, "passed": passed, "detail": f"{test}: {message}" if message else test}
+
+
+def main() -> None:
+    """Reads from standard input what to be, and is that."""
+    order = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds an end, and the order's file can't be written to
+    for name, value in order["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    reader, writer = os.fdopen(order["read"], "rb"), os.fdopen(order["write"], "wb")
+    if order["role"] == "program":
+        writer.write(b"ready\n")
+        writer.flush()
+        run(order, reader, writer)
+        return
+    verdict = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a test prints is no verdict
+    if reader.readline(16) != b"ready\n":
+        return
+    verdict.write(b"ready\n")
+    verdict.flush()
+    result = judge(order, Program(writer, reader))
+    verdict.write(json.dumps(result).encode() + b"\n")
+    verdict.flush()

@@ -1,0 +1,215 @@
+"""How a process is shut in: `bubblewrap`, or `unshare` with mounts of our own; never as root.
+
+Both give a process its own user, process, network, mount, IPC and host name spaces; a file system that holds the
+system's libraries and this Python, read-only, and an empty scratch directory of limited size; no `/proc`, no `/sys`,
+no home, no environment variables of ours. What a process may *use* is limited from inside, before it runs anything
+that is not ours (`inside.main`): limits set there bind every descendant and cannot be raised again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from spd_lens.errors import SPDError
+
+NAMES = ("bubblewrap", "unshare")
+"""Mechanisms, the better one first."""
+
+KEEPERS = {"bubblewrap": 1, "unshare": 2}
+"""Processes of its own that a mechanism has in the program's user name space, which count as the program's."""
+
+_DEPTH = {"bubblewrap": 1, "unshare": 2}
+"""How far below the process that we start stands the first one of the program's process name space."""
+
+_SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {"PATH": _SEARCH, "LANG": "C.UTF-8"}
+_INSIDE = {"HOME": "/scratch", "TMPDIR": "/scratch", "LD_LIBRARY_PATH": "/python/lib"}
+_MOUNT_POINTS = ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var")
+"""Directories that a private mount name space can cover without anybody noticing."""
+
+# Root becomes nobody: limits on processes do not bind root, and what is shut in should own nothing.
+# $1: Python's prefix, $2: where to mount it, since nobody may be unable to reach a Python in root's home; then the
+# command.
+_GIVE_UP_ROOT = """
+set -e
+mount --bind "$1" "$2"
+shift 2
+exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all -- "$@"
+"""
+
+# $1: new root, $2: Python's prefix, $3: bytes of scratch; then the command.
+_BUILD_ROOT = """
+set -e
+echo 0 2>/dev/null >/proc/sys/user/max_user_namespaces || true
+new=$1 python=$2 size=$3
+shift 3
+mount -t tmpfs -o size=1m,mode=755 tmpfs "$new"
+cd "$new"
+mkdir usr python dev proc scratch old
+mount --rbind /usr usr
+mount -o remount,bind,ro,nosuid,nodev usr
+if [ -n "$python" ]; then
+    mount --rbind "$python" python
+    mount -o remount,bind,ro,nosuid,nodev python
+fi
+for name in bin sbin lib lib32 lib64; do
+    if [ -L "/$name" ]; then
+        ln -s "usr/$name" "$name"
+    elif [ -d "/$name" ]; then
+        mkdir "$name"
+        mount --rbind "/$name" "$name"
+        mount -o remount,bind,ro,nosuid,nodev "$name"
+    fi
+done
+for name in null zero random urandom; do
+    : >"dev/$name"
+    mount --bind "/dev/$name" "dev/$name"
+done
+mount -t tmpfs -o "size=$size,nr_inodes=1k,mode=700,nosuid,nodev" tmpfs scratch
+mount --rbind /proc proc  # umount looks there
+pivot_root . old
+cd /scratch
+umount -l /old
+umount -l /proc
+mount -o remount,ro /
+status=0
+setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- "$@" || status=$?
+exit $status
+"""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """This Python, without its virtual environment."""
+
+    prefix: Path | None
+    """What has to be mounted at `/python`; `None` if it is part of `/usr`."""
+    inside: str
+    """The executable's path in the sandbox."""
+
+
+def command(mechanism: str, arguments: Sequence[str], *, seconds: float, scratch_mb: int) -> list[str]:
+    """The command that runs Python with `arguments` inside a sandbox, and ends with it."""
+    python = _interpreter()
+    covers = [point for point in _MOUNT_POINTS if _can_cover(point, python.prefix)]
+    root = os.geteuid() == 0
+    prefix, outside = python.prefix, []
+    if root:
+        source = str(python.prefix or "/usr")
+        prefix = Path(covers.pop(0)) if python.prefix else None
+        outside = ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _GIVE_UP_ROOT, "sh"]
+        outside += [source, str(prefix or covers.pop(0))]
+    inner = [python.inside, "-I", "-S", "-B", "-u", *arguments]
+    size = scratch_mb * 2**20
+    if mechanism == "bubblewrap":
+        return [*outside, *_bubblewrap(prefix, size), "--", *inner]
+    given = [f"{name}={value}" for name, value in _INSIDE.items()]
+    # `timeout`: should the caller be killed, this ends on its own; bubblewrap has --die-with-parent.
+    return [
+        *outside,
+        *("timeout", "--signal=KILL", f"{seconds:g}"),
+        *("unshare", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--kill-child"),
+        *("--", "sh", "-c", _BUILD_ROOT, "sh", covers.pop(0), str(prefix or ""), str(size)),
+        *("env", *given, *inner),
+    ]
+
+
+def start(arguments: Sequence[str], stdin: IO[bytes], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Starts a command with piped output, in a process group of its own and with next to no environment."""
+    return subprocess.Popen(
+        arguments,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=pass_fds,
+        env=_ENVIRONMENT,
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def kill(mechanism: str, process: subprocess.Popen[bytes]) -> None:
+    """Ends everything in a sandbox. Its outer part then ends by itself, if its output is read meanwhile.
+
+    The first process of the name space is killed, and the kernel kills all others in it. Were it the outermost one,
+    its children would be left to the machine's init, and in many a container that reaps nothing.
+    """
+    pid = process.pid
+    with suppress(OSError, IndexError, ValueError):  # it is just starting, or ending: the caller kills the rest
+        for _ in range(_DEPTH[mechanism]):
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        os.kill(pid, signal.SIGKILL)
+
+
+def _bubblewrap(prefix: Path | None, size: int) -> list[str]:
+    options = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    if "--disable-userns" in _bubblewrap_help():
+        options.append("--disable-userns")
+    options += ["--clearenv", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+        path = Path("/", name)
+        if path.is_symlink():
+            options += ["--symlink", f"usr/{name}", str(path)]
+        elif path.is_dir():
+            options += ["--ro-bind", str(path), str(path)]
+    if prefix:
+        options += ["--ro-bind", str(prefix), "/python"]
+    for name in ("null", "zero", "random", "urandom"):
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    options += ["--perms", "0700", "--size", str(size), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+    for name, value in {**_ENVIRONMENT, **_INSIDE}.items():
+        options += ["--setenv", name, value]
+    return [*options, "--remount-ro", "/"]
+
+
+@cache
+def _bubblewrap_help() -> str:
+    return subprocess.run(["bwrap", "--help"], capture_output=True, text=True, env=_ENVIRONMENT, check=False).stdout
+
+
+@cache
+def _interpreter() -> Interpreter:
+    prefix = Path(sys.base_prefix).resolve()
+    executable = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if not executable.exists():
+        executable = Path(sys.executable).resolve()
+    if prefix.is_relative_to("/usr"):
+        return Interpreter(None, str(executable))
+    if not executable.is_relative_to(prefix):
+        raise SPDError(f"no Python executable was found under {prefix}, so that generated code cannot be run")
+    return Interpreter(prefix, str(Path("/python") / executable.relative_to(prefix)))
+
+
+def _can_cover(point: str, prefix: Path | None) -> bool:
+    """Whether a directory can be mounted over: there, a real one, open to all, and not on the way to Python."""
+    try:
+        mode = os.lstat(point).st_mode
+    except OSError:
+        return False
+    usable = stat.S_ISDIR(mode) and bool(mode & stat.S_IXOTH)
+    return usable and not (prefix is not None and prefix.is_relative_to(point))
+
+
+def missing(mechanism: str) -> str:
+    """What the mechanism needs and this machine lacks, before anything is tried; empty if nothing is missing."""
+    if sys.platform != "linux":
+        return f"it needs Linux, and this is {sys.platform}"
+    needed = {"bubblewrap": ["bwrap"], "unshare": ["timeout", "unshare", "mount", "umount", "pivot_root", "setpriv"]}
+    tools = [*needed[mechanism], *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
+    absent = sorted({tool for tool in tools if shutil.which(tool, path=_SEARCH) is None})
+    if absent:
+        return f"{', '.join(absent)} is not installed"
+    if mechanism == "bubblewrap" and "--size" not in _bubblewrap_help():
+        return "this bubblewrap is too old: it cannot limit the scratch directory (0.7 can)"
+    return ""

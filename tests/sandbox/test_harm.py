@@ -1,0 +1,163 @@
+"""Programs that attack the machine: none hurts the caller, and none passes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spd_lens import sandbox
+
+TEST = ["assert f(2) == 4"]
+HONEST = "def f(x):\n    return x * x\n"
+
+
+def running(marker: str) -> list[str]:
+    """Command lines on this machine that hold `marker`, sandboxes included."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it has just ended
+            continue
+    return [line for line in lines if marker in line]
+
+
+@pytest.mark.parametrize("place", ["{attack}\ndef f(x): return 4", "def f(x):\n    {attack}\n    return 4"])
+@pytest.mark.parametrize(
+    ("attack", "reasons"),
+    [
+        ("while True: pass", {"timeout"}),
+        ("import time; time.sleep(60)", {"timeout"}),
+        ("import os; [os.fork() for _ in iter(int, 1)]", {"error"}),
+        ("import threading; [threading.Thread(target=iter(int, 1).__next__).start() for _ in range(9)]", {"error"}),
+        ("x = bytearray(10 << 30)", {"memory"}),
+        ("x = [bytearray(1 << 20) for _ in range(10_000)]", {"memory"}),
+        ("import sys; [print('x' * 10**6) for _ in range(1000)]", {"output"}),
+        ("import os; [os.write(2, b'x' * 10**6) for _ in range(1000)]", {"output"}),
+        ("for i in range(99): open(f'/scratch/{i}', 'wb').write(bytes(1 << 20))", {"error"}),
+        ("import os; os.truncate(open('big', 'wb').fileno(), 1 << 40)", {"error", "exited"}),
+        ("import os; [os.kill(p, 9) for p in (os.getppid(), 1, -1)]", {"error", "exited"}),
+        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", {"error"}),
+        ("import ctypes; ctypes.string_at(0)", {"exited"}),
+        ("import sys; sys.setrecursionlimit(10**9); g = lambda n: g(n + 1) + 1; g(0)", {"exited", "memory", "timeout"}),
+    ],
+)
+def test_harm_is_contained(shut_in, place, attack, reasons):
+    began = time.monotonic()
+    result = shut_in(place.format(attack=attack), TEST, timeout_s=1)
+    assert result.reason in reasons, result
+    assert time.monotonic() - began < 15
+    assert len(result.stdout) + len(result.stderr) <= 16_000
+
+
+def test_limits_are_what_was_asked_for(shut_in):
+    fork = "import os, time\ndef f():\n    n = 1\n    try:\n        while True:\n            if os.fork() == 0:\n"
+    fork += "                time.sleep(60)\n            n += 1\n    except OSError:\n        return n\n"
+    for processes in (1, 2, 5):
+        assert shut_in(fork, [f"assert f() == {processes}"], processes=processes).ok
+    allocate = "def f(mb):\n    return len(bytearray(mb << 20)) >> 20"
+    assert shut_in(allocate, ["assert f(300) == 300"], memory_mb=400).ok
+    assert shut_in(allocate, ["assert f(300) == 300"], memory_mb=200).reason == "memory"
+    write = "def f(mb):\n    return open('x', 'wb').write(bytes(mb << 20)) >> 20"
+    assert shut_in(write, ["assert f(7) == 7"], scratch_mb=8).ok
+    assert shut_in(write, ["assert f(7) == 7"], scratch_mb=4).reason == "error"
+
+
+def test_nothing_outside_can_be_read_or_written(shut_in, tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2")
+    for path in (tmp_path, secret):
+        path.chmod(0o777)
+    monkeypatch.setenv("SPD_SECRET", "hunter2")
+    home, source, new = str(Path.home()), str(Path(sandbox.__file__)), str(tmp_path / "new")
+    snoop = f"""
+import glob, os, sys
+found = []
+def attempt(what, *arguments, **keywords):
+    try:
+        found.append((what.__name__, arguments, what(*arguments, **keywords)))
+    except OSError:
+        pass
+attempt(open, {str(secret)!r})
+attempt(open, {source!r})
+attempt(os.listdir, {home!r})
+attempt(os.listdir, "/etc")
+attempt(os.listdir, "/proc/self")
+attempt(os.listdir, "/sys/kernel")
+attempt(open, {new!r}, "w")
+found += [(k, v) for k, v in os.environ.items() if "hunter2" in v] + glob.glob("/old/*")
+def f():
+    return str(found)
+"""
+    outside = subprocess.run([sys.executable, "-c", snoop + "print(f())"], capture_output=True, text=True, check=True)
+    for seen in (str(secret), source, home, new, "SPD_SECRET"):
+        assert seen in outside.stdout  # the snoop works where nothing stops it
+    (tmp_path / "new").unlink()
+    places = ("/new", "/usr/new", "/dev/new", "/tmp/new", "/var/new", "/old/new", "/proc/new")
+    snoop += f"\nfor name in (*{places}, sys.base_prefix + '/new'):\n    attempt(open, name, 'w')\n"
+    result = shut_in(snoop + "print(found)", ["assert f() == '[]'"])
+    assert result.ok, result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"] and secret.read_text() == "hunter2"
+
+
+def test_no_network(shut_in):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind("\0spd-lens-test")
+        local.listen()
+        port = server.getsockname()[1]
+        call = f"""
+import socket
+def f():
+    reached = []
+    for kind, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_UNIX, "\\0spd-lens-test")):
+        try:
+            socket.socket(kind).connect(address)
+            reached.append(address)
+        except OSError:
+            pass
+    return len(reached)
+"""
+        outside = subprocess.run([sys.executable, "-c", call + "print(f())"], capture_output=True, check=True)
+        assert outside.stdout == b"2\n"
+        assert shut_in(call, ["assert f() == 0"]).ok
+
+
+def test_nothing_stays_behind(shut_in):
+    marker = f"86{os.getpid()}.{time.time_ns() % 10**6}"
+    spawn = f"import subprocess\nsubprocess.Popen(['sleep', '{marker}'], start_new_session=True)\n"
+    result = shut_in(spawn + "import time; time.sleep(0.3)\n" + HONEST, TEST, processes=4)
+    assert result.ok, result
+    assert running(marker) == []
+    finished = shut_in(spawn, processes=4, timeout_s=5)
+    assert finished.reason in ("finished", "timeout") and running(marker) == []
+
+
+def test_a_killed_caller_takes_the_program_along():
+    if sandbox.available() != "bubblewrap":
+        pytest.skip("bubblewrap does not work here; with unshare a program ends by itself after a minute")
+    marker = f"87{os.getpid()}.{time.time_ns() % 10**6}"
+    call = f"import os; os.execv('/usr/bin/sleep', ['sleep', '{marker}'])"
+    caller = subprocess.Popen(
+        [sys.executable, "-c", f"from spd_lens.sandbox import run_python\nrun_python({call!r}, timeout_s=60)"],
+        cwd=Path(__file__).resolve().parents[1],
+    )
+
+    def wait_for(there: bool) -> bool:
+        deadline = time.monotonic() + 30
+        lines: list[str] = []
+        while time.monotonic() < deadline:
+            lines = [line for line in running(marker) if line.startswith("sleep")]
+            if bool(lines) == there:
+                return True
+            time.sleep(0.05)
+        return False
+
+    assert wait_for(there=True)
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    assert wait_for(there=False)
