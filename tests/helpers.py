@@ -97,7 +97,7 @@ def make_adapter(hf, directory, *, std=0.1, seed=0, r=2, targets=("q_proj", "k_p
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     return directory
 
 

@@ -81,8 +81,8 @@ class HookedBackend(Backend):
         # follow the twin: prepend BOS to text only where the tokenizer itself does
         text_ids = tokenizer("a")["input_ids"]
         cfg.default_prepend_bos = bool(text_ids) and text_ids[0] == tokenizer.bos_token_id
-        with _quiet():
-            lens = HookedTransformer(cfg, copy.deepcopy(tokenizer), move_to_device=False)
+        with _quiet(), _readable(tokenizer) as own:
+            lens = HookedTransformer(cfg, own, move_to_device=False)
             lens.to(twin.device)
         lens.eval().requires_grad_(False)
         self.write(lens, twin)
@@ -159,9 +159,9 @@ class BridgeBackend(Backend):
 
         inner = copy.deepcopy(twin)  # the bridge rewires the model it is given, so the twin must stay out of it
         name = getattr(twin.config, "_name_or_path", "") or type(twin).__name__
-        with _quiet():
+        with _quiet(), _readable(tokenizer) as own:
             lens = TransformerBridge.boot_transformers(
-                name, hf_model=inner, tokenizer=copy.deepcopy(tokenizer), device=twin.device, dtype=twin.dtype
+                name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
             )
         lens.eval()
         for parameter in lens.original_model.parameters():
@@ -205,8 +205,20 @@ def _config_directory(twin: PreTrainedModel) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def _readable(tokenizer: Any) -> Iterator[Any]:
+    """A copy for the lens model. TransformerLens reads a tokenizer a second time from where it came from, which for one
+    made in memory is nowhere, and otherwise may be the hub."""
+    own = copy.deepcopy(tokenizer)
+    with tempfile.TemporaryDirectory(prefix="spd_") as directory:
+        if not (Path(own.init_kwargs.get("name_or_path", "")) / "tokenizer.json").is_file():
+            tokenizer.save_pretrained(directory)
+            own.init_kwargs["name_or_path"] = directory
+        yield own
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TransformerLens prints, and gives advice that is not followed here on purpose: process weights, use the bridge."""
+    """TransformerLens prints, and advises what is not done here on purpose: process weights, use the bridge."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

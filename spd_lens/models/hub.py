@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,6 +13,7 @@ from pathlib import Path
 import platformdirs
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_lens.config import DEFAULT_MODEL
@@ -70,13 +71,22 @@ def _from_directory(path: Path, gguf_file: str | None) -> Path:
 
 def _from_hub(name: str, revision: str | None, gguf_file: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = [gguf_file] if gguf_file else _ALLOWED
     try:
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise SPDError(f"there is no model {name!r} on the hub (or it needs a login); check its name") from error
+    except RevisionNotFoundError as error:
+        raise SPDError(
+            f"the model {name!r} on the hub has no revision {revision!r}; check its branch or tag"
+        ) from error
     except HFValidationError as error:
         raise SPDError(f"{name!r} is neither a directory here nor a hub name of the form owner/model") from error
     except (LocalEntryNotFoundError, OSError) as error:
@@ -93,11 +103,10 @@ def _from_hub(name: str, revision: str | None, gguf_file: str | None) -> Path:
 
 
 def _embedded_gguf() -> Path | None:
-    try:
-        files = [Path(str(entry)) for entry in importlib.resources.files(_EMBEDDED_PACKAGE).iterdir()]
-    except ModuleNotFoundError:
-        return None
-    return next((file for file in files if file.suffix == ".gguf"), None)
+    # found without importing it: the package wants a llama.cpp runtime, of which nothing is needed here
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    places = spec.submodule_search_locations if spec else None
+    return next((file for place in places or [] for file in Path(place).glob("*.gguf")), None)
 
 
 def _convert_gguf(gguf: Path) -> Path:
@@ -107,17 +116,23 @@ def _convert_gguf(gguf: Path) -> Path:
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
     if (target / "config.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if (target / "config.json").exists():  # another process converted it while this one waited
-            return target
-        log.info("converting %s to safetensors, once, under %s", gguf.name, target)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-        try:
-            _save_dequantised(gguf, scratch)
-            scratch.rename(target)  # atomic: a reader sees a whole model or none
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if (target / "config.json").exists():  # another process converted it while this one waited
+                return target
+            log.info("converting %s to safetensors, once, under %s", gguf.name, target)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _save_dequantised(gguf, scratch)
+                scratch.rename(target)  # atomic: a reader sees a whole model or none
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise SPDError(
+            f"{gguf.name} cannot be converted under {target.parent} ({error}); free some space there or set "
+            "SPD_LENS_CACHE to another directory"
+        ) from error
     return target
 
 
@@ -132,7 +147,8 @@ def _save_dequantised(gguf: Path, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # transformers raises many types on a damaged or unknown file
-        raise SPDError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise SPDError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
     # what the loader returns refuses save_pretrained until its quantisation marks are gone
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

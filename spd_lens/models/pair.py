@@ -45,16 +45,16 @@ class ModelPair:
         system: str | None = None,
     ) -> None:
         """From a transformers model in memory, for instance one that was just edited or fine-tuned."""
+        self._backend: Backend = choose_backend(backend)
+        self._lens: nn.Module | None = None
+        self.format = PromptFormat.choose(tokenizer, prompt_format, system)
+        """How a prompt becomes tokens: chat template or raw."""
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.hf: PreTrainedModel = hf.eval().requires_grad_(False)
         """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
         self.tokenizer = tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
-        self.format = PromptFormat.choose(tokenizer, prompt_format, system)
-        """How a prompt becomes tokens: chat template or raw."""
-        self._backend: Backend = choose_backend(backend)
-        self._lens: nn.Module | None = None
 
     def __repr__(self) -> str:
         return f"ModelPair({self.name!r}, {self.backend}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
@@ -145,7 +145,7 @@ class ModelPair:
 
         Raises:
             SPDError: they disagree, or rounding to the lens model's dtype swallowed the adapter. The lens model then
-                has its earlier weights again.
+                has the twin's weights without adapter; in the other direction the twin has its earlier weights.
         """
         if to == "lens":
             return self._sync_to_lens(adapter)
@@ -238,11 +238,7 @@ def load(
     kind = resolve_dtype(dtype, place)
     choose_backend(backend)  # a wrong backend is refused before the model is read
     directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
-    adapter = directory if (directory / "adapter_config.json").exists() else None
-    source = hub.local_directory(adapters.adapter_base(directory)) if adapter else directory
-    twin = _read_twin(source, torch.float32 if adapter else kind, trust_remote_code)
-    if adapter:
-        twin = adapters.merged_copy(twin, adapter).to(kind)
+    twin = _read_twin(directory, kind, trust_remote_code)
     tokenizer = read_tokenizer(directory, trust_remote_code)
     # adapters name their base by this: what the user can load again, not where a cache happens to lie
     name = str(Path(model).resolve()) if Path(model).exists() else model
@@ -251,13 +247,29 @@ def load(
 
 
 def _read_twin(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn."""
+    if (directory / "adapter_config.json").exists():
+        base = hub.local_directory(adapters.adapter_base(directory))
+        twin = _read_twin(base, torch.float32, trust_remote_code)
+        return adapters.merged_copy(twin, directory).to(dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        twin, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
         reason = " ".join(str(error).split())[:300]
         raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
+    if report["missing_keys"]:  # transformers would make these up at random, with a warning
+        missing = min(report["missing_keys"])
+        raise SPDError(
+            f"the model in {directory} cannot be loaded: its files lack {missing} "
+            f"({len(report['missing_keys'])} weights in all); get a complete copy"
+        )
+    return twin
 
 
 def resolve_device(name: str) -> torch.device:

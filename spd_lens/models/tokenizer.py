@@ -24,7 +24,7 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's directory; an adapter without one of its own has that of its base."""
     has_own = (directory / "tokenizer_config.json").exists() or (directory / "tokenizer.json").exists()
     if not has_own and (directory / "adapter_config.json").exists():
-        directory = hub.local_directory(adapters.adapter_base(directory))
+        return read_tokenizer(hub.local_directory(adapters.adapter_base(directory)), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer

