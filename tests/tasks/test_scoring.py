@@ -1,5 +1,7 @@
 """Tables of tricky completions, one per scorer."""
 
+import threading
+
 import pytest
 
 from spd_lens.tasks.scoring import (
@@ -225,6 +227,15 @@ def test_same_choice(gold, text, right):
 )
 def test_short_answers(gold, text, right):
     assert same_short_answer(gold, short_answer(text)) is right
+
+
+@pytest.mark.parametrize("text", ["9^{9^{9^{9}}}", "9**9**9**9", "99999999!", "\\binom{99999999}{4999999}"])
+def test_no_expression_keeps_scoring_busy(text):
+    """In a thread, where `math-verify` has no time limit of its own."""
+    worker = threading.Thread(target=same_number, args=("\\sqrt{4}", text), daemon=True)
+    worker.start()
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 def test_scoring_survives_long_and_odd_text():
