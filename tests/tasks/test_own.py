@@ -61,12 +61,11 @@ def test_the_test_side_is_held_out(write):
 
 
 def test_named_splits(write):
-    task = load(write, {**SPANS, "split": "test"}, ANSWER, {**PATTERN, "split": "calibration"})
-    assert {split: [e.id for e in task.pool(split)] for split in ("calibration", "train", "test")} == {
-        "calibration": ["mine-3"],
-        "train": ["mine-2"],
-        "test": ["mine-1"],
-    }
+    open_records = [{**ANSWER, "prompt": f"{n} + 2?"} for n in range(10)]
+    task = load(write, {**SPANS, "split": "test"}, {**PATTERN, "split": "calibration"}, *open_records)
+    assert [e.id for e in task.pool("test")] == ["mine-1"]  # with a test set named, nothing else is held out
+    assert [e.id for e in task.pool("calibration")] == ["mine-2"]
+    assert len(task.pool("train")) == 10
 
 
 def test_a_test_problem_leaves_a_calibration_file_too(write):
