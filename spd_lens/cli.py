@@ -169,6 +169,23 @@ def evaluate_command(
     Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
 
 
+@app.command("spans")
+@with_settings("data_dir", "task_options", "model", "prompt_format", "loss", "seed")
+def spans_command(
+    config: SPDConfig,
+    task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],
+    split: Annotated[str, typer.Option("--split", help="calibration, train or test.")] = "calibration",
+    n: Annotated[int | None, typer.Option("--n", help="Examples to audit [default: 20, or all there are].")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a standalone page.")] = None,
+    show: Annotated[int, typer.Option("--show", help="Examples printed token by token.")] = 3,
+) -> None:
+    """Which tokens of a task's examples count as correctness, and what looks wrong with them."""
+    _set_up(quiet=True)
+    from spd_lens.audit_command import show_spans
+
+    show_spans(config, task, split, n, html, show, Console())
+
+
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
     _set_up(quiet)
     from spd_lens.pipeline import run
