@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def _complete(path: Path) -> bool:
 def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
     config = record.config
     if (record.path / "adapter").exists():
+        # a process killed between publishing the adapter and tidying up leaves its checkpoints
+        shutil.rmtree(record.path / "adapter.training", ignore_errors=True)
         return
     log.info("fine-tuning on %d completions, %d epochs", config.n_train, config.epochs)
     with record.stage("finetune"):
