@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markdown import Markdown
+from rich.text import Text
 
 from spd_lens.cli_options import with_settings
 from spd_lens.config import DEMO, SPDConfig
@@ -30,6 +31,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
+_INTERRUPTED = 130
+_RESUMABLE = ("run", "demo", "generate", "finetune")
 _MODEL = ("model", "backend", "dtype", "device", "prompt_format")
 _DATA = ("task", "data_dir", "task_options", "seed")
 
@@ -39,11 +42,13 @@ def main() -> None:
     try:
         app()
     except SPDError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        sentence = " ".join(str(error).splitlines())
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", sentence))
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command continues where it was")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            Console(stderr=True).print(Text(f"stopped; {_after_interrupt(sys.argv[1:2])}"))
+        raise
 
 
 @app.command("run")
@@ -73,12 +78,14 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     _set_up(quiet)
     from spd_lens.capture import extract
-    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+    from spd_lens.pipeline import load_pair, make_tasks
+    from spd_lens.preflight import check_settings, check_subspace
 
     source, _ = make_tasks(config)
     check_settings(config)
     examples = source.calibration(config.n_calibration, config.seed)
     pair = load_pair(config)
+    check_subspace(config, pair)
     moments = extract(
         pair, examples, layers=config.layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
         progress=not quiet,
@@ -104,7 +111,8 @@ def generate_command(
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
     _set_up(quiet)
     from spd_lens.generation import generate
-    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+    from spd_lens.pipeline import load_pair, make_tasks
+    from spd_lens.preflight import check_settings
     from spd_lens.subspace import Subspace
 
     source, _ = make_tasks(config)
@@ -133,7 +141,8 @@ def finetune_command(
     """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
     _set_up(quiet)
     from spd_lens.corpus import Corpus
-    from spd_lens.pipeline import check_settings, finetune_with, load_pair
+    from spd_lens.pipeline import finetune_with, load_pair
+    from spd_lens.preflight import check_settings
 
     check_settings(config)
     records = Corpus.load(corpus)
@@ -154,7 +163,8 @@ def evaluate_command(
     """Score the base, projected or fine-tuned model on a task's test items."""
     _set_up(quiet)
     from spd_lens.evaluation import evaluate
-    from spd_lens.pipeline import check_settings, load_pair, make_tasks
+    from spd_lens.pipeline import load_pair, make_tasks
+    from spd_lens.preflight import check_settings
     from spd_lens.subspace import Subspace
 
     source, _ = make_tasks(config)
@@ -208,5 +218,7 @@ def _set_up(quiet: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _after_interrupt(command: list[str]) -> str:
+    if command and command[0] in _RESUMABLE:
+        return "the same command continues where it was"
+    return "nothing was written"

@@ -168,7 +168,6 @@ STAGES = {
 
 def test_a_run_killed_at_every_stage_ends_with_the_same_result(finished_run, tiny_settings, processes, tmp_path):
     out, config = tmp_path / "run", config_of(tiny_settings)
-    half_done = 0
     for name, reached in STAGES.items():
         process = processes.Process(target=spd.run, args=(config, out), kwargs={"progress": False})
         process.start()
@@ -180,7 +179,6 @@ def test_a_run_killed_at_every_stage_ends_with_the_same_result(finished_run, tin
         process.join()
         assert process.exitcode == -signal.SIGKILL, name
         assert not (out / "summary.md").exists(), name
-        half_done += 0 < lines(out / "corpus.jsonl") < 12
     assert_same_results(spd.run(config, out, progress=False), finished_run)
     assert not list(out.glob("adapter.training"))
 
@@ -268,11 +266,23 @@ def test_model_changed_meanwhile(finished_run, tiny_settings, tiny_llama_dir, tm
     assert files_of(out) == before
 
 
-def test_data_changed_meanwhile(tiny_settings, tmp_path):
+@pytest.fixture
+def roomy_model(tiny_llama_dir, tmp_path):
+    """With a context that holds a prompt and the 256 tokens that tasks ask for by default."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 600}))
+    return str(model)
+
+
+def test_data_changed_meanwhile(tiny_settings, roomy_model, tmp_path):
     data = tmp_path / "mine.jsonl"
     records = [{"prompt": f"{n} + 1?", "completion": f"It is {n + 1}.", "answer": str(n + 1)} for n in range(30)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = config_of(tiny_settings, eval_tasks=[str(data)], n_eval=4, policies=["base"], n_random=0, epochs=1)
+    config = config_of(
+        tiny_settings, model=roomy_model, eval_tasks=[str(data)], n_eval=4, policies=["base"], n_random=0, epochs=1
+    )
     out = tmp_path / "run"
     run = spd.run(config, out, progress=False)
     assert run.result("mine", "base").items[0].id.startswith("mine-")  # kept under the file's stem
@@ -348,10 +358,8 @@ CANNOT_WORK = {
     "dtype": ({"dtype": "int3"}, ["'int3'", "float32"]),
     "model": ({"model": "./no/model"}, ["./no/model"]),
     "prompt beyond the context": ({"max_new_tokens": N_CTX}, [f"context of {N_CTX}", "max_new_tokens"]),
-    "evaluation beyond the context": (
-        {"task_options": {}, "eval_tasks": ["synthetic-code"]},
-        ["synthetic-code", "context"],
-    ),
+    "evaluation beyond the context": ({"task_options": {"max_new_tokens": 200}}, ["synthetic-math", "context"]),
+    "code that may not be run": ({"eval_tasks": ["synthetic-code"]}, ["synthetic-code", "--allow-code-execution"]),
 }
 
 
