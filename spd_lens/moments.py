@@ -14,7 +14,7 @@ from torch import Tensor
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.sites import Site
-from spd_lens.storage import load_tensors, save_tensors
+from spd_lens.storage import load_tensors, reading, save_tensors
 from spd_lens.subspace import Rank, Subspace, resolve_rank
 
 Gram = Float[Tensor, "shard width width"]
@@ -230,12 +230,13 @@ class GradientMoments:
     def load(cls, path: str | Path) -> GradientMoments:
         """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
         tensors, header = load_tensors(path, "gradient moments")
-        n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
-        parts: dict[str, Any] = {name: tensors[name] for name in _PER_SHARD}
-        for name in _PER_SITE:
-            parts[name] = {site: tensors[f"{name}.{site}"] for site in n_heads}
-        fingerprint = Fingerprint.from_dict(header["fingerprint"])
-        return cls(fingerprint=fingerprint, n_heads=n_heads, settings=header["settings"], **parts)
+        with reading(path):
+            n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
+            parts: dict[str, Any] = {name: tensors[name] for name in _PER_SHARD}
+            for name in _PER_SITE:
+                parts[name] = {site: tensors[f"{name}.{site}"] for site in n_heads}
+            fingerprint = Fingerprint.from_dict(header["fingerprint"])
+            return cls(fingerprint=fingerprint, n_heads=n_heads, settings=header["settings"], **parts)
 
 
 _PER_SITE = ("gradient", "activation", "activation_sum")

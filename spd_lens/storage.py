@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,21 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise SPDError(f"{path} is not a readable safetensors file ({error}); make it again") from error
     if _FORMAT not in metadata:
         raise SPDError(f"{path} does not hold {kind} of spd_lens but is a file of another program; give the right file")
-    try:
+    with reading(path):
         record = json.loads(metadata[_FORMAT])
         found, header = record["kind"], record["header"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SPDError(f"{path} has a damaged header; make it again") from error
     if found != kind:
         raise SPDError(f"{path} does not hold {kind} of spd_lens but {found}; give the right file")
     return tensors, header
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what a header raises that lacks a field, or has something else there, into an `SPDError`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SPDError(f"{path} has a damaged header ({error!r}); make it again") from error
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.sites import Site
-from spd_lens.storage import load_tensors, save_tensors
+from spd_lens.storage import load_tensors, reading, save_tensors
 
 Rank = int | float
 Basis = Float[Tensor, "block width rank"]
@@ -179,15 +179,16 @@ class Subspace:
             prefix = f"{name}."
             return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
 
-        return cls(
-            bases=part("basis"),
-            ranks={Site.parse(site): tuple(ranks) for site, ranks in header["ranks"].items()},
-            singular_values=part("singular_values"),
-            offset=part("offset"),
-            rank=header["rank"],
-            fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
-            origin=header["origin"],
-        )
+        with reading(path):
+            return cls(
+                bases=part("basis"),
+                ranks={Site.parse(site): tuple(ranks) for site, ranks in header["ranks"].items()},
+                singular_values=part("singular_values"),
+                offset=part("offset"),
+                rank=header["rank"],
+                fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
+                origin=header["origin"],
+            )
 
 
 def resolve_rank(rank: Rank, width: int) -> int:

@@ -90,13 +90,17 @@ class HookedBackend(Backend):
 
     def write(self, lens: Any, twin: PreTrainedModel) -> None:
         state = self._converted(twin, lens.cfg)
-        problems = lens.load_state_dict(state, strict=False)
-        missing = [key for key in problems.missing_keys if key.rsplit(".", 1)[-1] not in _COMPUTED]
-        if missing or problems.unexpected_keys:
+        shapes = {
+            key: value.shape for key, value in lens.state_dict().items() if key.rsplit(".", 1)[-1] not in _COMPUTED
+        }
+        wrong = [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]
+        wrong += [key for key in state if key not in shapes]
+        if wrong:
             raise SPDError(
                 f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
-                f"{type(twin).__name__} (e.g. {(missing + problems.unexpected_keys)[0]}); use backend='bridge'"
+                f"{type(twin).__name__} (e.g. {wrong[0]}); use backend='bridge'"
             )
+        lens.load_state_dict(state, strict=False)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         """Invert TransformerLens' conversion: convert running indices and read off where each weight went."""
@@ -158,11 +162,18 @@ class BridgeBackend(Backend):
         from transformer_lens.model_bridge import TransformerBridge
 
         inner = copy.deepcopy(twin)  # the bridge rewires the model it is given, so the twin must stay out of it
+        inner.config.architectures = [type(twin).__name__]  # a model made in memory does not name it
         name = getattr(twin.config, "_name_or_path", "") or type(twin).__name__
-        with _quiet(), _readable(tokenizer) as own:
-            lens = TransformerBridge.boot_transformers(
-                name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
-            )
+        try:
+            with _quiet(), _readable(tokenizer) as own:
+                lens = TransformerBridge.boot_transformers(
+                    name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
+                )
+        except (ValueError, NotImplementedError) as error:
+            raise SPDError(
+                f"transformer-lens {importlib.metadata.version('transformer-lens')} has no TransformerBridge for "
+                f"{type(twin).__name__} ({str(error)[:100]}); work on the twin alone (engine='twin', folded)"
+            ) from error
         lens.eval()
         for parameter in lens.original_model.parameters():
             parameter.requires_grad_(False)

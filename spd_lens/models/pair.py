@@ -285,6 +285,13 @@ def resolve_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices; "
             "use device='cpu'"
         )
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise SPDError(f"device {name!r} cannot be used here ({reason}); use device='cpu'") from error
     return device
 
 
