@@ -70,7 +70,7 @@ def _tiles(found: Audit) -> str:
     total, sizes = len(found.examples), found.sizes
     tiles = [(f"{len(sizes)} of {total}", "examples have scored tokens")]
     if sizes:
-        spread = f"({min(sizes)} to {max(sizes)})" if min(sizes) < max(sizes) else "(in every example)"
+        spread = f"({min(sizes)}\xa0to\xa0{max(sizes)})" if min(sizes) < max(sizes) else "(in every example)"
         tiles.append((f"{median(sizes):g}", f"median |S|, scored tokens per example {spread}"))
     if found.paper_sizes and found.share_in_paper_sizes is not None:
         said = f"of examples have the paper's |S|, {between(found.paper_sizes)} (table 6)"
@@ -84,7 +84,7 @@ def _charts(found: Audit) -> str:
     if not found.sizes:
         return ""
     paper = found.paper_sizes
-    band = f" (shaded: table 6 of the paper, {between(paper)})" if paper else ""
+    band = f" (shaded: table 6, {between(paper)})" if paper else ""
     sizes = _chart(f"Scored tokens per example, |S|{band}", found.size_bins(), paper)
     places = _chart("Where in the completion they lie, in % of its tokens", found.place_bins(), None)
     return f'<div class="charts">{sizes}{places}</div>'
