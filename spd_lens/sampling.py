@@ -119,61 +119,77 @@ class Sampler:
             )
         if self.sampling.greedy:
             return greedy
-        ids, probabilities = truncated(logits, self.sampling)
-        return draw(ids, probabilities, self._uniforms[:, step].to(logits.device))
+        ids, weights = truncated(logits, self.sampling)
+        return draw(ids, weights, self._uniforms[:, step].to(logits.device))
 
 
 def draw(
     ids: Int[Tensor, "row candidate"],
-    probabilities: Float[Tensor, "row candidate"],
+    weights: Float[Tensor, "row candidate"],
     uniforms: Float[Tensor, " row"],
 ) -> Int[Tensor, " row"]:
     """Inverse of the cumulative distribution over the candidates, which must be in ascending order of token id.
 
-    Order by id, not by probability: two nearly equal probabilities may swap between batches, ids never do.
+    Weights need not sum to 1. Order by id, not by probability: two nearly equal probabilities may swap between batches,
+    ids never do.
     """
-    cumulative = probabilities.double().cumsum(dim=-1)
-    # u < 1, but u * total may round up to the total: the last candidate with any probability then takes it
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    # u < 1, but u * total may round up to the total: the last candidate with any weight then takes it
     target = uniforms[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)
-    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return ids.gather(-1, torch.minimum(place, last))[:, 0]
 
 
 def truncated(
     logits: Float[Tensor, "row d_vocab"], sampling: Sampling
 ) -> tuple[Int[Tensor, "row candidate"], Float[Tensor, "row candidate"]]:
-    """Candidate tokens in ascending order of id, and their probabilities (float64; 0 outside the truncation).
+    """Candidate tokens in ascending order of id, and their weights (0 outside the truncation, not summing to 1).
 
     Equal to transformers' temperature, top-k and top-p warpers in this order, except that tokens whose logits tie with
     the last one kept are all kept, so that the outcome cannot depend on how a sort breaks ties. The vocabulary is not
-    sorted: the largest `k` logits are taken, and more only where these do not reach `top_p`.
+    sorted, which would cost more than a step of a small model: the largest `n` logits are taken, and more only where
+    something may have been missed. Float64 is kept for what is accumulated, over the candidates.
     """
     d_vocab = logits.shape[-1]
-    scaled = logits.double() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < d_vocab:
-        floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(logits < floor, -math.inf)
-    total = scaled.logsumexp(dim=-1, keepdim=True)
-    if sampling.top_p >= 1:
-        ids = torch.arange(d_vocab, device=logits.device).expand_as(scaled)
-        return ids, (scaled - total).exp()
-    k = min(_FIRST_CANDIDATES, d_vocab)
+    top = logits.amax(dim=-1, keepdim=True)
+    top_k = d_vocab if sampling.top_k is None else min(sampling.top_k, d_vocab)
+    if top_k == d_vocab and sampling.top_p >= 1:
+        ids = torch.arange(d_vocab, device=logits.device).expand_as(logits)
+        return ids, ((logits - top) / sampling.temperature).exp()
+    everything = None if top_k < d_vocab else _mass(logits, top, sampling.temperature)
+    n = min(max(_FIRST_CANDIDATES, top_k + 1 if top_k < d_vocab else 0), d_vocab)
     while True:
-        values, ids = scaled.topk(k, dim=-1)
-        probabilities = (values - total).exp()
-        kept = _nucleus(probabilities, sampling.top_p)
-        # a row is settled once something was cut off: then all ties with the last token kept are among the k
-        if k == d_vocab or not kept[:, -1].any():
+        values, ids = logits.topk(n, dim=-1)
+        weights = ((values - top).double() / sampling.temperature).exp()
+        if everything is None:
+            among_k = values >= values[:, top_k - 1 : top_k]
+            weights = weights * among_k
+            kept = among_k & _nucleus(weights, weights.sum(dim=-1, keepdim=True), sampling.top_p)
+            complete = not among_k[:, -1].any()
+        else:
+            kept = _nucleus(weights, everything, sampling.top_p)
+            complete = not kept[:, -1].any()
+        # once every row has cut something off, all ties with the last token kept are among the candidates
+        if complete or n == d_vocab:
             break
-        k = min(k * _GROWTH, d_vocab)
+        n = min(n * _GROWTH, d_vocab)
     ids, order = ids.sort(dim=-1)
-    return ids, (probabilities * kept).gather(-1, order)
+    return ids, (weights * kept).gather(-1, order)
 
 
-def _nucleus(probabilities: Float[Tensor, "row candidate"], top_p: float) -> Bool[Tensor, "row candidate"]:
-    """Which of the descending probabilities belong to the smallest set that reaches `top_p`, ties included."""
-    before = probabilities.cumsum(dim=-1) - probabilities
-    inside = before < top_p  # the first token always is
-    last = probabilities.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)
-    return probabilities >= last
+def _mass(
+    logits: Float[Tensor, "row d_vocab"], top: Float[Tensor, "row 1"], temperature: float
+) -> Float[Tensor, "row 1"]:
+    """Sum of all tokens' weights, relative to the most probable token's."""
+    return ((logits - top) / temperature).exp().sum(dim=-1, keepdim=True).double()
+
+
+def _nucleus(
+    weights: Float[Tensor, "row candidate"], total: Float[Tensor, "row 1"], top_p: float
+) -> Bool[Tensor, "row candidate"]:
+    """Which of the descending weights belong to the smallest set that reaches `top_p` of the total, ties included."""
+    before = weights.cumsum(dim=-1) - weights
+    inside = before < top_p * total  # the first token always is
+    last = weights.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)
+    return weights >= last

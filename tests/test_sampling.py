@@ -15,9 +15,9 @@ from spd_lens.sampling import Sampler, Sampling, draw, row_uniforms, truncated
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """`truncated` spread over the whole vocabulary."""
-    ids, probabilities = truncated(logits, sampling)
+    ids, weights = truncated(logits, sampling)
     assert (ids.diff(dim=-1) > 0).all()
-    spread = torch.zeros(logits.shape, dtype=torch.float64).scatter(-1, ids, probabilities)
+    spread = torch.zeros(logits.shape, dtype=torch.float64).scatter(-1, ids, weights.double())
     return spread / spread.sum(dim=-1, keepdim=True)
 
 
@@ -35,11 +35,12 @@ def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 50])
 def test_truncation_is_that_of_transformers(spread: float, top_p: float, top_k: int | None) -> None:
-    logits = spread * torch.randn(6, 3000, generator=torch.Generator().manual_seed(0))
+    logits = spread * torch.randn(6, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sampling = Sampling(0.7, top_p, top_k)
     ours, theirs = distribution(logits, sampling), warped(logits, sampling)
     assert torch.equal(ours > 0, theirs > 0)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    torch.testing.assert_close(distribution(logits.float(), sampling), theirs, rtol=1e-5, atol=0)
 
 
 def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
@@ -54,6 +55,20 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
 def test_a_tie_across_the_first_candidates_is_kept_whole() -> None:
     logits = torch.zeros(1, 1000)  # the 128 candidates looked at first all tie with those that follow
     assert (distribution(logits, Sampling(1.0, 0.1)) > 0).all()
+    assert (distribution(logits, Sampling(1.0, 0.1, top_k=3)) > 0).all()
+
+
+def test_a_minute_temperature_is_greedy() -> None:
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(Sampling(1e-30), [(str(i), 0) for i in range(4)], 0, 1)
+    assert torch.equal(sampler.choose(logits, 0), logits.argmax(-1))
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    logits = torch.full((200, 50), -torch.inf)
+    logits[:, [3, 40]] = 0.0
+    sampler = Sampler(Sampling(1.0, 1.0), [(str(i), 0) for i in range(200)], 0, 1)
+    assert set(sampler.choose(logits, 0).tolist()) == {3, 40}
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7, 0.9), Sampling(1.3, 1.0), Sampling(1.0, 0.95, top_k=5)])
@@ -72,10 +87,10 @@ def test_frequencies_match_the_truncated_softmax(sampling: Sampling) -> None:
 
 def test_draw_inverts_the_cumulative_distribution() -> None:
     ids = torch.tensor([[2, 5, 7, 9]]).expand(5, -1)
-    probabilities = torch.tensor([[0.0, 0.25, 0.5, 0.0]]).expand(5, -1)  # sums to 0.75, ends with a zero
+    weights = torch.tensor([[0.0, 0.25, 0.5, 0.0]]).expand(5, -1)  # sums to 0.75, ends with a zero
     uniforms = torch.tensor([0.0, 0.33, 0.34, 0.999, 1 - 2**-53], dtype=torch.float64)
-    assert draw(ids, probabilities, uniforms).tolist() == [5, 5, 7, 7, 7]
-    assert draw(ids[:1], probabilities[:1], torch.tensor([1.0], dtype=torch.float64)).tolist() == [7]
+    assert draw(ids, weights, uniforms).tolist() == [5, 5, 7, 7, 7]
+    assert draw(ids[:1], weights[:1], torch.tensor([1.0], dtype=torch.float64)).tolist() == [7]
 
 
 def test_noise_belongs_to_seed_prompt_and_sample() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -104,6 +105,9 @@ def test_rows_are_the_sampled_ids_and_padding_has_no_loss():
     rows = TokenRows([ended, cut], "completion")
     assert [rows[i]["labels"] for i in (0, 1)] == [[-100] * 3 + [7, 1], [-100] * 2 + [7, 8, 9, 8]]
     assert rows.n_scored == 6
+    bos_alone = Record("c", "", "c", (0,), (7, 1), "eos")
+    for loss_on in ("all", "completion"):
+        assert TokenRows([bos_alone], loss_on)[0]["labels"] == [-100, 7, 1]
 
 
 def test_training_lowers_the_loss_and_follows_the_schedule(tiny_pair, corpus, tmp_path):
@@ -145,6 +149,7 @@ def test_a_full_checkpoint_is_a_model_and_an_adapter(tiny_pair, corpus, tmp_path
 @pytest.mark.parametrize("options", [{}, {"method": "full"}, {"gradient_checkpointing": True}])
 def test_the_twin_is_left_as_it_was(fresh_pair, corpus, tmp_path, state_of, monkeypatch, options):
     before, inside = state_of(fresh_pair.hf), everything(fresh_pair.hf)
+    random.seed("neither 42 nor what an earlier test left")
     globals_before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     trained(fresh_pair, corpus, tmp_path / "out", **options)
     assert_same_bits(fresh_pair.hf, before)
@@ -174,7 +179,7 @@ def test_a_seed_names_one_adapter_whatever_the_global_state(tiny_pair, corpus, t
     assert not same(weights(first), weights(other))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_pair, corpus, tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(fresh_pair, corpus, tmp_path):
     calls = {"plain": 0, "checkpointed": 0}
     for name in calls:
 
@@ -182,8 +187,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_pair, corpus
             calls[name] += 1
 
         # the first thing a layer does: recomputation stops once it has what it needs
-        hook = tiny_pair.hf.model.layers[1].input_layernorm.register_forward_hook(count)
-        trained(tiny_pair, corpus, tmp_path / name, gradient_checkpointing=name == "checkpointed")
+        hook = fresh_pair.hf.model.layers[1].input_layernorm.register_forward_hook(count)
+        trained(fresh_pair, corpus, tmp_path / name, gradient_checkpointing=name == "checkpointed")
         hook.remove()
     assert calls["checkpointed"] == 2 * calls["plain"] > 0
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"))
@@ -268,6 +273,13 @@ def test_a_finished_training_is_returned_refused_or_done_anew(tiny_pair, corpus,
         trained(tiny_pair, corpus, out, rank=4)
     with refused("corpus"):
         trained(tiny_pair, Corpus(corpus.records[:3]), out)
+    other_weights = copy.copy(tiny_pair)
+    other_weights.hf = copy.deepcopy(tiny_pair.hf)
+    other_weights.drop_lens()
+    with torch.no_grad():
+        other_weights.hf.lm_head.weight.mul_(1.01)
+    with refused("weights"):
+        trained(other_weights, corpus, out)
     assert same(weights(out), first)
     trained(tiny_pair, corpus, out, seed=5, resume=False)
     assert not same(weights(out), first)
