@@ -34,7 +34,7 @@ AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of
 _INTERRUPTED = 130
 _RESUMABLE = ("run", "demo", "generate", "finetune")
 _MODEL = ("model", "backend", "dtype", "device", "prompt_format")
-_DATA = ("task", "data_dir", "task_options", "seed")
+_DATA = ("task", "data_dir", "task_options", "data_seed")
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
 
     source, _ = make_tasks(config)
     check_settings(config)
-    examples = source.calibration(config.n_calibration, config.seed)
+    examples = source.calibration(config.n_calibration, config.data_seed)
     pair = load_pair(config)
     check_subspace(config, pair)
     moments = extract(
@@ -98,8 +98,9 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
 
 @app.command("generate")
 @with_settings(
-    *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size"
-)
+    *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
+    "seed",
+)  # fmt: skip
 def generate_command(
     config: SPDConfig,
     out: Out = Path("corpus.jsonl"),
@@ -117,7 +118,7 @@ def generate_command(
 
     source, _ = make_tasks(config)
     check_settings(config)
-    prompts = source.train(config.n_train, config.seed)
+    prompts = source.train(config.n_train, config.data_seed)
     kept = Subspace.load(subspace) if subspace else None
     corpus = generate(
         load_pair(config), prompts, subspace=kept, strength=config.strength, adapter=adapter, seed=config.seed,
@@ -151,7 +152,7 @@ def finetune_command(
 
 
 @app.command("evaluate")
-@with_settings(*_MODEL, *_DATA, "n_eval", "strength", "generation_batch_size")
+@with_settings(*_MODEL, *_DATA, "n_eval", "strength", "generation_batch_size", "allow_code_execution")
 def evaluate_command(
     config: SPDConfig,
     out: Out = Path("eval.json"),
@@ -169,10 +170,11 @@ def evaluate_command(
 
     source, _ = make_tasks(config)
     check_settings(config)
-    source.test(config.n_eval, config.seed)
+    n = config.n_test(config.task)
+    source.test(n, config.data_seed)
     kept = Subspace.load(subspace) if subspace else None
     result = evaluate(
-        load_pair(config), source, config.n_eval, kept, adapter, strength=config.strength, seed=config.seed,
+        load_pair(config), source, n, kept, adapter, strength=config.strength, seed=config.data_seed,
         max_new_tokens=max_new_tokens, batch_size=config.generation_batch_size, progress=not quiet,
     )  # fmt: skip
     result.save(out)
@@ -180,7 +182,7 @@ def evaluate_command(
 
 
 @app.command("spans")
-@with_settings("data_dir", "task_options", "model", "prompt_format", "loss", "seed")
+@with_settings("data_dir", "task_options", "model", "prompt_format", "loss", "data_seed")
 def spans_command(
     config: SPDConfig,
     task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],
@@ -194,6 +196,24 @@ def spans_command(
     from spd_lens.audit_command import show_spans
 
     show_spans(config, task, split, n, html, show, Console())
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(help="A run directory, or several with commas between (other seeds).")],
+    second: Annotated[str, typer.Argument(help="What to compare with it.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the table here, as Markdown.")] = None,
+) -> None:
+    """Two runs on the same test items: paired differences with intervals and exact tests."""
+    from spd_lens.comparison import compare, comparison_table
+    from spd_lens.rundir import Run
+    from spd_lens.storage import write_text
+
+    runs = [[Run.open(path.strip()) for path in side.split(",")] for side in (first, second)]
+    table = comparison_table(compare(*runs), first, second)
+    if out is not None:
+        write_text(out, table)
+    Console().print(Markdown(table))
 
 
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:

@@ -16,7 +16,11 @@ from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 
 # What may be said with a pair of flags instead of a value.
-_SWITCHES = {"per_head": "--per-head/--joint", "center": "--center/--no-center"}
+_SWITCHES = {
+    "allow_code_execution": "--allow-code-execution",
+    "per_head": "--per-head/--joint",
+    "center": "--center/--no-center",
+}
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -33,18 +37,21 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         @functools.wraps(command)
         def wrapper(**arguments: Any) -> None:
             settings = {name: arguments.pop(name) for name in chosen}
-            file = arguments.pop("config")
+            file, preset = arguments.pop("config"), arguments.pop("preset", None)
             overrides = {name: value for name, value in settings.items() if value is not None}
             if "task_options" in overrides:
                 overrides["task_options"] = dict(_key_and_value(text) for text in overrides["task_options"])
                 if not overrides["task_options"]:
                     del overrides["task_options"]  # no flag was given; typer passes an empty list
-            command(config=SPDConfig.read(file, overrides), **arguments)
+            command(config=SPDConfig.read(file, overrides, preset), **arguments)
 
         parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         parameters += [_parameter(name) for name in chosen]
         option = typer.Option("--config", help="YAML file with settings; flags override it.")
         parameters.append(_keyword("config", Annotated[Path | None, option]))
+        if {"n_train", "n_eval"} <= set(chosen):
+            text = "Sizes of a named preset (paper: tables 7-8); file and flags override them."
+            parameters.append(_keyword("preset", Annotated[str | None, typer.Option("--preset", help=text)]))
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         return wrapper
 

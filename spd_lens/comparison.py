@@ -21,8 +21,10 @@ from spd_lens.statistics import (
 
 MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
     "accuracy": lambda item: item.score,
+    "accuracy by likelihood": lambda item: item.choice_score,
     "aligned loss": lambda item: item.aligned_loss,
     "completion loss": lambda item: item.completion_loss,
+    "token accuracy": lambda item: item.token_accuracy,
     "KL from base": lambda item: item.kl,
     "tokens": lambda item: float(item.n_tokens),
 }
@@ -139,7 +141,7 @@ def _comparison(
     single = len(a) == len(b) == 1
     binary = all(value in (0.0, 1.0) for row in a + b for value in row.values())
     test = None
-    if measure == "accuracy" and single and binary:
+    if measure.startswith("accuracy") and single and binary:
         test = mcnemar_exact([a[0][i] for i in ids], [b[0][i] for i in ids])
     seeds = None
     if len(a) > 1 and len(b) > 1:

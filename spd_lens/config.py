@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import KINDS
+from spd_lens.tasks import PRESETS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
@@ -34,7 +35,8 @@ class SPDConfig(BaseModel):
     eval_tasks: list[str] = Field(default_factory=list, description="Tasks to evaluate on; the source task if empty.")
     n_calibration: int = Field(50, ge=1, description="Calibration examples.")
     n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
-    n_eval: int = Field(100, ge=1, description="Test items per task.")
+    n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
+    allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
     # subspace
     layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
     kinds: list[str] = Field(["k", "v"], min_length=1, description="Activations to project: k, v, q.")
@@ -69,7 +71,10 @@ class SPDConfig(BaseModel):
     )
     n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
     n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of all draws: data, sampling, training, random subspaces.")
+    data_seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of the draws of examples; the same for runs to compare."
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, training and random subspaces.")
 
     @field_validator("kinds", "eval_tasks", "lora_targets", "policies", mode="before")
     @classmethod
@@ -115,6 +120,28 @@ class SPDConfig(BaseModel):
             raise ValueError("write a number of directions of at least 1, or a fraction of the width up to 1.0")
         return rank
 
+    @field_validator("n_eval", mode="before")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        if isinstance(value, str) and "=" in value:
+            value = dict(part.split("=", 1) for part in value.split(","))
+        if isinstance(value, dict):
+            value = {str(name).strip(): int(count) for name, count in value.items()}
+        elif isinstance(value, str):
+            value = int(value)
+        for count in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError("write a number of items of at least 1, or one for each task")
+        return value
+
+    def n_test(self, task: str) -> int:
+        """Test items of one of the tasks to evaluate on."""
+        if isinstance(self.n_eval, int):
+            return self.n_eval
+        if task not in self.n_eval:
+            raise SPDError(f"n_eval names no number of items for {task}; it has {', '.join(self.n_eval)}")
+        return self.n_eval[task]
+
     @classmethod
     def make(cls, settings: dict[str, Any]) -> SPDConfig:
         """Validate settings; `SPDError` in one sentence that names the first wrong one."""
@@ -129,10 +156,12 @@ class SPDConfig(BaseModel):
             raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
 
     @classmethod
-    def read(cls, path: str | Path | None, overrides: dict[str, Any] | None = None) -> SPDConfig:
-        """A YAML file with some settings over it; the defaults where neither speaks.
+    def read(
+        cls, path: str | Path | None, overrides: dict[str, Any] | None = None, preset: str | None = None
+    ) -> SPDConfig:
+        """A YAML file with some settings over it; then the preset's sizes, then the defaults where none speaks.
 
-        Of `task_options`, the two are joined.
+        Of `task_options`, file and overrides are joined.
         """
         settings: Any = {}
         if path is not None:
@@ -146,7 +175,10 @@ class SPDConfig(BaseModel):
         over = dict(overrides or {})
         if isinstance(options := settings.get("task_options"), dict) and "task_options" in over:
             over["task_options"] = {**options, **over["task_options"]}
-        return cls.make({**settings, **over})
+        merged = {**settings, **over}
+        if preset is None:
+            return cls.make(merged)
+        return cls.make({**preset_sizes(preset, cls.make(merged)), **merged})
 
     def to_yaml(self) -> str:
         """All settings, as `read` takes them."""
@@ -169,6 +201,21 @@ class SPDConfig(BaseModel):
         if len(targets) < len(set(names)):
             raise SPDError(f"two of the tasks {', '.join(names)} have the same name; rename one of the files")
         return targets
+
+
+def preset_sizes(name: str, config: SPDConfig) -> dict[str, Any]:
+    """The sizes that a preset of `tasks.PRESETS` has for a config's source task and tasks to evaluate on."""
+    if name not in PRESETS:
+        raise SPDError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    known = PRESETS[name]
+    for task in (config.task, *config.targets):
+        if task not in known:
+            raise SPDError(f"preset {name!r} has no sizes for {task}; it has {', '.join(known)}")
+    source = known[config.task]
+    if not source["n_train"]:
+        raise SPDError(f"preset {name!r} only evaluates on {config.task}; choose another source task")
+    n_eval = {task: known[task]["n_test"] for task in config.targets}
+    return {"n_calibration": source["n_calibration"], "n_train": source["n_train"], "n_eval": n_eval}
 
 
 DEMO: dict[str, Any] = {

@@ -25,9 +25,10 @@ from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
 from spd_lens.rundir import Run
 from spd_lens.sampling import Sampling
+from spd_lens.sandbox.executor import passes_tests
 from spd_lens.storage import write_json
 from spd_lens.subspace import Subspace
-from spd_lens.tasks import Task
+from spd_lens.tasks import CodeTask, Task
 from spd_lens.training import finetune
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
             "the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name}
         )
         record.note_environment()
-        record.note(data_card=source.card())
+        cards = {config.task: source.card(), **{name: task.card() for name, task in targets.items()}}
+        write_json(record.path / "data_card.json", cards)
         subspace = _calibrate(record, pair, source, progress)
         _prove(record, pair, subspace)
         if not keeps_lens:
@@ -107,6 +109,10 @@ def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
     targets = {
         key: source if name == config.task else tasks.get(name, config.data_dir) for key, name in config.targets.items()
     }
+    if config.allow_code_execution:
+        for task in {id(task): task for task in (source, *targets.values())}.values():
+            if isinstance(task, CodeTask):
+                task.executor = passes_tests
     return source, targets
 
 
@@ -117,7 +123,7 @@ def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Su
         with record.stage("extract"):
             moments = extract(
                 pair,
-                source.calibration(config.n_calibration, config.seed),
+                source.calibration(config.n_calibration, config.data_seed),
                 layers=config.layers,
                 kinds=config.kinds,
                 loss=config.loss,
@@ -152,7 +158,7 @@ def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
 
 def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspace, progress: bool) -> None:
     config = record.config
-    prompts = source.train(config.n_train, config.seed)
+    prompts = source.train(config.n_train, config.data_seed)
     settings: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
@@ -217,7 +223,7 @@ def _effects(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subs
     """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
     config = record.config
     path = record.path / "effects" / f"{name}.json"
-    items = [item for item in task.test(config.n_eval, config.seed) if item.spans]
+    items = [item for item in task.test(config.n_test(name), config.data_seed) if item.spans]
     if path.exists() or not items:
         return
     log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), name)
@@ -245,11 +251,11 @@ def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspa
         path = record.path / "eval" / name / f"{policy}.json"
         if path.exists():
             continue
-        log.info("scoring %s on %d items of %s", policy, config.n_eval, name)
+        log.info("scoring %s on %d items of %s", policy, config.n_test(name), name)
         with record.stage("evaluate"):
             result = evaluate(
-                pair, task, config.n_eval, seed=config.seed, name=policy, batch_size=config.generation_batch_size,
-                path=path.with_suffix(".jsonl"), progress=progress,
+                pair, task, config.n_test(name), seed=config.data_seed, name=policy,
+                batch_size=config.generation_batch_size, path=path.with_suffix(".jsonl"), progress=progress,
                 forced=record.effects(name)[policy] if measured else None, **chosen[policy],
             )  # fmt: skip
             result.save(path)

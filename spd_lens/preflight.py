@@ -24,10 +24,10 @@ def check_settings(config: SPDConfig) -> None:
 
 def check_data(config: SPDConfig, source: Task, targets: Mapping[str, Task]) -> None:
     """Refuse sizes that the data sets do not have and tasks that cannot be scored here: needs no model."""
-    source.calibration(config.n_calibration, config.seed)
-    source.train(config.n_train, config.seed)
-    for task in targets.values():
-        task.test(config.n_eval, config.seed)
+    source.calibration(config.n_calibration, config.data_seed)
+    source.train(config.n_train, config.data_seed)
+    for name, task in targets.items():
+        task.test(config.n_test(name), config.data_seed)
         task.check_scorable()
 
 
@@ -48,11 +48,11 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
     if config.method == "lora":
         check_targets(pair.hf, config.lora_targets)
-    for example in source.calibration(config.n_calibration, config.seed):
+    for example in source.calibration(config.n_calibration, config.data_seed):
         pair.encode(example, config.loss)
-    check_room(pair, source.train(config.n_train, config.seed), config.max_new_tokens)
+    check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)
     for name, task in targets.items():
-        items = task.test(config.n_eval, config.seed)
+        items = task.test(config.n_test(name), config.data_seed)
         try:
             check_room(pair, items, task.max_new_tokens)
         except SPDError as error:

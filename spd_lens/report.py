@@ -56,24 +56,25 @@ def _heading(run: Run) -> str:
             f"strength {config.strength:g}",
             f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
             f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
-            "- Intervals are 95 %. `aligned loss` and `KL` are in nats per token, on gold completions of the test "
-            "items: the loss on the tokens that decide correctness, and KL(base || policy) on all completion tokens.",
+            "- Intervals are 95 %. Teacher-forced measures are on the gold completions of the test items: `aligned "
+            "loss` on the tokens that decide correctness, `completion loss` and `KL` (base || policy) on all tokens, "
+            "in nats per token; `token accuracy` is the share of tokens that are the most probable next one.",
         ]
     )
 
 
 def _scores(run: Run, task: str) -> str:
     results = {name: run.result(task, name) for name in run.config.policies}
-    rows = [
-        "| policy | accuracy | aligned loss | KL from base | mean length | cut off |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["policy", "accuracy", "mean length (tokens)", "cut off"]
+    lettered = any(result.choice_accuracy for result in results.values())
+    if lettered:
+        columns.insert(2, "accuracy by likelihood")
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name, result in results.items():
-        loss, kl = result.aligned_loss or "-", result.kl or "-"
-        rows.append(
-            f"| {name} | {result.accuracy} | {loss} | {'0' if name == 'base' else kl} | {result.mean_length} tokens "
-            f"| {result.truncated} |"
-        )
+        cells = [name, str(result.accuracy), str(result.mean_length), str(result.truncated)]
+        if lettered:
+            cells.insert(2, str(result.choice_accuracy))
+        rows.append(f"| {' | '.join(cells)} |")
     lines = [f"## {task}: {len(next(iter(results.values())).items)} test items", "", *rows]
     base = results.get("base")
     for name, result in results.items():
@@ -95,14 +96,17 @@ def _gain(base: EvalResult, result: EvalResult) -> str:
 def effects_section(effects: Forced, task: str) -> str:
     """Teacher-forced effects: each policy against the base, and the projection against random subspaces."""
     random = [name for name in effects if name.startswith("random-")]
-    rows = ["| policy | aligned loss | change from base | KL from base |", "| --- | --- | --- | --- |"]
+    columns = ("policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy")
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     shown: dict[str, Forced] = {name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects}
     if random:
         shown[f"{len(random)} random subspaces"] = {name: effects[name] for name in random}
     for label, group in shown.items():
         loss, kl = _per_item(group, lambda item: item.aligned_loss), _per_item(group, lambda item: item.kl)
         moved = ("0", "0") if label == "base" else (str(_change(effects, group)), str(mean_interval(kl)))
-        rows.append(f"| {label} | {mean_interval(loss)} | {moved[0]} | {moved[1]} |")
+        whole = mean_interval(_per_item(group, lambda item: item.completion_loss))
+        right = mean_interval(_per_item(group, lambda item: item.token_accuracy))
+        rows.append(f"| {label} | {mean_interval(loss)} | {moved[0]} | {moved[1]} | {whole} | {right} |")
     lines = [f"### Teacher-forced on gold solutions of {task}", "", *rows]
     if random and "projected" in effects:
         lines += ["", *_against_random(effects, random)]

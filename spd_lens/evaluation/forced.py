@@ -25,7 +25,7 @@ from spd_lens.models.prompts import Encoded
 
 @dataclass(frozen=True)
 class ForcedItem:
-    """One gold completion under one policy. All in nats, each a mean over tokens."""
+    """One gold completion under one policy. Losses and KL are in nats, each a mean over tokens."""
 
     id: str
     aligned_loss: float
@@ -34,10 +34,12 @@ class ForcedItem:
     """Mean of `-log p` over all tokens of the completion."""
     kl: float
     """Mean over the completion's tokens of KL(base || policy)."""
+    token_accuracy: float
+    """Share of the completion's tokens that are the policy's most probable next token."""
 
 
 @dataclass(frozen=True)
-class _Batch:
+class ForcedBatch:
     """Right-padded rows, and the positions that predict completion tokens."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -49,7 +51,7 @@ class _Batch:
     """For each row, which of the `n` predictions are of a token in `S`."""
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> _Batch:
+    def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> ForcedBatch:
         tokens, mask = right_pad([e.ids for e in encoded], pair.tokenizer.pad_token_id, pair.device)
         places = [(i, t) for i, e in enumerate(encoded) for t in range(e.completion_start, len(e.ids))]
         index = {place: n for n, place in enumerate(places)}
@@ -88,12 +90,13 @@ def teacher_forced(
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
     with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
         for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
-            batch = _Batch.of([encoded[i] for i in indices], pair)
-            base = _logits(pair, pair.hf, batch)
+            batch = ForcedBatch.of([encoded[i] for i in indices], pair)
+            base = forced_logits(pair, pair.hf, batch)
             for policy in policies:
                 with policy.applied(pair) as model:
-                    logits = _logits(pair, model, batch)
+                    logits = forced_logits(pair, model, batch)
                 losses, kl = token_losses(logits, batch.target), kl_divergence(base, logits)
+                right = (logits.argmax(dim=-1) == batch.target).float()
                 for i, index in enumerate(indices):
                     mine = batch.row == i
                     items[policy.name][index] = ForcedItem(
@@ -101,11 +104,13 @@ def teacher_forced(
                         aligned_loss=losses[batch.scored[i]].mean().item(),
                         completion_loss=losses[mine].mean().item(),
                         kl=kl[mine].mean().item(),
+                        token_accuracy=right[mine].mean().item(),
                     )
                 bar.update(len(indices))
     return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}
 
 
-def _logits(pair: ModelPair, model: nn.Module, batch: _Batch) -> Float[Tensor, "n d_vocab"]:
+def forced_logits(pair: ModelPair, model: nn.Module, batch: ForcedBatch) -> Float[Tensor, "n d_vocab"]:
+    """Float32 logits that predict the completion tokens; `model` is the pair's twin under some policy."""
     with unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position):
         return model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()

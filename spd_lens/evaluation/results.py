@@ -37,6 +37,12 @@ class ItemResult:
     """Nats per token of the gold completion."""
     kl: float | None = None
     """KL(base || policy) in nats per token of the gold completion."""
+    token_accuracy: float | None = None
+    """Share of the gold completion's tokens that are the policy's most probable next token."""
+    choice: str | None = None
+    """Multiple choice: the answer with the largest log-likelihood."""
+    choice_score: float | None = None
+    """The task's verdict on that answer, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,22 @@ class EvalResult:
         return self._mean(lambda item: item.aligned_loss)
 
     @property
+    def completion_loss(self) -> Estimate | None:
+        """Mean NLL of the gold completions, in nats per token (the paper's measure on CodeAlpaca)."""
+        return self._mean(lambda item: item.completion_loss)
+
+    @property
+    def token_accuracy(self) -> Estimate | None:
+        """Mean share of gold tokens that are the most probable next token."""
+        return self._mean(lambda item: item.token_accuracy)
+
+    @property
+    def choice_accuracy(self) -> Estimate | None:
+        """Multiple choice by log-likelihood of the answers; None for other tasks."""
+        scores = [item.choice_score for item in self.items if item.choice_score is not None]
+        return score_interval(scores) if scores else None
+
+    @property
     def kl(self) -> Estimate | None:
         """Mean KL(base || policy), in nats per token of the gold completions."""
         return self._mean(lambda item: item.kl)
@@ -89,7 +111,11 @@ class EvalResult:
         return mean_interval(values) if values else None
 
     def __repr__(self) -> str:
-        return f"EvalResult({self.policy} on {self.task}: accuracy {self.accuracy}, aligned loss {self.aligned_loss})"
+        measures = {"accuracy": self.accuracy, "accuracy by likelihood": self.choice_accuracy}
+        measures |= {"aligned loss": self.aligned_loss, "completion loss": self.completion_loss}
+        measures |= {"token accuracy": self.token_accuracy, "KL from base": self.kl}
+        shown = ", ".join(f"{name} {value}" for name, value in measures.items() if value is not None)
+        return f"EvalResult({self.policy} on {self.task}: {shown})"
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_lens import tasks
+from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
 from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
@@ -60,6 +61,8 @@ def evaluate(
         found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {}
         forced = found.get(policy.name, [])
     measured = {item.id: item for item in forced}
+    choices = {item.id: allowed for item in items if (allowed := task.choices(item))}
+    chosen = most_likely(pair, [item for item in items if item.id in choices], choices, policy, progress=progress)
     corpus = generate(
         pair, items, subspace=subspace, strength=strength, adapter=adapter, max_new_tokens=limit, temperature=0.0,
         batch_size=batch_size, path=path, progress=progress,
@@ -80,6 +83,9 @@ def evaluate(
                 aligned_loss=seen.aligned_loss if seen else None,
                 completion_loss=seen.completion_loss if seen else None,
                 kl=seen.kl if seen else None,
+                token_accuracy=seen.token_accuracy if seen else None,
+                choice=chosen.get(item.id),
+                choice_score=task.score(item, chosen[item.id]) if item.id in chosen else None,
             )
         )
     settings = {

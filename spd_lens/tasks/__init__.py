@@ -5,6 +5,7 @@ models.
 """
 
 from spd_lens.tasks.base import Task
+from spd_lens.tasks.code import CodeTask
 from spd_lens.tasks.registry import PRESETS, get, names, register
 
-__all__ = ["PRESETS", "Task", "get", "names", "register"]
+__all__ = ["PRESETS", "CodeTask", "Task", "get", "names", "register"]

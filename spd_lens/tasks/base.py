@@ -70,6 +70,10 @@ class Task(ABC):
         """Raise `SPDError` if `score` would, before anyone spends time on completions."""
         return None  # most tasks can always score
 
+    def choices(self, item: Example) -> tuple[str, ...]:
+        """The texts that may stand in the item's one span, where they are few enough to compare by likelihood."""
+        return ()
+
     @abstractmethod
     def sources(self) -> dict[str, str]:
         """sha256 of everything the examples were made from, by file name or hub name and revision."""

@@ -88,6 +88,10 @@ class ChosenLetter(Task):
         """The question with its choices in whatever order: a repeated question may be shuffled."""
         return normalised("\n".join([example.meta["question"], *sorted(example.meta["choices"])]))
 
+    def choices(self, item: Example) -> tuple[str, ...]:
+        mark = ANSWER_MARK if self.span == "line" else ""
+        return tuple(f"{mark}{chr(65 + index)}" for index in range(len(item.meta["choices"])))
+
     def extract(self, text: str) -> str | None:
         return answer_letter(text)
 

@@ -1,0 +1,55 @@
+"""Multiple choice by log-likelihood: the most probable of the answers that may stand in an item's span."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from spd_lens.capture import batches_by_length, token_losses
+from spd_lens.evaluation.forced import ForcedBatch, forced_logits
+from spd_lens.evaluation.policies import Policy
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+
+
+@torch.no_grad()
+def most_likely(
+    pair: ModelPair,
+    items: Sequence[Example],
+    choices: Mapping[str, Sequence[str]],
+    policy: Policy,
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> dict[str, str]:
+    """For each item the choice whose span tokens have the largest summed log-probability after the item's prompt.
+
+    Args:
+        pair: The model.
+        items: Items with one span each, in which the choices take their turns.
+        choices: By item id, the texts that may stand in the span.
+        policy: The policy that is asked.
+        batch_tokens: Padded tokens per batch.
+        progress: Show a progress bar.
+    """
+    variants = [(item.id, choice, _with(item, choice)) for item in items for choice in choices[item.id]]
+    encoded = [pair.encode(variant) for _, _, variant in variants]
+    scores: dict[str, dict[str, float]] = {item.id: {} for item in items}
+    with policy.applied(pair) as model, tqdm(total=len(variants), desc="choices", disable=not progress) as bar:
+        for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+            batch = ForcedBatch.of([encoded[i] for i in indices], pair)
+            losses = token_losses(forced_logits(pair, model, batch), batch.target)
+            for i, index in enumerate(indices):
+                id, choice, _ = variants[index]
+                scores[id][choice] = -losses[batch.scored[i]].sum().item()
+            bar.update(len(indices))
+    return {id: max(found, key=lambda choice: found[choice]) for id, found in scores.items()}
+
+
+def _with(item: Example, choice: str) -> Example:
+    """The item with another choice in its span."""
+    ((start, end),) = item.spans
+    completion = item.completion[:start] + choice + item.completion[end:]
+    return Example(item.prompt, completion, ((start, start + len(choice)),), item.id, item.meta)
