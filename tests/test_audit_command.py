@@ -53,8 +53,8 @@ def test_own_data(spans, own):
 
 
 def test_split_seed_and_format(spans):
-    _, first, _ = spans("synthetic-qa", "--n", 2, "--split", "test", "--seed", 1, "--prompt-format", "raw")
-    _, second, _ = spans("synthetic-qa", "--n", 2, "--split", "test", "--seed", 2)
+    _, first, _ = spans("synthetic-qa", "--n", 2, "--split", "test", "--data-seed", 1, "--prompt-format", "raw")
+    _, second, _ = spans("synthetic-qa", "--n", 2, "--split", "test", "--data-seed", 2)
     assert "2 test examples" in first and "raw format" in first and "chat format" in second
     assert "synthetic-qa-test" in first.split("Scored tokens")[0]
     assert first.split("Scored tokens")[0] != second.split("Scored tokens")[0]
