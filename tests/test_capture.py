@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spd_lens.capture import batches_by_length, extract, token_losses
-from spd_lens.models.parity import right_pad
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
 from tests.helpers import EXAMPLES, assert_same_bits, norms_in_full_precision, reference_rows, relative_error, sine
@@ -226,10 +225,3 @@ def test_batches_hold_each_example_once_and_at_most_so_many_padded_tokens():
     assert batches[0] == [5], "the longest comes first, alone where it exceeds the limit"
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 18 for batch in batches)
     assert len(batches) < 6
-
-
-def test_padding_ids_do_not_reach_the_model(pair_of, family, backend):
-    pair = pair_of(family, backend)
-    tokens, mask = right_pad([[5, 6, 7], [8]], pair.tokenizer.pad_token_id, "cpu")
-    assert tokens.tolist() == [[5, 6, 7], [8, 2, 2]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]

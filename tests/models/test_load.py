@@ -302,7 +302,11 @@ def test_a_peft_adapter_directory_is_its_base_with_the_adapter_merged(tiny_pair,
     assert lens_matches_twin(pair) < 1e-4
     assert not any("lora" in name for name, _ in pair.hf.named_parameters())
     make_adapter(pair.hf, tmp_path / "second", seed=5)
-    assert pair.sync("lens", adapter=tmp_path / "second").within(torch.float32), "a second adapter goes on top"
+    assert pair.sync("lens", adapter=tmp_path / "second").within(torch.float32)
+    both = load(str(tmp_path / "second"), backend=backend, dtype="float32", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(both.hf(TOKENS).logits, merged_copy(merged, tmp_path / "second")(TOKENS).logits)
+    assert both.tokenizer("7 * 3")["input_ids"] == pair.tokenizer("7 * 3")["input_ids"]
 
 
 def test_an_adapter_that_names_no_base(tiny_pair, tmp_path):
