@@ -124,15 +124,13 @@ class SPDConfig(BaseModel):
     @classmethod
     def _counts(cls, value: Any) -> Any:
         if isinstance(value, str) and "=" in value:
-            value = dict(part.split("=", 1) for part in value.split(","))
-        if isinstance(value, dict):
-            value = {str(name).strip(): int(count) for name, count in value.items()}
-        elif isinstance(value, str):
-            value = int(value)
-        for count in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError("write a number of items of at least 1, or one for each task")
-        return value
+            value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
+        counts = dict(value) if isinstance(value, dict) else {"": value}
+        for name, count in counts.items():
+            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
+            if type(counts[name]) is not int or counts[name] < 1:
+                raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
+        return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
 
     def n_test(self, task: str) -> int:
         """Test items of one of the tasks to evaluate on."""

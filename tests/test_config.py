@@ -25,6 +25,7 @@ PAPER = {
     "epochs": 5,
     "loss_on": "all",
     "seed": 42,
+    "data_seed": 42,
     "n_eval": 100,
 }
 
@@ -57,6 +58,11 @@ def test_unknown_setting_is_refused_by_name():
         ({"n_train": -1}, ["n_train", "-1"]),
         ({"n_eval": 2.5}, ["n_eval", "2.5"]),
         ({"n_eval": "many"}, ["n_eval", "'many'"]),
+        ({"n_eval": 0}, ["n_eval", "0", "at least 1"]),
+        ({"n_eval": True}, ["n_eval", "True"]),
+        ({"n_eval": "gsm8k=3,svamp"}, ["n_eval", "gsm8k=3,svamp"]),
+        ({"n_eval": {"gsm8k": 2.5}}, ["n_eval", "2.5"]),
+        ({"n_eval": {"gsm8k": 0}}, ["n_eval", "0"]),
         ({"rank": 0}, ["rank", "0", "at least 1"]),
         ({"rank": "0"}, ["rank", "'0'", "at least 1"]),
         ({"rank": -3}, ["rank", "-3"]),
@@ -90,6 +96,7 @@ def test_unknown_setting_is_refused_by_name():
         ({"policies": "base,spds"}, ["policies.1", "'spds'"]),
         ({"policies": []}, ["policies"]),
         ({"seed": -1}, ["seed", "-1"]),
+        ({"data_seed": -1}, ["data_seed", "-1"]),
         ({"seed": 2**32}, ["seed", str(2**32)]),
         ({"task_options": "difficulty"}, ["task_options"]),
         ({"model": None}, ["model", "None"]),
@@ -151,6 +158,7 @@ CHANGED = {
     "lr": 1e-7,
     "temperature": 0.0,
     "data_dir": None,
+    "n_eval": {"synthetic-qa": 3},
 }
 
 
@@ -208,6 +216,41 @@ def test_one_direction_differs_from_all_directions():
 def test_order_of_task_options_is_no_difference():
     first, second = ({"task_options": dict(pairs)} for pairs in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)]))
     assert not SPDConfig.make(first).differences(SPDConfig.make(second))
+
+
+@pytest.mark.parametrize("n_eval", ["gsm8k=3, svamp=4", {"gsm8k": 3, "svamp": 4}, {"gsm8k": "3", "svamp": 4}])
+def test_items_for_each_task(n_eval):
+    config = SPDConfig.make({"n_eval": n_eval})
+    assert (config.n_test("gsm8k"), config.n_test("svamp")) == (3, 4)
+    with refused("mbpp", "gsm8k, svamp"):
+        config.n_test("mbpp")
+
+
+def test_items_for_every_task():
+    assert SPDConfig.make({"n_eval": "7"}).n_test("whatever") == 7
+
+
+def test_preset_under_file_under_flags(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: gsm8k\neval_tasks: [gsm8k, mbpp, bbh]\nn_calibration: 7\n")
+    config = SPDConfig.read(path, {"n_train": 9}, preset="paper")
+    assert (config.n_calibration, config.n_train) == (7, 9)
+    assert config.n_eval == {"gsm8k": 100, "mbpp": 257, "bbh": 300}
+    assert SPDConfig.read(None, {"task": "mmlu"}, preset="paper").n_train == 2000
+
+
+@pytest.mark.parametrize(
+    ("settings", "preset", "words"),
+    [
+        ({}, "papr", ["'papr'", "paper"]),
+        ({"task": "synthetic-math"}, "paper", ["synthetic-math", "gsm8k"]),
+        ({"task": "svamp"}, "paper", ["svamp", "only evaluates"]),
+        ({"eval_tasks": ["own.jsonl"]}, "paper", ["own", "gsm8k"]),
+    ],
+)
+def test_presets_that_do_not_fit(settings, preset, words):
+    with refused(*words):
+        SPDConfig.read(None, settings, preset)
 
 
 def test_targets_are_the_source_unless_named():

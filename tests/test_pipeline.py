@@ -22,7 +22,7 @@ from tests.conftest import N_CTX
 from tests.helpers import assert_same_bits, refused
 
 SITES = [Site(1, "k"), Site(1, "v"), Site(3, "k"), Site(3, "v")]
-NOTES = ("run.json", "summary.md", ".lock")
+NOTES = ("run.json", "data_card.json", "summary.md", ".lock")
 """What every start writes, whatever there is left to do."""
 
 

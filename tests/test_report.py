@@ -61,12 +61,7 @@ def test_scores_are_those_of_the_files(finished_run):
         assert_estimate(row["accuracy"], right / 12, *wilson(right, 12), 12)
         cut = sum(item["finish_reason"] == "length" for item in items)
         assert_estimate(row["cut off"], cut / 12, *wilson(cut, 12), 12)
-        assert_estimate(row["mean length"], fmean(item["n_tokens"] for item in items), n=12)
-        assert_estimate(row["aligned loss"], fmean(item["aligned_loss"] for item in items), n=12)
-        if policy == "base":
-            assert row["KL from base"] == "0"
-        else:
-            assert_estimate(row["KL from base"], fmean(item["kl"] for item in items), n=12)
+        assert_estimate(row["mean length (tokens)"], fmean(item["n_tokens"] for item in items), n=12)
 
 
 def test_effects_are_those_of_the_file(finished_run):
@@ -81,6 +76,10 @@ def test_effects_are_those_of_the_file(finished_run):
         ]
     for name, row in rows.items():
         assert_estimate(row["aligned loss"], fmean(loss[name]), n=12)
+        group = [effects[name]] if name in effects else [effects["random-0"], effects["random-1"]]
+        for measure in ("completion_loss", "token_accuracy"):
+            values = [item[measure] for items in group for item in items]
+            assert_estimate(row[measure.replace("_", " ")], fmean(values), n=12)
         if name == "base":
             assert (row["change from base"], row["KL from base"]) == ("0", "0")
             continue
@@ -134,7 +133,7 @@ def test_seconds(finished_run):
 
 def forced(loss, kl=0.1, n=40):
     """Items whose losses spread by 1 around `loss`, in the same way for every policy."""
-    return [ForcedItem(str(i), loss + i / n, loss, kl + i / 1000) for i in range(n)]
+    return [ForcedItem(str(i), loss + i / n, loss, kl + i / 1000, i % 2) for i in range(n)]
 
 
 def noisy(items, size=1.0):
@@ -199,13 +198,15 @@ def test_fractional_scores_have_no_mcnemar(run):
     assert line.endswith("spd is higher.")
 
 
-def test_unmeasured_losses_are_dashes(run):
-    for policy in ("base", "projected", "spd"):
-        rewrite(run, policy, **{name: lambda i, item: None for name in ("aligned_loss", "completion_loss", "kl")})
+def test_without_effects_there_is_no_section(run):
     (run.path / "effects" / f"{TASK}.json").unlink()
-    text = write_summary(run)
-    assert table(text, f"## {TASK}")["spd"]["aligned loss"] == "-"
-    assert "Teacher-forced" not in text
+    assert "Teacher-forced on" not in write_summary(run)
+
+
+def test_answers_by_likelihood_have_a_column_where_there_are_some(run):
+    rewrite(run, "base", choice=lambda i, item: "A", choice_score=lambda i, item: float(i < 3))
+    rows = table(write_summary(run), f"## {TASK}")
+    assert_estimate(rows["base"]["accuracy by likelihood"], 3 / 12, *wilson(3, 12), 12)
 
 
 # completions

@@ -71,16 +71,16 @@ def reference(base, tuned, pair, examples, subspace=None, strength=1.0):
         nll = {t: -q[t - 1, e.ids[t]].item() for t in completion}
         kl = [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t in completion]
         aligned = [nll[t] for t in e.scored]
-        items.append(
-            ForcedItem(example.id, sum(aligned) / len(aligned), sum(nll.values()) / len(nll), sum(kl) / len(kl))
-        )
+        right = [q[t - 1].argmax().item() == e.ids[t] for t in completion]
+        means = [sum(values) / len(values) for values in (aligned, nll.values(), kl, right)]
+        items.append(ForcedItem(example.id, *means))
     return items
 
 
 def assert_close(found, expected, rel=1e-4):
     assert [item.id for item in found] == [item.id for item in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        for name in ("aligned_loss", "completion_loss", "kl"):
+        for name in ("aligned_loss", "completion_loss", "kl", "token_accuracy"):
             # a KL is a difference of two sums of the size of the logits: an absolute error remains
             assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=rel, abs=2e-6), (mine.id, name)
 

@@ -1,0 +1,417 @@
+"""The command line: settings as flags, each stage alone, and every mistake as one sentence with exit code 2."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import spd_lens as spd
+from spd_lens.cli import main
+from spd_lens.models.backends import choose_backend
+from spd_lens.sites import Site
+from tests.conftest import BACKENDS, N_CTX
+
+COMMANDS = ("run", "demo", "extract", "generate", "finetune", "evaluate", "spans")
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run `spd-lens` with some arguments in this process: exit code, stdout and stderr."""
+    import transformers
+
+    level, verbosity = logging.getLogger("spd_lens").level, transformers.utils.logging.get_verbosity()
+
+    def _call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spd-lens", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
+            main()
+        output = capfd.readouterr()
+        return stop.value.code or 0, output.out, output.err
+
+    yield _call
+    logging.getLogger("spd_lens").setLevel(level)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def in_tmp(monkeypatch, tmp_path):
+    """Commands write where they are called: an empty directory, which must stay empty when they refuse."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_settings):
+    """The settings of the shared run as flags."""
+    settings = {name: value for name, value in tiny_settings.items() if name not in ("task_options", "policies")}
+    given = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [*given, "--task-option", "max_new_tokens=8", "--policies", "base,projected,spd", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def model_flags(tiny_llama_dir):
+    return ["--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu"]
+
+
+def one_error(result, *words):
+    """Exit code 2, nothing on stdout, and on stderr one line, which begins with `error:`."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    lines = [line for line in err.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    missing = [word for word in map(str, words) if word not in lines[0]]
+    assert not missing, lines[0]
+
+
+# settings
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert f"spd-lens {command}" in out
+    assert "--out" in out or command == "spans"
+
+
+def test_help_names_the_commands_and_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['spd-lens', '--help']\n"
+        "from spd_lens.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_a_flag_for_every_setting(call):
+    _, out, _ = call("run", "--help")
+    named = {"task_options": "--task-option", "per_head": "--joint", "center": "--no-center"}
+    for name in spd.SPDConfig.model_fields:
+        assert named.get(name, f"--{name.replace('_', '-')}") in out, name
+
+
+def test_show_config_prints_all_settings_and_reads_back(call, in_tmp):
+    code, out, _ = call("run", "--show-config")
+    assert code == 0
+    assert list(yaml.safe_load(out)) == list(spd.SPDConfig.model_fields)
+    (in_tmp / "c.yaml").write_text(out)
+    assert not spd.SPDConfig.read(in_tmp / "c.yaml").differences(spd.SPDConfig.make({}))
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["c.yaml"]
+
+
+def test_flags_over_file_over_defaults(call, in_tmp):
+    (in_tmp / "c.yaml").write_text("rank: 16\nlr: 1e-3\nper_head: true\ntask_options: {difficulty: hard, span: line}\n")
+    _, out, _ = call(
+        "run", "--show-config", "--config", "c.yaml", "--rank", "0.25", "--joint", "--kinds", "k , v,q",
+        "--layers", "3,1", "--task-option", "difficulty=easy", "--task-option", "max_new_tokens=8",
+        "--temperature", "0", "--center",
+    )  # fmt: skip
+    shown = yaml.safe_load(out)
+    expected = {
+        "rank": 0.25, "lr": 1e-3, "per_head": False, "kinds": ["k", "v", "q"], "layers": [1, 3], "temperature": 0.0,
+        "center": True, "epochs": 5, "task_options": {"difficulty": "easy", "span": "line", "max_new_tokens": 8},
+    }  # fmt: skip
+    assert {name: shown[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("text", "rank"), [("16", 16), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)])
+def test_rank_as_a_flag(call, text, rank):
+    shown = yaml.safe_load(call("run", "--show-config", "--rank", text)[1])["rank"]
+    assert (shown, type(shown)) == (rank, type(rank))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run", "--modle", "x"], "No such option: --modle"),
+        (["run", "--n-train", "many"], "--n-train"),
+        (["finetune"], "Missing option '--corpus'"),
+        (["run", "--epochs"], "'--epochs' requires an argument"),
+        (["spans"], "Missing argument"),
+    ],
+)
+def test_usage_errors_are_clicks_own(call, in_tmp, arguments, word):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+    assert word in err
+    assert "Traceback" not in err
+    assert not any(in_tmp.iterdir())
+
+
+# refused
+
+
+FAULTS = {
+    "model": (["--model", "no/such/model"], ["no/such/model"]),
+    "model directory": (["--model", "./nowhere"], ["./nowhere", "does not exist"]),
+    "task": (["--task", "gsm9k"], ["'gsm9k'", "gsm8k"]),
+    "evaluation task": (["--eval-tasks", "synthetic-math,svmap"], ["'svmap'", "svamp"]),
+    "layer": (["--layers", "0,4"], ["layer 4", "0 to 3"]),
+    "layers": (["--layers", "top"], ["layers", "'top'"]),
+    "kind": (["--kinds", "k,x"], ["'x'", "k, v, q"]),
+    "rank 0": (["--rank", "0"], ["rank", "'0'"]),
+    "rank 0.0": (["--rank", "0.0"], ["rank", "'0.0'"]),
+    "rank above the width": (["--rank", "9"], ["rank 9", "8"]),
+    "rank above the joint width": (["--rank", "17", "--joint"], ["rank 17", "16"]),
+    "no calibration": (["--n-calibration", "0"], ["n_calibration", "0"]),
+    "policy": (["--policies", "base,sdp"], ["policies", "'sdp'"]),
+    "loss": (["--loss", "half"], ["loss", "'half'"]),
+    "strength": (["--strength", "2"], ["strength", "2"]),
+    "context": (["--max-new-tokens", str(N_CTX)], [f"context of {N_CTX}"]),
+    "dtype": (["--dtype", "float8"], ["'float8'"]),
+    "device": (["--device", "gpu"], ["'gpu'", "cuda"]),
+    "task option": (["--task-option", "difficulty"], ["--task-option", "KEY=VALUE"]),
+    "unknown task option": (["--task-option", "dificulty=easy"], ["'dificulty'", "difficulty"]),
+    "bad difficulty": (["--task-option", "difficulty=[bold]"], ["[bold]"]),
+    "data directory": (["--task", "gsm8k", "--data-dir", "/no/data"], ["/no/data"]),
+    "config file": (["--config", "none.yaml"], ["none.yaml"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(call, in_tmp, flags, arguments, words):
+    one_error(call("run", *flags, "--out", "run", *arguments), *words)
+    assert not any(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "extract", "generate", "evaluate"])
+def test_stages_refuse_alike(call, in_tmp, model_flags, command):
+    one_error(call(command, *model_flags, "--task", "gsm9k"), "'gsm9k'")
+    one_error(call(command, "--model", "no/such", "--task", "synthetic-math"), "no/such")
+    one_error(call(command, *model_flags, "--task", "gsm8k", "--data-dir", "/no/data"), "/no/data")
+    assert not any(in_tmp.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("command", ["run", "extract", "generate", "evaluate"])
+def test_cuda_where_there_is_none(call, in_tmp, model_flags, command):
+    one_error(call(command, *model_flags, "--task", "synthetic-math", "--device", "cuda"), "'cuda'", "device='cpu'")
+    assert not any(in_tmp.iterdir())
+
+
+@pytest.mark.skipif("hooked" in BACKENDS, reason="this transformer-lens has HookedTransformer")
+def test_hooked_with_transformer_lens_4(call, in_tmp, flags):
+    one_error(call("run", *flags, "--backend", "hooked"), "transformer-lens>=3.9,<4", "bridge")
+    assert not any(in_tmp.iterdir())
+
+
+def test_backend_of_this_lane():
+    assert choose_backend("auto").name == BACKENDS[0]
+
+
+def test_unknown_key_in_a_file(call, in_tmp, flags):
+    (in_tmp / "c.yaml").write_text("n_trian: 3\n")
+    one_error(call("run", *flags, "--config", "c.yaml"), "'n_trian'", "n_train")
+    assert [path.name for path in in_tmp.iterdir()] == ["c.yaml"]
+
+
+def test_more_than_there_is(call, in_tmp, model_flags):
+    rows = [{"prompt": f"{n}?", "completion": f"{n}!", "spans": [[0, 1]]} for n in range(10)]
+    (in_tmp / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one_error(call("run", *model_flags, "--task", "own.jsonl", "--n-calibration", "99"), "99", "own")
+    assert [path.name for path in in_tmp.iterdir()] == ["own.jsonl"]
+
+
+def test_extraction_checks_ranks_before_it_extracts(call, in_tmp, model_flags, monkeypatch):
+    def extract(*_args, **_options):
+        raise AssertionError("an expensive stage was begun")
+
+    monkeypatch.setattr("spd_lens.capture.extract", extract)
+    one_error(call("extract", *model_flags, "--task", "synthetic-math", "--rank", "9"), "rank 9")
+    assert not any(in_tmp.iterdir())
+
+
+def test_settings_of_another_run(call, finished_run, flags):
+    before = (finished_run.path / "config.yaml").read_bytes()
+    one_error(call("run", *flags, "--out", finished_run.path, "--lr", "0.5"), "lr: 0.01 there, 0.5 now", "--out")
+    assert (finished_run.path / "config.yaml").read_bytes() == before
+
+
+GENERATE = ["--task", "synthetic-math", "--n-train", "2", "--max-new-tokens", "4", "--out", "c.jsonl", "--quiet"]
+EVALUATE = ["--task", "synthetic-math", "--n-eval", "2", "--max-new-tokens", "4", "--out", "e.json", "--quiet"]
+
+
+@pytest.mark.parametrize("command", [["generate", *GENERATE], ["evaluate", *EVALUATE]], ids=["generate", "evaluate"])
+class TestSubspaceFiles:
+    def test_missing(self, call, in_tmp, model_flags, command):
+        one_error(call(*command, *model_flags, "--subspace", "none.safetensors"), "none.safetensors")
+        assert not any(in_tmp.iterdir())
+
+    def test_corrupt(self, call, in_tmp, model_flags, finished_run, command):
+        whole = (finished_run.path / "subspace.safetensors").read_bytes()
+        (in_tmp / "s.safetensors").write_bytes(whole[: len(whole) // 2])
+        one_error(call(*command, *model_flags, "--subspace", "s.safetensors"), "s.safetensors", "not a readable")
+        assert [path.name for path in in_tmp.iterdir()] == ["s.safetensors"]
+
+    def test_foreign(self, call, in_tmp, model_flags, finished_run, command):
+        save_file({"x": torch.zeros(2)}, "s.safetensors")
+        one_error(call(*command, *model_flags, "--subspace", "s.safetensors"), "s.safetensors", "another program")
+        moments = finished_run.path / "moments.safetensors"
+        one_error(call(*command, *model_flags, "--subspace", moments), "a subspace", "gradient moments")
+
+    @pytest.mark.parametrize("why", ["embeddings", "width", "layers"])
+    def test_of_another_model(self, call, in_tmp, tiny_llama_dir, tiny_qwen2_dir, finished_run, command, why):
+        """The Qwen2 has the Llama's shape and other embeddings; the others are the Llama with another shape."""
+        model = tiny_qwen2_dir
+        if why != "embeddings":
+            model = in_tmp.parent / "model"
+            shutil.copytree(tiny_llama_dir, model)
+            config = json.loads((model / "config.json").read_text())
+            weights = load_file(model / "model.safetensors")
+            if why == "layers":
+                config["num_hidden_layers"] = 3
+                weights = {name: value for name, value in weights.items() if ".layers.3." not in name}
+            else:
+                config |= {"num_key_value_heads": 1}
+                weights = {n: v[:8].clone() if "k_proj" in n or "v_proj" in n else v for n, v in weights.items()}
+            (model / "config.json").write_text(json.dumps(config))
+            save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        subspace = finished_run.path / "subspace.safetensors"
+        one_error(call(*command, "--model", model, "--dtype", "float32", "--subspace", subspace), "another model")
+        assert not any(in_tmp.iterdir())  # a corpus file that was begun would refuse the right subspace later
+
+    def test_missing_adapter(self, call, in_tmp, model_flags, command):
+        one_error(call(*command, *model_flags, "--adapter", "none"), "none", "not an adapter")
+        assert not any(in_tmp.iterdir())
+
+
+def test_corpus_files(call, in_tmp, model_flags):
+    command = ["finetune", *model_flags, "--quiet", "--corpus"]
+    one_error(call(*command, "none.jsonl"), "none.jsonl", "does not exist")
+    (in_tmp / "c.jsonl").write_text("not json\n")
+    one_error(call(*command, "c.jsonl"), "line 1 of c.jsonl", "no record")
+    (in_tmp / "c.jsonl").write_text("")
+    one_error(call(*command, "c.jsonl"), "empty")
+    assert [path.name for path in in_tmp.iterdir()] == ["c.jsonl"]
+
+
+def test_corpus_of_another_model(call, in_tmp, tiny_qwen2_dir, finished_run):
+    corpus = finished_run.path / "corpus.jsonl"
+    one_error(call("finetune", "--model", tiny_qwen2_dir, "--dtype", "float32", "--corpus", corpus), "another model")
+    assert not any(in_tmp.iterdir())
+
+
+def test_errors_are_shown_as_they_are(call, in_tmp):
+    """No markup, emoji codes or wrapping: names come from users."""
+    name = "[bold]x[/bold]:smile:" + "y" * 150
+    one_error(call("run", "--show-config", "--config", name), name)
+
+
+# the stages
+
+
+def test_run_is_the_library_call(call, in_tmp, flags, finished_run):
+    code, out, err = call("run", *flags, "--out", "run")
+    assert code == 0, err
+    assert "within noise" in out or "lower" in out or "higher" in out
+    assert "Everything is in run." in out
+    run = spd.Run.open("run")
+    assert not run.config.differences(finished_run.config)
+    assert run.corpus.records == finished_run.corpus.records
+    assert run.effects("synthetic-math") == finished_run.effects("synthetic-math")
+    code, out, _ = call("run", *flags, "--out", "run")
+    assert (code, "Everything is in run." in out) == (0, True)
+
+
+def test_stages_in_sequence_are_the_run(call, in_tmp, flags, model_flags, finished_run):
+    """extract, generate, finetune and evaluate give what the whole run gave."""
+    data = ["--task", "synthetic-math", "--task-option", "max_new_tokens=8"]
+    code, out, err = call("extract", *model_flags, *data, "--n-calibration", "6", "--out", "x", "--quiet")
+    assert code == 0, err
+    assert "written to x" in out
+    moments, subspace = (spd.GradientMoments.load("x/moments.safetensors"), spd.Subspace.load("x/subspace.safetensors"))
+    for site in finished_run.subspace.sites:
+        assert torch.equal(moments.gradient[site], finished_run.moments.gradient[site])
+        assert torch.equal(subspace.bases[site], finished_run.subspace.bases[site])
+    assert Site(3, "v") in subspace.bases
+
+    made = ["--n-train", "12", "--max-new-tokens", "8", "--subspace", "x/subspace.safetensors", "--out", "c.jsonl"]
+    for _ in range(2):  # the second call has nothing left to do
+        code, out, err = call("generate", *model_flags, *data, *made, "--generation-batch-size", "4", "--quiet")
+        assert code == 0, err
+        assert "Corpus(12 completions" in out
+    corpus = spd.Corpus.load("c.jsonl")
+    assert corpus.records == finished_run.corpus.records
+
+    train = ["--corpus", "c.jsonl", "--epochs", "2", "--lr", "0.01", "--train-batch-size", "4", "--out", "a", "--quiet"]
+    code, out, err = call("finetune", *model_flags, *train)
+    assert code == 0, err
+    mine, theirs = (load_file(place / "adapter_model.safetensors") for place in (in_tmp / "a", finished_run.adapter))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+    code, out, err = call(
+        "evaluate", *model_flags, *data, "--n-eval", "12", "--adapter", "a", "--out", "e.json", "--quiet"
+    )
+    assert code == 0, err
+    result, expected = spd.EvalResult.load("e.json"), finished_run.result("synthetic-math", "spd")
+    assert (result.policy, [i.completion for i in result.items]) == ("tuned", [i.completion for i in expected.items])
+    assert [i.kl for i in result.items] == pytest.approx([i.kl for i in expected.items], rel=1e-6)
+    assert str(result.accuracy) in out
+
+
+def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags, finished_run):
+    command = ["generate", *model_flags, *GENERATE, "--subspace", finished_run.path / "subspace.safetensors"]
+    for engine, out in (("lens", "l.jsonl"), ("twin", "t.jsonl")):
+        assert call(*command, "--engine", engine, "--out", out)[0] == 0
+    lens, twin = spd.Corpus.load("l.jsonl"), spd.Corpus.load("t.jsonl")
+    assert lens.records == twin.records
+    one_error(call(*command, "--engine", "lense", "--out", "x.jsonl"), "'lense'", "twin")
+    assert not (in_tmp / "x.jsonl").exists()
+
+
+def test_interrupted_runs_say_that_the_same_command_goes_on(flags, finished_run, tmp_path):
+    """A real process, a real Ctrl-C, and then the same command again."""
+    command = [sys.executable, "-m", "spd_lens", "run", *flags, "--out", str(tmp_path / "run")]
+
+    def as_in_a_terminal():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=as_in_a_terminal
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "subspace.safetensors").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1] == "stopped; the same command continues where it was"
+    assert "Traceback" not in err
+    assert out == ""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "Everything is in" in done.stdout
+    run = spd.Run.open(tmp_path / "run")
+    assert run.corpus.records == finished_run.corpus.records
+    assert run.effects("synthetic-math") == finished_run.effects("synthetic-math")
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "spd_lens", "run", "--rank", "0"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: setting rank = '0' is not possible")
+    assert done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
