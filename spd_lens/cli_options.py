@@ -66,7 +66,7 @@ def _parameter(name: str) -> inspect.Parameter:
     field = SPDConfig.model_fields[name]
     default = field.get_default(call_default_factory=True)
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
-    text = f"{field.description} [default: {shown}]" if shown not in (None, {}, "") else field.description
+    text = f"{field.description} (default: {shown})" if shown not in (None, {}, "") else field.description
     flag = f"--{name.replace('_', '-')}"
     if name == "task_options":
         option = typer.Option("--task-option", help="KEY=VALUE, an option of the task; may be repeated.")
