@@ -193,7 +193,7 @@ def spans_command(
 ) -> None:
     """Which tokens of a task's examples count as correctness, and what looks wrong with them."""
     _set_up(quiet=True)
-    from spd_lens.audit_command import show_spans
+    from spd_lens.audit.command import show_spans
 
     show_spans(config, task, split, n, html, show, Console())
 

@@ -10,8 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from spd_lens.audit import KINDS, Audit, AuditedExample, Bin, Piece
-from spd_lens.audit_text import visible
+from spd_lens.audit.core import KINDS, Audit, AuditedExample, Bin, Piece
+from spd_lens.audit.safe_text import visible
 
 _PROMPT_CHARACTERS = 600
 """A longer prompt is shown from its end: the answer's form is asked for there."""

@@ -8,9 +8,9 @@ from typing import cast, get_args
 from rich.console import Console
 
 from spd_lens import tasks
-from spd_lens.audit import audit
-from spd_lens.audit_page import write_page
-from spd_lens.audit_views import print_audit
+from spd_lens.audit.core import audit
+from spd_lens.audit.page import write_page
+from spd_lens.audit.terminal import print_audit
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example

@@ -11,9 +11,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from spd_lens.audit import PAPER_SIZES, audit
-from spd_lens.audit_page import page, write_page
-from spd_lens.audit_views import headline, print_audit
+from spd_lens.audit.core import PAPER_SIZES, audit
+from spd_lens.audit.page import page, write_page
+from spd_lens.audit.terminal import headline, print_audit
 from spd_lens.examples import Example
 from spd_lens.models.prompts import PromptFormat
 from spd_lens.models.tokenizer import load_tokenizer

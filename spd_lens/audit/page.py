@@ -12,9 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-from spd_lens.audit import KINDS, Audit, AuditedExample, Bin, Piece
-from spd_lens.audit_text import visible
-from spd_lens.audit_views import amount, between, bin_name, inside, place_name
+from spd_lens.audit.core import KINDS, Audit, AuditedExample, Bin, Piece
+from spd_lens.audit.safe_text import visible
+from spd_lens.audit.terminal import amount, between, bin_name, inside, place_name
 from spd_lens.storage import write_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -33,7 +33,7 @@ def write_page(path: str | Path, found: Audit, *, title: str, facts: Sequence[st
 
 def page(found: Audit, *, title: str, facts: Sequence[str] = ()) -> str:
     """The page as HTML. `facts` stand under the title: model, split, seed."""
-    style = files("spd_lens").joinpath("audit_page.css").read_text(encoding="utf-8")
+    style = files("spd_lens.audit").joinpath("page.css").read_text(encoding="utf-8")
     name = _text(title)
     cards = "\n".join(_card(item) for item in found.examples)
     return f"""<!DOCTYPE html>
