@@ -1,8 +1,8 @@
 """Runs Python programs that a model wrote, and finds out whether they pass their tests.
 
-`run_python(program, tests=[...])` treats the program as hostile. It runs in a sandbox (`mechanisms`): no network, no
-home directory, a read-only file system but for an empty scratch directory, another user, and limits on CPU and wall
-time, memory, processes, file and output size.
+`run_python(program, tests=[...])` treats the program as hostile. It runs in a sandbox (`mechanisms`, `seccomp`): no
+network, no home directory, a read-only file system but for an empty scratch directory, another user, and limits on CPU
+and wall time, memory, processes, file and output size. By default it may have one process with one thread.
 
 **A pass is not the program's to claim.** Exit codes, prints and secrets are no proof: the program could call
 `os._exit(0)`, print whatever the caller waits for, patch `assert`'s surroundings, return objects that equal
@@ -17,7 +17,8 @@ What remains:
   table. That is a matter of the task, not of the sandbox.
 - `assert f(x)` holds for any truthy answer, and where both sides of a comparison call the program, it answers both.
 - The kernel is shared: a hole in it is a hole in this. Users with such worries use a virtual machine around it all.
-- A program can waste up to its limits, and time itself.
+- A program can waste what its limits allow, can time itself, and has a hand in every result but a pass.
+- The data set is trusted: its tests run in the judge's sandbox, but what they assert is what counts.
 
 And the price: only plain data crosses (numbers, strings, bytes, containers, iterators, dates, `Decimal`, `Fraction`).
 Other objects stay in the program and are represented by a handle that can be called, whose attributes can be read
@@ -39,15 +40,18 @@ from spd_lens.sandbox.session import SandboxResult, Session
 __all__ = ["SandboxResult", "available", "run_python", "unavailable"]
 
 _PROBE = """
-import os, socket
+import os
 try:
     open("/usr/probe", "w")
 except OSError:
     pass
 else:
     raise SystemExit("the file system can be written to")
-if os.path.exists("/proc/self") or os.path.exists("/root") or os.path.exists("/home"):
-    raise SystemExit("the host's files are in sight")
+known = {"bin", "dev", "lib", "lib32", "lib64", "old", "proc", "python", "sbin", "scratch", "usr"}
+in_sight = set(os.listdir("/")) - known
+in_sight.update(*(os.listdir(place) for place in ("/old", "/proc") if os.path.exists(place)))
+if in_sight:
+    raise SystemExit(f"the host's files are in sight: {sorted(in_sight)[:5]}")
 open("probe", "w").write("scratch")
 """
 

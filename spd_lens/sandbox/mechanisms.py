@@ -3,12 +3,14 @@
 Both give a process its own user, process, network, mount, IPC and host name spaces; a file system that holds the
 system's libraries and this Python, read-only, and an empty scratch directory of limited size; no `/proc`, no `/sys`,
 no home, no environment variables of ours. What a process may *use* is limited from inside, before it runs anything
-that is not ours (`inside.main`): limits set there bind every descendant and cannot be raised again.
+that is not ours (`inside.main`): limits set there bind every descendant and cannot be raised again. System calls that
+take memory past these limits are refused (`seccomp`).
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from spd_lens.errors import SPDError
+from spd_lens.sandbox import seccomp
 
 NAMES = ("bubblewrap", "unshare")
 """Mechanisms, the better one first."""
@@ -205,6 +208,8 @@ def missing(mechanism: str) -> str:
     """What the mechanism needs and this machine lacks, before anything is tried; empty if nothing is missing."""
     if sys.platform != "linux":
         return f"it needs Linux, and this is {sys.platform}"
+    if not seccomp.supported():
+        return f"it knows the system calls of x86_64 and aarch64, and this is {platform.machine()}"
     needed = {"bubblewrap": ["bwrap"], "unshare": ["timeout", "unshare", "mount", "umount", "pivot_root", "setpriv"]}
     tools = [*needed[mechanism], *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
     absent = sorted({tool for tool in tools if shutil.which(tool, path=_SEARCH) is None})

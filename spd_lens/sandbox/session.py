@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from spd_lens.errors import SPDError
 from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox.seccomp import blocking_filter
 
 _START_SECONDS = 60.0
 """For the sandbox to come up on a busy machine. A program's own time counts from then on."""
@@ -95,7 +96,8 @@ class Session:
     ) -> SandboxResult:
         """Runs the program and, if there are tests, the judge beside it."""
         requests, answers = self._pipe(), self._pipe()
-        self._start("program", requests[0], answers[1], {"program": program, "tested": bool(tests)})
+        order: dict[str, Any] = {"program": program, "tested": bool(tests), "filter": blocking_filter().hex()}
+        self._start("program", requests[0], answers[1], order)
         if tests:
             order = {"tests": list(tests), "setup": setup, "functions": list(functions), "modules": list(modules)}
             self._start("judge", answers[0], requests[1], order)
