@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from spd_lens.corpus import Corpus, Record
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair, load
-from spd_lens.trainer import Collator, CorpusTrainer, TokenRows
 from spd_lens.training import finetune
+from spd_lens.training.trainer import Collator, CorpusTrainer, TokenRows
 from tests.helpers import assert_same_bits, refused
 
 QUICK = {"lr": 1e-3, "epochs": 2, "batch_size": 2, "progress": False}
@@ -209,7 +209,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import spd_lens.trainer as trainer
+import spd_lens.training.trainer as trainer
 from spd_lens.corpus import Corpus
 from spd_lens.models import load
 from spd_lens.training import finetune

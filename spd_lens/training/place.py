@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spd_lens.corpus import Corpus, disk_errors_explained, refuse_other_settings, write_json
 from spd_lens.errors import SPDError
-from spd_lens.trainer import COMPLETE
+from spd_lens.training.trainer import COMPLETE
 
 LOG = "training.json"
 

@@ -22,9 +22,9 @@ from spd_lens.digests import corpus_digest, weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.restoring import as_it_was, isolated_random, on_device
-from spd_lens.trainer import CorpusTrainer, TokenRows, save_weights
-from spd_lens.training_place import TrainingPlace, default_place
+from spd_lens.training.place import TrainingPlace, default_place
+from spd_lens.training.restoring import as_it_was, isolated_random, on_device
+from spd_lens.training.trainer import CorpusTrainer, TokenRows, save_weights
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The paper's LoRA targets (appendix A.2)."""
