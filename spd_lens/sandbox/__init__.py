@@ -35,7 +35,7 @@ from functools import cache
 from spd_lens.errors import SPDError
 from spd_lens.sandbox import mechanisms
 from spd_lens.sandbox.names import names_of
-from spd_lens.sandbox.session import SandboxResult, Session
+from spd_lens.sandbox.trial import SandboxResult, Trial
 
 __all__ = ["SandboxResult", "available", "run_python", "unavailable"]
 
@@ -104,8 +104,8 @@ def run_python(
         "RLIMIT_NOFILE": 32,
         "RLIMIT_NPROC": processes + mechanisms.KEEPERS[mechanism],
     }
-    with Session(mechanism, limits, timeout_s, scratch_mb, output_kb * 1024) as session:
-        return session.run(program, tests, setup, asked, modules)
+    with Trial(mechanism, limits, timeout_s, scratch_mb, output_kb * 1024) as trial:
+        return trial.run(program, tests, setup, asked, modules)
 
 
 def available() -> str | None:
@@ -125,8 +125,8 @@ def _problem(mechanism: str) -> str:
     if problem:
         return problem
     try:
-        with Session(mechanism, {}, 10.0, 1, 2**16) as session:
-            result = session.run(_PROBE)
+        with Trial(mechanism, {}, 10.0, 1, 2**16) as trial:
+            result = trial.run(_PROBE)
     except SPDError as error:
         return str(error)
     return "" if result.reason == "finished" else f"it does not shut in: {result.stderr.strip() or result.reason}"

@@ -62,7 +62,7 @@ class SandboxResult:
         return self.reason == "passed"
 
 
-class Session:
+class Trial:
     """The processes and pipes of one run. A context manager: nothing of it outlives the `with`."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Session:
         self._read: dict[str, bytearray] = {}
         self._printed = 0
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Trial:
         self._stack.enter_context(self._streams)
         return self
 
