@@ -32,7 +32,7 @@ def write_summary(run: Run) -> str:
     for task in targets:
         parts.append(_scores(run, task))
         if (run.path / "effects" / f"{task}.json").exists():
-            parts.append(effects_section(run.effects(task), task))
+            parts.append(effects_section(run.effects(task), task, _rounding(run)))
     parts += [_proof(run), _completions(run, targets[0]), _times(run)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(run.path / "summary.md", text)
@@ -61,6 +61,11 @@ def _heading(run: Run) -> str:
             "in nats per token; `token accuracy` is the share of tokens that are the most probable next one.",
         ]
     )
+
+
+def _rounding(run: Run) -> float | None:
+    """KL between hooks and folded weights, which differ by rounding alone; None where no lens model was built."""
+    return run.notes["hooks"]["fold_parity"]["kl"] if "hooks" in run.notes else None
 
 
 def _scores(run: Run, task: str) -> str:
@@ -93,8 +98,11 @@ def _gain(base: EvalResult, result: EvalResult) -> str:
     return f"- {sentence}"
 
 
-def effects_section(effects: Forced, task: str) -> str:
-    """Teacher-forced effects: each policy against the base, and the projection against random subspaces."""
+def effects_section(effects: Forced, task: str, rounding: float | None = None) -> str:
+    """Teacher-forced effects: each policy against the base, and the projection against random subspaces.
+
+    `rounding` is the KL that the model's dtype alone leaves between two ways to compute the same thing.
+    """
     random = [name for name in effects if name.startswith("random-")]
     columns = ("policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy")
     rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
@@ -114,6 +122,12 @@ def effects_section(effects: Forced, task: str) -> str:
         change = _change(effects, {"spd": effects["spd"]})
         verdict = "within noise" if within_noise(change) else ("higher" if change.value > 0 else "lower")
         lines += [f"- Aligned loss after fine-tuning, minus before: {change}; {verdict}."]
+        kl = fmean(item.kl for item in effects["spd"])
+        if rounding is not None and kl < 2 * rounding:
+            lines += [
+                f"- The fine-tuned model's KL from base ({kl:.1g}) is no more than rounding in this dtype leaves between "
+                f"two engines ({rounding:.1g}): the training changed little."
+            ]
     return "\n".join(lines)
 
 

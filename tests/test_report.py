@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 import spd_lens as spd
+from spd_lens import report
 from spd_lens.evaluation import EvalResult, ForcedItem, ItemResult
 from spd_lens.report import changed, effects_section, quoted, write_summary
 from spd_lens.storage import write_json
@@ -313,3 +314,11 @@ def test_one_item(run):
     assert "too few items to say" in text
     assert "[no interval]" in text
     assert dataclasses.is_dataclass(ItemResult)
+
+
+def test_a_change_below_rounding_is_called_so(finished_run):
+    effects = finished_run.effects(TASK)
+    kl = fmean(item.kl for item in effects["spd"])
+    assert "the training changed little" in report.effects_section(effects, TASK, rounding=kl)
+    assert "the training changed little" not in report.effects_section(effects, TASK, rounding=kl / 3)
+    assert "the training changed little" not in report.effects_section(effects, TASK)
