@@ -122,11 +122,11 @@ def effects_section(effects: Forced, task: str, rounding: float | None = None) -
         change = _change(effects, {"spd": effects["spd"]})
         verdict = "within noise" if within_noise(change) else ("higher" if change.value > 0 else "lower")
         lines += [f"- Aligned loss after fine-tuning, minus before: {change}; {verdict}."]
-        kl = fmean(item.kl for item in effects["spd"])
-        if rounding is not None and kl < 2 * rounding:
+        moved_by = fmean(item.kl for item in effects["spd"])
+        if rounding is not None and moved_by < 2 * rounding:
             lines += [
-                f"- The fine-tuned model's KL from base ({kl:.1g}) is no more than rounding in this dtype leaves between "
-                f"two engines ({rounding:.1g}): the training changed little."
+                f"- The fine-tuned model's KL from base ({moved_by:.1g}) is no more than rounding in this dtype leaves "
+                f"between two engines ({rounding:.1g}): the training changed little."
             ]
     return "\n".join(lines)
 
