@@ -179,7 +179,12 @@ def _proof(run: Run) -> str:
         )
     else:
         lines.append("- No lens model was built (engine `twin`): the projection was folded into the twin's weights.")
-    lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.")
+    rounding = (
+        ""
+        if notes["resolved"]["dtype"] in ("float32", "float64") or len(unprojected) == len(corpus)
+        else (f" In {notes['resolved']['dtype']} some of them differ by their batch alone (it held other prompts).")
+    )
+    lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.{rounding}")
     lines.append(f"- Completions that the model ended by itself: {ended}.")
     return "\n".join(lines)
 

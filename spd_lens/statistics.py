@@ -15,6 +15,7 @@ answer and says in `Estimate.method` what was done. Which function for what:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -223,7 +224,8 @@ def _mean(values: Values, confidence: float, seed: int, n_resamples: int, label:
     if n < MIN_BOOTSTRAP:
         return _t_interval(values, confidence, f"{label}fewer than {MIN_BOOTSTRAP} values")
     for method in ("BCa", "percentile"):
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where BCa is undefined, percentile follows
             result = stats.bootstrap(
                 (values,),
                 np.mean,

@@ -112,6 +112,18 @@ def test_proofs_are_those_of_the_files(finished_run):
     assert_estimate(re.search(r"ended by itself: (.*)\.", text)[1], ended / 12, *wilson(ended, 12))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "n_compared", "said"), [("bfloat16", 6, True), ("bfloat16", 12, False), ("float32", 6, False)]
+)
+def test_rounding_is_owned_up_to(run, dtype, n_compared, said):
+    """Where batches differ, bfloat16 changes tokens by itself."""
+    run.note(resolved={**run.notes["resolved"], "dtype": dtype})
+    if n_compared == 12:
+        for name in ("unprojected.jsonl", "unprojected.settings.json"):
+            shutil.copy(run.path / name.replace("unprojected", "corpus"), run.path / name)
+    assert ("differ by their batch alone" in write_summary(run)) is said
+
+
 def test_the_heading_says_what_was_done(finished_run):
     calibration = spd.tasks.get(TASK).calibration(6, 42)
     head = finished_run.summary.partition("\n## ")[0]

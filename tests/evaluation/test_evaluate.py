@@ -220,6 +220,7 @@ def test_gain_is_paired_by_id_and_not_by_place():
     assert gain.low > 0
     same = EvalResult("spd", "t", base.items[::-1]).accuracy_gain(base)
     assert (same.value, same.low < 0 < same.high) == (0.0, True)
+    assert "all differences equal" in same.method  # by place, half of the items would differ
 
 
 def test_gain_over_other_items_is_refused():
