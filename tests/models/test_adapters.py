@@ -62,6 +62,11 @@ def test_the_adapter_comes_off_after_an_error_and_an_early_return(twin, adapter)
     assert torch.equal(leaves_early(), leaves_early())
 
 
+def test_weights_are_frozen_afterwards_whatever_was_done_inside(twin, adapter):
+    with adapted(twin, adapter) as tuned:
+        tuned.requires_grad_(True)
+
+
 def test_adapters_can_be_put_on_again_and_again(twin, adapter, tmp_path):
     other = make_adapter(twin, tmp_path / "other", seed=1)
     results = []

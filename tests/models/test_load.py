@@ -21,7 +21,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, hub, load
 from spd_lens.models.adapters import adapted, merged_copy
-from spd_lens.models.backends import HookedBackend
+from spd_lens.models.backends import HookedBackend, lens_logits
 from spd_lens.projection import folded, projected
 from tests.conftest import BACKENDS, build_llama, build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
@@ -98,15 +98,17 @@ def test_lens_and_twin_say_the_same(pair_of, family, backend):
     assert pair.check().within(torch.float32)
 
 
-def test_right_padding_is_masked_in_both(pair_of, family, backend):
+@pytest.mark.parametrize("real", [slice(0, 5), slice(3, 8)], ids=["right padding", "left padding"])
+def test_padding_is_masked_in_both(pair_of, family, backend, real):
+    """Causal attention alone would hide right padding; left padding shows whether the mask is heeded."""
     pair = pair_of(family, backend)
-    mask = torch.ones_like(TOKENS)
-    mask[0, 5:] = 0
+    mask = torch.zeros_like(TOKENS)
+    mask[0, real] = 1
     padded = TOKENS.masked_fill(mask == 0, 2)
     with torch.no_grad():
-        twin = pair.hf(padded, attention_mask=mask).logits[0, :5]
-        lens = pair.lens(padded, attention_mask=mask, return_type="logits")[0, :5]
-        alone = pair.hf(TOKENS[:, :5]).logits[0]
+        twin = pair.hf(padded, attention_mask=mask).logits[0, real]
+        lens = lens_logits(pair.lens, padded, mask)[0, real]
+        alone = pair.hf(TOKENS[:, real]).logits[0]
     assert (twin - alone).abs().max() < 1e-4 * alone.std()
     assert (lens - alone).abs().max() < 1e-4 * alone.std()
 
