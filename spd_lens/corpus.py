@@ -272,7 +272,12 @@ class CorpusWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """A file that never got a record, since something failed before, goes: it would refuse other settings later."""
         self._file.close()
+        if exception[0] is not None and not self._size:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+                settings_path(self.path).unlink()
         self._lock.release()
 
 

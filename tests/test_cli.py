@@ -20,6 +20,7 @@ from spd_lens.cli import app, main
 from spd_lens.models.backends import choose_backend
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS, N_CTX
+from tests.helpers import make_adapter
 
 COMMANDS = [command.name for command in app.registered_commands]
 
@@ -293,6 +294,13 @@ class TestSubspaceFiles:
         subspace = finished_run.path / "subspace.safetensors"
         one_error(call(*command, "--model", model, "--dtype", "float32", "--subspace", subspace), "another model")
         assert not any(in_tmp.iterdir())  # a corpus file that was begun would refuse the right subspace later
+
+    def test_foreign_adapter(self, call, in_tmp, model_flags, tiny_pair, command):
+        make_adapter(tiny_pair.hf, in_tmp.parent / "a")
+        config = in_tmp.parent / "a" / "adapter_config.json"
+        config.write_text(config.read_text().replace('"r": 2', '"r": 3'))  # not the file's shapes
+        one_error(call(*command, *model_flags, "--adapter", in_tmp.parent / "a"), "does not fit LlamaForCausalLM")
+        assert not [path for path in in_tmp.iterdir() if path.suffix != ".lock"]
 
     def test_missing_adapter(self, call, in_tmp, model_flags, command):
         one_error(call(*command, *model_flags, "--adapter", "none"), "none", "not an adapter")
