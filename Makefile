@@ -104,7 +104,7 @@ $(HOOKED)/library: $(PROJECT) constraints.txt $(HOOKED)/model | $(HOOKED)/torch
 	@touch $@
 
 $(HOOKED)/dev: $(HOOKED)/library
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev]"
+	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev,evals]"
 	@touch $@
 
 $(BRIDGE)/test: $(PROJECT) constraints-bridge.txt $(BRIDGE)/model | $(BRIDGE)/torch $(HOOKED)/dev
