@@ -134,7 +134,7 @@ def test_flags_over_file_over_defaults(call, in_tmp):
         "rank": 0.25, "lr": 1e-3, "per_head": False, "kinds": ["k", "v", "q"], "layers": [1, 3], "temperature": 0.0,
         "center": True, "epochs": 5, "task_options": {"difficulty": "easy", "span": "line", "max_new_tokens": 8},
     }  # fmt: skip
-    assert {name: shown[name] for name in expected} == expected
+    assert {name: repr(shown[name]) for name in expected} == {name: repr(value) for name, value in expected.items()}
 
 
 @pytest.mark.parametrize(("text", "rank"), [("16", 16), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)])
