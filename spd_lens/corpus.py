@@ -13,6 +13,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from spd_lens.errors import SPDError
+from spd_lens.storage import write_json
 
 FinishReason = Literal["eos", "length"]
 Key = tuple[str, int]
@@ -303,17 +304,3 @@ def disk_errors_explained(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise SPDError(f"{what}: {error.strerror or error}; give another path") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

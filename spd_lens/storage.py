@@ -80,7 +80,10 @@ def write_text(path: str | Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a crash that the content does not
         os.replace(scratch, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -13,8 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import get_last_checkpoint
 
-from spd_lens.corpus import Corpus, disk_errors_explained, refuse_other_settings, write_json
+from spd_lens.corpus import Corpus, disk_errors_explained, refuse_other_settings
 from spd_lens.errors import SPDError
+from spd_lens.storage import write_json
 from spd_lens.training.trainer import COMPLETE
 
 LOG = "training.json"
