@@ -2,17 +2,16 @@
 # Lint, then the tests once per lane. Every step runs; the exit code says whether all of them passed.
 #   LANES      hooked (TransformerLens 3.9), bridge (4.x), or both
 #   TEST_ARGS  further arguments for pytest
-#   WORKERS    test processes; 0: one, with all cores
+#   WORKERS    test processes; 0: one
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 logs=.cache/test-logs
 mkdir -p "$logs"
 workers=${WORKERS:-0}
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-threads=$((workers > 1 ? cores / workers : cores))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
-export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
+# One thread: tiny models gain nothing from more, and a run and its resumption are compared bit for bit, which only the
+# same number of threads gives. tests/conftest.py sets the same for the tests' own process.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 eval "pytest_args=(${TEST_ARGS:-})" # so that quotes work: TEST_ARGS='-k "a or b"'
 [ "$workers" -gt 1 ] && pytest_args+=(-n "$workers")

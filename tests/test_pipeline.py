@@ -141,7 +141,8 @@ def test_a_second_call_does_no_stage_again(finished_run, tiny_settings, tmp_path
 def processes():
     """Processes that start in a moment, from a server that has imported everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # as in the tests' own process
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(variable, "1")  # as in the tests' own process
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["spd_lens.pipeline"])
         yield context
