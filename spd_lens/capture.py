@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,47 +66,89 @@ def extract(
     Raises:
         SPDError: no examples, an example without span or completion or beyond the context, an unknown layer or kind.
     """
+    if shards < 1:
+        raise SPDError(f"shards = {shards} is not possible; give at least 1")
+    sites = pair.sites(layers, kinds)
+    settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
+    for rows in token_gradients(
+        pair, examples, layers=layers, kinds=kinds, loss=loss, engine=engine, batch_tokens=batch_tokens,
+        progress=progress,
+    ):  # fmt: skip
+        shard = rows.index % shards
+        for site in sites:
+            moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site])
+        moments.n_examples[shard] += 1
+        moments.n_tokens[shard] += len(rows.encoded.ids)
+        moments.n_scored[shard] += len(rows.encoded.scored)
+        moments.loss_sum[shard] += rows.loss
+    return moments
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """One example's rows of `G`: the gradient at every token of prompt and completion (Eq. 7)."""
+
+    index: int
+    """Which of the examples."""
+    encoded: Encoded
+    """Its tokens, and which of them are scored."""
+    loss: float
+    """Mean of `-log p` over `S`, in nats (Eq. 6)."""
+    gradient: dict[Site, Float[Tensor, "token width"]]
+    """`∂ loss / ∂ activation`, float64, all heads side by side."""
+    activation: dict[Site, Float[Tensor, "token width"]]
+    """The activation itself, in the model's dtype."""
+
+
+def token_gradients(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    layers: str | int | Iterable[int] = "last_mid",
+    kinds: str | Sequence[str] = ("k", "v"),
+    loss: Loss = "aligned",
+    engine: str = "lens",
+    batch_tokens: int = 2048,
+    progress: bool = True,
+) -> Iterator[TokenGradients]:
+    """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
     if engine not in ENGINES:
         raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
-    if shards < 1:
-        raise SPDError(f"shards = {shards} is not possible; give at least 1")
     sites = pair.sites(layers, kinds)
     encoded = [pair.encode(example, loss) for example in examples]
-    settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
-    moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
-    run = LensTap(pair, sites) if engine == "lens" else TwinTap(pair, sites)
+    tap = LensTap(pair, sites) if engine == "lens" else TwinTap(pair, sites)
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
         for batch in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
-            _add_batch(moments, run, [encoded[i] for i in batch], [i % shards for i in batch], pair)
+            yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
-    return moments
 
 
-def _add_batch(moments: GradientMoments, run: Tap, batch: list[Encoded], shards: list[int], pair: ModelPair) -> None:
+def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
     tokens, mask = right_pad([e.ids for e in batch], pair.tokenizer.pad_token_id, pair.device)
     row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
     target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
-    with torch.enable_grad(), run.tapped() as activations:
-        logits = run.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
+    with torch.enable_grad(), tap.tapped() as activations:
+        logits = tap.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
         losses = token_losses(logits, tokens[row, target])
         sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)
         per_example = torch.zeros(len(batch), device=pair.device, dtype=losses.dtype)
         per_example = per_example.index_add(0, row, losses / sizes[row])  # mean over S (Eq. 6)
         scale = _HALF_SCALE if pair.dtype == torch.float16 else 1.0
         gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
-    for (site, x), g in zip(activations.items(), gradients, strict=True):
-        for i, (e, shard) in enumerate(zip(batch, shards, strict=True)):
-            length = len(e.ids)  # what follows is padding
-            moments.add_tokens(
-                site, shard, g[i, :length].flatten(1).double() / scale, x.detach()[i, :length].flatten(1)
-            )
-    for e, shard, value in zip(batch, shards, per_example.tolist(), strict=True):
-        moments.n_examples[shard] += 1
-        moments.n_tokens[shard] += len(e.ids)
-        moments.n_scored[shard] += len(e.scored)
-        moments.loss_sum[shard] += value
+    for i, (index, e, value) in enumerate(zip(indices, batch, per_example.tolist(), strict=True)):
+        length = len(e.ids)  # what follows is padding
+        yield TokenGradients(
+            index=index,
+            encoded=e,
+            loss=value,
+            gradient={
+                site: g[i, :length].flatten(1).double() / scale for site, g in zip(activations, gradients, strict=True)
+            },
+            activation={site: x.detach()[i, :length].flatten(1) for site, x in activations.items()},
+        )
 
 
 def token_losses(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import importlib
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markdown import Markdown
-from rich.text import Text
 
 from spd_lens.cli_options import with_settings
 from spd_lens.config import DEMO, SPDConfig
-from spd_lens.errors import SPDError
+from spd_lens.console import set_up_logging, start
 
 app = typer.Typer(
     help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
@@ -31,7 +27,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
-_INTERRUPTED = 130
 _RESUMABLE = ("run", "demo", "generate", "finetune")
 _MODEL = ("model", "backend", "dtype", "device", "prompt_format")
 _DATA = ("task", "data_dir", "task_options", "data_seed")
@@ -39,16 +34,7 @@ _DATA = ("task", "data_dir", "task_options", "data_seed")
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
-    try:
-        app()
-    except SPDError as error:
-        sentence = " ".join(str(error).splitlines())
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", sentence))
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            Console(stderr=True).print(Text(f"stopped; {_after_interrupt(sys.argv[1:2])}"))
-        raise
+    start(app, on_interrupt=_after_interrupt(sys.argv[1:2]))
 
 
 @app.command("run")
@@ -76,7 +62,7 @@ def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
 @with_settings(*_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "per_head", "center", "loss", "engine")
 def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
-    _set_up(quiet)
+    set_up_logging(quiet)
     from spd_lens.capture import extract
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings, check_subspace
@@ -110,7 +96,7 @@ def generate_command(
     quiet: Quiet = False,
 ) -> None:
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
-    _set_up(quiet)
+    set_up_logging(quiet)
     from spd_lens.generation import generate
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings
@@ -140,7 +126,7 @@ def finetune_command(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
-    _set_up(quiet)
+    set_up_logging(quiet)
     from spd_lens.corpus import Corpus
     from spd_lens.pipeline import finetune_with, load_pair
     from spd_lens.preflight import check_settings
@@ -162,7 +148,7 @@ def evaluate_command(
     quiet: Quiet = False,
 ) -> None:
     """Score the base, projected or fine-tuned model on a task's test items."""
-    _set_up(quiet)
+    set_up_logging(quiet)
     from spd_lens.evaluation import evaluate
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings
@@ -192,7 +178,7 @@ def spans_command(
     show: Annotated[int, typer.Option("--show", help="Examples printed token by token.")] = 3,
 ) -> None:
     """Which tokens of a task's examples count as correctness, and what looks wrong with them."""
-    _set_up(quiet=True)
+    set_up_logging(quiet=True)
     from spd_lens.audit.command import show_spans
 
     show_spans(config, task, split, n, html, show, Console())
@@ -216,26 +202,24 @@ def compare_command(
     Console().print(Markdown(table))
 
 
+@app.command(
+    "analyze",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def analyze_command(context: typer.Context) -> None:
+    """Spectra, overlaps, sweeps and more of run directories: `spd-lens analyze` lists them."""
+    # found by name and imported when asked for: the library does not depend on its analyses
+    index = importlib.import_module("spd_lens.analysis.index")
+    index.analyze(context.args)
+
+
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
-    _set_up(quiet)
+    set_up_logging(quiet)
     from spd_lens.pipeline import run
 
     record = run(config, out, progress=not quiet)
     Console().print(Markdown(record.summary))
     Console().print(f"Everything is in {out}.", highlight=False, markup=False)
-
-
-def _set_up(quiet: bool) -> None:
-    """Log to stderr; keep the libraries' chatter down."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    logging.getLogger("spd_lens").setLevel(logging.WARNING if quiet else logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _after_interrupt(command: list[str]) -> str:
