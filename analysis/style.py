@@ -57,9 +57,7 @@ def figure(title: str, x: str, y: str, *, says: str = "") -> go.Figure:
 
 def line(fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, **trace: Any) -> None:
     """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
-    style = (
-        {"color": NULL_COLOR, "dash": "dot"} if null else {"color": _nth(COLORS, index), "dash": _nth(DASHES, index)}
-    )
+    color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
     marker = {"symbol": "circle-open" if null else _nth(SYMBOLS, index), "size": 7}
     kind = {"mode": "lines+markers", **trace}
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
