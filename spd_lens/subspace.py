@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,6 +157,11 @@ class Subspace:
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
+
+    def explore(self, moments: Any = None, *, others: Mapping[str, Any] | None = None) -> Any:
+        """Spectra, energies and overlaps with `others`, as one page in a notebook: `analysis.dashboard.explore`."""
+        # found by name when asked for: the library does not depend on its analyses
+        return importlib.import_module("spd_lens.analysis.dashboard").explore(self, moments, others=others)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
