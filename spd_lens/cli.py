@@ -213,6 +213,24 @@ def analyze_command(context: typer.Context) -> None:
     index.analyze(context.args)
 
 
+@app.command("dashboard")
+def dashboard_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the one that is shown first.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("dashboard.html"),
+    serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine instead, which generates.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the live app; 0: any that is free.")] = 8050,
+    quiet: Quiet = False,
+) -> None:
+    """Runs as one self-contained page, or as a live app that also generates."""
+    set_up_logging(quiet)
+    dashboard = importlib.import_module("spd_lens.analysis.dashboard")
+    if serve:
+        dashboard.serve(runs, port=port)
+        return
+    written = dashboard.write_dashboard(runs, out)
+    Console().print(f"written to {written}", highlight=False, markup=False)
+
+
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
     set_up_logging(quiet)
     from spd_lens.pipeline import run
