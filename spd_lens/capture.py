@@ -22,7 +22,7 @@ from spd_lens.models.hooks import LensHook, unembed_only
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
-from spd_lens.models.weights import projection_module
+from spd_lens.models.weights import twin_hook
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site
 
@@ -54,7 +54,7 @@ def extract(
         pair: The model.
         examples: Calibration examples with completion and spans.
         layers: `"last_mid"` (the paper's choice), `"all"`, or block indices counted from 0.
-        kinds: Activations to take: `"k"`, `"v"`, `"q"`.
+        kinds: Activations to take, of `sites.KINDS`.
         loss: `"aligned"` scores the tokens of the spans (Eq. 6); `"full"` every token of the completion (table 5).
         engine: `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the Hugging
             Face model, which saves holding the weights twice. Both give the same moments.
@@ -226,14 +226,13 @@ class LensTap(Tap):
 
 
 class TwinTap(Tap):
-    """Captures at the outputs of the twin's `k_proj` / `v_proj`: `[batch, pos, head · d_head]`."""
+    """Captures in the Hugging Face model, for k and v at the outputs of `k_proj` and `v_proj`."""
 
     def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
         super().__init__(pair.hf, pair.hf.get_output_embeddings(), sites)
 
     def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
-        module = projection_module(self.model, site)
-        return module.register_forward_hook(lambda _module, _args, output: keep(output))
+        return twin_hook(self.model, site, keep)
 
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits

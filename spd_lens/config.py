@@ -39,7 +39,7 @@ class SPDConfig(BaseModel):
     allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
     # subspace
     layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
-    kinds: list[str] = Field(["k", "v"], min_length=1, description="Activations to project: k, v, q.")
+    kinds: list[str] = Field(["k", "v"], min_length=1, description="Activations to project: k, v, q, z, resid.")
     rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
     per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
     center: bool = Field(False, description="Project around the mean activation instead of the origin.")

@@ -32,7 +32,7 @@ class GradientMoments:
     fingerprint: Fingerprint
     """The model they were taken from."""
     n_heads: dict[Site, int]
-    """Heads at each site: KV heads for `k` and `v`, query heads for `q`. `width = n_heads · d_head`."""
+    """Heads at each site: KV heads for `k` and `v`, query heads for `q` and `z`, one for `resid`."""
     gradient: dict[Site, Gram]
     """`Σ gᵀg` over the tokens of each shard's examples."""
     activation: dict[Site, Gram]
@@ -54,8 +54,8 @@ class GradientMoments:
         cls, fingerprint: Fingerprint, sites: Iterable[Site], n_shards: int, settings: dict[str, Any]
     ) -> GradientMoments:
         """Moments of nothing, to be added to."""
-        heads = {s: fingerprint.n_heads if s.kind == "q" else fingerprint.n_kv_heads for s in sites}
-        widths = {site: n * fingerprint.d_head for site, n in heads.items()}
+        shapes = {site: fingerprint.heads_at(site) for site in sites}
+        widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(n_shards, *shape, dtype=torch.float64)
@@ -65,7 +65,7 @@ class GradientMoments:
 
         return cls(
             fingerprint=fingerprint,
-            n_heads=heads,
+            n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
             gradient={site: zeros(w, w) for site, w in widths.items()},
             activation={site: zeros(w, w) for site, w in widths.items()},
             activation_sum={site: zeros(w) for site, w in widths.items()},

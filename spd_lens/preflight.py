@@ -35,8 +35,8 @@ def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
     """Refuse layers and ranks that the model does not have."""
     shape = pair.fingerprint
     for site in pair.sites(config.layers, config.kinds):
-        n_heads = shape.n_heads if site.kind == "q" else shape.n_kv_heads
-        resolve_rank(config.rank, shape.d_head * (1 if config.per_head else n_heads))
+        n_heads, d_head = shape.heads_at(site)
+        resolve_rank(config.rank, d_head * (1 if config.per_head else n_heads))
 
 
 def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mapping[str, Task]) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
+from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
-from spd_lens.models.weights import projection_module
+from spd_lens.models.weights import site_module, twin_hook
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 
@@ -90,7 +91,8 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
 
     `x W -> x W M + c` with the map `M`, `c` of `Subspace.affine`, computed in float64 and then cast. The weights' own
     bits come back always. A model with a LoRA adapter on is folded exactly too: the map goes into the base weight and
-    into the adapter's `B`. None leaves the model as it is.
+    into the adapter's `B` (of `z`, which a layer reads, its `A`). What no weight can hold, see `foldable`, is a hook on
+    the twin while the context is open. None leaves the model as it is.
 
     Raises:
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
@@ -104,8 +106,20 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
     subspace.check(hf)
     with contextlib.ExitStack() as stack:
         for site in subspace.sites:
-            stack.enter_context(_folded_site(projection_module(hf, site), subspace, site, strength))
+            if foldable(subspace, site):
+                stack.enter_context(_folded_site(site_module(hf, site), subspace, site, strength))
+            else:
+                stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
+
+
+def foldable(subspace: Subspace, site: Site) -> bool:
+    """Whether the projection at a site can be written into one linear layer.
+
+    The residual stream is read by several layers through a norm; the mean of a centred projection of `z` would have to
+    pass through `W_O` and through any adapter on it. There the twin gets a hook instead, which does the same.
+    """
+    return site.kind in ("k", "v", "q") or (site.kind == "z" and site not in subspace.offset)
 
 
 def fold_to(
@@ -127,8 +141,14 @@ def fold_to(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")
+    for site in subspace.sites:
+        if not foldable(subspace, site):
+            raise SPDError(
+                f"the projection at site {site} cannot be written into the weights of one layer, so a checkpoint "
+                "cannot hold it; use folded() or projected(), or a subspace of k and v"
+            )
     for site in subspace.offset:
-        if getattr(projection_module(hf, site), "bias", None) is None:
+        if getattr(site_module(hf, site), "bias", None) is None:
             raise SPDError(
                 f"a centred projection needs a bias, and {type(hf).__name__} has none at site {site}, so a checkpoint "
                 "cannot hold it; use folded() or projected(), or a subspace without centring"
@@ -155,18 +175,30 @@ def check_strength(strength: float) -> None:
         raise SPDError(f"strength {strength!r} is not between 0 (identity) and 1 (full projection)")
 
 
+def _hooked_site(hf: nn.Module, subspace: Subspace, site: Site, strength: float) -> Any:
+    n_heads, d_head = Fingerprint.of(hf).heads_at(site)
+
+    def project(activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        split = activation if site.kind == "resid" else activation.unflatten(-1, (n_heads, d_head))
+        return subspace(split, site, strength).reshape(activation.shape)
+
+    return twin_hook(hf, site, project)
+
+
 @contextlib.contextmanager
 def _folded_site(module: Any, subspace: Subspace, site: Site, strength: float) -> Iterator[None]:
     base = getattr(module, "base_layer", module)  # PEFT wraps the layer it adapts
-    lora_b = [layer for name, layer in getattr(module, "lora_B", {}).items() if name in module.active_adapters]
+    reads = site.kind == "z"  # the layer reads the activation; k, v and q are what a layer writes
+    adapters = getattr(module, "lora_A" if reads else "lora_B", {})
+    outer = [layer for name, layer in adapters.items() if name in module.active_adapters]
     matrix, constant = subspace.affine(site, strength)
-    saved = [(parameter, parameter.detach().clone()) for layer in (base, *lora_b) for parameter in layer.parameters()]
+    saved = [(parameter, parameter.detach().clone()) for layer in (base, *outer) for parameter in layer.parameters()]
     own_bias = base.bias
     try:
         with torch.no_grad():
-            for layer in (base, *lora_b):
-                layer.weight.copy_(_map_rows(layer.weight, matrix))
-            if base.bias is not None:
+            for layer in (base, *outer):
+                layer.weight.copy_(_map_rows(layer.weight.T, matrix).T if reads else _map_rows(layer.weight, matrix))
+            if base.bias is not None and not reads:
                 base.bias.copy_(_map_rows(base.bias[:, None], matrix)[:, 0] + constant.flatten().to(base.bias.device))
             elif site in subspace.offset:
                 bias = constant.flatten().to(base.weight)
@@ -182,7 +214,10 @@ def _folded_site(module: Any, subspace: Subspace, site: Site, strength: float) -
 def _map_rows(
     weight: Float[Tensor, "d_out d_in"], matrix: Float[Tensor, "block width width"]
 ) -> Float[Tensor, "d_out d_in"]:
-    """`M` applied to the output dimension, float64: rows of a linear layer's weight are its output features."""
+    """`M` applied to the output dimension, float64: rows of a linear layer's weight are its output features.
+
+    `M` is symmetric, so on a transposed weight the same maps what the layer reads.
+    """
     rows = rearrange(weight.double(), "(block width) d_in -> block width d_in", block=matrix.shape[0])
     mapped = einsum(matrix.to(rows.device), rows, "block i j, block i d_in -> block j d_in")
     return rearrange(mapped, "block width d_in -> (block width) d_in")

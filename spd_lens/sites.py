@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from spd_lens.errors import SPDError
 
-Kind = Literal["k", "v", "q"]
-KINDS: tuple[str, ...] = ("k", "v", "q")
-"""The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12)."""
+KINDS: tuple[str, ...] = ("k", "v", "q", "z", "resid")
+"""The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12); queries, the heads'
+outputs before `W_O` and the residual stream behind a block are for comparison."""
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +19,7 @@ class Site:
     layer: int
     """Block index, counted from 0 (the paper counts layers from 1)."""
     kind: str
-    """`"k"`, `"v"` or `"q"`."""
+    """One of `KINDS`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -28,8 +27,16 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """`blocks.{layer}.attn.hook_{kind}`: `[batch, pos, head, d_head]` before RoPE and before GQA expansion."""
+        """`blocks.{layer}.attn.hook_{kind}`: `[batch, pos, head, d_head]`, for k and q before RoPE, for k and v before
+        GQA expansion. `resid`: `blocks.{layer}.hook_resid_post`, `[batch, pos, d_model]`."""
+        if self.kind == "resid":
+            return f"blocks.{self.layer}.hook_resid_post"
         return f"blocks.{self.layer}.attn.hook_{self.kind}"
+
+    @property
+    def n_axes(self) -> int:
+        """How many trailing axes of the activation are one token's: head and `d_head`, or `d_model`."""
+        return 1 if self.kind == "resid" else 2
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.kind}"

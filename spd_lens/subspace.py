@@ -13,6 +13,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_lens.algebra import complement, intersection, union
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.sites import Site
@@ -27,7 +28,8 @@ class Subspace:
     """The directions that are kept at each site.
 
     A site's activation `[..., head, d_head]` is read as `[..., block, width]`: per head, blocks are heads; joint, there
-    is one block of all heads. `P = V_r V_rᵀ` (Eq. 10-11) is never stored: the bases are.
+    is one block of all heads. The residual stream `[..., d_model]` is one block. `P = V_r V_rᵀ` (Eq. 10-11) is never
+    stored: the bases are. Subspaces compose: `a | b` spans both, `a & b` is what they share, `~a` what `a` leaves out.
     """
 
     bases: Mapping[Site, Basis]
@@ -68,9 +70,7 @@ class Subspace:
         width = next(iter(self.bases.values())).shape[1]
         return f"Subspace({'per head' if self.per_head else 'joint'}, width {width}, ranks {{{sites}}})"
 
-    def __call__(
-        self, activation: Float[Tensor, "... head d_head"], site: Site, strength: float = 1.0
-    ) -> Float[Tensor, "... head d_head"]:
+    def __call__(self, activation: Float[Tensor, "..."], site: Site, strength: float = 1.0) -> Float[Tensor, "..."]:
         """`(1 - s) x + s (μ + (x - μ) P)`, with `μ = 0` in the paper's Eq. 12.
 
         Computed in at least float32 and returned in the activation's dtype. Strength 0 returns the activation itself.
@@ -80,7 +80,7 @@ class Subspace:
         basis = self.bases[site]
         wide = torch.promote_types(activation.dtype, torch.float32)
         basis = basis.to(activation.device, wide)
-        x = activation.to(wide).reshape(*activation.shape[:-2], basis.shape[0], basis.shape[1])
+        x = activation.to(wide).reshape(*activation.shape[: -site.n_axes], basis.shape[0], basis.shape[1])
         mean = self.offset[site].to(x) if site in self.offset else None
         centred = x if mean is None else x - mean
         # x V first: two thin products cost 2·width·rank, forming P would cost width² per token
@@ -145,13 +145,26 @@ class Subspace:
             bases[site] = basis
         return replace(self, bases=bases, singular_values={}, origin={"random": seed})
 
+    def __or__(self, other: Subspace) -> Subspace:
+        """The span of both: `algebra.union`."""
+        return union(self, other) if isinstance(other, Subspace) else NotImplemented
+
+    def __and__(self, other: Subspace) -> Subspace:
+        """What both hold, to within rounding: `algebra.intersection`, which takes a wider tolerance."""
+        return intersection(self, other) if isinstance(other, Subspace) else NotImplemented
+
+    def __invert__(self) -> Subspace:
+        """What it leaves out: `algebra.complement`."""
+        return complement(self)
+
     def check(self, model: nn.Module) -> None:
         """Raise `SPDError` if this is not a subspace of `model` (lens model or twin)."""
         mine = Fingerprint.of(model)
         if self.fingerprint is not None:
             self.fingerprint.check(mine, "the subspace")
         for site, basis in self.bases.items():
-            width = mine.d_head * (mine.n_heads if site.kind == "q" else mine.n_kv_heads)
+            n_heads, d_head = mine.heads_at(site)
+            width = n_heads * d_head
             if site.layer >= mine.n_layers or basis.shape[0] * basis.shape[1] != width:
                 raise SPDError(
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "

@@ -43,9 +43,19 @@ def norms_in_full_precision():
         yield
 
 
-def _module(hf, site):
-    attention = hf.model.layers[site.layer].self_attn
-    return {"k": attention.k_proj, "v": attention.v_proj, "q": attention.q_proj}[site.kind]
+ALL_KINDS = ("k", "v", "q", "z", "resid")
+
+
+def hook_at(hf, site, function):
+    """Let `function` see, and unless it returns None replace, a site's activation in the twin, all heads side by side.
+
+    Written out per kind, and independent of the library's own.
+    """
+    layer = hf.model.layers[site.layer]
+    if site.kind == "z":
+        return layer.self_attn.o_proj.register_forward_pre_hook(lambda _module, args: function(args[0]))
+    modules = {"k": layer.self_attn.k_proj, "v": layer.self_attn.v_proj, "q": layer.self_attn.q_proj, "resid": layer}
+    return modules[site.kind].register_forward_hook(lambda _module, _args, output: function(output))
 
 
 def reference_rows(hf, encoded, sites):
@@ -60,12 +70,12 @@ def reference_rows(hf, encoded, sites):
         outputs = {}
 
         def keep(site, outputs=outputs):
-            return lambda _module, _args, output: outputs.__setitem__(site, output)
+            return lambda activation: outputs.__setitem__(site, activation)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(norms_in_full_precision())
             for site in sites:
-                stack.callback(_module(wide, site).register_forward_hook(keep(site)).remove)
+                stack.callback(hook_at(wide, site, keep(site)).remove)
             embeddings = wide.get_input_embeddings()(torch.tensor([e.ids])).detach().requires_grad_()
             log_p = wide(inputs_embeds=embeddings, use_cache=False).logits[0].log_softmax(dim=-1)
         loss = -sum(log_p[t - 1, e.ids[t]] for t in e.scored) / len(e.scored)

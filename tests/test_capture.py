@@ -6,9 +6,17 @@ import torch
 from spd_lens.capture import batches_by_length, extract, token_losses
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
-from tests.helpers import EXAMPLES, assert_same_bits, norms_in_full_precision, reference_rows, relative_error, sine
+from tests.helpers import (
+    ALL_KINDS,
+    EXAMPLES,
+    assert_same_bits,
+    hook_at,
+    norms_in_full_precision,
+    reference_rows,
+    relative_error,
+    sine,
+)
 
-ALL_KINDS = ("k", "v", "q")
 PATHS = [("twin", "auto"), *(("lens", name) for name in BACKENDS)]
 
 
@@ -88,7 +96,8 @@ def test_subspaces_match_the_full_singular_value_decomposition(pair_of, referenc
     subspace = moments.subspace(rank, per_head=per_head)
     checked = 0
     for site, rows in reference(family, "aligned")[0].items():
-        blocks = rows.split(8, dim=1) if per_head else [rows]
+        d_head = 32 if site.kind == "resid" else 8  # the residual stream has one block either way
+        blocks = rows.split(d_head, dim=1) if per_head else [rows]
         measured = moments.blocks(site, per_head)
         assert subspace.bases[site].shape[:2] == (len(blocks), blocks[0].shape[1])
         for block, g in enumerate(blocks):
@@ -109,7 +118,7 @@ def test_subspaces_match_the_full_singular_value_decomposition(pair_of, referenc
 
 
 @pytest.mark.parametrize("path", ["twin", "lens"])
-@pytest.mark.parametrize("site", [Site(1, "k"), Site(3, "v"), Site(0, "q")], ids=str)
+@pytest.mark.parametrize("site", [Site(1, "k"), Site(3, "v"), Site(0, "q"), Site(2, "z"), Site(1, "resid")], ids=str)
 def test_moments_match_finite_differences(pair_of, family, site, path):
     """Move one coordinate of every token's activation in turn and look at what the loss does."""
     pair = pair_of(family, "auto", "float64")
@@ -122,18 +131,15 @@ def test_moments_match_finite_differences(pair_of, family, site, path):
 
     def loss(position, which, change):
         def move(activation, hook=None):
-            activation = activation.clone()
-            activation.view(1, len(e.ids), -1, 8)[0, position, head, which] += change
+            activation = activation.clone(memory_format=torch.contiguous_format)
+            activation.view(1, len(e.ids), -1)[0, position, 8 * head + which] += change
             return activation
 
         with torch.no_grad():
             if path == "lens":
-                logits = pair.lens.run_with_hooks(
-                    tokens, return_type="logits", fwd_hooks=[(f"blocks.{site.layer}.attn.hook_{site.kind}", move)]
-                )
+                logits = pair.lens.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(site.hook_name, move)])
             else:
-                attention = pair.hf.model.layers[site.layer].self_attn
-                handle = getattr(attention, f"{site.kind}_proj").register_forward_hook(lambda _m, _a, out: move(out))
+                handle = hook_at(pair.hf, site, move)
                 logits = pair.hf(tokens).logits
                 handle.remove()
         log_p = logits[0].log_softmax(dim=-1)
@@ -148,7 +154,7 @@ def test_moments_match_finite_differences(pair_of, family, site, path):
     with norms_in_full_precision():
         first, second = slopes(coordinate), slopes(other)
         moments = taken(pair, path, [example], layers=site.layer, kinds=site.kind, shards=1)
-    block = moments.blocks(site)[head]
+    block = moments.blocks(site, per_head=False)[0, 8 * head : 8 * head + 8, 8 * head : 8 * head + 8]
     assert block[coordinate, coordinate] == pytest.approx((first @ first).item(), rel=tolerance)
     assert block[coordinate, other] == pytest.approx((first @ second).item(), rel=10 * tolerance)
     assert first.abs().max() > 1e-3, "nothing was measured"

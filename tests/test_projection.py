@@ -13,13 +13,14 @@ from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.models.parity import right_pad
 from spd_lens.projection import fold_to, folded, projected
 from spd_lens.sites import Site
-from tests.helpers import EXAMPLES, assert_same_bits, greedy, make_adapter, refused
+from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, greedy, hook_at, make_adapter, refused
 
 FORMS = {
     "per head": {"rank": 0.5},
     "joint": {"rank": 5, "per_head": False},
     "centred": {"rank": 3, "center": True},
-    "all kinds": {"rank": 4, "kinds": ("k", "v", "q")},
+    "all kinds": {"rank": 4, "kinds": ALL_KINDS},
+    "all kinds, centred": {"rank": 4, "kinds": ALL_KINDS, "center": True},
 }
 
 
@@ -60,14 +61,13 @@ def by_hand(hf, subspace, strength, tokens, mask):
     for site in subspace.sites:
         projector, mean = subspace.projector(site).float(), subspace.offset.get(site)
 
-        def hook(_module, _args, output, projector=projector, mean=mean):
-            x = output.unflatten(-1, projector.shape[:2])
+        def hook(activation, projector=projector, mean=mean):
+            x = activation.unflatten(-1, projector.shape[:2])
             mu = 0 if mean is None else mean.float()
             moved = torch.einsum("...bi,bij->...bj", x - mu, projector) + mu
             return ((1 - strength) * x + strength * moved).flatten(-2)
 
-        attention = hf.model.layers[site.layer].self_attn
-        handles.append(getattr(attention, f"{site.kind}_proj").register_forward_hook(hook))
+        handles.append(hook_at(hf, site, hook))
     try:
         return twin_logits(hf, tokens, mask)
     finally:

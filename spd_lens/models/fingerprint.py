@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.sites import Site
 
 _SAMPLES = 64
 _MIN_COSINE = 0.999  # rounding to bfloat16 leaves 0.99999; another model of the same shape is near 0
@@ -41,6 +42,12 @@ class Fingerprint:
         sample = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].double().cpu()
         sample = sample / sample.norm().clamp_min(1e-30)
         return cls(n_layers, d_model, n_heads, n_kv_heads, d_head, tuple(round(x, 8) for x in sample.tolist()))
+
+    def heads_at(self, site: Site) -> tuple[int, int]:
+        """Heads at a site and their width; the residual stream is one head of `d_model`."""
+        if site.kind == "resid":
+            return 1, self.d_model
+        return (self.n_kv_heads if site.kind in ("k", "v") else self.n_heads), self.d_head
 
     def check(self, other: Fingerprint, what: str) -> None:
         """Raise `SPDError` if `other`, the model at hand, is not the model that `what` was made from."""
