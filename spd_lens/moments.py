@@ -159,7 +159,13 @@ class GradientMoments:
         return values.flip(-1).clamp_min(0).sqrt()  # rounding leaves eigenvalues of -1e-20 where there is none
 
     def subspace(
-        self, rank: Rank = 0.5, *, per_head: bool = True, sites: Iterable[Site] | None = None, center: bool = False
+        self,
+        rank: Rank = 0.5,
+        *,
+        per_head: bool = True,
+        sites: Iterable[Site] | None = None,
+        center: bool = False,
+        of: str = "gradient",
     ) -> Subspace:
         """The top right singular vectors of each block (Eq. 9-11).
 
@@ -169,6 +175,7 @@ class GradientMoments:
             per_head: A projector for each head, or one joint projector over all heads.
             sites: Some of the extracted sites; all by default.
             center: Project around the mean activation instead of the origin. The paper does not.
+            of: `"gradient"`, or as a control `"activation"`: the top directions of the activations themselves.
         """
         if not int(self.n_examples.sum()):
             raise SPDError("there are no examples in these moments, so there is no subspace")
@@ -177,13 +184,13 @@ class GradientMoments:
         for site in chosen:
             if site not in self.gradient:
                 raise SPDError(f"site {site} was not extracted; the moments have {', '.join(map(str, self.sites))}")
-            blocks = self.blocks(site, per_head)
+            blocks = self.blocks(site, per_head, of=of)
             limit = resolve_rank(rank, blocks.shape[-1])
             eigenvalues, vectors = torch.linalg.eigh(blocks)
             values[site] = eigenvalues.flip(-1).clamp_min(0).sqrt()
             ranks[site] = tuple(min(limit, int(n)) for n in self._numerical_rank(values[site]))
             if not any(ranks[site]):
-                raise SPDError(f"the gradients at site {site} are all zero; the scored tokens do not depend on it")
+                raise SPDError(f"the {of}s at site {site} are all zero; the scored tokens do not depend on it")
             basis = _fixed_signs(vectors.flip(-1)[:, :, : max(ranks[site])])
             for block, own in enumerate(ranks[site]):
                 basis[block, :, own:] = 0
@@ -196,6 +203,7 @@ class GradientMoments:
             rank=rank,
             fingerprint=self.fingerprint,
             origin={
+                **({} if of == "gradient" else {"of": of}),
                 **self.settings,
                 "n_examples": int(self.n_examples.sum()),
                 "n_tokens": int(self.n_tokens.sum()),

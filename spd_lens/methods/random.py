@@ -1,0 +1,124 @@
+"""Random subspaces in the gradients' place: of the same shape, or matched to do the same damage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+from einops import einsum
+
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import Policy, teacher_forced
+from spd_lens.methods.base import Projection
+from spd_lens.methods.registry import register
+from spd_lens.methods.spd import SelfPolicyDistillation
+from spd_lens.methods.workshop import Workshop
+from spd_lens.moments import GradientMoments
+from spd_lens.subspace import Subspace
+
+N_MATCHING = 16
+"""Calibration examples on which damage is matched: their KL is paired, so few are enough, and none is a test item."""
+KL_TOLERANCE = 0.02
+"""Relative. Single random subspaces differ by more than ten times as much."""
+
+
+@register
+class Random(SelfPolicyDistillation):
+    """Same sites, blocks and ranks, directions at random (one draw per seed)."""
+
+    name = "spd-random"
+    says = "control: random directions of the same ranks"
+    is_control = True
+
+    def subspace(self, workshop: Workshop) -> Subspace:
+        return workshop.subspace().random_like(workshop.config.seed)
+
+
+@register
+class RandomSameEnergy(SelfPolicyDistillation):
+    """As many random directions, block by block, as keep the share of activation energy that SPD's keep."""
+
+    name = "spd-random-energy"
+    says = "control: random directions that keep as much activation energy"
+    is_control = True
+
+    def subspace(self, workshop: Workshop) -> Subspace:
+        return matched_in_energy(workshop.subspace(), workshop.moments(), workshop.config.seed)
+
+
+@register
+class RandomSameKL(SelfPolicyDistillation):
+    """Random directions of the same ranks, at the strength at which they move the model as far as SPD's do."""
+
+    name = "spd-random-kl"
+    says = "control: random directions at the strength with the same KL from base"
+    is_control = True
+
+    def projection(self, workshop: Workshop) -> Projection:
+        return matched_in_kl(workshop)
+
+
+def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -> Subspace:
+    """A random subspace whose blocks keep, as nearly as whole ranks allow, the activation energy that `subspace` keeps.
+
+    Per block, directions of one random basis are taken until the next would overshoot by more than stopping short.
+    """
+    full = {
+        site: torch.eye(basis.shape[1], dtype=torch.float64).expand(len(basis), -1, -1)
+        for site, basis in subspace.bases.items()
+    }
+    ranks = {site: (basis.shape[1],) * len(basis) for site, basis in subspace.bases.items()}
+    drawn = Subspace(full, ranks, offset=subspace.offset, fingerprint=subspace.fingerprint).random_like(seed)
+    chosen = {}
+    for site in subspace.sites:
+        gram = moments.blocks(site, subspace.bases[site].shape[0] > 1, of="activation")
+        kept = _energy(subspace.bases[site], gram).sum(dim=1, keepdim=True)
+        running = _energy(drawn.bases[site], gram).cumsum(dim=1)
+        chosen[site] = tuple((1 + (running - kept).abs().argmin(dim=1)).tolist())
+    bases = {site: basis[:, :, : max(chosen[site])].clone() for site, basis in drawn.bases.items()}
+    for site, own in chosen.items():
+        for block, rank in enumerate(own):
+            bases[site][block, :, rank:] = 0
+    return replace(drawn, bases=bases, ranks=chosen, origin={"random": seed, "matched": "activation energy"})
+
+
+def _energy(basis: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """`vᵀ C v` of each direction: `[block, rank]`."""
+    return einsum(basis, gram, basis, "block i r, block i j, block j r -> block r")
+
+
+def matched_in_kl(workshop: Workshop) -> Projection:
+    """Random directions of SPD's ranks, and the strength at which their KL from base is SPD's.
+
+    KL is measured on the gold completions of a few calibration examples; it grows with the strength, so bisection finds
+    the place. Where random directions at full strength move the model less than SPD's, fewer of them are kept.
+
+    Raises:
+        SPDError: no number of random directions moves the model as far (SPD's projection is extreme).
+    """
+    target = workshop.subspace()
+    examples = workshop.calibration[:N_MATCHING]
+
+    def kl(subspace: Subspace, strength: float) -> float:
+        policy = Policy("probe", subspace, strength)
+        return fmean(item.kl for item in teacher_forced(workshop.pair, examples, [policy], progress=False)["probe"])
+
+    wanted = kl(target, workshop.config.strength)
+    random = target.random_like(workshop.config.seed)
+    while kl(random, 1.0) < wanted:
+        largest = max(max(ranks) for ranks in random.ranks.values())
+        if largest == 1:
+            raise SPDError(
+                f"no random subspace moves the model as far as SPD's (a KL of {wanted:.3g}); leave out "
+                f"{RandomSameKL.name!r} or lower the strength"
+            )
+        random = random.truncate(max(1, largest * 3 // 4))
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        found = kl(random, middle)
+        if abs(found - wanted) <= KL_TOLERANCE * wanted:
+            break
+        low, high = (middle, high) if found < wanted else (low, middle)
+    return Projection(random, middle)

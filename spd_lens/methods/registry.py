@@ -1,0 +1,50 @@
+"""All methods by name: those in this package, those of installed plug-ins, and what a user registers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from functools import cache
+from typing import TypeVar
+
+from spd_lens.errors import SPDError
+from spd_lens.methods.base import Method
+
+ENTRY_POINT = "spd_lens.methods"
+"""Installed packages that name a module under this entry point have their methods found."""
+
+_METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(method: _M) -> _M:
+    """Class decorator: make a method known by its name."""
+    known = _METHODS.get(method.name)
+    if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise SPDError(f"there is already a method called {method.name!r}; give yours another name")
+    _METHODS[method.name] = method
+    return method
+
+
+def get(name: str) -> Method:
+    """A method by name; `SPDError` that lists the names if there is none."""
+    _discover()
+    if name not in _METHODS:
+        raise SPDError(f"unknown method {name!r}; choose from {', '.join(names())}")
+    return _METHODS[name]()
+
+
+def names() -> list[str]:
+    """The methods that can be compared, those of the paper first."""
+    _discover()
+    return sorted(_METHODS, key=lambda name: (_METHODS[name].is_control, name))
+
+
+@cache
+def _discover() -> None:
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    for plugin in importlib.metadata.entry_points(group=ENTRY_POINT):
+        plugin.load()

@@ -1,0 +1,40 @@
+"""Simple self-distillation (arXiv 2604.01193): own outputs under truncated sampling at high temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spd_lens.corpus import Corpus
+from spd_lens.methods.base import Method
+from spd_lens.methods.registry import register
+from spd_lens.methods.workshop import Workshop
+
+
+@register
+class SimpleSelfDistillation(Method):
+    """As in the published models' cards: temperature 1.6, top-p 0.8, top-k 20; every completion is kept."""
+
+    name = "ssd"
+    says = "simple self-distillation: temperature 1.6, top-p 0.8, top-k 20 (arXiv 2604.01193, model cards)"
+    temperature = 1.6
+
+    def sampling(self, workshop: Workshop) -> Mapping[str, float | int | None]:
+        return {"temperature": self.temperature, "top_p": 0.8, "top_k": 20}
+
+
+@register
+class SimpleSelfDistillationFile(SimpleSelfDistillation):
+    """As in the published configuration file: temperature 1.5, and the shortest tenth of the completions is dropped."""
+
+    name = "ssd-config"
+    says = "simple self-distillation: temperature 1.5, shortest 10 % dropped (arXiv 2604.01193, configuration file)"
+    temperature = 1.5
+    dropped = 0.1
+
+    def curated(self, corpus: Corpus) -> Corpus:
+        n_dropped = int(self.dropped * len(corpus))
+        # by length, then by place, so that equal lengths give one answer
+        by_length = sorted(range(len(corpus)), key=lambda i: (corpus[i].n_completion_tokens, i))
+        dropped = set(by_length[:n_dropped])
+        kept = [record for i, record in enumerate(corpus) if i not in dropped]
+        return Corpus(kept, settings={**corpus.settings, "dropped_shortest": self.dropped})
