@@ -217,7 +217,7 @@ def analyze_command(context: typer.Context) -> None:
 def dashboard_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the one that is shown first.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("dashboard.html"),
-    serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine instead, which generates.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine, which generates.")] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the live app; 0: any that is free.")] = 8050,
     quiet: Quiet = False,
 ) -> None:

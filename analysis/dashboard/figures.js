@@ -1,0 +1,290 @@
+"use strict";
+// The views over the rank. Each reads the state and draws itself anew; nothing is computed that Python has not.
+
+function drawRanks() {
+  drawReadouts(); drawEnergy(); drawSpectrum(); drawEffects(); drawOverlap(); drawMap(); drawLayers();
+}
+
+function drawAll() {
+  const r = run();
+  $("facts").textContent = [r.model, r.task, `${D.runs.length} run${D.runs.length > 1 ? "s" : ""}`, "spd-lens " + D.version]
+    .filter(Boolean).join(" · ");
+  startEffects();
+  drawRanks(); drawTexts(); drawSaved(); drawProvenance();
+}
+
+/* ---- numbers ---- */
+function drawReadouts() {
+  const b = block(), r = state.rank, w = state.width, tiles = [];
+  const tile = (value, what, note) => tiles.push(el("div", { class: "tile" }, el("dt", {}, what), el("dd", {}, value),
+    note ? el("dd", { class: "note" }, note) : null));
+  if (b.energy) {
+    const band = b.low ? between([0, at(b.low, r, w), at(b.high, r, w)], (x) => percent(x)) : "";
+    tile(percent(at(b.energy, r, w)), "of the gradient energy is kept", band ? `95 %: ${band}` : null);
+  }
+  if (b.halves) tile(percent(at(b.halves, r, w)), "of the other half's gradient energy", "directions from half of the examples");
+  if (b.kept) tile(percent(at(b.kept, r, w)), "of the activation energy is kept", `random directions: ${percent(r / w)}`);
+  const others = D.runs.map((_, j) => overlapCurve(state.run, j, "energy")).map((c) => at(c, r, w)).filter((x) => x !== null);
+  if (others.length) {
+    const [low, high] = [Math.min(...others), Math.max(...others)];
+    tile(low === high ? percent(low) : `${percent(low, 0)} – ${percent(high, 0)}`, "of the other runs' gradient energy is held", `chance: ${percent(r / w)}`);
+  }
+  const e = effectNow();
+  if (e) tile(signed(e.loss[0]), `nats: aligned loss, change from base${e.place}`, between(e.loss, (x) => signed(x)) + (e.random ? `; random ${signed(e.random.loss[0])}` : ""));
+  if (e) tile(e.kl[0].toFixed(3), `nats: KL from base${e.place}`, between(e.kl, (x) => x.toFixed(3)) + (e.random ? `; random ${e.random.kl[0].toFixed(3)}` : ""));
+  $("readouts").replaceChildren(...tiles);
+}
+
+/* ---- energy and spectrum ---- */
+function drawEnergy() {
+  const b = block(), ranks = grid(b.width), traces = [];
+  const chance = ranks.map((r) => r / b.width);
+  if (b.low && b.high) {
+    const edge = { mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" };
+    traces.push({ x: ranks, y: b.high, ...edge }, { x: ranks, y: b.low, fill: "tonexty", fillcolor: S.colors[0] + "33", ...edge });
+  }
+  if (b.energy) traces.push(curve(ranks, b.energy, "gradients" + (b.low ? ", 95 % band" : ""), line(0)));
+  if (b.halves) traces.push(curve(ranks, b.halves, "gradients of the other half", line(1)));
+  if (b.kept) traces.push(curve(ranks, b.kept, "activations, in the gradients' directions", line(2)));
+  if (b.activation) traces.push(curve(ranks, b.activation, "null: activations, in their own", nullLine("dot")));
+  traces.push(curve(ranks, chance, "null: random directions, r/d", nullLine("longdash")));
+  const figure = layout("rank r (directions kept)", "share of energy", { ...marker(state.rank, b.width),
+    xaxis: rankAxis(b.width), yaxis: { range: [0, 1.03], tickformat: ".0%" } });
+  draw("plot-energy", [...traces, pointsAt(traces, state.rank)], figure,
+    b.energy ? `At rank ${state.rank} the directions hold ${percent(at(b.energy, state.rank, b.width))} of the gradient energy.` : "Energy against rank.");
+  $("energy-says").textContent = energySays(b);
+}
+
+function energySays(b) {
+  if (!b.energy) return "This subspace was not extracted, so it has no spectrum of its own.";
+  const ninety = countFor(b.energy, b.width, 0.9), null90 = b.activation ? countFor(b.activation, b.width, 0.9) : null;
+  let text = `${siteName(state.site)}, ${headName(state.head)}: ${ninety} of ${b.width} directions hold 90 % of the gradient energy`;
+  text += null90 ? `; activations need ${null90} of their own.` : ".";
+  if (b.kept) {
+    const [kept, chance] = [at(b.kept, state.rank, b.width), state.rank / b.width];
+    text += ` At rank ${state.rank} those directions keep ${percent(kept)} of the activation energy, random ones ${percent(chance)}.`;
+  }
+  return text;
+}
+
+function countFor(curveOf, width, share) {
+  const index = curveOf.findIndex((x) => x >= share - 1e-9);
+  return index < 0 ? width : grid(width)[index];
+}
+
+function drawSpectrum() {
+  const b = block(), ranks = grid(b.width), traces = [];
+  const positive = (values) => values.map((x) => (x > 1e-9 ? x : null));
+  if (b.spectrum) traces.push(curve(ranks, positive(b.spectrum), "gradients", line(0), { hovertemplate: "direction %{x}: %{y:.2e}<extra></extra>" }));
+  if (b.activation_spectrum) traces.push(curve(ranks, positive(b.activation_spectrum), "null: activations", nullLine("dot"), { hovertemplate: "direction %{x}: %{y:.2e}<extra></extra>" }));
+  traces.push(curve(ranks, ranks.map(() => 1 / b.width), "null: all directions alike, 1/d", nullLine("longdash")));
+  const figure = layout("direction, largest first", "share of energy", { ...marker(state.rank, b.width), xaxis: rankAxis(b.width),
+    yaxis: { type: "log", exponentformat: "power", dtick: 1 } });
+  draw("plot-spectrum", [...traces, pointsAt(traces, state.rank)], figure, "Share of the energy in each direction, on a logarithmic axis.");
+}
+
+/* ---- effects ---- */
+function startEffects() {
+  const tasks = (run().effects || []).map((e) => e.task);
+  options($("effect-task"), tasks.map((task) => [task, task]), tasks.includes($("effect-task").value) ? $("effect-task").value : tasks[0]);
+  show("effect", tasks.length > 0 || !!run().rank_sweep);
+  show("effect-task-field", tasks.length > 1);
+}
+
+const measured = () => (run().effects || []).find((e) => e.task === $("effect-task").value) || null;
+
+// The run's projection has one rank per block; the slider may stand on another block width: compare shares of the width.
+function usedRank() {
+  const used = run().used;
+  if (!used) return null;
+  const ranks = Object.values(used.ranks).flat(), typical = Math.max(...ranks);
+  return { rank: typical, width: usedWidth(), per_head: used.per_head };
+}
+function usedWidth() {
+  const used = run().used, site = Object.keys(used.ranks)[0];
+  const entry = Object.entries(run().blocks[site]).find(([head]) => (head !== "all") === used.per_head) || Object.entries(run().blocks[site])[0];
+  return entry[1].width;
+}
+
+// What is known of the effect nearest to the slider's rank.
+function effectNow() {
+  const sweep = sweepNow();
+  if (sweep) {
+    const target = state.rank / state.width;
+    let best = 0;
+    sweep.rows.forEach((row, i) => { if (Math.abs(row.rank / sweep.width - target) < Math.abs(sweep.rows[best].rank / sweep.width - target)) best = i; });
+    return { ...sweep.rows[best], place: `, rank ${sweep.rows[best].rank} of ${sweep.width}` };
+  }
+  const e = measured();
+  if (!e || !e.projected) return null;
+  const used = usedRank();
+  return { ...e.projected, random: e.random, place: used ? `, at the run's rank ${used.rank} of ${used.width}` : "" };
+}
+
+function sweepNow() {
+  const sweeps = run().rank_sweep;
+  if (!sweeps) return null;
+  return sweeps.find((s) => s.per_head === !joint()) || sweeps[0];
+}
+
+function drawEffects() {
+  if ($("effect").hidden) return;
+  const sweep = sweepNow(), e = measured(), used = usedRank();
+  const width = sweep ? sweep.width : used ? used.width : state.width;
+  const rank = Math.max(1, Math.round(state.rank / state.width * width));
+  for (const [id, key, title] of [["plot-loss", "loss", "nats per token"], ["plot-kl", "kl", "nats per token"]]) {
+    const traces = [];
+    if (sweep) {
+      const x = sweep.rows.map((row) => row.rank);
+      for (const [name, pick, style, fill] of [["random subspaces", (row) => row.random && row.random[key], nullLine(), S.null], ["projected", (row) => row[key], line(0), S.colors[0]]]) {
+        const rows = sweep.rows.filter((row) => pick(row)), xs = rows.map((row) => row.rank), ys = rows.map(pick);
+        if (!rows.length) continue;
+        const edge = { mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" };
+        traces.push({ x: xs, y: ys.map((v) => v[2]), ...edge }, { x: xs, y: ys.map((v) => v[1]), fill: "tonexty", fillcolor: fill + "33", ...edge });
+        traces.push({ ...curve(xs, ys.map((v) => v[0]), name, style), mode: "lines" });
+      }
+    } else if (e && used) traces.push(...singlePoint(e, key, used));
+    if (e && e.spd && !sweep) traces.push({ x: [0.9, width * 1.1], y: [e.spd[key][0], e.spd[key][0]], mode: "lines", name: "after SPD, unprojected",
+      line: line(1), hovertemplate: `after SPD: %{y:.4f} ${between(e.spd[key], (v) => v.toFixed(4))}<extra></extra>` });
+    const figure = layout(`rank per ${(sweep || used || {}).per_head ? "head" : "site"}, at all sites of the run`, title,
+      { ...marker(rank, width), xaxis: rankAxis(width), yaxis: key === "kl" ? { rangemode: "tozero" } : {} });
+    figure.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, line: { color: S.null, width: 1 } });
+    draw(id, sweep ? [...traces, pointsAt(traces, rank)] : traces, figure, `${key === "kl" ? "KL from base" : "Change of the aligned loss"} against rank.`);
+  }
+  $("effect-says").textContent = effectSays(sweep, e, used);
+}
+
+function singlePoint(e, key, used) {
+  const traces = [], error = (v) => ({ type: "data", symmetric: false, array: [v[2] === null ? 0 : v[2] - v[0]], arrayminus: [v[1] === null ? 0 : v[0] - v[1]], thickness: 2, width: 6 });
+  const hover = (v) => `%{y:.3f} ${between(v, (x) => x.toFixed(3))}`;
+  if (e.random) {
+    const each = e.random.each.map((pair) => pair[key === "kl" ? 1 : 0]);
+    traces.push({ x: each.map((_, i) => used.rank * (1.14 + 0.03 * (i % 3))), y: each, mode: "markers", name: "null: each random subspace",
+      marker: { symbol: "x-thin-open", size: 9, color: S.null, line: { width: 2 } }, hovertemplate: "%{y:.3f}<extra>one random subspace</extra>" });
+    const v = e.random[key];
+    traces.push({ x: [used.rank * 1.07], y: [v[0]], error_y: { ...error(v), color: S.null }, mode: "markers", name: "null: random, mean",
+      marker: { symbol: "circle-open", size: 11, color: S.null, line: { width: 2 } }, hovertemplate: hover(v) + "<extra>random</extra>" });
+  }
+  const v = e.projected[key];
+  traces.push({ x: [used.rank], y: [v[0]], error_y: { ...error(v), color: S.colors[0] }, mode: "markers", name: "projected",
+    marker: { symbol: "circle", size: 12, color: S.colors[0] }, hovertemplate: hover(v) + "<extra>projected</extra>" });
+  return traces;
+}
+
+function effectSays(sweep, e, used) {
+  const parts = [];
+  if (e && e.says) parts.push(...e.says);
+  if (sweep) parts.push(sweep.says);
+  else if (used) parts.push(`Measured at the run's rank alone. Every rank: spd-lens analyze rank-sweep ${run().name}`);
+  return parts.filter(Boolean).join(" ");
+}
+
+/* ---- overlap ---- */
+function overlapCurve(i, j, measure) {
+  const tables = (D.overlap[state.site] || {})[state.head];
+  const table = tables && tables[measure];
+  return table ? table[i][j] : null;
+}
+
+function drawOverlap() {
+  const n = D.runs.length, b = block(), w = b.width, ranks = grid(w), r = state.rank, measure = $("measure").value;
+  const own = run().name, energy = measure === "energy" || n < 2;
+  show("overlap-map", n > 1); show("overlap-row", n > 1);
+  $("overlap-plots").classList.toggle("one", n < 2);
+  $("overlap-caption").textContent = `What ${own}'s directions hold, against rank`;
+  const traces = [];
+  D.runs.forEach((other, j) => {
+    const c = n > 1 ? overlapCurve(state.run, j, measure) : null;
+    if (c) traces.push(curve(ranks, c, `${energy ? "gradients" : "directions"} of ${other.name}`, line(j)));
+  });
+  if (energy && b.halves) traces.push(curve(ranks, b.halves, `ceiling: its own other half`, { color: color("ink"), dash: "longdashdot", width: 1.8 }));
+  traces.push(curve(ranks, ranks.map((k) => k / w), "null: random directions, r/d", nullLine("dot")));
+  const name = energy ? "share of gradient energy held" : "mean squared cosine";
+  draw("plot-overlap-rank", [...traces, pointsAt(traces, r)], layout("rank r (directions kept)", name, { ...marker(r, w),
+    xaxis: rankAxis(w), yaxis: { range: [0, 1.03], ...(energy ? { tickformat: ".0%" } : {}) } }), "Overlap against rank.");
+  if (n < 2) {
+    $("overlap-says").textContent = "One run alone: how much of one half of its examples' gradients do directions from the other half hold? Give the dashboard several runs to compare tasks.";
+    return;
+  }
+  const z = D.runs.map((_, i) => D.runs.map((__, j) => {
+    if (i !== j) return at(overlapCurve(i, j, measure), r, w);
+    const mine = (D.runs[i].blocks[state.site] || {})[state.head];
+    return energy ? at(mine && mine.halves, r, w) : 1;
+  }));
+  const names = D.runs.map((x) => label(x.name));
+  const chance = r / w;
+  draw("plot-overlap", [{ type: "heatmap", x: names, y: names, z, zmin: 0, zmax: 1, colorscale: S.sequential, xgap: 2, ygap: 2,
+    text: z.map((row) => row.map((x) => x === null ? "n/a" : energy ? percent(x, 0) : x.toFixed(2))), texttemplate: "%{text}", textfont: { size: 15 },
+    hovertemplate: "subspace of %{y}<br>gradients of %{x}<br>%{text}<extra></extra>", hoverongaps: false,
+    colorbar: { thickness: 12, outlinewidth: 0, tickformat: energy ? ".0%" : ".1f", title: { text: name, side: "right" } } }],
+    layout(energy ? "gradients of" : "directions of", energy ? "subspace of" : "directions of",
+      { xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "", title: { standoff: 4 } } }),
+    `Overlap of ${n} runs at rank ${r}.`);
+  const cells = z.flatMap((row, i) => row.filter((x, j) => i !== j && x !== null));
+  const spread = cells.length ? `between runs ${percent(Math.min(...cells), 0)} to ${percent(Math.max(...cells), 0)}` : "no other run has this site";
+  $("overlap-says").textContent = `Rank ${r} of ${w}: ${spread}; random directions ${percent(chance, 0)}. ` +
+    (energy ? "Diagonal: one half of a run's examples against its other half, the most that an overlap can reach." : "Diagonal: 1 by definition. At high ranks mostly the tails are compared, and chance is high.");
+}
+
+/* ---- layer × head ---- */
+function drawMap() {
+  const blocks = run().blocks, measure = $("map-measure").value, r = state.rank;
+  const sites = Object.keys(blocks).sort(bySite);
+  const kinds = [...new Set(sites.map((s) => s.split(".")[1]))].sort();
+  const layers = [...new Set(sites.map((s) => Number(s.split(".")[0])))].sort((a, b) => a - b);
+  const cells = sites.flatMap((s) => Object.entries(blocks[s]).filter(([head]) => head !== "all" || Object.keys(blocks[s]).length === 1).map(([head, b]) => ({ s, head, b })));
+  const energies = cells.filter((c) => c.b.energy);
+  show("where", energies.length > 1);
+  if (energies.length < 2) return;
+  const total = cells.reduce((sum, c) => sum + (c.b.total || 0), 0);
+  for (const option of $("map-measure").options) if (option.value === "share") option.disabled = !total;
+  const chosen = measure === "share" && !total ? "held" : measure;
+  const value = (b) => !b || !b.energy ? null : chosen === "share" ? b.total / total
+    : chosen === "held" ? at(b.energy, joint() ? Math.max(1, Math.round(r / state.width * b.width)) : r, b.width) : countFor(b.energy, b.width, 0.9);
+  const format = (x) => x === null ? "" : chosen === "ninety" ? String(x) : percent(x, chosen === "share" && x < 0.0995 ? 1 : 0);
+  const traces = [], figure = layout("", "", { height: Math.max(190, 96 + layers.length * (layers.length > 10 ? 19 : 44)), margin: { l: 62, r: 16, t: 34, b: 46 }, annotations: [], shapes: [] });
+  const span = 1 / kinds.length, all = cells.map((c) => value(c.b)).filter((x) => x !== null);
+  const scale = { colorscale: S.sequential, cmin: chosen === "ninety" ? 1 : 0, cmax: chosen === "held" ? 1 : Math.max(...all),
+    colorbar: { thickness: 12, outlinewidth: 0, tickformat: chosen === "ninety" ? "d" : ".0%" } };
+  kinds.forEach((kind, k) => {
+    const heads = [...new Set(cells.filter((c) => c.s.endsWith("." + kind)).map((c) => c.head))].sort((a, b) => a - b);
+    const z = layers.map((layer) => heads.map((head) => value((blocks[`${layer}.${kind}`] || {})[head])));
+    const suffix = k ? String(k + 1) : "";
+    traces.push({ type: "heatmap", x: heads.map((h) => h === "all" ? "all" : h), y: layers.map(String), z, coloraxis: "coloraxis", xgap: 2, ygap: 2, name: kind, hoverongaps: false,
+      xaxis: "x" + suffix, yaxis: "y" + suffix, text: z.map((row) => row.map(format)), texttemplate: layers.length * heads.length <= 160 ? "%{text}" : "",
+      hovertemplate: `layer %{y}, head %{x}: %{text}<extra>${kind.toUpperCase()}</extra>` });
+    const style = { showgrid: false, ticks: "", type: "category" };
+    figure["xaxis" + suffix] = { ...figure.xaxis, ...style, domain: [k * span + (k ? 0.03 : 0), (k + 1) * span - 0.02], anchor: "y" + suffix, title: { text: (["k", "v"].includes(kind) ? "KV head" : "head"), standoff: 6 } };
+    figure["yaxis" + suffix] = { ...figure.yaxis, ...style, anchor: "x" + suffix, autorange: "reversed", showticklabels: k === 0, title: { text: k === 0 ? "layer" : "" } };
+    figure.annotations.push({ text: { k: "keys", v: "values", q: "queries" }[kind] || kind, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1, yanchor: "bottom", xanchor: "left", showarrow: false, font: { size: 13 } });
+    const [layer, mine] = state.site.split(".");
+    if (mine === kind && heads.includes(state.head)) {
+      const [i, j] = [heads.indexOf(state.head), layers.indexOf(Number(layer))];
+      figure.shapes.push({ type: "rect", xref: "x" + suffix, yref: "y" + suffix, x0: i - 0.5, x1: i + 0.5, y0: j - 0.5, y1: j + 0.5, line: { color: S.colors[1], width: 3 } });
+    }
+  });
+  figure.coloraxis = scale;
+  draw("plot-map", traces, figure, "Map of layers and heads.");
+  const plot = $("plot-map");
+  plot.removeAllListeners && plot.removeAllListeners("plotly_click");
+  plot.on("plotly_click", (event) => {
+    const point = event.points[0];
+    chooseSite(`${point.y}.${point.data.name}`); chooseHead(String(point.x)); changed();
+  });
+  const few = layers.length < 5 && run().used ? ` Only the run's own layers were extracted; for all of them: spd-lens analyze heads ${run().name}` : "";
+  $("where-says").textContent = `Outlined: the site and head chosen above; a click chooses another.` + (chosen === "share" ? ` If all were alike, each would have ${percent(1 / all.length)}.` : "") + few;
+}
+
+/* ---- layer sweep ---- */
+function drawLayers() {
+  const sweep = run().layer_sweep;
+  show("layers", !!sweep);
+  if (!sweep) return;
+  const most = Math.max(...sweep.z.flat().filter((x) => x !== null).map(Math.abs));
+  draw("plot-layers", [{ type: "heatmap", x: sweep.columns.map(label), y: sweep.rows.map(label), z: sweep.z, zmin: -most, zmax: most, colorscale: S.diverging, reversescale: false, xgap: 2, ygap: 2,
+    text: sweep.text, texttemplate: sweep.rows.length * sweep.columns.length <= 160 ? "%{text}" : "", hovertemplate: "%{y}, %{x}: %{text}<extra></extra>", hoverongaps: false,
+    colorbar: { thickness: 12, outlinewidth: 0, title: { text: sweep.unit, side: "right" } } }],
+    layout(sweep.x, sweep.y, { height: Math.max(220, 110 + sweep.rows.length * (sweep.rows.length > 10 ? 19 : 36)), xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "" } }),
+    "Layer sweep.");
+  $("layers-says").textContent = sweep.says;
+}

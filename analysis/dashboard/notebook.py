@@ -1,0 +1,71 @@
+"""`explore`: the dashboard's views of objects in memory, in a notebook's output or as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from spd_lens.errors import SPDError
+from spd_lens.moments import GradientMoments
+from spd_lens.storage import write_text
+from spd_lens.subspace import Subspace
+
+from .curves import Source
+from .data import from_sources
+from .page import page
+
+
+class Explorer:
+    """A page of views. A notebook shows the last value of a cell; the selectors need no kernel."""
+
+    def __init__(self, html: str, *, height: int = 900) -> None:
+        self.html = html
+        """The whole page; it makes no request."""
+        self.height = height
+
+    def __repr__(self) -> str:
+        return f"Explorer({len(self.html) / 1e6:.1f} MB of HTML; shown in a notebook, or written with .save(path))"
+
+    def _repr_html_(self) -> str:
+        # a frame with its own document: the page's styles and scripts stay apart from the notebook's
+        return (
+            f'<iframe title="SPD dashboard" srcdoc="{escape(self.html, quote=True)}" '
+            f'style="width:100%;height:{int(self.height)}px;border:0" sandbox="allow-scripts"></iframe>'
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page as a file."""
+        return write_text(path, self.html)
+
+
+def explore(
+    subspace: Subspace,
+    moments: GradientMoments | None = None,
+    *,
+    name: str = "this",
+    others: Mapping[str, Subspace | GradientMoments] | None = None,
+    height: int = 900,
+) -> Explorer:
+    """Spectra, energies, overlaps and layer × head maps of a subspace, linked by site, head and rank.
+
+    Args:
+        subspace: What is looked at. Alone it has its spectrum, and angles with other subspaces.
+        moments: What it came from: adds every rank, the energies of gradients and activations, and split halves.
+        name: Its label.
+        others: Further subspaces or moments by their labels, to compare with. Energies need moments.
+        height: Of the frame in the notebook, in pixels.
+    """
+    if moments is not None and not any(site in moments.sites for site in subspace.sites):
+        raise SPDError(f"the moments have none of the subspace's sites {', '.join(map(str, subspace.sites))}")
+    sources = [Source(name, moments, subspace)]
+    for label, other in (others or {}).items():
+        if isinstance(other, GradientMoments):
+            sources.append(Source(label, other))
+        elif isinstance(other, Subspace):
+            sources.append(Source(label, subspace=other))
+        else:
+            raise SPDError(f"others[{label!r}] is a {type(other).__name__}; give a Subspace or GradientMoments")
+    if len({source.name for source in sources}) < len(sources):
+        raise SPDError(f"two of the subspaces are called {name!r}; give others another label, or this one another name")
+    return Explorer(page(from_sources(sources), title=f"Subspace: {name}", embedded=True), height=height)

@@ -1,0 +1,260 @@
+"""What a run directory adds to the curves: effects, completions, saved analyses, provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import plotly
+
+from spd_lens.audit.safe_text import visible
+from spd_lens.config import SPDConfig
+from spd_lens.corpus import Corpus
+from spd_lens.errors import SPDError
+from spd_lens.estimate import Estimate
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.rundir import Run, environment
+from spd_lens.statistics import difference_sentence, mean_interval, paired_difference
+from spd_lens.storage import read_json
+
+from ..index import ANALYSES
+from ..inputs import Subject
+from .differences import word_diff
+from .sweeps import layer_sweep, rank_sweep
+
+Forced = Mapping[str, Sequence[ForcedItem]]
+Table = list[tuple[str, str]]
+
+
+def of_run(subject: Subject, *, out: Path | None, texts: int) -> dict[str, Any]:
+    """Everything about one run that is not a curve. An unfinished run has less of it, never an error."""
+    run, config = subject.run, subject.run.config
+    return {
+        "task": visible(Path(config.task).stem),
+        "model": visible(config.model.rsplit("/", 1)[-1]),
+        "effects": [effects(run, task) for task in config.targets if (run.path / "effects" / f"{task}.json").exists()],
+        "rank_sweep": rank_sweep(subject),
+        "layer_sweep": layer_sweep(subject),
+        "texts": list(_text_sets(run, texts)),
+        "saved": saved(subject, out),
+        "provenance": provenance(run),
+    }
+
+
+def effects(run: Run, task: str) -> dict[str, Any]:
+    """Change of the aligned loss and KL from base, in nats per token, with 95 % intervals paired by item.
+
+    `random` are the control subspaces of the same ranks: their mean per item, and each for itself in `each`.
+    """
+    found = run.effects(task)
+    controls = [name for name in found if name.startswith("random-")]
+    groups: dict[str, Forced] = {name: {name: found[name]} for name in ("projected", "spd") if name in found}
+    if controls:
+        groups["random"] = {name: found[name] for name in controls}
+    base = [item.aligned_loss for item in found["base"]]
+    shown: dict[str, Any] = {"task": visible(task), "n": len(base), "base": interval(mean_interval(base))}
+    for name, group in groups.items():
+        change = paired_difference(base, _per_item(group, _loss))
+        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(_per_item(group, _kl)))}
+    if controls:
+        shown["random"]["each"] = [
+            [fmean(map(_loss, found[name])) - fmean(base), fmean(map(_kl, found[name]))] for name in controls
+        ]
+        shown["says"] = [
+            difference_sentence(
+                paired_difference(_per_item(groups["random"], measure), _per_item(groups["projected"], measure)),
+                measure=what, first="random", second="projected",
+            )
+            for what, measure in (("Aligned loss", _loss), ("KL from base", _kl))
+            if "projected" in groups
+        ]  # fmt: skip
+    return shown
+
+
+def interval(estimate: Estimate) -> list[float | None]:
+    """`[value, low, high]`, with None for an end that is not known."""
+    return [end if abs(end) < float("inf") else None for end in (estimate.value, estimate.low, estimate.high)]
+
+
+def _loss(item: ForcedItem) -> float:
+    return item.aligned_loss
+
+
+def _kl(item: ForcedItem) -> float:
+    return item.kl
+
+
+def _per_item(group: Forced, value: Callable[[ForcedItem], float]) -> list[float]:
+    """A value per item, averaged over the policies of a group: items are the units, not policies."""
+    return [fmean(map(value, items)) for items in zip(*group.values(), strict=True)]
+
+
+def _text_sets(run: Run, limit: int) -> Iterator[dict[str, Any]]:
+    """Sets of completions to read side by side: training prompts, then the test items of each task."""
+    with contextlib.suppress(SPDError):  # the run has not come that far
+        yield _training_prompts(run.unprojected, run.corpus, limit)
+    for task in run.config.targets:
+        results = []
+        for policy in ("base", "projected", "spd"):
+            with contextlib.suppress(SPDError):
+                results.append(run.result(task, policy))
+        if results:
+            yield _test_items(task, results, limit)
+
+
+def _training_prompts(base: Corpus, projected: Corpus, limit: int) -> dict[str, Any]:
+    other = {record.key: record for record in projected}
+    both = [(record, other[record.key]) for record in base if record.key in other]
+    items = [
+        _item(before.id, before.prompt, {"base": before.completion, "projected": after.completion},
+              ends={"base": before.finish_reason, "projected": after.finish_reason})
+        for before, after in both[:limit]
+    ]  # fmt: skip
+    title = "training prompts, sampled with the same noise"
+    return {"title": title, "columns": ["base", "projected"], "total": len(both), "items": items}
+
+
+def _test_items(task: str, results: Sequence[EvalResult], limit: int) -> dict[str, Any]:
+    by_policy = {result.policy: {item.id: item for item in result.items} for result in results}
+    first, *others = by_policy.values()
+    shared = [item for item in first.values() if all(item.id in other for other in others)]
+    items = []
+    for item in shared[:limit]:
+        mine = {policy: by_id[item.id] for policy, by_id in by_policy.items()}
+        items.append(
+            _item(item.id, item.prompt, {name: it.completion for name, it in mine.items()}, gold=item.gold,
+                  ends={name: it.finish_reason for name, it in mine.items()},
+                  scores={name: it.score for name, it in mine.items()})
+        )  # fmt: skip
+    title = f"{task}: test items, greedy"
+    return {"title": visible(title), "columns": list(by_policy), "total": len(shared), "items": items}
+
+
+def _item(
+    id: str,
+    prompt: str,
+    completions: Mapping[str, str],
+    *,
+    gold: str | None = None,
+    ends: Mapping[str, str],
+    scores: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """One prompt's completions; all but the first as differences from the first."""
+    safe = {name: visible(text) for name, text in completions.items()}
+    first, *others = safe
+    pieces = {
+        name: [[p.after] if p.same and p.before == p.after else [p.before, p.after, int(p.same)] for p in diff]
+        for name in others
+        for diff in [word_diff(safe[first], safe[name])]
+    }
+    shown: dict[str, Any] = {"id": visible(id), "prompt": visible(prompt), "text": safe[first], "pieces": pieces}
+    shown["ends"] = dict(ends)
+    if gold is not None:
+        shown["gold"] = visible(gold)
+    if scores is not None:
+        shown["scores"] = {name: round(score, 3) for name, score in scores.items()}
+    return shown
+
+
+def saved(subject: Subject, out: Path | None) -> list[dict[str, Any]]:
+    """Tables in the run's `analysis/` folder: name, question, first rows, and where its own page lies."""
+    tables = []
+    for path in sorted(subject.folder.glob("*.csv")):
+        try:
+            frame = pd.read_csv(path)
+        except (ValueError, OSError):  # half a file of a killed analysis is none
+            continue
+        page = path.with_suffix(".html")
+        head = frame.head(6).map(_cell)
+        tables.append(
+            {
+                "name": visible(path.stem),
+                "question": next((q for name, q in ANALYSES.items() if path.stem.startswith(name)), ""),
+                "rows": len(frame),
+                "columns": [visible(str(column)) for column in frame.columns],
+                "head": head.to_numpy().tolist(),
+                "href": _relative(page, out) if out is not None and page.exists() else None,
+            }
+        )
+    return tables
+
+
+def _relative(page: Path, out: Path) -> str:
+    return Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    text = visible(str(value))
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def provenance(run: Run) -> list[dict[str, Any]]:
+    """Named tables of what made the run: proofs, times, settings, versions, model, data."""
+    config, notes = run.config, run.notes
+    tables: dict[str, Table] = {"What was proved": _proofs(notes), "Seconds per stage": _seconds(notes)}
+    settings, defaults = config.model_dump(mode="json"), SPDConfig().model_dump(mode="json")
+    tables["Settings that are not the default"] = _rows({k: v for k, v in settings.items() if v != defaults[k]})
+    tables["All settings"] = _rows(settings)
+    tables["As it was resolved"] = _rows(_flat(notes.get("resolved", {})))
+    tables["Versions and machine"] = _rows({**notes.get("versions", {}), **notes.get("machine", {})})
+    for number, later in enumerate(notes.get("continued_with", []), start=1):
+        tables[f"Continued with ({number})"] = _rows(_flat(later))
+    shape = {k: v for k, v in notes.get("fingerprint", {}).items() if k != "sample"}
+    tables["Model"] = _rows({"name": config.model, "weights, digest": notes.get("weights", "unknown"), **shape})
+    tables["Data"] = _data(run)
+    page = {"plotly": plotly.__version__, "spd-lens": environment()["versions"]["spd-lens"]}
+    tables["This page"] = _rows(page)
+    return [{"title": title, "rows": rows} for title, rows in tables.items() if rows]
+
+
+def _proofs(notes: Mapping[str, Any]) -> Table:
+    hooks = notes.get("hooks")
+    if hooks is None:
+        return [("hooks", "no lens model was built; the projection was folded into the twin's weights")]
+    firings = ", ".join(f"{site}: {n}" for site, n in hooks["firings"].items())
+    parity = hooks["fold_parity"]
+    return [
+        ("hook firings in one forward pass of the lens model", firings),
+        ("folded weights against hooks, KL in nats", f"{parity['kl']:.2g}"),
+        ("folded weights against hooks, logits in units of their spread", f"{parity['logits']:.2g}"),
+    ]
+
+
+def _seconds(notes: Mapping[str, Any]) -> Table:
+    seconds = notes.get("seconds", {})
+    rows = [(visible(stage), f"{value:.1f}") for stage, value in seconds.items()]
+    return [*rows, ("total", f"{sum(seconds.values()):.1f}")] if rows else []
+
+
+def _data(run: Run) -> Table:
+    rows: Table = []
+    path = run.path / "data_card.json"
+    for task, card in (read_json(path) if path.exists() else {}).items():
+        counts = ", ".join(f"{n} {split}" for split, n in card.get("counts", {}).items())
+        rows.append((visible(task), counts))
+        rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
+    return rows
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings on one level."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {key: value} if not isinstance(value, Mapping) else _flat(value)
+    return flat
+
+
+def _rows(values: Mapping[str, Any]) -> Table:
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(str, value)) or "none"
+        return "not set" if value is None else str(value)
+
+    return [(visible(str(key)), visible(text(value))) for key, value in values.items()]
