@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import re
 from functools import cache
 from typing import TypeVar
 
@@ -14,12 +15,21 @@ from spd_lens.methods.base import Method
 ENTRY_POINT = "spd_lens.methods"
 """Installed packages that name a module under this entry point have their methods found."""
 
+_PACKAGE = __name__.rpartition(".")[0]
 _METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
 
 
 def register(method: _M) -> _M:
-    """Class decorator: make a method known by its name."""
+    """Class decorator: make a method known by its name.
+
+    Raises `SPDError` for a name that is taken, or that cannot be part of a path: studies name folders by it.
+    """
+    name = getattr(method, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise SPDError(f"method {method.__name__} has the name {name!r}; give it one of letters, digits and dashes")
+    if not method.__module__.startswith(f"{_PACKAGE}."):
+        _find_own()  # else a name of ours could be taken before we take it
     known = _METHODS.get(method.name)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise SPDError(f"there is already a method called {method.name!r}; give yours another name")
@@ -42,9 +52,13 @@ def names() -> list[str]:
 
 
 @cache
+def _find_own() -> None:
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        importlib.import_module(f"{_PACKAGE}.{module.name}")
+
+
+@cache
 def _discover() -> None:
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+    _find_own()
     for plugin in importlib.metadata.entry_points(group=ENTRY_POINT):
         plugin.load()

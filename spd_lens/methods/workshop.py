@@ -8,6 +8,7 @@ from pathlib import Path
 from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
 from spd_lens.controls import shuffled_answers
+from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.prompts import Loss
@@ -39,6 +40,9 @@ class Workshop:
         Args:
             loss: `"aligned"` or `"full"`; None: the config's.
             shuffled: With the answers permuted between the examples (the permutation depends on the seed).
+
+        Raises:
+            SPDError: the folder holds an extraction of another model, of other sites or of another number of examples.
         """
         loss = loss or self.config.loss
         name = f"moments-{loss}-shuffled-{self.config.seed}" if shuffled else f"moments-{loss}"
@@ -49,7 +53,9 @@ class Workshop:
                 self.pair, examples, layers=self.config.layers, kinds=self.config.kinds, loss=loss,
                 engine=self.config.engine, progress=self.progress,
             ).save(path)  # fmt: skip
-        return GradientMoments.load(path)
+        found = GradientMoments.load(path)
+        self._check(found, path)
+        return found
 
     def subspace(self, moments: GradientMoments | None = None, *, of: str = "gradient") -> Subspace:
         """The config's rank, blocks and centring, from the plain moments or from others."""
@@ -57,3 +63,13 @@ class Workshop:
         return (moments or self.moments()).subspace(
             config.rank, per_head=config.per_head, center=config.center, of=of
         )  # fmt: skip
+
+    def _check(self, moments: GradientMoments, path: Path) -> None:
+        moments.fingerprint.check(self.pair.fingerprint, str(path))
+        wanted = sorted(self.pair.sites(self.config.layers, self.config.kinds))
+        n_examples = int(moments.n_examples.sum())
+        if moments.sites != wanted or n_examples != self.config.n_calibration:
+            raise SPDError(
+                f"{path} holds an extraction of {n_examples} examples at {', '.join(map(str, moments.sites))}, not of "
+                f"{self.config.n_calibration} at {', '.join(map(str, wanted))}; give the workshop another folder"
+            )

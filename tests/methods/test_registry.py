@@ -1,0 +1,89 @@
+"""Methods are found by name, and a user's own beside them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from spd_lens import methods
+from spd_lens.methods import Method, registry
+from tests.helpers import refused
+
+OWN = '''
+"""A method of a user's own: the complement of two thirds of the rank, sampled hot."""
+from spd_lens.methods import Method, register
+from spd_lens.methods.base import Projection
+
+
+@register
+class Mine(Method):
+    name = "mine"
+    says = "hot samples under what the gradients leave out"
+    is_control = True
+
+    def projection(self, workshop):
+        return Projection(~workshop.subspace(), 0.5)
+
+    def sampling(self, workshop):
+        return {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
+'''
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    methods.names()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+def test_all_methods_are_found_the_paper_first():
+    found = methods.names()
+    assert found[:5] == ["base", "psr", "spd", "ssd", "ssd-config"]
+    controls = {
+        "spd-random", "spd-random-kl", "spd-random-energy", "spd-shuffled", "spd-complement", "spd-full-loss",
+        "spd-activation-pca", "spd-k-only", "spd-v-only",
+    }  # fmt: skip
+    assert set(found[5:]) >= controls
+    for name in found:
+        method = methods.get(name)
+        assert method.name == name and method.says and method.is_control == (name in controls)
+        assert method.trains == (name != "base")
+
+
+def test_an_unknown_method_is_refused_with_the_names():
+    with refused("spdd", "spd-random", "psr"):
+        methods.get("spdd")
+
+
+def test_a_method_in_a_module_of_its_own_registers_and_works(own_registry, tmp_path, monkeypatch, workshop):
+    (tmp_path / "my_methods.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    import my_methods
+
+    assert "mine" in methods.names()[5:]
+    found = methods.get("mine").projection(workshop)
+    assert isinstance(methods.get("mine"), my_methods.Mine)
+    assert found.strength == 0.5 and found.subspace.ranks == {
+        site: tuple(8 - rank for rank in ranks) for site, ranks in workshop.subspace().ranks.items()
+    }
+
+
+def test_a_name_is_taken_once(own_registry):
+    for name in ("spd", "ssd-config", "base"):
+        with refused(name, "another name"):
+            methods.register(type("Other", (Method,), {"name": name, "says": "x"}))
+    first = methods.register(type("First", (Method,), {"name": "new", "says": "x"}))
+    assert methods.register(first) is first  # a notebook cell that is run again
+    with refused("new", "another name"):
+        methods.register(type("Second", (Method,), {"name": "new", "says": "x"}))
+    assert type(methods.get("new")) is first
+
+
+@pytest.mark.parametrize("name", [None, "", "a/b", "../spd", "two words", 3])
+def test_a_name_that_no_folder_can_have_is_refused(own_registry, name):
+    with refused("Nameless"):
+        methods.register(type("Nameless", (Method,), {"name": name, "says": "x"}))
+    with refused("Nameless"):
+        methods.register(type("Nameless", (Method,), {"says": "x"}))
