@@ -180,6 +180,7 @@ class GradientMoments:
         if not int(self.n_examples.sum()):
             raise SPDError("there are no examples in these moments, so there is no subspace")
         chosen = self.sites if sites is None else sorted(sites)
+        dtype = self.settings.get("dtype", "float32")
         bases, ranks, values = {}, {}, {}
         for site in chosen:
             if site not in self.gradient:
@@ -188,7 +189,7 @@ class GradientMoments:
             limit = resolve_rank(rank, blocks.shape[-1])
             eigenvalues, vectors = torch.linalg.eigh(blocks)
             values[site] = eigenvalues.flip(-1).clamp_min(0).sqrt()
-            ranks[site] = tuple(min(limit, int(n)) for n in self._numerical_rank(values[site]))
+            ranks[site] = tuple(min(limit, int(n)) for n in numerical_rank(values[site], dtype))
             if not any(ranks[site]):
                 raise SPDError(f"the {of}s at site {site} are all zero; the scored tokens do not depend on it")
             basis = _fixed_signs(vectors.flip(-1)[:, :, : max(ranks[site])])
@@ -210,18 +211,6 @@ class GradientMoments:
                 "n_scored": int(self.n_scored.sum()),
             },
         )
-
-    def _numerical_rank(self, values: Float[Tensor, "block width"]) -> Int[Tensor, " block"]:
-        """How many singular values stand above what rounding of the gradients alone would leave.
-
-        Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width`
-        directions, so each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
-        """
-        dtype = getattr(torch, self.settings.get("dtype", "float32"))
-        width = values.shape[-1]
-        noise = torch.finfo(dtype).eps * values.norm(dim=-1, keepdim=True) / width**0.5
-        gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[:, :1]
-        return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
@@ -249,6 +238,22 @@ class GradientMoments:
 
 _PER_SITE = ("gradient", "activation", "activation_sum")
 _PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")
+
+
+def numerical_rank(values: Float[Tensor, "*n width"], dtype: str) -> Int[Tensor, "*n"]:
+    """How many singular values stand above what rounding of the gradients alone would leave.
+
+    Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width` directions, so
+    each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
+
+    Args:
+        values: Descending.
+        dtype: Of the model, such as `"bfloat16"`.
+    """
+    width = values.shape[-1]
+    noise = torch.finfo(getattr(torch, dtype)).eps * values.norm(dim=-1, keepdim=True) / width**0.5
+    gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[..., :1]
+    return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
 
 
 def _fixed_signs(basis: Float[Tensor, "block width rank"]) -> Float[Tensor, "block width rank"]:
