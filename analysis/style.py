@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#666666")
 """Okabe and Ito's palette without yellow and black, which vanish on white and on black. Never the only distinction:
@@ -55,6 +56,31 @@ def figure(title: str, x: str, y: str, *, says: str = "") -> go.Figure:
     return go.Figure(layout={"template": "spd_light", "title": {"text": text}, "xaxis_title": x, "yaxis_title": y})
 
 
+def panels(titles: Sequence[str], title: str, x: str, y: str, *, columns: int = 2, says: str = "") -> go.Figure:
+    """Several small figures that share their axes. Add to the n-th, from 0, with `**panel(n)`."""
+    rows = -(-len(titles) // columns)
+    fig = make_subplots(
+        rows=rows, cols=columns, subplot_titles=list(titles), shared_xaxes="all", shared_yaxes="all",
+        horizontal_spacing=0.04, vertical_spacing=0.12 if rows < 3 else 0.08,
+    )  # fmt: skip
+    base = figure(title, "", "", says=says).layout
+    fig.update_layout(template=base.template, title=base.title, height=140 + 280 * rows)
+    fig.update_layout(margin={"t": 110}, legend={"y": -0.32 / rows})
+    for n in range(rows * columns):  # titles at the outer axes alone
+        axes = panel(n)
+        if n >= (rows - 1) * columns:
+            fig.layout[axes["xaxis"].replace("x", "xaxis")].title = x
+        if n % columns == 0:
+            fig.layout[axes["yaxis"].replace("y", "yaxis")].title = y
+    return fig
+
+
+def panel(n: int) -> dict[str, str]:
+    """The axes of the n-th panel, from 0."""
+    number = str(n + 1) if n else ""
+    return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+
+
 def line(fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, **trace: Any) -> None:
     """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
     color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
@@ -63,11 +89,11 @@ def line(fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: boo
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
 
 
-def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: bool = False) -> None:
+def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: bool = False, **trace: Any) -> None:
     """Add an interval as a pale band, without an entry in the legend; add it before its line."""
     color = NULL_COLOR if null else _nth(COLORS, index)
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **trace}
     fig.add_trace(go.Scatter(x=x, y=high, **edge))
     fig.add_trace(go.Scatter(x=x, y=low, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.2)", **edge))
 
