@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +15,9 @@ from spd_lens.tasks import PRESETS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class SPDConfig(BaseModel):
@@ -143,15 +146,7 @@ class SPDConfig(BaseModel):
     @classmethod
     def make(cls, settings: dict[str, Any]) -> SPDConfig:
         """Validate settings; `SPDError` in one sentence that names the first wrong one."""
-        try:
-            return cls(**settings)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(cls.model_fields)}") from error
-            reason = problem["msg"].removeprefix("Value error, ")
-            raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
+        return validated(cls, settings)
 
     @classmethod
     def read(
@@ -161,15 +156,7 @@ class SPDConfig(BaseModel):
 
         Of `task_options`, file and overrides are joined.
         """
-        settings: Any = {}
-        if path is not None:
-            try:
-                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
-            settings = {} if content is None else content  # an empty file leaves all defaults
-            if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-                raise SPDError(f"config file {path} must hold 'setting: value' lines")
+        settings = {} if path is None else read_yaml(path)
         over = dict(overrides or {})
         if isinstance(options := settings.get("task_options"), dict) and "task_options" in over:
             over["task_options"] = {**options, **over["task_options"]}
@@ -199,6 +186,31 @@ class SPDConfig(BaseModel):
         if len(targets) < len(set(names)):
             raise SPDError(f"two of the tasks {', '.join(names)} have the same name; rename one of the files")
         return targets
+
+
+def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
+    """A pydantic model of these settings; `SPDError` in one sentence that names the first wrong one."""
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(model.model_fields)}") from error
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The 'setting: value' lines of a file; `SPDError` in one sentence if it cannot be read or holds something else."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+    settings = {} if content is None else content  # an empty file leaves all defaults
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise SPDError(f"config file {path} must hold 'setting: value' lines")
+    return settings
 
 
 def preset_sizes(name: str, config: SPDConfig) -> dict[str, Any]:

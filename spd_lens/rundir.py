@@ -25,7 +25,72 @@ _LOCK = ".lock"
 _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
 
 
-class Run:
+class Folder:
+    """A directory that one process at a time works in, with notes on how its content was made."""
+
+    notes_file = "run.json"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the folder says about how it was made."""
+        path = self.path / self.notes_file
+        return read_json(path) if path.exists() else {}
+
+    def note(self, **fields: Any) -> None:
+        """Add to the notes."""
+        write_json(self.path / self.notes_file, {**self.notes, **fields})
+
+    def note_environment(self) -> None:
+        """Versions and machine: those a run was begun with, and those of later starts where they differ."""
+        now, notes = environment(), self.notes
+        if "versions" not in notes:
+            self.note(**now)
+        elif now not in (known := [{key: notes[key] for key in now}, *notes.get("continued_with", [])]):
+            self.note(continued_with=[*known[1:], now])
+
+    def note_once(self, what: str, **fields: Any) -> None:
+        """Add to the notes, or refuse to go on where an earlier part of the run saw something else."""
+        notes = self.notes
+        for key, value in fields.items():
+            if key in notes and notes[key] != value:
+                raise SPDError(f"{what} is not what {self.path} was begun with ({key} differs); start a new directory")
+        self.note(**fields)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of the directory."""
+        lock = FileLock(self.path / _LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise SPDError(f"{self.path} cannot be written ({error}); choose another --out") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.notes.get("seconds", {})
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+            self.note(seconds=seconds)
+
+
+class Run(Folder):
     """What a run directory holds. Artefacts are read when asked for; an unfinished stage raises `SPDError`.
 
     | file | what |
@@ -40,12 +105,6 @@ class Run:
     | `eval/TASK/POLICY.json` | every test item's prompt, completion, answer and verdict |
     | `summary.md` | the result, readable |
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
 
     @classmethod
     def open(cls, path: str | Path, config: SPDConfig | None = None) -> Run:
@@ -76,33 +135,6 @@ class Run:
         elif self.path.exists() and (not self.path.is_dir() or any(e.name != _LOCK for e in self.path.iterdir())):
             raise SPDError(f"{self.path} exists and is not a run directory; choose a new directory")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second process out of the directory."""
-        lock = FileLock(self.path / _LOCK)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error
-        except OSError as error:
-            raise SPDError(f"{self.path} cannot be written ({error}); choose another --out") from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = self.notes.get("seconds", {})
-            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-            self.note(seconds=seconds)
-
     @property
     def config_path(self) -> Path:
         return self.path / "config.yaml"
@@ -110,34 +142,6 @@ class Run:
     @property
     def config(self) -> SPDConfig:
         return SPDConfig.read(self.config_path)
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """`run.json`."""
-        path = self.path / "run.json"
-        return read_json(path) if path.exists() else {}
-
-    def note(self, **fields: Any) -> None:
-        """Add to `run.json`."""
-        write_json(self.path / "run.json", {**self.notes, **fields})
-
-    def note_environment(self) -> None:
-        """Versions and machine: those a run was begun with, and those of later starts where they differ."""
-        now, notes = environment(), self.notes
-        if "versions" not in notes:
-            self.note(**now)
-        elif now not in (known := [{key: notes[key] for key in now}, *notes.get("continued_with", [])]):
-            self.note(continued_with=[*known[1:], now])
-
-    def note_once(self, what: str, **fields: Any) -> None:
-        """Add to `run.json`, or refuse to go on where an earlier part of the run saw something else."""
-        notes = self.notes
-        for key, value in fields.items():
-            if key in notes and notes[key] != value:
-                raise SPDError(
-                    f"{what} is not what {self.path} was begun with ({key} differs); start a new run directory"
-                )
-        self.note(**fields)
 
     @property
     def moments(self) -> GradientMoments:
