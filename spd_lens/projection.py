@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
-from spd_lens.models.weights import site_module, twin_hook
+from spd_lens.models.weights import SiteLayer, site_layer, twin_hook
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 
@@ -107,7 +107,7 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
     with contextlib.ExitStack() as stack:
         for site in subspace.sites:
             if foldable(subspace, site):
-                stack.enter_context(_folded_site(site_module(hf, site), subspace, site, strength))
+                stack.enter_context(_folded_site(site_layer(hf, site), subspace, site, strength))
             else:
                 stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
@@ -148,7 +148,7 @@ def fold_to(
                 "cannot hold it; use folded() or projected(), or a subspace of k and v"
             )
     for site in subspace.offset:
-        if getattr(site_module(hf, site), "bias", None) is None:
+        if site_layer(hf, site).base.bias is None:
             raise SPDError(
                 f"a centred projection needs a bias, and {type(hf).__name__} has none at site {site}, so a checkpoint "
                 "cannot hold it; use folded() or projected(), or a subspace without centring"
@@ -186,22 +186,28 @@ def _hooked_site(hf: nn.Module, subspace: Subspace, site: Site, strength: float)
 
 
 @contextlib.contextmanager
-def _folded_site(module: Any, subspace: Subspace, site: Site, strength: float) -> Iterator[None]:
-    base = getattr(module, "base_layer", module)  # PEFT wraps the layer it adapts
-    reads = site.kind == "z"  # the layer reads the activation; k, v and q are what a layer writes
-    adapters = getattr(module, "lora_A" if reads else "lora_B", {})
-    outer = [layer for name, layer in adapters.items() if name in module.active_adapters]
+def _folded_site(layer: SiteLayer, subspace: Subspace, site: Site, strength: float) -> Iterator[None]:
+    base, adapters = layer.base, getattr(layer.module, "lora_A" if layer.reads else "lora_B", {})
+    outer = [adapter for name, adapter in adapters.items() if name in layer.module.active_adapters]
     matrix, constant = subspace.affine(site, strength)
-    saved = [(parameter, parameter.detach().clone()) for layer in (base, *outer) for parameter in layer.parameters()]
+    changed = [base.weight, *(adapter.weight for adapter in outer)]
+    changed += [part.bias for part in (base, *outer) if part.bias is not None]
+    saved = [(parameter, parameter.detach().clone()) for parameter in changed]
     own_bias = base.bias
     try:
         with torch.no_grad():
-            for layer in (base, *outer):
-                layer.weight.copy_(_map_rows(layer.weight.T, matrix).T if reads else _map_rows(layer.weight, matrix))
-            if base.bias is not None and not reads:
-                base.bias.copy_(_map_rows(base.bias[:, None], matrix)[:, 0] + constant.flatten().to(base.bias.device))
+            _map_features(base.weight, layer, matrix, turned=layer.transposed)
+            for adapter in outer:
+                _map_features(adapter.weight, layer, matrix)
+                if adapter.bias is not None and not layer.reads:
+                    _map_features(adapter.bias[:, None], layer, matrix)
+            if base.bias is not None and not layer.reads:
+                _map_features(base.bias[:, None], layer, matrix, constant)
             elif site in subspace.offset:
-                bias = constant.flatten().to(base.weight)
+                # in an architecture without biases it lasts as long as the projection
+                bias = torch.zeros(base.weight.shape[0]).to(base.weight)
+                features = slice(None) if layer.features is None else layer.features
+                bias[features] = constant.flatten().to(bias)
                 base.bias = nn.Parameter(bias, requires_grad=False)
         yield
     finally:
@@ -211,13 +217,24 @@ def _folded_site(module: Any, subspace: Subspace, site: Site, strength: float) -
                 parameter.copy_(bits)
 
 
-def _map_rows(
-    weight: Float[Tensor, "d_out d_in"], matrix: Float[Tensor, "block width width"]
-) -> Float[Tensor, "d_out d_in"]:
-    """`M` applied to the output dimension, float64: rows of a linear layer's weight are its output features.
+def _map_features(
+    weight: Float[Tensor, "d_out d_in"],
+    layer: SiteLayer,
+    matrix: Float[Tensor, "block width width"],
+    constant: Float[Tensor, "block width"] | None = None,
+    *,
+    turned: bool = False,
+) -> None:
+    """Apply `x -> x M + c` in place to a site's output features, in float64: they are rows of a linear layer's weight.
 
-    `M` is symmetric, so on a transposed weight the same maps what the layer reads.
+    `M` is symmetric, so on a transposed weight the same maps what the layer reads. `turned`: the weight is stored as
+    `[d_in, d_out]`.
     """
-    rows = rearrange(weight.double(), "(block width) d_in -> block width d_in", block=matrix.shape[0])
+    if turned != layer.reads:
+        weight = weight.T  # a view: writing to it writes to the weight
+    features = slice(None) if layer.features is None else layer.features.to(weight.device)
+    rows = rearrange(weight[features].double(), "(block width) d_in -> block width d_in", block=matrix.shape[0])
     mapped = einsum(matrix.to(rows.device), rows, "block i j, block i d_in -> block j d_in")
-    return rearrange(mapped, "block width d_in -> (block width) d_in")
+    if constant is not None:
+        mapped = mapped + constant.to(rows.device)[:, :, None]
+    weight[features] = rearrange(mapped, "block width d_in -> (block width) d_in").to(weight.dtype)

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,11 @@ class HookedBackend(Backend):
 
     def write(self, lens: Any, twin: PreTrainedModel) -> None:
         state = self._converted(twin, lens.cfg)
-        shapes = {
-            key: value.shape for key, value in lens.state_dict().items() if key.rsplit(".", 1)[-1] not in _COMPUTED
-        }
+        own = lens.state_dict()
+        for key in own:  # some conversions leave out biases that the architecture does not have
+            if key.rsplit(".", 1)[-1].startswith("b_") and key not in state:
+                state[key] = torch.zeros_like(own[key])
+        shapes = {key: value.shape for key, value in own.items() if key.rsplit(".", 1)[-1] not in _COMPUTED}
         wrong = [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]
         wrong += [key for key in state if key not in shapes]
         if wrong:
@@ -103,34 +105,9 @@ class HookedBackend(Backend):
         lens.load_state_dict(state, strict=False)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
-        """Invert TransformerLens' conversion: convert running indices and read off where each weight went."""
-        places = copy.deepcopy(twin).to(device="cpu", dtype=torch.float64)  # float64 counts exactly to 2^53
-        sizes: dict[str, tuple[int, int]] = {}
-        first = 1  # 0 marks what the conversion makes up, such as the zero biases of a bias-free model
-        with torch.no_grad():
-            for key, parameter in places.named_parameters():  # tied parameters appear once
-                end = first + parameter.numel()
-                parameter.copy_(torch.arange(first, end, dtype=torch.float64).view_as(parameter))
-                sizes[key] = (first, end)
-                first = end
         cfg = copy.deepcopy(lens.cfg)
         cfg.dtype, cfg.device = torch.float64, "cpu"
-        index = {key: value.round().long() for key, value in self._converted(places, cfg).items()}
-        flat = torch.full((first,), torch.nan, dtype=torch.float64)
-        weights = {key: value.detach().double().cpu() for key, value in lens.state_dict().items() if key in index}
-        flat[0] = 0.0
-        for key, value in weights.items():
-            flat[index[key].flatten()] = value.flatten()
-        flat[0] = 0.0  # made-up entries all wrote here
-        for key, value in weights.items():  # two lens tensors of one tied parameter, or an edited made-up bias
-            if not torch.equal(flat[index[key]], value):
-                raise SPDError(
-                    f"the lens model's {key} cannot be brought to {type(twin).__name__}, which has no such free "
-                    "parameter (a bias it lacks, or embeddings it ties); undo that edit or untie the twin"
-                )
-        parameters = dict(twin.named_parameters())
-        read = {key: flat[low:high].view(parameters[key].shape) for key, (low, high) in sizes.items()}
-        return {key: value for key, value in read.items() if not torch.isnan(value).any()}
+        return _read_back(lambda places: self._converted(places, cfg), lens.state_dict(), twin)
 
     def _config(self, twin: PreTrainedModel) -> Any:
         from transformer_lens import loading_from_pretrained as loading
@@ -169,7 +146,7 @@ class BridgeBackend(Backend):
                 lens = TransformerBridge.boot_transformers(
                     name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
                 )
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:
             raise SPDError(
                 f"transformer-lens {importlib.metadata.version('transformer-lens')} has no TransformerBridge for "
                 f"{type(twin).__name__} ({str(error)[:100]}); work on the twin alone (engine='twin', folded)"
@@ -180,24 +157,58 @@ class BridgeBackend(Backend):
         return lens
 
     def write(self, lens: Any, twin: PreTrainedModel) -> None:
-        mine = self._named(lens, twin)
+        mine = self._named(lens)
+        source = dict(twin.named_parameters())
+        if not source.keys() <= mine.keys():  # split or renamed, as fused QKV is: let another bridge do that again
+            source = self._named(self.build(twin, lens.tokenizer))
         with torch.no_grad():
-            for key, parameter in twin.named_parameters():
+            for key, parameter in source.items():
                 mine[key].copy_(parameter)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
-        return {key: parameter.detach().clone() for key, parameter in self._named(lens, twin).items()}
+        mine = self._named(lens)
+        if all(key in mine for key, _ in twin.named_parameters()):
+            return {key: mine[key].detach().clone() for key, _ in twin.named_parameters()}
+        # the fused matrix is kept beside its parts, which are what is computed with
+        parts = {key: parameter for key, parameter in mine.items() if ".qkv." not in key}
+        return _read_back(lambda places: dict(self._named(self.build(places, lens.tokenizer))), parts, twin)
 
-    def _named(self, lens: Any, twin: PreTrainedModel) -> Mapping[str, nn.Parameter]:
-        """The bridge's own parameters under the twin's names: it only adds wrappers to the path."""
-        own = {key.replace("._original_component", ""): p for key, p in lens.original_model.named_parameters()}
-        missing = [key for key, _ in twin.named_parameters() if key not in own]
-        if missing:
+    def _named(self, lens: Any) -> dict[str, nn.Parameter]:
+        """The bridge's own parameters under the twin's names as far as it only adds wrappers to the path."""
+        return {key.replace("._original_component", ""): p for key, p in lens.original_model.named_parameters()}
+
+
+def _read_back(
+    convert: Callable[[PreTrainedModel], Mapping[str, Tensor]],
+    lens_state: Mapping[str, Tensor],
+    twin: PreTrainedModel,
+) -> dict[str, Tensor]:
+    """Invert a conversion from twin to lens: convert running indices and read off where each weight went."""
+    places = copy.deepcopy(twin).to(device="cpu", dtype=torch.float64)  # float64 counts exactly to 2^53
+    sizes: dict[str, tuple[int, int]] = {}
+    first = 1  # 0 marks what the conversion makes up, such as the zero biases of a bias-free model
+    with torch.no_grad():
+        for key, parameter in places.named_parameters():  # tied parameters appear once
+            end = first + parameter.numel()
+            parameter.copy_(torch.arange(first, end, dtype=torch.float64).view_as(parameter))
+            sizes[key] = (first, end)
+            first = end
+    index = {key: value.detach().round().long() for key, value in convert(places).items()}
+    flat = torch.full((first,), torch.nan, dtype=torch.float64)
+    weights = {key: value.detach().double().cpu() for key, value in lens_state.items() if key in index}
+    flat[0] = 0.0
+    for key, value in weights.items():
+        flat[index[key].flatten()] = value.flatten()
+    flat[0] = 0.0  # made-up entries all wrote here
+    for key, value in weights.items():  # two lens tensors of one tied parameter, or an edited made-up bias
+        if not torch.equal(flat[index[key]], value):
             raise SPDError(
-                f"TransformerBridge splits or renames {missing[0]} of {type(twin).__name__}, so its weights cannot be "
-                "synced; build the pair again from the changed model instead"
+                f"the lens model's {key} cannot be brought to {type(twin).__name__}, which has no such free "
+                "parameter (a bias it lacks, or embeddings it ties); undo that edit or untie the twin"
             )
-        return own
+    parameters = dict(twin.named_parameters())
+    read = {key: flat[low:high].view(parameters[key].shape) for key, (low, high) in sizes.items()}
+    return {key: value for key, value in read.items() if not torch.isnan(value).any()}
 
 
 @contextlib.contextmanager

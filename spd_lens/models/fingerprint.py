@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.models.architectures import n_kv_heads
 from spd_lens.sites import Site
 
 _SAMPLES = 64
@@ -79,9 +80,8 @@ def _shape(model: Any) -> tuple[int, int, int, int, int]:
         return cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
     config = model.config.get_text_config()
     n_heads = config.num_attention_heads
-    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads, d_head
+    return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads(config), d_head
 
 
 def _embedding(model: Any) -> Float[Tensor, "d_vocab d_model"]:

@@ -1,56 +1,78 @@
-"""Where a site's activation and weights live in a Hugging Face model."""
+"""Where a site's activation and weights are in a Hugging Face model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from spd_lens.errors import SPDError
+from spd_lens.models.architectures import architecture
+from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.sites import Site
 
-# Architectures with one linear layer per projection: Llama, SmolLM, Qwen2/3, Mistral, Gemma, OLMo, ...
-_LAYER = r"(?:^|\.)layers\.{layer}"
-_MODULES = {
-    "k": r"\.self_attn\.k_proj$",
-    "v": r"\.self_attn\.v_proj$",
-    "q": r"\.self_attn\.q_proj$",
-    "z": r"\.self_attn\.o_proj$",
-    "resid": r"$",
-}
 
+@dataclass(frozen=True)
+class SiteLayer:
+    """The module that has a site's activation: `[batch, pos, head · d_head]`, or for `resid` `[batch, pos, d_model]`.
 
-def site_module(model: nn.Module, site: Site) -> nn.Module:
-    """The module that has the site's activation: `[batch, pos, head · d_head]`, or for `resid` `[batch, pos, d_model]`.
-
-    For k, v and q it is the output of a linear layer, for z the input of one, for resid the output of a whole block.
+    For k, v and q it is among the outputs of a linear layer, for z the input of one, for resid the output of a block.
     On a model that carries a LoRA adapter it is PEFT's layer around it.
-
-    Raises:
-        SPDError: the architecture has no separate projection of this kind (fused QKV, latent attention).
     """
-    pattern = re.compile(_LAYER.format(layer=site.layer) + _MODULES[site.kind])
+
+    module: Any
+    features: Int[Tensor, " feature"] | None
+    """Which output features, in the order `head, d_head`; None for all."""
+    reads: bool
+    """The layer reads the activation (z); otherwise it writes it."""
+
+    @property
+    def base(self) -> Any:
+        """The layer below an adapter."""
+        return getattr(self.module, "base_layer", self.module)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its weight is `[in, out]` (GPT-2's Conv1D) and not `[out, in]`."""
+        return isinstance(self.base, Conv1D)
+
+
+def site_layer(model: nn.Module, site: Site) -> SiteLayer:
+    """Find a site's layer; `SPDError` where the architecture has none."""
+    layout = architecture(model)
+    path = "" if site.kind == "resid" else f".{layout.modules[site.kind]}"
+    pattern = re.compile(rf"(?:^|\.){re.escape(f'{layout.blocks}.{site.layer}{path}')}$")
     found = [module for name, module in model.named_modules() if pattern.search(name)]
     if len(found) != 1:
         raise SPDError(
-            f"{type(model).__name__} has no module of its own for {site.kind} in layer {site.layer} (as Llama has "
-            f"k_proj), so its {site.kind.upper()} cannot be reached in the twin; use the lens model (engine='lens', "
-            "projected)"
+            f"{type(model).__name__} has no {layout.blocks}.{site.layer}{path}: it is not built like Llama, and "
+            f"spd_lens does not know how, so its {site.kind} cannot be reached in the twin; use the lens model "
+            "(engine='lens', projected)"
         )
-    return found[0]
+    if site.kind == "resid":
+        return SiteLayer(found[0], None, reads=False)
+    shape = Fingerprint.of(model)
+    features = layout.features(site.kind, shape.n_heads, shape.n_kv_heads, shape.d_head)
+    return SiteLayer(found[0], features, reads=site.kind == "z")
 
 
 def twin_hook(model: nn.Module, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
     """Let `function` replace the site's activation in each forward pass; the handle's `remove()` ends that."""
-    module = site_module(model, site)
-    if site.kind == "z":
-        return module.register_forward_pre_hook(lambda _module, args: (function(args[0]), *args[1:]))
+    layer = site_layer(model, site)
+    if layer.reads:
+        return layer.module.register_forward_pre_hook(lambda _module, args: (function(args[0]), *args[1:]))
 
     def at_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # blocks of some architectures return more than the residual stream
             return (function(output[0]), *output[1:])
-        return function(output)
+        if layer.features is None:
+            return function(output)
+        features = layer.features.to(output.device)
+        return output.index_copy(-1, features, function(output[..., features]))
 
-    return module.register_forward_hook(at_output)
+    return layer.module.register_forward_hook(at_output)
