@@ -16,9 +16,14 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+// Sentences in which `commands` stand between backticks.
+function prose(id, text) {
+  $(id).replaceChildren(...text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : document.createTextNode(part))));
+}
+
 // Plotly reads a few tags in labels: what looks like one is shown, not obeyed.
 const label = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const percent = (x, digits = 1) => x === undefined || x === null ? "–" : (100 * x).toFixed(digits) + " %";
+const percent = (x, digits = 1) => x === undefined || x === null ? "–" : (100 * x).toFixed(digits) + "%";
 const signed = (x, digits = 3) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 const between = ([, low, high], show) => low === null || high === null ? "" : `[${show(low)}, ${show(high)}]`;
 
@@ -54,16 +59,16 @@ const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: [
 
 function layout(x, y, more = {}) {
   const ink = color("ink"), line = color("line");
+  const title = (text) => ({ text, standoff: 8, font: { size: 13 } });
   const axis = { gridcolor: line, linecolor: line, tickcolor: line, zeroline: false, automargin: true, ticks: "outside" };
   return {
     font: { family: 'system-ui, "Liberation Sans", sans-serif', size: 13, color: ink },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 360,
-    margin: { l: 62, r: 16, t: 22, b: 46 }, hovermode: "closest",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 320,
+    margin: { l: 62, r: 12, t: 24, b: 46 }, hovermode: "closest", showlegend: false,
     hoverlabel: { bgcolor: color("panel"), bordercolor: line, font: { color: ink } },
-    legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 12.5 } },
     ...more,
-    xaxis: { ...axis, title: { text: x, standoff: 8 }, ...more.xaxis },
-    yaxis: { ...axis, title: { text: y, standoff: 8 }, ...more.yaxis },
+    xaxis: { ...axis, title: title(x), ...more.xaxis },
+    yaxis: { ...axis, title: title(y), ...more.yaxis },
   };
 }
 
@@ -79,7 +84,7 @@ function rankAxis(width) {
 function marker(rank, width) {
   const right = rank > width / 6;
   return {
-    shapes: [{ type: "line", x0: rank, x1: rank, yref: "paper", y0: 0, y1: 1, line: { color: color("ink"), width: 1.5 } }],
+    shapes: [{ type: "line", x0: rank, x1: rank, yref: "paper", y0: 0, y1: 1, layer: "between", line: { color: color("ink"), width: 1.5 } }],
     annotations: [{ x: Math.log10(rank), xref: "x", y: 1, yref: "paper", yanchor: "bottom", xanchor: right ? "right" : "left",
       text: "rank " + rank, showarrow: false, font: { size: 12 } }],
   };
@@ -89,7 +94,7 @@ const line = (i) => ({ color: S.colors[i % S.colors.length], dash: S.dashes[i % 
 const nullLine = (dash = "dot") => ({ color: S.null, dash, width: 1.8 });
 
 function curve(x, y, name, lineStyle, more = {}) {
-  return { x: x.slice(0, y.length), y, name: label(name), mode: "lines", line: lineStyle,
+  return { x: x.slice(0, y.length), y, name: label(name), plain: name, mode: "lines", line: lineStyle,
     hovertemplate: `rank %{x}: %{y:.3f}<extra>${label(name)}</extra>`, ...more };
 }
 
@@ -108,7 +113,30 @@ function pointsAt(traces, rank) {
 
 function draw(id, traces, figure, spoken) {
   $(id).setAttribute("aria-label", spoken);
+  key(id, traces);
   return Plotly.react(id, traces, figure, CONFIG);
+}
+
+// The key under a figure, as HTML: it wraps at any width, where plotly's own would cover the axis.
+function key(id, traces) {
+  const entries = traces.filter((t) => t.name && t.showlegend !== false && t.type !== "heatmap").map((t) => el("li", {}, swatch(t), t.plain ?? t.name));
+  const old = $(id).parentElement.querySelector(`ul.key[data-of="${id}"]`);
+  if (old) old.remove();
+  if (entries.length) $(id).after(el("ul", { class: "key", "data-of": id }, ...entries));
+}
+
+const DASHARRAY = { solid: "", dash: "7 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "11 5", longdashdot: "11 4 2 4" };
+const POINTS = { "x-thin-open": "M10 2 L18 10 M18 2 L10 10", "circle-open": "M14 2 a4 4 0 1 0 .01 0 Z", circle: "M14 2 a4 4 0 1 0 .01 0 Z" };
+function swatch(trace) {
+  const make = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    return node;
+  };
+  const svg = make("svg", { width: 28, height: 12, viewBox: "0 0 28 12", "aria-hidden": "true" });
+  if (trace.mode === "lines") svg.append(make("line", { x1: 0, x2: 28, y1: 6, y2: 6, stroke: trace.line.color, "stroke-width": 2.2, "stroke-dasharray": DASHARRAY[trace.line.dash] || "" }));
+  else svg.append(make("path", { d: POINTS[trace.marker.symbol], stroke: trace.marker.color, "stroke-width": 2, fill: trace.marker.symbol === "circle" ? trace.marker.color : "none" }));
+  return svg;
 }
 
 function show(id, visible) { $(id).hidden = !visible; }
@@ -187,7 +215,7 @@ function start() {
   $("rank").addEventListener("input", () => { chooseRank(Number($("rank").value)); changed(); });
   $("rank-number").addEventListener("input", () => { if ($("rank-number").value) { chooseRank(Number($("rank-number").value)); changed(); } });
   $("rank-number").addEventListener("blur", () => { $("rank-number").value = state.rank; });
-  for (const id of ["measure", "map-measure", "effect-task"]) $(id).addEventListener("change", changed);
+  for (const id of ["measure", "map-measure", "effect-task", "sweep-family"]) $(id).addEventListener("change", changed);
   startTexts();
   chooseRun(0);
   drawAll();

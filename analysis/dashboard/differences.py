@@ -33,7 +33,22 @@ def word_diff(before: str, after: str) -> list[Piece]:
         Piece(what == "equal", "".join(old[i1:i2]), "".join(new[j1:j2]))
         for what, i1, i2, j1, j2 in matcher.get_opcodes()
     ]
+    pieces = _without_coincidences(pieces)
     return [*pieces, Piece(rest[0] == rest[1], *rest)] if any(rest) else pieces
+
+
+def _without_coincidences(pieces: list[Piece]) -> list[Piece]:
+    """A single word that stayed between two longer changes is chance ("the"); the changes become one."""
+    kept: list[Piece] = []
+    for i, piece in enumerate(pieces):
+        neighbours = pieces[i - 1 : i] + pieces[i + 1 : i + 2]
+        alone = piece.same and len(_words(piece.after)) == 1 and len(neighbours) == 2
+        if alone and all(max(len(_words(n.before)), len(_words(n.after))) > 2 for n in neighbours):
+            piece = piece._replace(same=False)
+        if kept and not piece.same and not kept[-1].same:
+            piece = Piece(False, kept[-1].before + piece.before, kept.pop().after + piece.after)
+        kept.append(piece)
+    return kept
 
 
 def _words(text: str) -> list[str]:

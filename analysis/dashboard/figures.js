@@ -16,22 +16,20 @@ function drawAll() {
 /* ---- numbers ---- */
 function drawReadouts() {
   const b = block(), r = state.rank, w = state.width, tiles = [];
-  const tile = (value, what, note) => tiles.push(el("div", { class: "tile" }, el("dt", {}, what), el("dd", {}, value),
-    note ? el("dd", { class: "note" }, note) : null));
-  if (b.energy) {
-    const band = b.low ? between([0, at(b.low, r, w), at(b.high, r, w)], (x) => percent(x)) : "";
-    tile(percent(at(b.energy, r, w)), "of the gradient energy is kept", band ? `95 %: ${band}` : null);
-  }
-  if (b.halves) tile(percent(at(b.halves, r, w)), "of the other half's gradient energy", "directions from half of the examples");
-  if (b.kept) tile(percent(at(b.kept, r, w)), "of the activation energy is kept", `random directions: ${percent(r / w)}`);
+  const tile = (value, what, ...notes) => tiles.push(el("div", { class: "tile" }, el("dt", {}, what), el("dd", {}, value),
+    ...notes.filter(Boolean).map((note) => el("dd", { class: "note" }, note))));
+  if (b.energy) tile(percent(at(b.energy, r, w)), "of the gradient energy kept", b.low ? `95% band ${between([0, at(b.low, r, w), at(b.high, r, w)], percent)}` : null);
+  if (b.halves) tile(percent(at(b.halves, r, w)), "of unseen gradient energy kept", "directions of half the examples, energy of the other half");
+  if (b.kept) tile(percent(at(b.kept, r, w)), "of the activation energy kept", `random directions ${percent(r / w)}`);
   const others = D.runs.map((_, j) => overlapCurve(state.run, j, "energy")).map((c) => at(c, r, w)).filter((x) => x !== null);
   if (others.length) {
     const [low, high] = [Math.min(...others), Math.max(...others)];
-    tile(low === high ? percent(low) : `${percent(low, 0)} – ${percent(high, 0)}`, "of the other runs' gradient energy is held", `chance: ${percent(r / w)}`);
+    tile(low === high ? percent(low) : `${percent(low, 0)} to ${percent(high, 0)}`, "of other runs' gradient energy kept", `random directions ${percent(r / w)}`);
   }
   const e = effectNow();
-  if (e) tile(signed(e.loss[0]), `nats: aligned loss, change from base${e.place}`, between(e.loss, (x) => signed(x)) + (e.random ? `; random ${signed(e.random.loss[0])}` : ""));
-  if (e) tile(e.kl[0].toFixed(3), `nats: KL from base${e.place}`, between(e.kl, (x) => x.toFixed(3)) + (e.random ? `; random ${e.random.kl[0].toFixed(3)}` : ""));
+  const effect = (key, what, show) => tile(show(e[key][0]), what, between(e[key], show), e.random ? `random ${show(e.random[key][0])}` : null, e.place);
+  if (e && e.loss) effect("loss", "nats: change of the aligned loss", (x) => signed(x));
+  if (e && e.kl) effect("kl", "nats: KL from base", (x) => x.toFixed(3));
   $("readouts").replaceChildren(...tiles);
 }
 
@@ -43,8 +41,8 @@ function drawEnergy() {
     const edge = { mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" };
     traces.push({ x: ranks, y: b.high, ...edge }, { x: ranks, y: b.low, fill: "tonexty", fillcolor: S.colors[0] + "33", ...edge });
   }
-  if (b.energy) traces.push(curve(ranks, b.energy, "gradients" + (b.low ? ", 95 % band" : ""), line(0)));
-  if (b.halves) traces.push(curve(ranks, b.halves, "gradients of the other half", line(1)));
+  if (b.energy) traces.push(curve(ranks, b.energy, "gradients" + (b.low ? ", 95% band" : ""), line(0)));
+  if (b.halves) traces.push(curve(ranks, b.halves, "gradients of examples not used for the directions", line(1)));
   if (b.kept) traces.push(curve(ranks, b.kept, "activations, in the gradients' directions", line(2)));
   if (b.activation) traces.push(curve(ranks, b.activation, "null: activations, in their own", nullLine("dot")));
   traces.push(curve(ranks, chance, "null: random directions, r/d", nullLine("longdash")));
@@ -52,13 +50,13 @@ function drawEnergy() {
     xaxis: rankAxis(b.width), yaxis: { range: [0, 1.03], tickformat: ".0%" } });
   draw("plot-energy", [...traces, pointsAt(traces, state.rank)], figure,
     b.energy ? `At rank ${state.rank} the directions hold ${percent(at(b.energy, state.rank, b.width))} of the gradient energy.` : "Energy against rank.");
-  $("energy-says").textContent = energySays(b);
+  prose("energy-says", energySays(b));
 }
 
 function energySays(b) {
   if (!b.energy) return "This subspace was not extracted, so it has no spectrum of its own.";
   const ninety = countFor(b.energy, b.width, 0.9), null90 = b.activation ? countFor(b.activation, b.width, 0.9) : null;
-  let text = `${siteName(state.site)}, ${headName(state.head)}: ${ninety} of ${b.width} directions hold 90 % of the gradient energy`;
+  let text = `${siteName(state.site)}, ${headName(state.head)}: ${ninety} of ${b.width} directions hold 90% of the gradient energy`;
   text += null90 ? `; activations need ${null90} of their own.` : ".";
   if (b.kept) {
     const [kept, chance] = [at(b.kept, state.rank, b.width), state.rank / b.width];
@@ -85,73 +83,67 @@ function drawSpectrum() {
 
 /* ---- effects ---- */
 function startEffects() {
-  const tasks = (run().effects || []).map((e) => e.task);
+  const tasks = (run().effects || []).map((e) => e.task), sweeps = run().rank_sweep || [];
   options($("effect-task"), tasks.map((task) => [task, task]), tasks.includes($("effect-task").value) ? $("effect-task").value : tasks[0]);
-  show("effect", tasks.length > 0 || !!run().rank_sweep);
-  show("effect-task-field", tasks.length > 1);
+  options($("sweep-family"), sweeps.map((sweep, i) => [i, sweep.name + (sweep.own ? " (this run)" : "")]), 0);
+  show("effect", tasks.length > 0 || sweeps.length > 0);
+  show("effect-task-field", tasks.length > 1 && !sweeps.length);
+  show("sweep-family-field", sweeps.length > 1);
 }
 
 const measured = () => (run().effects || []).find((e) => e.task === $("effect-task").value) || null;
+const sweepNow = () => (run().rank_sweep || [])[Number($("sweep-family").value)] || null;
 
-// The run's projection has one rank per block; the slider may stand on another block width: compare shares of the width.
+// The rank and width of the run's own blocks: the slider may stand on wider or narrower ones.
 function usedRank() {
   const used = run().used;
   if (!used) return null;
-  const ranks = Object.values(used.ranks).flat(), typical = Math.max(...ranks);
-  return { rank: typical, width: usedWidth(), per_head: used.per_head };
+  const [site, ranks] = Object.entries(used.ranks)[0], heads = Object.entries(run().blocks[site] || {});
+  const entry = heads.find(([head]) => (head !== "all") === used.per_head) || heads[0];
+  return { rank: Math.max(...ranks), width: entry ? entry[1].width : state.width, per_head: used.per_head };
 }
-function usedWidth() {
-  const used = run().used, site = Object.keys(used.ranks)[0];
-  const entry = Object.entries(run().blocks[site]).find(([head]) => (head !== "all") === used.per_head) || Object.entries(run().blocks[site])[0];
-  return entry[1].width;
-}
+
+// The slider's rank as the same share of another width.
+const rankIn = (width) => Math.max(1, Math.round(state.rank / state.width * width));
 
 // What is known of the effect nearest to the slider's rank.
 function effectNow() {
   const sweep = sweepNow();
   if (sweep) {
-    const target = state.rank / state.width;
-    let best = 0;
-    sweep.rows.forEach((row, i) => { if (Math.abs(row.rank / sweep.width - target) < Math.abs(sweep.rows[best].rank / sweep.width - target)) best = i; });
-    return { ...sweep.rows[best], place: `, rank ${sweep.rows[best].rank} of ${sweep.width}` };
+    const wanted = rankIn(sweep.width);
+    const row = sweep.rows.reduce((best, one) => Math.abs(one.rank - wanted) < Math.abs(best.rank - wanted) ? one : best);
+    return { ...row, place: `rank ${row.rank} of ${sweep.width}` + (row.rank === wanted ? "" : ", the nearest swept") };
   }
-  const e = measured();
-  if (!e || !e.projected) return null;
-  const used = usedRank();
-  return { ...e.projected, random: e.random, place: used ? `, at the run's rank ${used.rank} of ${used.width}` : "" };
-}
-
-function sweepNow() {
-  const sweeps = run().rank_sweep;
-  if (!sweeps) return null;
-  return sweeps.find((s) => s.per_head === !joint()) || sweeps[0];
+  const e = measured(), used = usedRank();
+  return e && e.projected && used ? { ...e.projected, random: e.random, place: `at the run's rank ${used.rank} of ${used.width}` } : null;
 }
 
 function drawEffects() {
   if ($("effect").hidden) return;
   const sweep = sweepNow(), e = measured(), used = usedRank();
-  const width = sweep ? sweep.width : used ? used.width : state.width;
-  const rank = Math.max(1, Math.round(state.rank / state.width * width));
-  for (const [id, key, title] of [["plot-loss", "loss", "nats per token"], ["plot-kl", "kl", "nats per token"]]) {
-    const traces = [];
-    if (sweep) {
-      const x = sweep.rows.map((row) => row.rank);
-      for (const [name, pick, style, fill] of [["random subspaces", (row) => row.random && row.random[key], nullLine(), S.null], ["projected", (row) => row[key], line(0), S.colors[0]]]) {
-        const rows = sweep.rows.filter((row) => pick(row)), xs = rows.map((row) => row.rank), ys = rows.map(pick);
-        if (!rows.length) continue;
-        const edge = { mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" };
-        traces.push({ x: xs, y: ys.map((v) => v[2]), ...edge }, { x: xs, y: ys.map((v) => v[1]), fill: "tonexty", fillcolor: fill + "33", ...edge });
-        traces.push({ ...curve(xs, ys.map((v) => v[0]), name, style), mode: "lines" });
-      }
-    } else if (e && used) traces.push(...singlePoint(e, key, used));
-    if (e && e.spd && !sweep) traces.push({ x: [0.9, width * 1.1], y: [e.spd[key][0], e.spd[key][0]], mode: "lines", name: "after SPD, unprojected",
-      line: line(1), hovertemplate: `after SPD: %{y:.4f} ${between(e.spd[key], (v) => v.toFixed(4))}<extra></extra>` });
-    const figure = layout(`rank per ${(sweep || used || {}).per_head ? "head" : "site"}, at all sites of the run`, title,
-      { ...marker(rank, width), xaxis: rankAxis(width), yaxis: key === "kl" ? { rangemode: "tozero" } : {} });
-    figure.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, line: { color: S.null, width: 1 } });
+  const shape = sweep || used || { width: state.width, per_head: !joint() }, rank = rankIn(shape.width);
+  for (const [id, key] of [["plot-loss", "loss"], ["plot-kl", "kl"]]) {
+    const traces = sweep ? sweptLines(sweep, key) : e && used ? singlePoint(e, key, used) : [];
+    if (e && e.spd && !sweep) traces.push({ x: [0.9, shape.width * 1.1], y: [e.spd[key][0], e.spd[key][0]], mode: "lines", name: "after SPD, without projection",
+      line: line(1), hovertemplate: `after SPD: ${e.spd[key][0].toFixed(4)} ${between(e.spd[key], (v) => v.toFixed(4))}<extra></extra>` });
+    const figure = layout(`rank r per ${shape.per_head ? "head" : "site"}, at all sites projected`, "nats per token",
+      { ...marker(rank, shape.width), xaxis: rankAxis(shape.width), yaxis: key === "kl" ? { rangemode: "tozero" } : {} });
+    figure.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, layer: "between", line: { color: S.null, width: 1 } });
     draw(id, sweep ? [...traces, pointsAt(traces, rank)] : traces, figure, `${key === "kl" ? "KL from base" : "Change of the aligned loss"} against rank.`);
   }
-  $("effect-says").textContent = effectSays(sweep, e, used);
+  prose("effect-says", effectSays(sweep, e, used));
+}
+
+function sweptLines(sweep, key) {
+  const traces = [], edge = { mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" };
+  for (const [name, pick, style, fill] of [["null: random subspaces, with the range of draws", (row) => row.random[key], nullLine(), S.null],
+    ["projected, 95% over items", (row) => row[key], line(0), S.colors[0]]]) {
+    const rows = sweep.rows.filter((row) => pick(row) && pick(row)[0] !== null), xs = rows.map((row) => row.rank), ys = rows.map(pick);
+    if (!rows.length) continue;
+    traces.push({ x: xs, y: ys.map((v) => v[2]), ...edge }, { x: xs, y: ys.map((v) => v[1]), fill: "tonexty", fillcolor: fill + "33", ...edge },
+      curve(xs, ys.map((v) => v[0]), name, style));
+  }
+  return traces;
 }
 
 function singlePoint(e, key, used) {
@@ -174,9 +166,9 @@ function singlePoint(e, key, used) {
 function effectSays(sweep, e, used) {
   const parts = [];
   if (e && e.says) parts.push(...e.says);
-  if (sweep) parts.push(sweep.says);
-  else if (used) parts.push(`Measured at the run's rank alone. Every rank: spd-lens analyze rank-sweep ${run().name}`);
-  return parts.filter(Boolean).join(" ");
+  if (sweep) parts.unshift("Teacher-forced on held-out items, as nats per token of the gold completion; the rank is that of every block projected.", "At the run's own rank:");
+  else if (used) parts.push("Measured at the run's rank alone; `spd-lens analyze rank-sweep` measures others.");
+  return parts.filter(Boolean).join(" ").replace(/ At the run's own rank:$/, "");
 }
 
 /* ---- overlap ---- */
@@ -188,24 +180,23 @@ function overlapCurve(i, j, measure) {
 
 function drawOverlap() {
   const n = D.runs.length, b = block(), w = b.width, ranks = grid(w), r = state.rank, measure = $("measure").value;
-  const own = run().name, energy = measure === "energy" || n < 2;
-  show("overlap-map", n > 1); show("overlap-row", n > 1);
-  $("overlap-plots").classList.toggle("one", n < 2);
+  const own = run().name, energy = measure === "energy";
+  show("overlap-plots", n > 1); show("overlap-row", n > 1);
+  if (n < 2) {
+    prose("overlap-says", "Name several runs, and this view compares them: spd-lens dashboard RUN RUN…");
+    return;
+  }
   $("overlap-caption").textContent = `What ${own}'s directions hold, against rank`;
   const traces = [];
   D.runs.forEach((other, j) => {
-    const c = n > 1 ? overlapCurve(state.run, j, measure) : null;
+    const c = overlapCurve(state.run, j, measure);
     if (c) traces.push(curve(ranks, c, `${energy ? "gradients" : "directions"} of ${other.name}`, line(j)));
   });
-  if (energy && b.halves) traces.push(curve(ranks, b.halves, `ceiling: its own other half`, { color: color("ink"), dash: "longdashdot", width: 1.8 }));
+  if (energy && b.halves) traces.push(curve(ranks, b.halves, `${own} itself, half against half`, { color: color("ink"), dash: "longdashdot", width: 1.8 }));
   traces.push(curve(ranks, ranks.map((k) => k / w), "null: random directions, r/d", nullLine("dot")));
   const name = energy ? "share of gradient energy held" : "mean squared cosine";
   draw("plot-overlap-rank", [...traces, pointsAt(traces, r)], layout("rank r (directions kept)", name, { ...marker(r, w),
     xaxis: rankAxis(w), yaxis: { range: [0, 1.03], ...(energy ? { tickformat: ".0%" } : {}) } }), "Overlap against rank.");
-  if (n < 2) {
-    $("overlap-says").textContent = "One run alone: how much of one half of its examples' gradients do directions from the other half hold? Give the dashboard several runs to compare tasks.";
-    return;
-  }
   const z = D.runs.map((_, i) => D.runs.map((__, j) => {
     if (i !== j) return at(overlapCurve(i, j, measure), r, w);
     const mine = (D.runs[i].blocks[state.site] || {})[state.head];
@@ -215,15 +206,14 @@ function drawOverlap() {
   const chance = r / w;
   draw("plot-overlap", [{ type: "heatmap", x: names, y: names, z, zmin: 0, zmax: 1, colorscale: S.sequential, xgap: 2, ygap: 2,
     text: z.map((row) => row.map((x) => x === null ? "n/a" : energy ? percent(x, 0) : x.toFixed(2))), texttemplate: "%{text}", textfont: { size: 15 },
-    hovertemplate: "subspace of %{y}<br>gradients of %{x}<br>%{text}<extra></extra>", hoverongaps: false,
-    colorbar: { thickness: 12, outlinewidth: 0, tickformat: energy ? ".0%" : ".1f", title: { text: name, side: "right" } } }],
+    hovertemplate: "subspace of %{y}<br>gradients of %{x}<br>%{text}<extra></extra>", hoverongaps: false, showscale: false }],
     layout(energy ? "gradients of" : "directions of", energy ? "subspace of" : "directions of",
-      { xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "", title: { standoff: 4 } } }),
+      { xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "" } }),
     `Overlap of ${n} runs at rank ${r}.`);
   const cells = z.flatMap((row, i) => row.filter((x, j) => i !== j && x !== null));
   const spread = cells.length ? `between runs ${percent(Math.min(...cells), 0)} to ${percent(Math.max(...cells), 0)}` : "no other run has this site";
-  $("overlap-says").textContent = `Rank ${r} of ${w}: ${spread}; random directions ${percent(chance, 0)}. ` +
-    (energy ? "Diagonal: one half of a run's examples against its other half, the most that an overlap can reach." : "Diagonal: 1 by definition. At high ranks mostly the tails are compared, and chance is high.");
+  prose("overlap-says", `Rank ${r} of ${w}: ${spread}; random directions ${percent(chance, 0)}. ` +
+    (energy ? "Diagonal: directions from half of a run's examples, gradients of its other half." : "Diagonal: 1 by definition. At high ranks mostly the tails are compared, and chance is high."));
 }
 
 /* ---- layer × head ---- */
@@ -243,19 +233,19 @@ function drawMap() {
     : chosen === "held" ? at(b.energy, joint() ? Math.max(1, Math.round(r / state.width * b.width)) : r, b.width) : countFor(b.energy, b.width, 0.9);
   const format = (x) => x === null ? "" : chosen === "ninety" ? String(x) : percent(x, chosen === "share" && x < 0.0995 ? 1 : 0);
   const traces = [], figure = layout("", "", { height: Math.max(190, 96 + layers.length * (layers.length > 10 ? 19 : 44)), margin: { l: 62, r: 16, t: 34, b: 46 }, annotations: [], shapes: [] });
-  const span = 1 / kinds.length, all = cells.map((c) => value(c.b)).filter((x) => x !== null);
+  const written = cells.length <= 160, span = 1 / kinds.length, all = cells.map((c) => value(c.b)).filter((x) => x !== null);
   const scale = { colorscale: S.sequential, cmin: chosen === "ninety" ? 1 : 0, cmax: chosen === "held" ? 1 : Math.max(...all),
-    colorbar: { thickness: 12, outlinewidth: 0, tickformat: chosen === "ninety" ? "d" : ".0%" } };
+    showscale: !written, colorbar: { thickness: 12, outlinewidth: 0, nticks: 5, tickformat: chosen === "ninety" ? "d" : ".0%" } };
   kinds.forEach((kind, k) => {
     const heads = [...new Set(cells.filter((c) => c.s.endsWith("." + kind)).map((c) => c.head))].sort((a, b) => a - b);
     const z = layers.map((layer) => heads.map((head) => value((blocks[`${layer}.${kind}`] || {})[head])));
     const suffix = k ? String(k + 1) : "";
     traces.push({ type: "heatmap", x: heads.map((h) => h === "all" ? "all" : h), y: layers.map(String), z, coloraxis: "coloraxis", xgap: 2, ygap: 2, name: kind, hoverongaps: false,
-      xaxis: "x" + suffix, yaxis: "y" + suffix, text: z.map((row) => row.map(format)), texttemplate: layers.length * heads.length <= 160 ? "%{text}" : "",
+      xaxis: "x" + suffix, yaxis: "y" + suffix, text: z.map((row) => row.map(format)), texttemplate: written ? "%{text}" : "",
       hovertemplate: `layer %{y}, head %{x}: %{text}<extra>${kind.toUpperCase()}</extra>` });
     const style = { showgrid: false, ticks: "", type: "category" };
-    figure["xaxis" + suffix] = { ...figure.xaxis, ...style, domain: [k * span + (k ? 0.03 : 0), (k + 1) * span - 0.02], anchor: "y" + suffix, title: { text: (["k", "v"].includes(kind) ? "KV head" : "head"), standoff: 6 } };
-    figure["yaxis" + suffix] = { ...figure.yaxis, ...style, anchor: "x" + suffix, autorange: "reversed", showticklabels: k === 0, title: { text: k === 0 ? "layer" : "" } };
+    figure["xaxis" + suffix] = { ...figure.xaxis, ...style, domain: [k * span + (k ? 0.03 : 0), (k + 1) * span - 0.02], anchor: "y" + suffix, title: { ...figure.xaxis.title, text: ["k", "v"].includes(kind) ? "KV head" : "head" } };
+    figure["yaxis" + suffix] = { ...figure.yaxis, ...style, anchor: "x" + suffix, autorange: "reversed", showticklabels: k === 0, title: { ...figure.yaxis.title, text: k === 0 ? "layer" : "" } };
     figure.annotations.push({ text: { k: "keys", v: "values", q: "queries" }[kind] || kind, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1, yanchor: "bottom", xanchor: "left", showarrow: false, font: { size: 13 } });
     const [layer, mine] = state.site.split(".");
     if (mine === kind && heads.includes(state.head)) {
@@ -271,8 +261,8 @@ function drawMap() {
     const point = event.points[0];
     chooseSite(`${point.y}.${point.data.name}`); chooseHead(String(point.x)); changed();
   });
-  const few = layers.length < 5 && run().used ? ` Only the run's own layers were extracted; for all of them: spd-lens analyze heads ${run().name}` : "";
-  $("where-says").textContent = `Outlined: the site and head chosen above; a click chooses another.` + (chosen === "share" ? ` If all were alike, each would have ${percent(1 / all.length)}.` : "") + few;
+  const few = layers.length < 5 && run().used ? " Only the run's own layers were extracted; after `spd-lens analyze heads` all are here." : "";
+  prose("where-says", `Outlined: the site and head chosen above; a click chooses another.` + (chosen === "share" ? ` If all were alike, each would have ${percent(1 / all.length)}.` : "") + few);
 }
 
 /* ---- layer sweep ---- */
@@ -286,5 +276,5 @@ function drawLayers() {
     colorbar: { thickness: 12, outlinewidth: 0, title: { text: sweep.unit, side: "right" } } }],
     layout(sweep.x, sweep.y, { height: Math.max(220, 110 + sweep.rows.length * (sweep.rows.length > 10 ? 19 : 36)), xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "" } }),
     "Layer sweep.");
-  $("layers-says").textContent = sweep.says;
+  prose("layers-says", sweep.says);
 }

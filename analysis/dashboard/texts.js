@@ -58,7 +58,7 @@ function card(set, item) {
     const notes = [];
     if (item.scores) notes.push(`score ${item.scores[name]}`);
     if (item.ends[name] === "length") notes.push("cut at the limit");
-    if (i > 0 && !item.pieces[name].some((p) => p.length > 1 && !p[2])) notes.push("the same words");
+    if (i > 0) notes.push(item.pieces[name].some((p) => p.length > 1 && !p[2]) ? percent(common(item.pieces[name]), 0) + " of the words in common" : "the same words");
     return el("div", { class: "side" }, el("h4", {}, policyName(name), ...notes.map((note) => el("small", {}, note))), text);
   });
   const gold = item.gold ? el("span", {}, "gold: " + ending(item.gold)) : null;
@@ -73,11 +73,25 @@ function ending(text) {
 }
 
 function marked(pieces, side) {
-  return pieces.filter((p) => p[p.length > 1 && side === "after" ? 1 : 0]).map((p) => {
+  return pieces.flatMap((p) => {
     const text = p[p.length > 1 && side === "after" ? 1 : 0];
-    if (p.length === 1 || p[2]) return document.createTextNode(text);
-    return el(side === "after" ? "ins" : "del", {}, text);
+    if (!text) return [];
+    if (p.length === 1 || p[2]) return [text];
+    const words = text.trimEnd();  // a mark ends with its last word
+    return [el(side === "after" ? "ins" : "del", {}, words), text.slice(words.length)];
   });
+}
+
+// The share of the words of both texts that is in both.
+function common(pieces) {
+  const words = (text) => (text.match(/\S+/g) || []).length;
+  let same = 0, all = 0;
+  for (const p of pieces) {
+    const [a, b] = p.length === 1 ? [words(p[0]), words(p[0])] : [words(p[0]), words(p[1])];
+    all += a + b;
+    if (p.length === 1 || p[2]) same += a + b;
+  }
+  return all ? same / all : 1;
 }
 
 function drawSaved() {
