@@ -1,0 +1,279 @@
+"""What is in a corpus: lengths, repeats, degeneration and what stands outside of the task's text, with intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median, quantiles, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from spd_lens.corpus import Corpus, Record
+from spd_lens.errors import SPDError
+from spd_lens.estimate import Estimate
+from spd_lens.statistics import MIN_BOOTSTRAP, mean_interval, score_interval
+from spd_lens.tasks import Task
+
+GROUP = 10
+"""Prompts whose completions are pooled for one value of distinct-n, which falls with the size of the pool."""
+SAID = 3
+"""A completion that ends on the same words said so many times in a row is a loop (Holtzman et al. 2020)."""
+SHORT = 3
+"""Completions of fewer tokens are counted as short: at most a word and the end."""
+
+
+def corpus_diagnostics(
+    corpus: Corpus | Sequence[Record], tokenizer: Any = None, task: Task | None = None, *, confidence: float = 0.95
+) -> pd.DataFrame:
+    """One row per measure: `measure, value, low, high, n, unit, interval`.
+
+    `n` counts prompts, which are what intervals rest on: several samples of one prompt are averaged first. `low` and
+    `high` are missing where the data allow no interval, or where the value describes this corpus and nothing else.
+
+    | measure | what it is |
+    | --- | --- |
+    | `completions`, `prompts` | how many |
+    | `length`, `length sd`, `length median` | tokens of a completion, EOS included |
+    | `shortest`, `length 10 %`, `length 90 %`, `longest` | the same, of this corpus |
+    | `short` | share of completions of fewer than 3 tokens |
+    | `truncated` | share cut at the token limit |
+    | `empty` | share of completions without any visible character |
+    | `duplicates` | share of completions whose text an earlier one of the corpus has, word for word |
+    | `duplicates within prompts` | share of a prompt's further samples that repeat an earlier one of them |
+    | `repeated 4-grams` | `1 - distinct / all` 4-grams of tokens in a completion (seq-rep-4, Welleck et al. 2020) |
+    | `longest loop` | tokens of the longest stretch that only repeats what stands directly before it |
+    | `loops` | share of completions that end on the same two or more tokens said three times or more (Holtzman 2020) |
+    | `distinct-1`, `distinct-2` | distinct n-grams over all (Li et al. 2016), in pools of ten prompts |
+    | `answered` | share from which the task extracts an answer |
+    | `after the answer` | share of tokens behind the point from which on the extracted answer stays the same |
+
+    Args:
+        corpus: From `generate`, or records read with `Corpus.load`.
+        tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
+        task: Whose answers are extracted; None leaves out the last two measures.
+        confidence: Of the intervals.
+
+    Raises:
+        SPDError: an empty corpus.
+    """
+    prompts = _by_prompt(corpus)
+    rows: list[dict[str, Any]] = []
+
+    def add(measure: str, unit: str, estimate: Estimate) -> None:
+        low, high = (estimate.low, estimate.high) if estimate.bounded else (None, None)
+        found = {"measure": measure, "value": estimate.value, "low": low, "high": high, "n": estimate.n}
+        rows.append({**found, "unit": unit, "interval": estimate.method})
+
+    def fact(measure: str, unit: str, value: float, note: str = "of this corpus") -> None:
+        add(measure, unit, Estimate(value, -np.inf, np.inf, len(prompts), note))
+
+    def mean(measure: str, unit: str, of: Callable[[Record], float]) -> None:
+        add(measure, unit, _mean_over_prompts(prompts, of, confidence, share=unit == "share"))
+
+    records = [record for samples in prompts for record in samples]
+    lengths = [float(record.n_completion_tokens) for record in records]
+    fact("completions", "count", len(records))
+    fact("prompts", "count", len(prompts))
+    mean("length", "tokens", lambda record: record.n_completion_tokens)
+    for measure, statistic in (("length sd", _sd), ("length median", _median)):
+        add(measure, "tokens", _bootstrapped(prompts, statistic, confidence))
+    tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else lengths * 9
+    for measure, value in (
+        ("shortest", min(lengths)), ("length 10 %", tenths[0]), ("length 90 %", tenths[-1]), ("longest", max(lengths)),
+    ):  # fmt: skip
+        fact(measure, "tokens", value)
+    mean("short", "share", lambda record: float(record.n_completion_tokens < SHORT))
+    mean("truncated", "share", lambda record: float(record.finish_reason == "length"))
+    mean("empty", "share", lambda record: float(not record.completion.strip()))
+    repeats = _repeats(records)
+    mean("duplicates", "share", lambda record: float(record.key in repeats))
+    several = [samples for samples in prompts if len(samples) > 1]
+    if several:
+        shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
+        add("duplicates within prompts", "share", score_interval(shares, confidence=confidence))
+    mean("repeated 4-grams", "share", lambda record: repeated_ngrams(_text_ids(record), 4))
+    mean("longest loop", "tokens", lambda record: longest_loop(_text_ids(record)))
+    mean("loops", "share", lambda record: float(ends_in_loop(_text_ids(record))))
+    for n in (1, 2):
+        add(f"distinct-{n}", "share", _distinct(prompts, n, confidence))
+    if task is not None:
+        answered = {record.key: task.extract(record.completion) is not None for record in records}
+        mean("answered", "share", lambda record: float(answered[record.key]))
+        with_answer = [[r for r in samples if answered[r.key]] for samples in prompts]
+        with_answer = [samples for samples in with_answer if samples]
+        if with_answer:
+            decode = _decoder(tokenizer)
+            add(
+                "after the answer", "share",
+                _mean_over_prompts(with_answer, lambda r: share_after_answer(r, task, decode), confidence, share=True),
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def repeated_ngrams(ids: Sequence[int], n: int = 4) -> float:
+    """`1 - distinct / all` n-grams of one text (seq-rep-n, Welleck et al. 2020); 0 where there is none."""
+    grams = _ngrams(ids, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def longest_loop(ids: Sequence[int]) -> int:
+    """Tokens of the longest stretch that only says again what stands directly before it, at any period.
+
+    `a b c a b c a b c` has one of 6: the first `a b c` is said, the rest repeats it. A stretch shorter than its period
+    is no repeat.
+    """
+    tokens, best = np.asarray(ids), 0
+    for period in range(1, len(tokens) // 2 + 1):
+        same = np.flatnonzero(np.concatenate(([True], tokens[period:] != tokens[:-period], [True])))
+        run = int(np.diff(same).max()) - 1
+        if run >= period:
+            best = max(best, run)
+    return best
+
+
+def ends_in_loop(ids: Sequence[int]) -> bool:
+    """Whether a text ends on two or more tokens said three times or more (Holtzman et al. 2020); the last repetition
+    may be cut off in the middle."""
+    tokens = np.asarray(ids)
+    for period in range(2, len(tokens) // SAID + 1):
+        same = tokens[period:][::-1] == tokens[:-period][::-1]
+        run = len(same) if same.all() else int(same.argmin())
+        if run >= (SAID - 1) * period:
+            return True
+    return False
+
+
+def share_after_answer(record: Record, task: Task, decode: Callable[[Sequence[int]], str] | None = None) -> float:
+    """Share of a completion that stands behind its answer.
+
+    The answer is settled at the end of the shortest beginning, in whole words, from which on the task extracts what it
+    extracts from the whole: what follows neither makes nor changes it, be it a second question that the model asks
+    itself, an explanation, or the answer once more. White space at the end counts for nothing.
+
+    Args:
+        record: A completion from which the task extracts an answer.
+        task: Which says what an answer is.
+        decode: Token ids to text, to count in tokens; None counts characters.
+    """
+    text = record.completion.rstrip()
+    place = settled_at(text, task)
+    if decode is None:
+        return 1 - place / len(text) if text else 0.0
+    ids = _text_ids(record)
+    end, settled = _tokens_of(ids, len(text), decode), _tokens_of(ids, place, decode)
+    return 1 - settled / end if end else 0.0
+
+
+def settled_at(text: str, task: Task) -> int:
+    """Character behind the word with which the answer stands; the text's length where it has none."""
+    answer = task.extract(text)
+    if answer is None:
+        return len(text)
+    settled = len(text)
+    # From behind: most answers stand at the end, and a beginning may have had the right one by chance.
+    for end in reversed(_word_ends(text)):
+        if task.extract(text[:end]) != answer:
+            break
+        settled = end
+    return settled
+
+
+def _word_ends(text: str) -> list[int]:
+    return [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
+
+
+def _tokens_of(ids: Sequence[int], n_characters: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """How many of the tokens make up the first characters; a token that reaches beyond counts."""
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if len(decode(ids[:middle])) >= n_characters:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
+    if tokenizer is None:
+        return None
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a ModelPair has one
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _text_ids(record: Record) -> tuple[int, ...]:
+    """A completion's tokens without the one that ended it."""
+    return record.completion_ids[:-1] if record.finish_reason == "eos" else record.completion_ids
+
+
+def _by_prompt(corpus: Iterable[Record]) -> list[list[Record]]:
+    prompts: dict[str, list[Record]] = {}
+    for record in corpus:
+        prompts.setdefault(record.id, []).append(record)
+    if not prompts:
+        raise SPDError("the corpus is empty, so there is nothing to diagnose; generate completions first")
+    return list(prompts.values())
+
+
+def _mean_over_prompts(
+    prompts: Sequence[Sequence[Record]], of: Callable[[Record], float], confidence: float, *, share: bool
+) -> Estimate:
+    values = [fmean(of(record) for record in samples) for samples in prompts]
+    return (score_interval if share else mean_interval)(values, confidence=confidence)
+
+
+def _repeats(records: Iterable[Record]) -> set[tuple[str, int]]:
+    seen: Counter[str] = Counter()
+    repeats = set()
+    for record in records:
+        if seen[record.completion]:
+            repeats.add(record.key)
+        seen[record.completion] += 1
+    return repeats
+
+
+def _sd(lengths: Sequence[float]) -> float:
+    return stdev(lengths) if len(lengths) > 1 else 0.0
+
+
+def _median(lengths: Sequence[float]) -> float:
+    return float(median(lengths))
+
+
+def _bootstrapped(
+    prompts: Sequence[Sequence[Record]], statistic: Callable[[Sequence[float]], float], confidence: float
+) -> Estimate:
+    """A statistic of all lengths, with a percentile bootstrap in which prompts are drawn with all of their samples."""
+    lengths = [[float(record.n_completion_tokens) for record in samples] for samples in prompts]
+    value = statistic([x for own in lengths for x in own])
+    if len(prompts) < MIN_BOOTSTRAP:
+        return Estimate(value, -np.inf, np.inf, len(prompts), f"fewer than {MIN_BOOTSTRAP} prompts, no interval")
+    places = np.arange(len(prompts))
+    result = stats.bootstrap(
+        (places,), lambda drawn: statistic([x for i in drawn for x in lengths[i]]), vectorized=False,
+        method="percentile", n_resamples=999, confidence_level=confidence, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    low, high = (float(end) for end in result.confidence_interval)
+    return Estimate(value, low, high, len(prompts), f"percentile bootstrap {100 * confidence:g}% over prompts")
+
+
+def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) -> Estimate:
+    """Distinct-n of disjoint pools of ten prompts, one completion each: such pools compare whatever the corpus' size.
+
+    An incomplete last pool is left out, unless it is the only one.
+    """
+    firsts = [samples[0] for samples in prompts]
+    starts = range(0, max(len(firsts) - GROUP, 0) + 1, GROUP)
+    values = []
+    for start in starts:
+        grams = [gram for record in firsts[start : start + GROUP] for gram in _ngrams(_text_ids(record), n)]
+        if grams:
+            values.append(len(set(grams)) / len(grams))
+    return mean_interval(values or [0.0], confidence=confidence)

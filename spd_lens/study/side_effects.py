@@ -1,0 +1,140 @@
+"""Side effects: text that a method was never aimed at, and whether answers still come in the form that was asked for.
+
+The measure on the texts is teacher-forced: the loss per token, and KL from the base model. A method that sharpens one
+capability by forgetting others shows a higher loss here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spd_lens import tasks
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.tasks import CodeTask, Task
+from spd_lens.tasks.code import extract_code
+from spd_lens.tasks.forms import ANSWER_MARK, ChosenLetter, FinalNumber
+
+if TYPE_CHECKING:
+    from spd_lens.study.config import StudyConfig
+
+NEUTRAL = "neutral"
+"""The set of neutral prose."""
+SYNTHETIC = ("synthetic-math", "synthetic-code", "synthetic-qa")
+"""Tasks that need no files, so that every study has other tasks to look at."""
+PUBLISHED = ("gsm8k", "svamp", "mbpp", "codealpaca", "mmlu", "bbh")
+"""Tasks that are looked at where `data_dir` holds them; nothing is fetched for side effects."""
+
+
+def side_effect_examples(config: StudyConfig, pair: ModelPair | None = None) -> dict[str, list[Example]]:
+    """Texts that the study neither trains nor evaluates on, by set: gold completions of other tasks, and prose.
+
+    Every example's one span is its whole completion, so that the aligned loss of `teacher_forced` is the NLL per token.
+
+    Args:
+        config: `sources` and `targets` are left out; `n_side_effects` texts of each set (fewer where it has fewer; 0
+            gives no set at all), drawn with `data_seed`; other benchmarks are read from `data_dir` where it has them.
+        pair: Leave out texts that do not fit this model's context, and sets of which none does.
+    """
+    settings, n = config.shared, config.n_side_effects
+    if not n:
+        return {}
+    measured = {*config.sources, *config.targets}
+    sets = {}
+    for name in (*SYNTHETIC, *PUBLISHED):
+        if name not in measured and (task := _at_hand(name, settings.data_dir)) is not None:
+            sets[name] = held_out_texts(task, n, settings.data_seed)
+    sets[NEUTRAL] = neutral_texts()[:n]
+    if pair is not None:
+        sets = {name: [item for item in items if _fits(pair, item)] for name, items in sets.items()}
+    return {name: items for name, items in sets.items() if items}
+
+
+def held_out_texts(task: Task, n: int, seed: int = 42) -> list[Example]:
+    """Up to `n` test items of a task, each with its whole gold completion as the span."""
+    available = n if task.name in SYNTHETIC else len(task.pool("test"))
+    items = task.test(min(n, available), seed)
+    return [replace(item, spans=((0, len(item.completion)),)) for item in items if item.completion]
+
+
+@cache
+def _neutral() -> tuple[Example, ...]:
+    lines = resources.files("spd_lens.study").joinpath("neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for record in map(json.loads, lines):
+        prompt = f"Write a few sentences about {record['topic']}."
+        found.append(Example(prompt, record["text"], ((0, len(record["text"])),), record["id"]))
+    return tuple(found)
+
+
+def neutral_texts() -> list[Example]:
+    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
+    return list(_neutral())
+
+
+def _at_hand(name: str, data_dir: str | None) -> Task | None:
+    if name in SYNTHETIC:
+        return tasks.get(name)
+    if data_dir is None or not (Path(data_dir).expanduser() / name).is_dir():
+        return None
+    return tasks.get(name, data_dir)
+
+
+def _fits(pair: ModelPair, example: Example) -> bool:
+    try:
+        pair.encode(example)
+    except SPDError:
+        return False
+    return True
+
+
+_NUMBER_LINE = re.compile(r"^[\s*]*####[ \t]*(?:.*=)?[^\w\n]{0,4}\d", re.MULTILINE)
+_ANSWER_LINE = re.compile(rf"^[\s*]*{ANSWER_MARK.strip()}[\s*]*\S", re.MULTILINE | re.IGNORECASE)
+
+
+def in_asked_form(task: Task, completion: str) -> bool:
+    """Whether a completion gives an answer that the task can extract, in the form that its prompt asks for.
+
+    | task | form |
+    | --- | --- |
+    | final number (GSM8K, SVAMP, synthetic-math) | a line of `####` and a number |
+    | choice or short answer (MMLU, BBH, synthetic-qa) | a line `Answer: ...` from which the answer can be taken |
+    | code (MBPP, synthetic-code) | Python that parses and defines something |
+    | others, and tasks of one's own | `task.extract` finds an answer |
+
+    `task.extract` alone is more lenient: it takes the last number, or the only letter, of any text.
+    """
+    if task.extract(completion) is None:
+        return False
+    if isinstance(task, FinalNumber):
+        return _NUMBER_LINE.search(completion) is not None
+    if isinstance(task, ChosenLetter) or task.name == "bbh":
+        return _ANSWER_LINE.search(completion) is not None
+    if isinstance(task, CodeTask):
+        return _defines_something(extract_code(completion) or "")
+    return True
+
+
+def _defines_something(code: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\\d" in a model's code is not the user's concern
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in tree.body)
+
+
+def format_compliance(task: Task, completions: Iterable[str]) -> list[float]:
+    """1.0 for every completion in the asked form, else 0.0: the measure "format" of a study."""
+    return [float(in_asked_form(task, completion)) for completion in completions]
