@@ -1,0 +1,298 @@
+"""`report.md`: what a study found, gains beside side effects, with its controls and what it cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spd_lens import methods
+from spd_lens.report import quoted
+from spd_lens.storage import write_text
+from spd_lens.study.contrasts import (
+    ALPHA,
+    FLIPS_PER_COMPARISON,
+    MIN_FLIPS,
+    RANDOM,
+    better,
+    contrasts,
+    estimate_of,
+    means,
+)
+from spd_lens.study.evidence import BASE, ORDER, PRIMARY, Evidence
+from spd_lens.study.setup import differences_from_paper
+from spd_lens.study.verdict import answers
+
+PHASES = {"trained": "After training", "projected": "Under the projection, before any training"}
+UNITS = {
+    "aligned loss": "nats per correctness token", "completion loss": "nats per token", "KL from base": "nats per token",
+    "tokens": "mean length in tokens",
+}  # fmt: skip
+NAMES = {"tokens": "length", "format": "format compliance", "finished": "ended by itself"}
+"""What measures are called in a report, where a longer name says more."""
+
+
+def write_report(folder: str | Path) -> str:
+    """Write `report.md` and `comparisons.csv` (every difference with its p-values) into a study's folder.
+
+    Works on a study that is not finished, and says what it lacks.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        SPDError: the folder has no results.
+    """
+    evidence = Evidence.read(folder)
+    table = contrasts(evidence)
+    text = render(evidence, means(evidence), table)
+    write_text(Path(folder) / "comparisons.csv", table.to_csv(index=False))
+    write_text(Path(folder) / "report.md", text)
+    return text
+
+
+def render(evidence: Evidence, averages: pd.DataFrame, table: pd.DataFrame) -> str:
+    """The Markdown of a report from its tables (`means` and `contrasts` of the study)."""
+    parts = [f"# Study: {_code(evidence.name)}", _gaps(evidence), _answers(evidence, table)]
+    for source in evidence.sources:
+        for phase, title in PHASES.items():
+            rows, differences = (t[(t.source == source) & (t.phase == phase)] for t in (averages, table))
+            if (rows.method != BASE).any():
+                heading = f"## {title}: source {_code(source)}"
+                parts += [heading, overview(rows, differences), comparisons(differences), absolute(rows)]
+    parts += [_corpora(evidence), _setup(evidence), _how_to_read(table)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gaps(evidence: Evidence) -> str:
+    """What is not there, before anything that is."""
+    missing = evidence.missing()
+    if not missing:
+        return ""
+    return "\n".join(
+        [
+            "**This study is not complete.** What follows is about what is there; corrected p-values will change when "
+            "the rest comes in.",
+            "",
+            *(f"- {_cell(line)}." for line in missing),
+        ]
+    )
+
+
+def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
+    lines = ["## What it says"]
+    for source, found in answers(evidence, table).items():
+        lines += ["", f"### Source {_code(source)}"] if len(evidence.sources) > 1 else []
+        for answer in found:
+            lines += ["", f"**{answer.question}** {_cell(answer.headline)}", ""]
+            lines += [f"- {_cell(detail)}" for detail in answer.details]
+    if len(evidence.seeds) < 2:
+        lines += ["", "One seed: how much of this another seed would change is not known."]
+    return "\n".join(lines)
+
+
+def overview(rows: pd.DataFrame, differences: pd.DataFrame) -> str:
+    """Change from base of every method: gains and side effects in one table (Markdown).
+
+    Args:
+        rows: `means` of one source and phase.
+        differences: `contrasts` of the same.
+    """
+    names = [name for name in dict.fromkeys(rows.method) if name != BASE]
+    shown = pd.concat([differences[differences.reference == BASE], rows[rows.measure == "KL from base"]])
+    by_place = {(r["role"], r["target"], r["measure"], r["method"]): r for r in shown.to_dict("records")}
+    body = []
+    for role, target, measure in _places(rows):
+        found = [by_place.get((role, target, measure, name)) for name in names]
+        cells = ["-" if row is None else _change(row) for row in found]
+        if any(cell != "-" for cell in cells):
+            body.append(
+                [f"{_name(measure)}, {_code(target)}" + (" *(side effect)*" if role != "target" else ""), *cells]
+            )
+    lines = [
+        "### Change from base, gains and side effects",
+        "",
+        "Paired by item, seeds averaged, 95 % interval. **Bold** where interval, corrected test and every seed agree; "
+        "KL is the distance from the base itself.",
+        "",
+        *_table(["measure", *names], body),
+    ]
+    return "\n".join(lines) if body else ""
+
+
+def comparisons(differences: pd.DataFrame) -> str:
+    """Paired differences to everything but the base (Markdown): primary outcomes, then accuracy, then what stands."""
+    others = differences[differences.reference != BASE]
+    lines = []
+    primary = others[others.family == "primary"]
+    accuracy = others[(others.measure == "accuracy") & (others.role == "target")]
+    rest = others.drop(index=[*primary.index, *accuracy.index])
+    standing = rest[~rest.verdict.isin(["within noise", "too few items"])]
+    if not others.empty:
+        columns = ["measure", "difference", "mean [95 %]", "range over seeds", "p", "corrected p", "verdict"]
+        shown = pd.concat([primary, accuracy, standing])
+        lines += [
+            f"### Against {_code(RANDOM)} and between methods",
+            "",
+            *_table(columns, map(_comparison, shown.to_dict("records"))),
+            "",
+            f"{len(rest) - len(standing)} other comparisons of secondary measures are within noise; all are in "
+            "`comparisons.csv`.",
+        ]
+    dropped = differences[differences.n_dropped > 0]
+    if not dropped.empty:
+        worst = dropped.loc[dropped.n_dropped.idxmax()]
+        lines += [
+            "",
+            f"{len(dropped)} comparisons leave out items that a method or a seed lacks, at most {worst.n_dropped} "
+            f"({_cell(worst.measure)}, {_code(worst.target)}, {worst.method} and {worst.reference}).",
+        ]
+    return "\n".join(lines)
+
+
+def absolute(rows: pd.DataFrame) -> str:
+    """Mean of every measure and method, a table for each target and each side effect (Markdown)."""
+    lines = []
+    n_planned = rows.n_seeds.max()
+    for (role, target), part in rows.groupby(["role", "target"], sort=False):
+        known = set(part.measure)
+        measures = [m for m in ORDER if m in known] + sorted(known - set(ORDER))
+        body = []
+        for name, own in part.groupby("method", sort=False):
+            by_measure = own.set_index("measure")
+            few = own.n_seeds.min()
+            label = f"{name} ({few} of {n_planned} seeds)" if name != BASE and few < n_planned else str(name)
+            body.append([label, *(_short(by_measure.loc[m]) if m in by_measure.index else "-" for m in measures)])
+        n = sorted(part.n.unique())
+        items = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
+        kind = "" if role == "target" else ", side effect"
+        lines += [f"### Means on {_code(target)}{kind}: {items} items", ""]
+        lines += [*_table(["method", *map(_heading, measures)], body), ""]
+    return "\n".join(lines).strip()
+
+
+def _places(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """`(role, target, measure)` in the order of reading: primary, accuracy, side effects, the rest."""
+    found = list(dict.fromkeys(rows[["role", "target", "measure"]].itertuples(index=False, name=None)))
+
+    def rank(place: tuple[str, str, str]) -> int:
+        role, _, measure = place
+        if role != "target":
+            return 3
+        return PRIMARY.index(measure) if measure in PRIMARY else 2 if measure.startswith("accuracy") else 4
+
+    return sorted(found, key=rank)
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    """A difference with its interval, and a word where it stands."""
+    text = _short(row)
+    if row["measure"] == "KL from base" or row["verdict"] == "within noise":
+        return text
+    if row["verdict"] not in ("higher", "lower"):
+        return f"{text} ({row['verdict']})"
+    return f"**{text}** {better(row['measure'], row['verdict']) or row['verdict']}"
+
+
+def _comparison(row: dict[str, Any]) -> list[str]:
+    word = better(row["measure"], row["verdict"])
+    low, high = row["seeds_low"], row["seeds_high"]
+    seeds = "-" if low is None or low != low else f"{low:.2g} to {high:.2g}"
+    side = "" if row["role"] == "target" else " *(side effect)*"
+    return [
+        f"{_name(row['measure'])}, {_code(row['target'])}{side}", f"{row['method']} − {row['reference']}", _short(row),
+        seeds, f"{row['p']:.2g}", f"{row['p_holm']:.2g}", f"**{row['verdict']}** ({word})" if word else row["verdict"],
+    ]  # fmt: skip
+
+
+def _corpora(evidence: Evidence) -> str:
+    """What each method trained on: numbers averaged over seeds."""
+    corpora = evidence.corpora
+    if corpora.empty or "method" not in corpora:
+        return ""
+    keys = [key for key in ("source", "method") if key in corpora]
+    numbers = [c for c in corpora.select_dtypes("number") if c not in (*keys, "seed")]
+    if not numbers:
+        return ""
+    grouped = corpora.groupby(keys, sort=False)[numbers]
+    average, spread = grouped.mean(), grouped.agg(lambda values: values.max() - values.min())
+    body = []
+    for key in average.index:
+        cells = [
+            "-" if average.loc[key, c] != average.loc[key, c]
+            else f"{average.loc[key, c]:.3g}" + (f" (±{spread.loc[key, c] / 2:.2g})" if spread.loc[key, c] else "")
+            for c in numbers
+        ]  # fmt: skip
+        body.append([*map(str, key if isinstance(key, tuple) else (key,)), *cells])
+    head = [name.replace("_", " ") for name in (*keys, *numbers)]
+    return "\n".join(
+        ["## Corpora that were trained on", "", "Mean over seeds, in brackets half the range.", "", *_table(head, body)]
+    )
+
+
+def _setup(evidence: Evidence) -> str:
+    lines = ["## Set-up, and what differs from the paper", ""]
+    known = methods.names()
+    lines += [f"- `{m}`: {_cell(methods.get(m).says)}" for m in evidence.methods if m in known]
+    lines += [
+        "",
+        *_table(["setting", "paper", "this study"], [map(_cell, row) for row in differences_from_paper(evidence)]),
+    ]
+    lines += ["", "The paper gives one seed, no intervals and no random-subspace control."]
+    facts = [f"{_cell(key)}: {_cell(_flat(value))}" for key, value in evidence.facts.items() if _flat(value)]
+    return "\n".join([*lines, *(["", *(f"- {fact}" for fact in facts)] if facts else [])])
+
+
+def _flat(value: Any) -> str:
+    """A fact of `study.json` on one line; nested ones to one level."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict | list) and v is not None)
+    return "" if value is None or isinstance(value, list) else str(value)
+
+
+def _how_to_read(table: pd.DataFrame) -> str:
+    sizes = {family: int((table.family == family).sum()) for family in ("primary", "secondary")}
+    flips = max(MIN_FLIPS, FLIPS_PER_COMPARISON * max(sizes.values()))
+    return "\n".join(
+        [
+            "## How to read this",
+            "",
+            "- Items are the sample. Each item's scores are averaged over seeds and paired with the other method's "
+            "on the same item; intervals are 95 % bootstrap intervals over items (BCa; Student's t below ten), and "
+            f"p is of a sign-flip test over items (exact for few items, else up to {flips} random flips).",
+            f"- Corrected p is Holm's, over {sizes['primary']} comparisons of the primary outcomes (aligned loss and "
+            f"KL on targets) and, apart, over {sizes['secondary']} of all other measures, sources and phases together.",
+            f"- A direction is claimed only if corrected p is at most {ALPHA:g}, the interval excludes 0 and every "
+            "seed shows the same sign. Other items are thereby accounted for; other seeds as far as those here go.",
+            "- KL from base is not tested against the base: it is the difference to it. Less KL is less change, not "
+            "better. Losses and KL are teacher-forced on gold completions, in nats per token.",
+        ]
+    )
+
+
+def _table(head: Sequence[str], body: Iterable[Iterable[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in body)]
+
+
+def _short(row: Any) -> str:
+    """The estimate without its number of items, which the heading has."""
+    return str(estimate_of(row)).rsplit(" (", 1)[0]
+
+
+def _name(measure: str) -> str:
+    return _cell(NAMES.get(measure, measure))
+
+
+def _heading(measure: str) -> str:
+    return f"{_name(measure)} ({UNITS[measure]})" if measure in UNITS and measure != "tokens" else _name(measure)
+
+
+def _code(text: str) -> str:
+    return quoted(text).replace("|", "\\|")
+
+
+def _cell(text: object) -> str:
+    """Text that cannot break out of a table or become markup."""
+    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
