@@ -1,0 +1,428 @@
+"""What a singular direction means: the tokens a value direction writes, the queries a key direction answers, and the
+calibration tokens that pull on it.
+
+A singular vector has no sign, so both poles are read. A value direction is turned so that moving along `+` lowers the
+loss on average over the calibration tokens (`Σ g·d < 0`). For keys that sum says nothing: softmax does not see a shift
+that all keys share, so their gradients add up to about zero (exactly without RoPE); `+` is where the head's queries
+point on average. Beside every number stands the same number for random
+directions of that head: an unembedding makes some tokens of any direction, and some random directions look peaked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import typer
+from einops import einsum, rearrange
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from spd_lens.capture import TokenGradients, token_gradients
+from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.models.prompts import Loss
+from spd_lens.moments import GradientMoments
+from spd_lens.sites import Site, resolve_layers
+from spd_lens.storage import write_text
+
+from .directions_page import cards_page
+from .inputs import place, subjects
+from .reading import pieces_of, spelled, tokens_of
+from .readout import Directions, Unembedding, matches, written
+from .style import COLORS, NULL_COLOR, SYMBOLS, figure
+
+MEASURES: dict[str, str] = {
+    "energy share": "share of the head's gradient energy",
+    "one-sidedness": "|Σ g·d| / Σ |g·d|: 1 where all tokens pull the same way",
+    "first-token share": "share of the direction's energy at position 0, the attention sink",
+    "effective examples": "(Σ e)² / Σ e² over the examples' energies e: how many of them carry the direction",
+    "vocabulary kurtosis": "excess kurtosis of the logits that it writes, mean over query heads: 0 for a Gaussian",
+    "query energy": "mean squared cosine with the head's queries, times d_head: 1 where queries point anywhere",
+}
+
+
+def read_directions(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    moments: GradientMoments,
+    *,
+    n: int = 4,
+    top: int = 8,
+    n_random: int = 100,
+    seed: int = 0,
+    loss: Loss = "aligned",
+    engine: str = "lens",
+    progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read the leading `n` directions of every head at the sites of `moments` (keys and values).
+
+    Args:
+        pair: The model that the moments were taken from.
+        examples: Calibration examples, whose tokens pull and query.
+        moments: Their moments.
+        n: Directions per head.
+        top: Tokens per pole and query head, and contexts per direction.
+        n_random: Random directions per head, the null.
+        seed: Of the random directions.
+        loss: As in `extract`.
+        engine: As in `extract`.
+        progress: Show a progress bar.
+
+    Returns:
+        measures: one row per direction (counted from 1) and measure of `MEASURES`: `value`, the random directions'
+            mean `null` and their central 95 % `null_low, null_high`, and `p`, the share of random directions with at
+            least this value (never below `1 / (1 + n_random)`). `sign` turns `moments.subspace(n).bases` this way.
+        tokens: one row per direction, `role`, `pole` and `place` (from 1). Role `vocabulary`: `token` that the pole
+            promotes through `query_head`, `value` its logit in standard deviations over the vocabulary, `null` how
+            many of the random directions' poles have it among their first `top`. Role `query`: a token whose query
+            (of `query_head`) points along the pole, `value` the cosine, above 0. Role `pull`: a token whose gradient asks for
+            the pole, `value` `|g·d|` in nats per unit. Of each example, at most one token per role and pole, and never
+            its first, whose attention-sink gradients would fill every list (`first-token share` tells how much).
+
+    Raises:
+        SPDError: sites of other kinds, or an architecture that the read-out does not know.
+    """
+    sites = [site for site in moments.sites if site.kind in ("k", "v")]
+    if not sites:
+        raise SPDError("only directions of keys and values can be read, and the moments have neither")
+    moments.fingerprint.check(pair.fingerprint, "the moments")
+    subspace = moments.subspace(n, per_head=True, sites=sites)
+    unembed = Unembedding.of(pair.hf) if any(site.kind == "v" for site in sites) else None
+    tallies, nulls = {}, {}
+    for i, site in enumerate(sites):
+        tallies[site] = _Tally(site, subspace.bases[site])
+        nulls[site] = _Tally(site, random_directions(subspace.bases[site], n_random, seed + i), keep=False)
+    kinds = [*sorted({site.kind for site in sites}), *(["q"] if any(site.kind == "k" for site in sites) else [])]
+    for rows in token_gradients(
+        pair, examples, layers=sorted({site.layer for site in sites}), kinds=kinds, loss=loss, engine=engine,
+        progress=progress,
+    ):  # fmt: skip
+        for site in sites:
+            tallies[site].add(pair.hf, rows)
+            nulls[site].add(pair.hf, rows)
+    measures: list[dict[str, Any]] = []
+    tokens: list[dict[str, Any]] = []
+    texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
+    for site in sites:
+        tally, null = tallies[site], nulls[site]
+        signs = tally.signs
+        values, chance = tally.measures(), null.measures()
+        if site.kind == "v" and unembed is not None:
+            read = _Vocabulary(pair, unembed, site, top)
+            values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
+            chance["vocabulary kurtosis"], random = read(null.directions)
+            tokens += [row for row in read.rows(found, random) if row["direction"] <= _rank(subspace.ranks[site], row)]
+        singular = subspace.singular_values[site]
+        for head, rank in enumerate(subspace.ranks[site]):
+            for i in range(rank):
+                where = {**place(site, head, per_head=True), "direction": i + 1}
+                common = {**where, "singular_value": singular[head, i].item(), "sign": signs[head, i].item()}
+                measures += [{**common, **_against(m, values[m][head, i], chance[m][head])} for m in values]
+                tokens += [{**where, **row} for row in tally.contexts(head, i, signs[head, i].item(), texts, top)]
+    return pd.DataFrame(measures), pd.DataFrame(tokens)
+
+
+def random_directions(like: Directions, n: int, seed: int) -> Directions:
+    """`n` unit vectors for each head, each uniformly random and independent of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(like.shape[0], like.shape[1], n, generator=generator, dtype=torch.float64)
+    return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
+    """Each direction's value over the central 95 % of random directions of its head, in grey."""
+    part = measures[measures["measure"] == measure]
+    if not len(part):
+        raise SPDError(f"there is no measure {measure!r} here; choose from {', '.join(measures['measure'].unique())}")
+    beyond = int((part["value"] > part["null_high"]).sum())
+    fig = figure(
+        f"{measure[0].upper()}{measure[1:]} of the leading directions", "site · head · direction", measure,
+        says=f"{MEASURES[measure]}<br>{beyond} of {len(part)} lie above the central 95 % of random directions; 2.5 % would by chance",
+    )  # fmt: skip
+    names = [f"{r.site} · {r.head} · {r.direction}" for r in part.itertuples()]
+    middle = (part["null_low"] + part["null_high"]) / 2
+    reach = (part["null_high"] - part["null_low"]) / 2
+    fig.add_scatter(
+        x=names, y=middle, mode="markers", name="random directions, central 95 % (null)",
+        marker={"color": NULL_COLOR, "symbol": "line-ew-open", "size": 9},
+        error_y={"array": reach, "color": NULL_COLOR, "thickness": 5, "width": 0}, hoverinfo="skip",
+    )  # fmt: skip
+    for i, (site, rows) in enumerate(part.groupby("site", sort=False)):
+        hover = [f"{v:.3g}, random mean {m:.3g}, p = {p:.2g}" for v, m, p in rows[["value", "null", "p"]].to_numpy()]
+        fig.add_scatter(
+            x=[f"{r.site} · {r.head} · {r.direction}" for r in rows.itertuples()], y=rows["value"], mode="markers",
+            name=f"site {site}", text=hover, hovertemplate="%{x}: %{text}<extra></extra>",
+            marker={"color": COLORS[i % len(COLORS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+        )  # fmt: skip
+    fig.update_layout(legend={"y": 1.0, "yanchor": "bottom"}, margin_t=150, height=500)
+    fig.update_xaxes(tickangle=-90, tickfont_size=11)
+    if measure == "effective examples":
+        fig.update_yaxes(rangemode="tozero")
+    return fig
+
+
+def say(measures: pd.DataFrame) -> str:
+    """What the numbers show against random directions, in sentences."""
+    sentences = []
+    first = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
+    sentences.append(
+        f"The first direction of a head holds {first['value'].median():.0%} of its gradient energy (median over "
+        f"{len(first)} heads; a random one {first['null'].median():.1%}; it is chosen to hold the most)."
+    )
+    sink = measures[measures["measure"] == "first-token share"]
+    sentences.append(
+        f"{sink['value'].median():.0%} of a direction's energy is at the first token (median; random directions: "
+        f"{sink['null'].median():.0%})."
+    )
+    carried = measures[measures["measure"] == "effective examples"]
+    sentences.append(
+        f"Directions are carried by {carried['value'].median():.1f} examples (median, effective number), random ones "
+        f"by {carried['null'].median():.1f}."
+    )
+    for measure, claim in (
+        ("vocabulary kurtosis", "value directions write a more peaked vocabulary than"),
+        ("query energy", "key directions match queries better than"),
+    ):
+        part = measures[measures["measure"] == measure]
+        if len(part):
+            beyond = int((part["value"] > part["null_high"]).sum())
+            expected = 0.025 * len(part)
+            much = "" if beyond > 3 * expected + 1 else ", which is near what chance gives"
+            sentences.append(
+                f"{beyond} of {len(part)} {claim} 97.5 % of random directions of their head (by chance: "
+                f"{expected:.1f}){much}."
+            )
+    return " ".join(sentences)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    n: Annotated[int, typer.Option(min=1, help="directions per head")] = 4,
+    top: Annotated[int, typer.Option(min=1, help="tokens per pole, contexts per direction")] = 8,
+    n_random: Annotated[int, typer.Option(min=19, help="random directions per head, the null")] = 100,
+    layers: Annotated[str, typer.Option(help="block indices such as 9,14; default: the run's own layers")] = "",
+    seed: Annotated[int, typer.Option(help="of the random directions")] = 0,
+    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
+) -> None:
+    """What the leading singular directions read and write, in tokens; a table and a page of cards."""
+    set_up_logging(quiet)
+    console = Console()
+    for subject in subjects(runs, progress=not quiet):
+        config, examples, pair = subject.run.config, subject.calibration(), subject.pair
+        moments = subject.moments
+        if layers:
+            chosen = resolve_layers(layers, pair.n_layers)
+            if not {site.layer for site in moments.sites} >= set(chosen):
+                moments = subject.moments_everywhere()
+            moments = _at(moments, [site for site in moments.sites if site.layer in chosen])
+        measures, tokens = read_directions(
+            pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
+            engine=config.engine, progress=not quiet,
+        )  # fmt: skip
+        says = say(measures)
+        facts: dict[str, Any] = {"examples": len(examples), "n_random": n_random, "seed": seed, "loss": config.loss}
+        subject.save("directions-tokens", tokens, **facts)
+        shown = [m for m in ("vocabulary kurtosis", "query energy", "first-token share", "effective examples")
+                 if m in set(measures["measure"])]  # fmt: skip
+        figures = [measure_figure(measures, measure) for measure in shown]
+        paths = subject.save("directions", measures, figures, says=says, **facts)
+        pieces = pieces_of(examples, pair.format, config.loss)
+        page = cards_page(subject.name, measures, tokens, examples, pieces, says=says, model=config.model)
+        paths.append(write_text(subject.folder / "directions-cards.html", page))
+        console.print(_table(subject.name, measures, tokens))
+        console.print(says, highlight=False, markup=False)
+        console.print(f"written: {', '.join(map(str, paths))}", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass
+class _Tally:
+    """Sums over tokens for some directions of one site and, with `keep`, every token's pull and match."""
+
+    site: Site
+    directions: Directions
+    keep: bool = True
+    examples: list[int] = field(default_factory=list)
+    signed: Float[Tensor, "head n"] | Any = 0.0
+    absolute: Float[Tensor, "head n"] | Any = 0.0
+    total: Float[Tensor, " head"] | Any = 0.0
+    energies: list[Float[Tensor, "head n"]] = field(default_factory=list)
+    at_first: Float[Tensor, "head n"] | Any = 0.0
+    matched: Float[Tensor, "head n"] | Any = 0.0
+    aligned: Float[Tensor, "head n"] | Any = 0.0
+    n_queries: int = 0
+    pulls: list[Float[Tensor, "token head n"]] = field(default_factory=list)
+    cosines: list[Float[Tensor, "token head group n"]] = field(default_factory=list)
+
+    def add(self, hf: Any, rows: TokenGradients) -> None:
+        """One example's tokens."""
+        heads = self.directions.shape[0]
+        g = rearrange(rows.gradient[self.site].cpu(), "token (head d_head) -> token head d_head", head=heads)
+        pull = -einsum(g, self.directions, "token head d_head, head d_head n -> token head n")
+        self.examples.append(rows.index)
+        self.signed = self.signed + pull.sum(dim=0)
+        self.absolute = self.absolute + pull.abs().sum(dim=0)
+        self.total = self.total + g.square().sum(dim=(0, 2))
+        self.energies.append(pull.square().sum(dim=0))
+        self.at_first = self.at_first + pull[0].square()
+        if self.keep:
+            self.pulls.append(pull)
+        if self.site.kind == "k":
+            d_head = self.directions.shape[1]
+            flat = rows.activation[Site(self.site.layer, "q")]
+            queries = rearrange(flat, "token (q_head d_head) -> token q_head d_head", d_head=d_head)
+            cosine = matches(hf, self.site.layer, queries, self.directions).cpu()
+            self.matched = self.matched + cosine.square().sum(dim=(0, 2))
+            self.aligned = self.aligned + cosine.sum(dim=(0, 2))
+            self.n_queries += cosine.shape[0] * cosine.shape[2]
+            if self.keep:
+                self.cosines.append(cosine.float())
+
+    @property
+    def signs(self) -> Float[Tensor, "head n"]:
+        """What turns each direction: values towards lower loss, keys towards the mean query."""
+        return torch.where((self.aligned if self.n_queries else self.signed) < 0, -1.0, 1.0).double()
+
+    def measures(self) -> dict[str, Float[Tensor, "head n"]]:
+        """All that needs no read-out."""
+        energy = torch.stack(self.energies)
+        found = {
+            "energy share": energy.sum(dim=0) / self.total.clamp_min(1e-300)[:, None],
+            "one-sidedness": self.signed.abs() / self.absolute.clamp_min(1e-300),
+            "first-token share": self.at_first / energy.sum(dim=0).clamp_min(1e-300),
+            "effective examples": energy.sum(dim=0).square() / energy.square().sum(dim=0).clamp_min(1e-300),
+        }
+        if self.n_queries:
+            found["query energy"] = self.matched / self.n_queries * self.directions.shape[1]
+        return found
+
+    def contexts(
+        self, head: int, i: int, sign: float, texts: Sequence[Sequence[str]], top: int
+    ) -> Iterable[dict[str, Any]]:
+        """The tokens that pull hardest, and for keys those whose queries match each pole best."""
+        pulls = [pull[:, head, i] * sign for pull in self.pulls]
+        for rank, (example, position, value) in enumerate(_hardest(self.examples, [p.abs() for p in pulls], top)):
+            pole = "+" if pulls[self.examples.index(example)][position] > 0 else "-"
+            yield _context("pull", pole, None, rank, value, example, position, texts)
+        for pole, turn in (("+", sign), ("-", -sign)) if self.cosines else ():
+            best = [(cosine[:, head, :, i] * turn).max(dim=1) for cosine in self.cosines]
+            for rank, (example, position, value) in enumerate(_hardest(self.examples, [b.values for b in best], top)):
+                if value <= 0:
+                    break
+                group = self.cosines[0].shape[2]
+                query = head * group + int(best[self.examples.index(example)].indices[position])
+                yield _context("query", pole, query, rank, value, example, position, texts)
+
+
+class _Vocabulary:
+    """Reads value directions of one site through `W_O`, final norm and unembedding."""
+
+    def __init__(self, pair: ModelPair, unembed: Unembedding, site: Site, top: int) -> None:
+        self._pair, self._unembed, self._site, self._top = pair, unembed, site, top
+
+    def __call__(self, directions: Directions) -> tuple[Float[Tensor, "head n"], dict[tuple[int, int], Tensor]]:
+        """Kurtosis, mean over query heads; and for each head and query head, in standard deviations and ids, the
+        first `top` of both poles: `[n, pole, 2, top]`."""
+        residual = written(self._pair.hf, self._site.layer, directions)
+        heads, group, n, _ = residual.shape
+        kurtosis = torch.zeros(heads, n, dtype=torch.float64)
+        best: dict[tuple[int, int], Tensor] = {}
+        for head in range(heads):
+            for member in range(group):  # one at a time: n rows of the vocabulary are in memory
+                logits = self._unembed(residual[head, member])
+                z = logits / logits.std(dim=-1, correction=0, keepdim=True).clamp_min(1e-30)
+                kurtosis[head] += (z.double().pow(4).mean(dim=-1) - 3).cpu() / group
+                poles = [torch.stack([t.values.double(), t.indices.double()], dim=1)
+                         for t in ((turn * z).topk(self._top, dim=-1) for turn in (1, -1))]  # fmt: skip
+                best[head, head * group + member] = torch.stack(poles, dim=1).cpu()
+        return kurtosis, best
+
+    def rows(self, found: Mapping[tuple[int, int], Tensor], random: Mapping[tuple[int, int], Tensor]) -> Iterable[Any]:
+        for (head, query), best in found.items():
+            ids, counts = random[head, query][:, :, 1].long().unique(return_counts=True)
+            poles = 2 * len(random[head, query])
+            often = dict(zip(ids.tolist(), (counts / poles).tolist(), strict=True))
+            for i in range(len(best)):
+                for p, pole in enumerate("+-"):
+                    for rank, (value, id) in enumerate(best[i, p].T.tolist()):
+                        yield {
+                            **place(self._site, head, per_head=True), "direction": i + 1, "role": "vocabulary",
+                            "pole": pole, "query_head": query, "place": rank + 1, "token": self._text(int(id)),
+                            "value": value, "null": often.get(int(id), 0.0), "example": -1, "position": -1,
+                        }  # fmt: skip
+
+    def _text(self, id: int) -> str:
+        text = self._pair.tokenizer.decode([id])
+        return text if text and "\ufffd" not in text else str(self._pair.tokenizer.convert_ids_to_tokens(id))
+
+
+def _hardest(examples: Sequence[int], values: Sequence[Tensor], top: int) -> list[tuple[int, int, float]]:
+    """Example, position and value of the largest values behind the first token, one of each example, descending."""
+    best = [(e, 1 + int(v[1:].argmax()), float(v[1:].max())) for e, v in zip(examples, values, strict=True)]
+    return sorted(best, key=lambda row: -row[2])[:top]
+
+
+def _context(
+    role: str, pole: str, query: int | None, rank: int, value: float, example: int, position: int,
+    texts: Sequence[Sequence[str]],
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "role": role, "pole": pole, "query_head": -1 if query is None else query, "place": rank + 1,
+        "token": texts[example][position], "value": value, "null": 0.0, "example": example, "position": position,
+    }  # fmt: skip
+
+
+def _against(measure: str, value: Tensor, random: Float[Tensor, " n"]) -> dict[str, Any]:
+    null = random.numpy()
+    low, high = np.quantile(null, [0.025, 0.975])
+    p = (1 + int((null >= value.item()).sum())) / (1 + len(null))
+    return {
+        "measure": measure, "value": value.item(), "null": null.mean(), "null_low": low, "null_high": high, "p": p
+    }  # fmt: skip
+
+
+def _rank(ranks: Sequence[int], row: Mapping[str, Any]) -> int:
+    return ranks[int(row["head"])]
+
+
+def _at(moments: GradientMoments, sites: Sequence[Site]) -> GradientMoments:
+    """The moments at some sites."""
+    parts: dict[str, Any] = {
+        name: {site: getattr(moments, name)[site] for site in sites}
+        for name in ("n_heads", "gradient", "activation", "activation_sum")
+    }
+    return replace(moments, **parts)
+
+
+def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
+    table = Table(
+        "site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by", title=f"directions · {name}"
+    )
+    leading = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
+    for row in leading.itertuples():
+        mine = tokens[(tokens["site"] == row.site) & (tokens["head"] == row.head) & (tokens["direction"] == 1)]
+
+        def listed(rows: pd.DataFrame) -> str:
+            return " ".join(repr(str(t)) for t in dict.fromkeys(rows["token"][:6])).replace("[", "\\[")
+
+        role = "vocabulary" if row.kind == "v" else "query"
+        read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < 0.05)].sort_values("place")
+        pulls = mine[mine["role"] == "pull"]
+        table.add_row(row.site, row.head, f"{row.value:.2f}", listed(read), listed(pulls))
+    return table
+
+
+app = single_command(main)
+
+if __name__ == "__main__":
+    start(app, on_interrupt="what it had saved stays")

@@ -1,0 +1,390 @@
+"""Where in the text the gradient sits: on the answer, the operands, the worked steps or the template; and how much of
+it the subspace holds.
+
+`∂ loss / ∂ K` and `∂ loss / ∂ V` at a token say how much the loss would move if that token's key or value did. Only
+tokens before the last scored one can matter (position `t - 1` predicts token `t`), so shares are compared with the
+share of *those* tokens that fall into a category, and with the same prompts carrying the answers of other examples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import typer
+from einops import rearrange
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from spd_lens.audit.core import Piece
+from spd_lens.capture import token_gradients
+from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.controls import shuffled_answers
+from spd_lens.errors import SPDError
+from spd_lens.estimate import Estimate
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.models.prompts import Loss, PromptFormat
+from spd_lens.sites import Site
+from spd_lens.statistics import mean_interval, paired_difference
+from spd_lens.storage import write_text
+from spd_lens.subspace import Subspace
+
+from .inputs import place, subjects
+from .reading import pieces_of
+from .style import COLORS, NULL_COLOR, figure
+from .tokens_page import text_page
+
+CATEGORIES: dict[str, str] = {
+    "first token": "position 0, on which attention rests when it has nowhere to go (the attention sink)",
+    "template": "chat markup and system message",
+    "instruction": "what all prompts share at their beginning or end",
+    "operands": "tokens with a digit in the rest of the prompt",
+    "question": "the rest of the prompt",
+    "worked numbers": "tokens with a digit in the completion, before the answer",
+    "worked text": "the rest of the completion, before the answer",
+    "cue": "the token right before an answer, at which it is predicted",
+    "answer": "scored tokens (S)",
+    "after": "what follows the last answer",
+}
+"""Every token is in one of these. Answer and cue take precedence, then the first token, then where a token stands."""
+
+_OF = {False: "all tokens", True: "without the first token"}
+
+
+def categories(
+    examples: Sequence[Example], format: PromptFormat, loss: Loss = "aligned"
+) -> list[tuple[list[Piece], list[str]]]:
+    """The tokens of each example, and the category of each (keys of `CATEGORIES`).
+
+    Instructions are the characters that all prompts have in common at their beginning or end, whole words only, and
+    need at least two different prompts to be seen.
+    """
+    shared = _shared_ends([example.prompt for example in examples])
+    found = []
+    for example, pieces in zip(examples, pieces_of(examples, format, loss), strict=True):
+        text = "".join(piece.text for piece in pieces)
+        start = text.find(example.prompt)
+        begin, length = (start, len(example.prompt)) if start >= 0 else _stripped(text, example.prompt)
+        question = (begin + shared[0], begin + length - shared[1])
+        tokens, names, at = [], [], 0
+        for piece in pieces:
+            middle = at + len(piece.text) / 2
+            at += len(piece.text)
+            if piece.id is not None:
+                tokens.append(piece)
+                names.append(_category(piece, middle, (begin, begin + length), question))
+        names[0] = names[0] if tokens[0].scored else "first token"
+        scored = [i for i, piece in enumerate(tokens) if piece.scored]
+        for position in scored:
+            if position and not tokens[position - 1].scored:
+                names[position - 1] = "cue"
+        for position in range(scored[-1] + 1, len(tokens)):
+            names[position] = "after"
+        found.append((tokens, names))
+    return found
+
+
+def token_energy(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    subspace: Subspace,
+    *,
+    loss: Loss = "aligned",
+    engine: str = "lens",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Squared gradient norm of every token at every site of the subspace, and the part of it inside the subspace.
+
+    Args:
+        pair: The model.
+        examples: With completion and spans.
+        subspace: Whose sites are looked at; joint or per head.
+        loss: As in `extract`.
+        engine: As in `extract`.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per example, token and site: `example`, `position`, `category`, `scored`, `reachable` (whether the loss
+        can depend on this token's keys and values at all), `energy` = `‖g‖²`, and `inside` = `‖P g‖²`, both in
+        squared nats per unit of activation. Summed over rows of a site, `energy` is the trace of its moments.
+    """
+    sites = subspace.sites
+    read = categories(examples, pair.format, loss)
+    frames: dict[int, list[pd.DataFrame]] = {}
+    for rows in token_gradients(
+        pair, examples, layers=sorted({s.layer for s in sites}), kinds=sorted({s.kind for s in sites}), loss=loss,
+        engine=engine, progress=progress,
+    ):  # fmt: skip
+        _, names = read[rows.index]
+        scored, last = set(rows.encoded.scored), max(rows.encoded.scored)
+        common = {
+            "example": rows.index,
+            "id": examples[rows.index].id,
+            "position": range(len(names)),
+            "category": names,
+            "scored": [t in scored for t in range(len(names))],
+            "reachable": [t < last for t in range(len(names))],
+        }
+        for site in sites:
+            g = rows.gradient[site].cpu()
+            inside = _inside(g, subspace, site)
+            columns = {**common, **place(site, 0, per_head=False), "energy": g.square().sum(1).numpy()}
+            frames.setdefault(rows.index, []).append(pd.DataFrame({**columns, "inside": inside.numpy()}))
+    return pd.concat([frame for index in sorted(frames) for frame in frames[index]], ignore_index=True)
+
+
+def category_shares(
+    energy: pd.DataFrame, null: pd.DataFrame | None = None, *, skip_first: bool = False, seed: int = 0
+) -> pd.DataFrame:
+    """How much of the gradient energy each category holds, against its share of the tokens.
+
+    Each example counts the same, and intervals are bootstraps over examples (`spd_lens.statistics`).
+
+    Args:
+        energy: What `token_energy` gave.
+        null: The same for examples with shuffled answers: what prompts and format alone attract.
+        skip_first: Leave the first token out of all shares: it holds most of the energy in models with attention sinks.
+        seed: Of the bootstrap.
+
+    Returns:
+        One row per site (and `all`: the energies of all sites added), category and measure, with `value, low, high`
+        and `of`, which says what the shares are of. Measures: `energy` (share of `Σ ‖g‖²`), `tokens` (share of the
+        reachable tokens, the null), `excess` (their paired difference), `shuffled` (energy share under shuffled
+        answers), `specific` (energy share minus that, paired per example), `inside` (share of the category's energy
+        that the subspace holds).
+    """
+    if not len(energy):
+        raise SPDError("there are no tokens to sum up; give at least one example")
+    if skip_first:
+        energy = energy[energy["position"] > 0]
+        null = None if null is None else null[null["position"] > 0]
+    rows = []
+    for site, part in [("all", energy), *energy.groupby("site", sort=False)]:
+        first = part.iloc[0]
+        where = {"site": site, "layer": first["layer"], "kind": first["kind"], "head": "all", "of": _OF[skip_first]}
+        if site == "all":
+            where.update(layer="all", kind="all")
+        shares, tokens, inside = _tables(part)
+        wrong = None
+        if null is not None:
+            wrong = _tables(null if site == "all" else null[null["site"] == site])[0]
+        for name in [c for c in CATEGORIES if c in tokens and (tokens[c] > 0).any()]:
+            measures = {
+                "energy": mean_interval(shares[name], seed=seed),
+                "tokens": mean_interval(tokens[name], seed=seed),
+                "excess": paired_difference(tokens[name], shares[name], seed=seed),
+            }
+            if wrong is not None:
+                other = wrong[name] if name in wrong else shares[name] * 0
+                measures["shuffled"] = mean_interval(other, seed=seed)
+                measures["specific"] = paired_difference(other, shares[name], seed=seed)
+            if len(held := inside[name].dropna()):
+                measures["inside"] = mean_interval(held, seed=seed)
+            rows += [{**where, "category": name, "measure": m, **_bounds(e)} for m, e in measures.items()]
+    return pd.DataFrame(rows)
+
+
+def share_figure(shares: pd.DataFrame, site: str = "all", *, skip_first: bool = False) -> go.Figure:
+    """Bars: each category's share of the gradient energy beside its share of the tokens."""
+    part = shares[(shares["site"] == site) & (shares["of"] == _OF[skip_first])]
+    where = "all sites of the run" if site == "all" else f"site {site}"
+    fig = figure(
+        f"Where the gradient sits, {where}, {_OF[skip_first]}",
+        "share of an example's total, mean over examples (0 to 1)",
+        "",
+        says="grey: what each category would hold if every token pulled alike, and with the answers of other examples",
+    )
+    looks: dict[str, tuple[str, dict[str, str]]] = {
+        "tokens": ("tokens (null)", {"color": NULL_COLOR, "pattern_shape": "."}),
+        "shuffled": ("gradient energy, shuffled answers (null)", {"color": NULL_COLOR, "pattern_shape": "/"}),
+        "energy": ("gradient energy", {"color": COLORS[0]}),
+    }
+    names = [name for name in CATEGORIES if name in set(part["category"])][::-1]
+    for measure, (label, look) in looks.items():
+        rows = part[part["measure"] == measure].set_index("category")
+        if not len(rows):
+            continue
+        rows = rows.loc[names]
+        over, under = rows["high"] - rows["value"], rows["value"] - rows["low"]
+        marker = {
+            "color": look["color"],
+            "pattern": {"shape": look.get("pattern_shape", ""), "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6},
+        }
+        error = {"array": _drawn(over), "arrayminus": _drawn(under), "symmetric": False, "thickness": 1.2, "width": 3}
+        fig.add_bar(y=names, x=rows["value"], name=label, orientation="h", marker=marker, error_x=error)
+    fig.update_layout(barmode="group", height=180 + 62 * len(names), legend_traceorder="reversed", bargap=0.25)
+    fig.update_layout(legend={"y": 1.0, "yanchor": "bottom", "x": 0}, margin_t=120)
+    return fig
+
+
+def say(energy: pd.DataFrame, shares: pd.DataFrame) -> str:
+    """What the numbers show, in sentences; `shares` with and without the first token."""
+    every, rest = (
+        shares[(shares["site"] == "all") & (shares["of"] == of)].pivot(
+            index="category", columns="measure", values=["value", "low", "high"]
+        )
+        for of in (_OF[False], _OF[True])
+    )
+    sentences = []
+    if "first token" in every.index:
+        sentences.append(
+            f"The first token alone holds {every['value']['energy']['first token']:.0%} of the gradient energy "
+            f"(share of the tokens: {every['value']['tokens']['first token']:.1%}). Of the rest:"
+        )
+    for order, word in ((False, "more"), (True, "less")):
+        sure = rest["low"]["excess"] > 0 if word == "more" else rest["high"]["excess"] < 0
+        names = rest["value"]["excess"][sure].sort_values(ascending=order).index
+        found = [f"{n} {rest['value']['energy'][n]:.0%} ({rest['value']['tokens'][n]:.0%})" for n in names]
+        if found:
+            sentences.append(f"{word} energy than tokens (share of tokens): {', '.join(found)}.")
+    if "specific" in rest["value"]:
+        value, low, high = (rest[end]["specific"] for end in ("value", "low", "high"))
+        moved = value[(low > 0) | (high < 0)].sort_values(key=abs, ascending=False)
+        changes = [f"{name} {change * 100:+.1f}" for name, change in moved.items()]
+        sentences.append(
+            f"With right answers instead of other examples' answers (points of that share): {', '.join(changes)}."
+            if changes
+            else "With answers of other examples the shares are the same within noise: they are not about being right."
+        )
+    beyond = energy.loc[~energy["reachable"], "energy"]
+    sentences.append(
+        f"{len(beyond)} token-site pairs at or after the last scored token cannot matter; "
+        + ("their gradients are exactly zero, as they must be." if not beyond.any() else "NOT all of them are zero.")
+    )
+    return " ".join(filter(None, sentences))
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    n: Annotated[int | None, typer.Option(help="calibration examples; default: all of the run's")] = None,
+    shuffled: Annotated[bool, typer.Option(help="also with shuffled answers, as a null (a second extraction)")] = True,
+    seed: Annotated[int, typer.Option(help="of the shuffle and the bootstrap")] = 0,
+    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
+) -> None:
+    """Where in the text the gradient sits, and how much of it the subspace holds; a page with coloured text."""
+    set_up_logging(quiet)
+    console = Console()
+    for subject in subjects(runs, progress=not quiet):
+        config, examples = subject.run.config, subject.calibration(n)
+        measure = partial(
+            token_energy, subject.pair, subspace=subject.subspace, loss=config.loss, engine=config.engine,
+            progress=not quiet,
+        )  # fmt: skip
+        energy = measure(examples)
+        null, without = None, ""
+        if shuffled:
+            try:
+                wrong = shuffled_answers(examples, seed)
+            except SPDError as error:
+                without = f" There is no null of shuffled answers: {error}."
+            else:
+                null = measure(wrong)
+        shares = pd.concat([category_shares(energy, null, skip_first=s, seed=seed) for s in (False, True)])
+        says = say(energy, shares) + without
+        facts: dict[str, Any] = {
+            "examples": len(examples),
+            "loss": config.loss,
+            "seed": seed,
+            "units": "energy: (nats per unit)²",
+        }
+        subject.save("tokens-by-token", energy, **facts)
+        figures = [share_figure(shares), share_figure(shares, skip_first=True)]
+        figures += [share_figure(shares, str(site), skip_first=True) for site in subject.subspace.sites]
+        written = subject.save("tokens", shares, figures, says=says, **facts)
+        read = [tokens for tokens, _ in categories(examples, subject.pair.format, config.loss)]
+        page = text_page(subject.name, read, examples, energy, shares, says=says, model=config.model)
+        written.append(write_text(subject.folder / "tokens-text.html", page))
+        console.print(_table(subject.name, shares))
+        console.print(says, highlight=False, markup=False)
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _inside(g: Float[Tensor, "token width"], subspace: Subspace, site: Site) -> Float[Tensor, " token"]:
+    """`‖P g‖²`, from the coordinates in the basis, which is orthonormal."""
+    basis = subspace.bases[site]
+    blocks = rearrange(g, "token (block width) -> block token width", block=basis.shape[0])
+    return (blocks @ basis).square().sum(dim=(0, 2))
+
+
+def _category(piece: Piece, middle: float, prompt: tuple[int, int], question: tuple[int, int]) -> str:
+    digit = any(character.isdigit() for character in piece.text)
+    if piece.scored:
+        return "answer"
+    if piece.in_completion:
+        return "worked numbers" if digit else "worked text"
+    if not piece.text or not prompt[0] <= middle <= prompt[1]:
+        return "template"
+    if not question[0] <= middle <= question[1]:
+        return "instruction"
+    return "operands" if digit else "question"
+
+
+def _shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
+    """Characters at the beginning and at the end that all prompts share, back to a border between words."""
+    if len(set(prompts)) < 2:
+        return 0, 0
+    head = os.path.commonprefix(list(prompts))
+    tail = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    head = head[: max((i + 1 for i, c in enumerate(head) if c.isspace()), default=0)]
+    tail = tail[min((i for i, c in enumerate(tail) if c.isspace()), default=len(tail)) :]
+    shortest = min(map(len, prompts))
+    return len(head), min(len(tail), shortest - len(head))
+
+
+def _stripped(text: str, prompt: str) -> tuple[int, int]:
+    """Templates may trim a prompt; one that rewrites it has no place to be found at."""
+    prompt = prompt.strip()
+    start = text.find(prompt)
+    if start < 0:
+        raise SPDError("the chat template rewrites the prompt, so its parts cannot be told apart; use format 'raw'")
+    return start, len(prompt)
+
+
+def _tables(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Per example (rows) and category: share of the energy, share of the reachable tokens, share inside."""
+    reachable = part[part["reachable"]]
+    by = reachable.groupby(["example", "category"])
+    energy = by["energy"].sum().unstack(fill_value=0.0)
+    inside = by["inside"].sum().unstack(fill_value=0.0) / energy.where(energy > 0)
+    tokens = by.size().unstack(fill_value=0)
+    return (
+        energy.div(energy.sum(axis=1).replace(0, np.nan), axis=0).fillna(0.0),
+        tokens.div(tokens.sum(axis=1), axis=0),
+        inside,
+    )
+
+
+def _bounds(estimate: Estimate) -> dict[str, float | int]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def _drawn(lengths: Iterable[float]) -> list[float]:
+    return [float(length) if np.isfinite(length) else 0.0 for length in lengths]
+
+
+def _table(name: str, shares: pd.DataFrame) -> Table:
+    table = Table("category", "energy", "tokens (null)", "shuffled (null)", "inside subspace", title=f"tokens · {name}")
+    part = shares[(shares["site"] == "all") & (shares["of"] == _OF[False])]
+    for category in part["category"].unique():
+        rows = part[part["category"] == category].set_index("measure")
+        cells = [
+            f"{rows['value'][m]:.3f} [{rows['low'][m]:.3f}, {rows['high'][m]:.3f}]" if m in rows.index else "–"
+            for m in ("energy", "tokens", "shuffled", "inside")
+        ]
+        table.add_row(category, *(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+app = single_command(main)
+
+if __name__ == "__main__":
+    start(app, on_interrupt="what it had saved stays")
