@@ -6,7 +6,6 @@ eigenvalues `σ²`. Random subspaces are uniform (Haar): what any two subspaces 
 
 from __future__ import annotations
 
-import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
@@ -25,7 +24,7 @@ def principal_angles(a: Basis, b: Float[Tensor, "width other"]) -> Float[Tensor,
     """
     _check(a, b)
     angles = scipy.linalg.subspace_angles(a.double().numpy(), b.double().numpy())
-    return torch.from_numpy(np.ascontiguousarray(angles[::-1]))
+    return torch.from_numpy(angles[::-1].copy())
 
 
 def mean_squared_cosine(a: Float[Tensor, "*n width rank"], b: Float[Tensor, "*n width other"]) -> Float[Tensor, "*n"]:

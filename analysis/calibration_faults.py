@@ -26,6 +26,7 @@ from spd_lens.examples import Example
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, Subspace
 
+from .angles import energy_share, mean_squared_cosine, principal_angles
 from .inputs import place
 from .style import band, figure, line
 
@@ -187,9 +188,8 @@ def _measures(
     a: Float[Tensor, "width rank_a"], b: Float[Tensor, "width rank_b"], gram: Float[Tensor, "width width"]
 ) -> tuple[float, float, float]:
     """Energy share, mean squared cosine and mean principal angle in degrees."""
-    share = (a.T @ gram @ a).trace() / gram.trace()
-    cosines = torch.linalg.svdvals(a.T @ b).clamp(0, 1)
-    return share.item(), cosines.square().mean().item(), cosines.acos().rad2deg().mean().item()
+    angles = principal_angles(a, b).rad2deg()
+    return energy_share(a, gram).item(), mean_squared_cosine(a, b).item(), angles.mean().item()
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

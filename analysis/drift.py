@@ -30,6 +30,7 @@ from spd_lens.subspace import Rank
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
 from .calibration_faults import ENERGY, MEASURES, agreement
 from .inputs import Subject, place, subjects
+from .shardwise import half_width, halves
 from .style import figure, line
 
 
@@ -54,7 +55,6 @@ def drift(
     *,
     rank: Rank = 0.5,
     per_head: bool = True,
-    resamples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The subspace before against the gradients after, by site and head.
@@ -64,18 +64,18 @@ def drift(
         after: Of the trained one: the same examples in the same shards.
         rank: Of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        resamples: Bootstrap resamples of shards (before and after alike) for the intervals; 0: none.
-        seed: Of the bootstrap and the random subspace.
+        seed: Of the random subspace, and of the halves where there are many shards.
 
     Returns:
         Columns `site, layer, kind, head, of, measure, value, low, high`. Measures as in `calibration_size.stability`.
-        `of`: `"before, after"`, with a 95 % percentile bootstrap interval over shards; `"halves before"`, two halves
+        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and
+        after alike (`shardwise`); `"halves before"`, two halves
         of the examples in the untrained model, which is what other examples alone would change; `"random"`, a random
         subspace against the gradients after; and for the energy share `"after, after"`, the most that this rank can
         hold. Only the first has an interval.
     """
     _check_same_examples(before, after)
-    rng = np.random.default_rng(seed)
+    before, after = _filled(before), _filled(after)
     old = before.subspace(rank, per_head=per_head)
     new = after.subspace(rank, per_head=per_head)
     rows = [*agreement(old, after, rank, {"of": "before, after"})]
@@ -85,16 +85,30 @@ def drift(
         first, second = before.halves()
         rows += agreement(first.subspace(rank, per_head=per_head), second, rank, {"of": "halves before"})
     frame = pd.DataFrame(rows).assign(low=float("nan"), high=float("nan"))
-    if resamples and before.n_shards > 1:
-        drawn = []
-        for _ in range(resamples):
-            index = rng.integers(before.n_shards, size=before.n_shards).tolist()
-            resampled = before.shards(index).subspace(rank, per_head=per_head)
-            drawn.append([row["value"] for row in agreement(resampled, after.shards(index), rank, {})])
-        mine = frame.index[frame.of == "before, after"]
-        if all(len(values) == len(mine) for values in drawn):  # a resample may leave a head without gradients
-            frame.loc[mine, "low"], frame.loc[mine, "high"] = np.percentile(drawn, [2.5, 97.5], axis=0)
+    mine = frame.index[frame.of == "before, after"]
+    width = _half_widths(before, after, rank, per_head, seed)
+    if width is not None and len(width) == len(mine):
+        value = frame.loc[mine, "value"]
+        highest = np.where(frame.loc[mine, "measure"] == "mean angle", 90.0, 1.0)
+        frame.loc[mine, "low"] = (value - width).clip(lower=0.0)
+        frame.loc[mine, "high"] = np.minimum(value + width, highest)
     return frame
+
+
+def _half_widths(
+    before: GradientMoments, after: GradientMoments, rank: Rank, per_head: bool, seed: int
+) -> np.ndarray | None:
+    """Half the width of each row's interval; None if there are too few shards, or halves that lack a head."""
+    if before.n_shards < 2:
+        return None
+    found = []
+    for half in halves(before.n_shards, seed):
+        chosen = half.nonzero().flatten().tolist()
+        subspace = before.shards(chosen).subspace(rank, per_head=per_head)
+        found.append([row["value"] for row in agreement(subspace, after.shards(chosen), rank, {})])
+    if len({len(values) for values in found}) > 1:
+        return None
+    return half_width(torch.tensor(found, dtype=torch.float64), before.n_shards).numpy()
 
 
 def spectra_before_after(before: GradientMoments, after: GradientMoments, *, per_head: bool = True) -> pd.DataFrame:
@@ -123,6 +137,11 @@ def spectra_before_after(before: GradientMoments, after: GradientMoments, *, per
     return pd.DataFrame(rows)
 
 
+def _filled(moments: GradientMoments) -> GradientMoments:
+    """Without the shards that hold no example, of which there are some where examples are few."""
+    return moments.shards(moments.n_examples.nonzero().flatten().tolist())
+
+
 def _check_same_examples(before: GradientMoments, after: GradientMoments) -> None:
     before.fingerprint.check(after.fingerprint, "the moments before training")
     if before.sites != after.sites or not torch.equal(before.n_tokens, after.n_tokens):
@@ -141,7 +160,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
         "The subspace before training against the gradients after it",
         "site and head",
         f"{measure} (degrees)" if measure == "mean angle" else measure,
-        says="bars: 95 % bootstrap interval over shards of examples; grey: references",
+        says="bars: 95 % interval over halves of the examples; grey: references",
     )
     references = {"random": "circle-open", "halves before": "square-open", "after, after": "diamond-open"}
     names = {
@@ -210,8 +229,7 @@ def main(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories, with an adapter.")],
     items: Annotated[int, typer.Option(help="Held-out items for the KL.")] = 24,
     n_random: Annotated[int, typer.Option(help="Random projections as control.")] = 5,
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples over shards of examples.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of bootstrap and random subspaces.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random subspaces and resampling.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """The subspace after distillation against the one before."""
@@ -220,11 +238,11 @@ def main(
     for subject in subjects(runs, progress=not quiet):
         adapter = subject.run.adapter  # refuses an unfinished run before the model is loaded
         held_out = subject.held_out(items)
-        _analyse(subject, adapter, held_out, n_random, resamples, seed, console)
+        _analyse(subject, adapter, held_out, n_random, seed, console)
 
 
 def _analyse(
-    subject: Subject, adapter: Path, held_out: list[Example], n_random: int, resamples: int, seed: int, console: Console
+    subject: Subject, adapter: Path, held_out: list[Example], n_random: int, seed: int, console: Console
 ) -> None:
     config = subject.run.config
     settings: dict[str, Any] = {
@@ -235,7 +253,7 @@ def _analyse(
     before = extract(subject.pair, examples, engine="twin", **settings)
     after = moments_after(subject.pair, adapter, examples, **settings)
     how: dict[str, Any] = {"per_head": config.per_head, "seed": seed}
-    frame = drift(before, after, rank=config.rank, resamples=resamples, **how)
+    frame = drift(before, after, rank=config.rank, **how)
     spectra = spectra_before_after(before, after, per_head=config.per_head)
     kls = absorption(
         subject.pair, held_out, subject.subspace, adapter, strength=config.strength, n_random=n_random, seed=seed,

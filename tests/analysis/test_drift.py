@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from scipy import stats
 
 import spd_lens as spd
 from spd_lens.analysis.absorption import absorbed, absorption, absorption_figure, absorption_sentence
@@ -56,11 +58,11 @@ def turned(pair, degrees):
 
 
 def test_a_turn_by_30_degrees_is_30_degrees(tiny_pair):
-    frame = drift(*turned(tiny_pair, 30), rank=1, resamples=20)
+    frame = drift(*turned(tiny_pair, 30), rank=1)
     cells = frame.set_index(["of", "measure", "head"])
     for head in ("0", "1"):
         angle = cells.loc["before, after", "mean angle", head]
-        assert angle.value == pytest.approx(30, abs=1e-6) == angle.low == angle.high  # all shards are alike
+        assert [angle.value, angle.low, angle.high] == pytest.approx([30] * 3, abs=1e-6)  # all shards are alike
         assert cells.loc["before, after", ENERGY, head].value == pytest.approx(0.75, abs=1e-12)
         assert cells.loc["after, after", ENERGY, head].value == pytest.approx(1, abs=1e-12)
         assert cells.loc["halves before", "mean angle", head].value == pytest.approx(0, abs=1e-5)
@@ -70,7 +72,7 @@ def test_a_turn_by_30_degrees_is_30_degrees(tiny_pair):
 
 def test_no_training_no_drift(tiny_pair, examples):
     moments = spd.extract(tiny_pair, examples, progress=False)
-    frame = drift(moments, moments, rank=3, resamples=20)
+    frame = drift(moments, moments, rank=3)
     mine = frame[frame.of == "before, after"].set_index(["measure", "site", "head"])
     # arccos resolves angles near 0 to the square root of the rounding error
     assert np.allclose(mine.loc["mean squared cosine"].value, 1) and mine.loc["mean angle"].value.max() < 1e-4
@@ -81,22 +83,24 @@ def test_no_training_no_drift(tiny_pair, examples):
     assert 0.2 < noise < 0.55  # 3 of 8 directions
 
 
-def test_intervals_are_of_shards_drawn_alike_before_and_after(tiny_pair, examples):
-    """Written out: the percentiles of the energy share over resampled shards."""
+def test_intervals_are_of_halves_drawn_alike_before_and_after(tiny_pair, examples):
+    """Written out: Student's t with 7 degrees of freedom on the spread of the energy share over all 70 halves."""
     before = spd.extract(tiny_pair, examples, layers=[3], kinds="v", progress=False)
     after = spd.extract(tiny_pair, examples[::-1], layers=[3], kinds="v", progress=False)
     site = spd.Site(3, "v")
     after.n_tokens = before.n_tokens.clone()  # otherwise refused: other examples in the shards
-    frame = drift(before, after, rank=2, resamples=50, seed=3)
-    rng = np.random.default_rng(3)
-    values = []
-    for _ in range(50):
-        index = rng.integers(8, size=8)
-        old, new = (m.gradient[site][index].sum(0)[:8, :8].numpy() for m in (before, after))
+    frame = drift(before, after, rank=2)
+
+    def share(index):
+        old, new = (m.gradient[site][list(index)].sum(0)[:8, :8].numpy() for m in (before, after))
         basis = np.linalg.eigh(old)[1][:, -2:]
-        values.append(np.trace(basis.T @ new @ basis) / np.trace(new))
+        return np.trace(basis.T @ new @ basis) / np.trace(new)
+
+    width = stats.t.ppf(0.975, 7) * np.std([share(half) for half in itertools.combinations(range(8), 4)])
     row = frame[(frame.of == "before, after") & (frame.measure == ENERGY) & (frame["head"] == "0")].iloc[0]
-    assert [row.low, row.high] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-9)
+    assert row.value == pytest.approx(share(range(8)), abs=1e-9)
+    assert row.low == pytest.approx(max(0, row.value - width), abs=1e-9)
+    assert row.high == pytest.approx(min(1, row.value + width), abs=1e-9)
 
 
 def test_moments_after_are_those_of_the_adapted_model(tiny_pair, examples, adapter, state_of):
@@ -210,7 +214,7 @@ def _finite(fig):
 def test_figures(tiny_pair, examples, adapter):
     before = spd.extract(tiny_pair, examples, progress=False)
     after = moments_after(tiny_pair, adapter, examples, progress=False)
-    frame = drift(before, after, rank=3, resamples=10)
+    frame = drift(before, after, rank=3)
     for measure in MEASURES:
         fig = drift_figure(frame, measure)
         _finite(fig)
@@ -234,7 +238,7 @@ def test_figures(tiny_pair, examples, adapter):
 def test_the_command_on_a_run(finished_run, tmp_path, capsys):
     run = tmp_path / "copy"
     shutil.copytree(finished_run.path, run)
-    main([run], items=6, n_random=2, resamples=10, quiet=True)
+    main([run], items=6, n_random=2, quiet=True)
     folder = run / "analysis"
     facts = json.loads((folder / "drift-absorption.json").read_text())
     assert facts["n_items"] == 6 and "share beyond random" in facts["estimates"]
