@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from spd_lens.subspace import Subspace
 
 ENGINES = ("twin", "lens")
 
+PerPrompt = Mapping[str, Subspace | None] | Callable[[Example], Subspace | None]
+"""Which subspace each prompt is answered under, by its id or by asking; None for none."""
+
 
 def generate(
     pair: ModelPair,
     prompts: Iterable[str | Example],
     *,
-    subspace: Subspace | None = None,
+    subspace: Subspace | PerPrompt | None = None,
     strength: float = 1.0,
     adapter: str | Path | None = None,
     max_new_tokens: int = 256,
@@ -49,7 +53,9 @@ def generate(
     Args:
         pair: The model.
         prompts: Texts or examples (their ids name the records and seed the noise).
-        subspace: Keep these directions of the keys and values, at prompt and new tokens alike (Eq. 12).
+        subspace: Keep these directions of the keys and values, at prompt and new tokens alike (Eq. 12). To choose by
+            prompt, a mapping from every prompt's id, or a function of the `Example`: prompts of one choice are then
+            answered together, and each as if its subspace had been given alone.
         strength: Of the projection, from 0 (none) to 1.
         adapter: Directory of a LoRA adapter or checkpoint to put on meanwhile.
         max_new_tokens: Longest completion, in tokens. Prompt and completion must fit the context.
@@ -61,7 +67,8 @@ def generate(
             model under hooks, one prompt at a time and slow, with the same tokens in float32.
         batch_size: Completions at a time (twin engine); halved by itself where memory runs out.
         samples_per_prompt: How many completions of each prompt.
-        path: JSONL file that every finished batch goes to. A run that was interrupted continues from it.
+        path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
+            prompts than before (with a choice by prompt: with the same ones).
         progress: Show a progress bar.
 
     Returns:
@@ -81,33 +88,37 @@ def generate(
             "pair.sync(to='lens', adapter=...) and leave adapter out, or use engine='twin'"
         )
     check_strength(strength)
-    if subspace is not None:
-        subspace.check(pair.hf)  # before a corpus file is begun
     jobs = _jobs(pair, prompts, samples_per_prompt, max_new_tokens, engine)
+    groups = _groups(jobs, subspace)
+    for group in groups:
+        if group.subspace is not None:
+            group.subspace.check(pair.hf)  # before a corpus file is begun
     decoding = Decoding(sampling, seed, max_new_tokens, stop_tokens(pair))
-    settings = _settings(pair, decoding, engine, subspace, strength, adapter)
+    by_prompt = subspace is not None and not isinstance(subspace, Subspace)
+    settings = _settings(pair, decoding, engine, groups, by_prompt, strength, adapter)
     order = [job.key for job in jobs]
     size = batch_size if engine == "twin" else 1
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(CorpusWriter(path, settings, order)) if path is not None else None
         done = dict(writer.done) if writer is not None else {}
         _refuse_other_prompts(jobs, done)
-        batches = _batches(jobs, size, done)
         bar = stack.enter_context(tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress))
-        if batches:
-            run = stack.enter_context(
-                twin_engine(pair, decoding, subspace, strength, adapter)
+        for group in groups:
+            batches = _batches(group.jobs, size, done)
+            if not batches:
+                continue
+            with (
+                twin_engine(pair, decoding, group.subspace, strength, adapter)
                 if engine == "twin"
-                else lens_engine(pair, decoding, subspace, strength)
-            )
-        for batch in batches:
-            for part, completions in completed(run, batch):
-                records = [_record(pair, job, ids, decoding) for job, ids in zip(part, completions, strict=True)]
-                records = [record for record in records if record.key not in done]
-                if writer is not None:
-                    writer.append(records)
-                done |= {record.key: record for record in records}
-                bar.update(len(records))
+                else lens_engine(pair, decoding, group.subspace, strength)
+            ) as run:
+                for part, completions in (made for batch in batches for made in completed(run, batch)):
+                    records = [_record(pair, job, ids, decoding) for job, ids in zip(part, completions, strict=True)]
+                    records = [record for record in records if record.key not in done]
+                    if writer is not None:
+                        writer.append(records)
+                    done |= {record.key: record for record in records}
+                    bar.update(len(records))
     return Corpus([done[key] for key in order], settings=settings, path=None if path is None else Path(path))
 
 
@@ -116,26 +127,68 @@ def check_room(pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens
     _jobs(pair, prompts, 1, max_new_tokens, "twin")
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Completions under one subspace."""
+
+    subspace: Subspace | None
+    digest: str | None
+    """Of the subspace."""
+    jobs: list[Job]
+
+
+def _groups(jobs: Sequence[Job], subspace: Subspace | PerPrompt | None) -> list[_Group]:
+    """Jobs by the subspace that they are done under, in order of first use."""
+    chosen = {job.example.id: job.example for job in jobs}
+    subspaces = {name: _choice(subspace, example) for name, example in chosen.items()}  # asked once for all samples
+    # each object is hashed once: thousands of prompts share a few
+    distinct = {id(found): found for found in subspaces.values()}
+    digests = {key: None if found is None else subspace_digest(found) for key, found in distinct.items()}
+    groups: dict[str | None, _Group] = {}
+    for job in jobs:
+        found = subspaces[job.example.id]
+        digest = digests[id(found)]
+        groups.setdefault(digest, _Group(found, digest, [])).jobs.append(job)
+    return list(groups.values())
+
+
+def _choice(subspace: Subspace | PerPrompt | None, example: Example) -> Subspace | None:
+    if subspace is None or isinstance(subspace, Subspace):
+        return subspace
+    if isinstance(subspace, Mapping):
+        if example.id not in subspace:
+            raise SPDError(f"no subspace is named for prompt {example.id!r}; name one for every prompt, None for none")
+        found: Any = subspace[example.id]
+    else:
+        found = subspace(example)
+    if found is not None and not isinstance(found, Subspace):
+        raise SPDError(f"what is chosen for prompt {example.id!r} is {found!r}; it must be a Subspace or None")
+    return found
+
+
 def _settings(
     pair: ModelPair,
     decoding: Decoding,
     engine: str,
-    subspace: Subspace | None,
+    groups: Sequence[_Group],
+    by_prompt: bool,
     strength: float,
     adapter: str | Path | None,
 ) -> dict[str, Any]:
     """What decides a corpus' content: written beside it, and compared when it is continued.
 
-    `batch_size` is not among them, since completions do not depend on it.
+    `batch_size` is not among them, since completions do not depend on it. `subspace` is a digest, or with a choice by
+    prompt each prompt's.
     """
+    each = {job.example.id: group.digest for group in groups for job in group.jobs}
     return {
         "model": pair.name,
         "engine": engine,
         "dtype": str(pair.dtype).removeprefix("torch."),
         "prompt_format": pair.format.name,
         "system": pair.format.system,
-        "subspace": None if subspace is None else subspace_digest(subspace),
-        "strength": None if subspace is None else float(strength),
+        "subspace": each if by_prompt else groups[0].digest,
+        "strength": float(strength) if any(group.digest for group in groups) else None,
         "adapter": None if adapter is None else adapter_digest(adapter),
         "max_new_tokens": decoding.max_new_tokens,
         **decoding.sampling.to_dict(),
