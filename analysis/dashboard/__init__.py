@@ -16,6 +16,7 @@ from ..inputs import subjects
 from .data import assemble
 from .notebook import Explorer, explore
 from .page import page
+from .records import relative_to
 
 __all__ = ["Explorer", "explore", "serve", "write_dashboard"]
 
@@ -37,7 +38,7 @@ def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int =
     if out.is_dir():
         raise SPDError(f"{out} is a directory; name the page to write, as in --out {out / 'dashboard.html'}")
     found = subjects(runs)
-    document = assemble(found, out=out, texts=texts)
+    document = assemble(found, link=relative_to(out), texts=texts)
     return write_text(out, page(document, title=title_of([subject.name for subject in found])))
 
 
@@ -48,6 +49,10 @@ def title_of(names: Sequence[str]) -> str:
 
 def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:
     """Run the live app on this machine until it is interrupted; needs the extra `dashboard`."""
-    from .live import serve as serve_live  # dash is an extra
-
+    try:
+        from .live import serve as serve_live
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("dash", "flask", "werkzeug"):
+            raise
+        raise SPDError("the live app needs dash; install it with pip install 'spd-lens[dashboard]'") from error
     serve_live(runs, port=port)

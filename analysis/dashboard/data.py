@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,18 +24,18 @@ log = logging.getLogger(__name__)
 _ALL_RANKS_UP_TO = 256
 
 
-def assemble(subjects: Sequence[Subject], *, out: Path | None = None, texts: int = 200) -> dict[str, Any]:
+def assemble(subjects: Sequence[Subject], *, link: records.Link | None = None, texts: int = 200) -> dict[str, Any]:
     """The document of some run directories.
 
     Args:
         subjects: The runs. Where an analysis has left moments of all layers, those are shown.
-        out: Where the page will lie, to which links to saved pages are relative; without it there are none.
+        link: Where the pages of saved analyses are found; without it there are no links to them.
         texts: Completions per set at most.
     """
     sources = [source_of(subject) for subject in subjects]
     document = from_sources(sources)
     for shown, subject in zip(document["runs"], subjects, strict=True):
-        shown |= records.of_run(subject, out=out, texts=texts)
+        shown |= records.of_run(subject, link=link, texts=texts)
     return document
 
 

@@ -25,7 +25,7 @@ def page(document: Mapping[str, Any], *, title: str, embedded: bool = False) -> 
     """
     script = "\n".join(template(name).replace('"use strict";\n', "") for name in SCRIPTS)
     script = f'"use strict";\n{script}'
-    allowed = " ".join(f"'sha256-{_digest(part)}'" for part in (plotly_script(), script))
+    allowed = " ".join(f"'sha256-{digest(part)}'" for part in (plotly_script(), script))
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
         "form-action 'none'"
@@ -65,5 +65,6 @@ def plotly_script() -> str:
     return get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _digest(script: str) -> str:
+def digest(script: str) -> str:
+    """A script's hash, as a content security policy names it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -29,9 +29,11 @@ from .sweeps import layer_sweep, rank_sweep
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
+Link = Callable[[Subject, Path], str]
+"""From a run and a page in its `analysis/` folder to what a link to it says."""
 
 
-def of_run(subject: Subject, *, out: Path | None, texts: int) -> dict[str, Any]:
+def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]:
     """Everything about one run that is not a curve. An unfinished run has less of it, never an error."""
     run, config = subject.run, subject.run.config
     return {
@@ -41,7 +43,7 @@ def of_run(subject: Subject, *, out: Path | None, texts: int) -> dict[str, Any]:
         "rank_sweep": rank_sweep(subject),
         "layer_sweep": layer_sweep(subject),
         "texts": list(_text_sets(run, texts)),
-        "saved": saved(subject, out),
+        "saved": saved(subject, link),
         "provenance": provenance(run),
     }
 
@@ -161,7 +163,7 @@ def _item(
     return shown
 
 
-def saved(subject: Subject, out: Path | None) -> list[dict[str, Any]]:
+def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
     """Tables in the run's `analysis/` folder: name, question, first rows, and where its own page lies."""
     tables = []
     for path in sorted(subject.folder.glob("*.csv")):
@@ -178,14 +180,15 @@ def saved(subject: Subject, out: Path | None) -> list[dict[str, Any]]:
                 "rows": len(frame),
                 "columns": [visible(str(column)) for column in frame.columns],
                 "head": head.to_numpy().tolist(),
-                "href": _relative(page, out) if out is not None and page.exists() else None,
+                "href": link(subject, page) if link is not None and page.exists() else None,
             }
         )
     return tables
 
 
-def _relative(page: Path, out: Path) -> str:
-    return Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix()
+def relative_to(out: Path) -> Link:
+    """Links that work where the page at `out` and the run directories stay where they are."""
+    return lambda _, page: Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix()
 
 
 def _cell(value: Any) -> str:
@@ -199,7 +202,7 @@ def provenance(run: Run) -> list[dict[str, Any]]:
     """Named tables of what made the run: proofs, times, settings, versions, model, data."""
     config, notes = run.config, run.notes
     tables: dict[str, Table] = {"What was proved": _proofs(notes), "Seconds per stage": _seconds(notes)}
-    settings, defaults = config.model_dump(mode="json"), SPDConfig().model_dump(mode="json")
+    settings, defaults = config.model_dump(mode="json"), SPDConfig.make({}).model_dump(mode="json")
     tables["Settings that are not the default"] = _rows({k: v for k, v in settings.items() if v != defaults[k]})
     tables["All settings"] = _rows(settings)
     tables["As it was resolved"] = _rows(_flat(notes.get("resolved", {})))

@@ -100,7 +100,7 @@ function drawSaved() {
   $("saved-list").replaceChildren(...tables.map((table) => {
     const head = el("tr", {}, ...table.columns.map((name) => el("th", { scope: "col" }, name)));
     const rows = table.head.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell))));
-    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href) }, `open the page of ${table.name}`)) : null;
+    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href), target: "_blank", rel: "noopener" }, `open the page of ${table.name}`)) : null;
     return el("details", {}, el("summary", {}, `${table.name.replace(/_/g, " ")}`), el("p", { class: "says" }, [table.question, `${table.rows} rows`].filter(Boolean).join(" · ")),
       link, el("div", { class: "preview", tabindex: "0" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))));
   }));
