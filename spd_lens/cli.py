@@ -27,7 +27,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
-_RESUMABLE = ("run", "demo", "generate", "finetune")
+_RESUMABLE = ("run", "demo", "study", "generate", "finetune")
 _MODEL = ("model", "backend", "dtype", "device", "prompt_format")
 _DATA = ("task", "data_dir", "task_options", "data_seed")
 
@@ -56,6 +56,24 @@ def run_command(
 def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
     """The whole job on SmolLM2-135M-Instruct and synthetic word problems, in a few minutes on two cores."""
     _run(SPDConfig.make(DEMO), out, quiet)
+
+
+@app.command("study")
+def study_command(
+    file: Annotated[Path | None, typer.Argument(help="YAML file: methods, sources, targets, seeds, settings.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A ready-made study; the file's lines go over it.")
+    ] = None,
+    out: Out = Path("runs/study"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, tokens, memory, time; do nothing.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over both, as seeds=[1,2].")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Methods x sources x targets x seeds on one model, with a report. Started again, it continues."""
+    set_up_logging(quiet)
+    from spd_lens.study.command import study
+
+    study(file, preset, out, setting or [], dry_run=dry_run, console=Console())
 
 
 @app.command("extract")

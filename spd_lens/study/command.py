@@ -1,0 +1,62 @@
+"""What `spd-lens study` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markdown import Markdown
+
+from spd_lens.errors import SPDError
+from spd_lens.study.config import StudyConfig, presets
+from spd_lens.study.folder import Study
+
+
+def study(
+    file: Path | None, preset: str | None, out: Path, settings: Sequence[str], *, dry_run: bool, console: Console
+) -> None:
+    """Run or plan a study of a file, a preset, or a file over a preset."""
+    if file is None and preset is None:
+        raise SPDError(f"give a study's YAML file, or --preset with one of {', '.join(presets())}")
+    config = StudyConfig.read(file, preset=preset, overrides=overrides(settings))
+    if dry_run:
+        console.print(Markdown(_plan(config, out)))
+        return
+    from spd_lens.study.engine import run_study
+
+    done = run_study(config, out)
+    console.print(Markdown((done.path / "report.md").read_text(encoding="utf-8")))
+    console.print(f"Everything is in {out}; report.html is the page to read.", highlight=False, markup=False)
+
+
+def overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` with the value in YAML; `settings.lr=1e-4` and the like reach into nested settings."""
+    found: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise SPDError(f"--set {text!r} must be KEY=VALUE, as in seeds=[1,2] or settings.n_train=64")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SPDError(f"--set {text!r}: {value!r} is no value in YAML") from error
+        *parents, last = key.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise SPDError(f"--set {text!r} reaches into {parent!r}, which another --set gives a value")
+        place[last] = parsed
+    return found
+
+
+def _plan(config: StudyConfig, out: Path) -> str:
+    """The plan, with what was measured if the study has begun. Needs no weights, and for known models no network."""
+    from spd_lens.study.plan import make_plan
+    from spd_lens.study.shapes import read_shape
+
+    config = Study(out).admits(config)
+    return make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured()).to_markdown()

@@ -1,0 +1,229 @@
+"""`StudyConfig`: which methods, tasks and seeds a study has, and the settings that all of its cells share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from spd_lens.config import SPDConfig, read_yaml, validated
+from spd_lens.errors import SPDError
+
+BASE = "base"
+"""The method that is no training at all; a study always measures it, since everything is compared with it."""
+
+_OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared")
+"""Settings of a run that a study decides itself, cell by cell, or has no use for."""
+_GROWING = ("methods", "seeds")
+"""What may be added to a study that exists; everything else would change the cells that are there."""
+
+
+class StudyConfig(BaseModel):
+    """Settings of a study. Unknown keys are refused; `make` and `read` give a sentence instead of a traceback."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    methods: list[str] = Field(["base", "psr", "ssd", "spd", "spd-random"], min_length=1)
+    """Names of `spd_lens.methods`; the base model is measured whether or not it is among them."""
+    sources: list[str] = Field(["gsm8k"], min_length=1)
+    """Tasks that give calibration examples and training prompts."""
+    targets: list[str] = Field(default_factory=list)
+    """Tasks to evaluate on; the sources if empty."""
+    seeds: list[int] = Field([42], min_length=1)
+    """Seeds of sampling, training and random subspaces. Prompts and items depend on `data_seed` and are the same."""
+    n_forced: int | dict[str, int] | None = None
+    """Test items that are measured teacher-forced, of each target or by target; None: as many as `n_eval`."""
+    n_side_effects: int = Field(16, ge=0)
+    """Texts of each set on which side effects are measured; 0 for none."""
+    score_projected: bool = False
+    """Also score greedy completions under the projection, before any training (paper table 3)."""
+    task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of tasks, by the task's name as it stands in `sources` or `targets`."""
+    source_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings that differ by source, over `settings`: the paper trains on 7,473, 464 or 2,000 prompts."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `SPDConfig` that all cells share. `n_eval` is the number of items whose completions are scored."""
+
+    @field_validator("methods", "sources", "targets", "seeds")
+    @classmethod
+    def _each_once(cls, values: list[Any], info: ValidationInfo) -> list[Any]:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]!r} stands there twice")
+        if info.field_name == "seeds" and not all(0 <= seed < 2**32 for seed in values):
+            raise ValueError("seeds are whole numbers from 0 to 4294967295")
+        return values
+
+    @field_validator("n_forced")
+    @classmethod
+    def _counts(cls, value: int | dict[str, int] | None) -> int | dict[str, int] | None:
+        if value is not None and min(value.values() if isinstance(value, dict) else [value], default=0) < 1:
+            raise ValueError("write a number of items of at least 1, or one for each target")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """All shared settings written out, and targets where none are named."""
+        given = dict(given)
+        if isinstance(settings := given.get("settings", {}), dict):
+            _refuse(settings, "settings")
+            full = SPDConfig.make(settings).model_dump(mode="json")
+            given["settings"] = {key: value for key, value in full.items() if key not in _OURS}
+        if not given.get("targets") and isinstance(given.get("sources", []), list):
+            given["targets"] = list(given.get("sources") or ["gsm8k"])
+        return given
+
+    @classmethod
+    def make(cls, settings: Mapping[str, Any]) -> StudyConfig:
+        """Validate settings; `SPDError` in one sentence that names the first wrong one. Reads no data and no model."""
+        config = validated(cls, dict(settings))
+        config._check_names()
+        for source in config.sources:  # what differs by source is validated with what is shared
+            config.cell(source, config.seeds[0])
+        return config
+
+    @classmethod
+    def read(
+        cls, path: str | Path | None = None, *, preset: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> StudyConfig:
+        """A YAML file over a preset, with some settings over both. Nested settings are joined key by key."""
+        merged: dict[str, Any] = {} if preset is None else preset_settings(preset)
+        if path is not None:
+            merged = _joined(merged, read_yaml(path))
+        return cls.make(_joined(merged, overrides or {}))
+
+    def to_yaml(self) -> str:
+        """All settings, as `read` takes them."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def cell(self, source: str, seed: int) -> SPDConfig:
+        """What a method works from on one source with one seed."""
+        return SPDConfig.make(
+            {
+                **self.settings,
+                **self.source_settings.get(source, {}),
+                "task": source,
+                "task_options": self.task_options.get(source, {}),
+                "eval_tasks": self.targets,
+                "seed": seed,
+            }
+        )
+
+    @property
+    def shared(self) -> SPDConfig:
+        """The settings that all cells have in common (those of the first cell)."""
+        return self.cell(self.sources[0], self.seeds[0])
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods that train, which is all but the base model."""
+        return [method for method in self.methods if method != BASE]
+
+    def n_scored(self, target: str) -> int:
+        """Items of a target whose completions are scored."""
+        return self.shared.n_test(target)
+
+    def n_measured(self, target: str) -> int:
+        """Items of a target that are measured teacher-forced; a larger draw begins with a smaller one."""
+        if self.n_forced is None:
+            return self.n_scored(target)
+        if isinstance(self.n_forced, int):
+            return self.n_forced
+        if target not in self.n_forced:
+            raise SPDError(f"n_forced names no number of items for {target}; it has {', '.join(self.n_forced)}")
+        return self.n_forced[target]
+
+    def extended(self, earlier: StudyConfig) -> list[str]:
+        """In what this differs from an earlier study, beyond methods and seeds that were added: one phrase each."""
+        mine, theirs = self.model_dump(mode="json"), earlier.model_dump(mode="json")
+        phrases = []
+        for key in mine:
+            if key in _GROWING:
+                missing = [str(value) for value in theirs[key] if value not in mine[key]]
+                phrases += [f"{key}: {', '.join(missing)} there and not now"] if missing else []
+            elif isinstance(mine[key], dict):
+                names = [name for name in {**theirs[key], **mine[key]} if _differ(theirs[key], mine[key], name)]
+                phrases += [f"{n}: {theirs[key].get(n)!r} there, {mine[key].get(n)!r} now" for n in names]
+            elif _text(mine[key]) != _text(theirs[key]):
+                phrases.append(f"{key}: {theirs[key]!r} there, {mine[key]!r} now")
+        return phrases
+
+    def after(self, earlier: StudyConfig) -> StudyConfig:
+        """The same study with the earlier one's methods and seeds in their order, and then its own new ones."""
+        grown = {
+            key: [*getattr(earlier, key), *(v for v in getattr(self, key) if v not in getattr(earlier, key))]
+            for key in _GROWING
+        }
+        return self.model_copy(update=grown)
+
+    def _check_names(self) -> None:
+        from spd_lens import methods, tasks  # methods import torch, which reading settings does not need
+
+        for method in self.methods:
+            methods.get(method)
+        names = {*self.sources, *self.targets}
+        for kind, keys in (("task_options", self.task_options), ("source_settings", self.source_settings)):
+            if unknown := [key for key in keys if key not in (names if kind == "task_options" else self.sources)]:
+                raise SPDError(f"{kind} names {unknown[0]!r}, which is not a task of this study")
+        for source, settings in self.source_settings.items():
+            _refuse(settings, f"source_settings of {source}")
+            if wrong := [key for key in settings if key in ("model", "n_eval", "data_seed", "data_dir")]:
+                raise SPDError(f"setting {wrong[0]!r} is the same for all sources; write it under settings")
+        for name in names:
+            tasks.get(name, self.settings["data_dir"], **self.task_options.get(name, {}))
+        for target in self.shared.targets:
+            self.n_scored(target), self.n_measured(target)
+        if BASE in named(self.sources):
+            raise SPDError(f"a source called {BASE!r} would share its folder with the base model; rename its file")
+
+
+def named(tasks: Iterable[str]) -> dict[str, str]:
+    """Tasks by the name that their results are kept under: a file of one's own by its stem."""
+    listed = list(tasks)
+    found = {Path(name).stem if name.endswith(".jsonl") else name: name for name in listed}
+    if len(found) < len(listed):
+        raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
+    return found
+
+
+def presets() -> list[str]:
+    """Names of the ready-made studies."""
+    folder = resources.files("spd_lens.study.presets")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings of a ready-made study; `SPDError` that lists the names if there is none."""
+    if name not in presets():
+        raise SPDError(f"unknown preset {name!r}; choose from {', '.join(presets())}")
+    with resources.as_file(resources.files("spd_lens.study.presets") / f"{name}.yaml") as path:
+        return read_yaml(path)
+
+
+def _refuse(settings: Mapping[str, Any], where: str) -> None:
+    if ours := [key for key in settings if key in _OURS]:
+        raise SPDError(
+            f"setting {ours[0]!r} does not belong under {where}: a study sets it itself, from methods, sources, "
+            "targets, seeds and task_options"
+        )
+
+
+def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(under)
+    for key, value in over.items():
+        old = joined.get(key)
+        joined[key] = _joined(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return joined
+
+
+def _text(value: Any) -> str:  # 1 == 1.0 in Python, but rank 1 is one direction and rank 1.0 is all
+    return json.dumps(value, sort_keys=True)
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    return _text(one.get(name)) != _text(other.get(name))

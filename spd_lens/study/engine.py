@@ -1,0 +1,222 @@
+"""`run_study`: every unit of the plan in its order, each made once, however often the study is stopped."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from spd_lens import tasks
+from spd_lens.digests import weights_digest
+from spd_lens.models import ModelPair
+from spd_lens.pipeline import load_pair
+from spd_lens.preflight import check_data, check_model, check_settings
+from spd_lens.sampling import Sampling
+from spd_lens.sandbox.executor import passes_tests
+from spd_lens.study.config import BASE, StudyConfig, named
+from spd_lens.study.costs import Machine
+from spd_lens.study.folder import Cell, Study
+from spd_lens.study.plan import Clock, Unit, duration, schedule, unit_costs
+from spd_lens.study.results import write_tables
+from spd_lens.study.shapes import shape_of
+from spd_lens.study.side_effects import side_effect_examples
+from spd_lens.study.stages import Bench, distil, finish, measure, project, score, self_generate
+from spd_lens.tasks import CodeTask, Task
+
+log = logging.getLogger(__name__)
+
+
+def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, pair: ModelPair | None = None) -> Study:
+    """Methods x sources x targets x seeds on one model, into a folder; then the tables and the report.
+
+    Every artefact is written whole or not at all and made once: a study that was killed and is started again continues
+    and ends with the same files. Methods and seeds may be added to a study that exists; what is there stays untouched.
+
+    Args:
+        config: The study.
+        out: Its folder; new, empty, or of the same study with fewer methods or seeds.
+        progress: Show a progress bar for every unit, beside the log line that each one writes.
+        pair: A pair that is already loaded, instead of the model that the settings name.
+
+    Raises:
+        SPDError: a method, task, setting or size that cannot work (found before anything is written where possible), a
+            folder of another study, or a model or data set that is not the one the study was begun with.
+    """
+    if pair is not None:
+        config = StudyConfig.read(
+            overrides={**config.model_dump(), "settings": {**config.settings, "model": pair.name}}
+        )
+    config = Study(out).admits(config)
+    sources, targets = make_tasks(config)
+    _check(config, sources, targets)
+    side_effect_examples(config)
+    keeps_lens = pair is not None and pair.has_lens
+    if pair is None:
+        log.info("loading %s", config.settings["model"])
+        pair = load_pair(config.shared)
+    _check_model(config, pair, sources, targets)
+    study = Study(out)
+    with study.locked():
+        config = study.admits(config)  # another process may have begun a study meanwhile
+        texts = side_effect_examples(config, pair)
+        _note(study, config, pair, sources, targets)
+        study.begin(config)
+        bench = Bench(study, config, pair, sources, targets, texts, named(config.sources), progress)
+        _work(bench, keeps_lens)
+        write_tables(study.path)
+        _report(study)
+    return study
+
+
+def make_tasks(config: StudyConfig) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Sources and targets by the names that their results are kept under; a task that is both is made once."""
+    shared = config.shared
+    made: dict[str, Task] = {}
+    for name in dict.fromkeys([*config.sources, *config.targets]):
+        task = tasks.get(name, shared.data_dir, **config.task_options.get(name, {}))
+        if shared.allow_code_execution and isinstance(task, CodeTask):
+            task.executor = passes_tests
+        made[name] = task
+    sources = {key: made[name] for key, name in named(config.sources).items()}
+    return sources, {key: made[name] for key, name in shared.targets.items()}
+
+
+def _check(config: StudyConfig, sources: dict[str, Task], targets: dict[str, Task]) -> None:
+    """What can be refused without a model: sizes that the data do not have, tasks that cannot be scored here."""
+    for key, name in named(config.sources).items():
+        cell = config.cell(name, config.seeds[0])
+        check_settings(cell)
+        check_data(cell, sources[key], targets)
+    for name, task in targets.items():
+        task.test(config.n_measured(name), config.shared.data_seed)
+
+
+def _check_model(config: StudyConfig, pair: ModelPair, sources: dict[str, Task], targets: dict[str, Task]) -> None:
+    """What can be refused without work: layers and ranks that the model has not, texts beyond its context."""
+    if pair.has_lens:
+        pair.check()  # an edited lens model would be measured, and the twin trained
+    left = targets
+    for key, name in named(config.sources).items():
+        check_model(config.cell(name, config.seeds[0]), pair, sources[key], left)
+        left = {}  # the targets are the same for all sources
+    for name, task in targets.items():
+        for item in task.test(config.n_measured(name), config.shared.data_seed):
+            if item.spans:
+                pair.encode(item)
+
+
+def _note(
+    study: Study, config: StudyConfig, pair: ModelPair, sources: dict[str, Task], targets: dict[str, Task]
+) -> None:
+    """Who was here: model, data, set-up and machine, or a refusal where an earlier start saw something else."""
+    shared = config.shared
+    study.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
+    data = {name: task.sources() for name, task in {**targets, **sources}.items()}
+    study.note_once("the data", data=data)
+    resolved = {
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "device": str(pair.device),
+        "backend": pair.backend,
+        "sampling": Sampling.resolve(pair, shared.temperature, shared.top_p, shared.top_k).to_dict(),
+        "format": pair.format.name,
+    }
+    study.note_once("the set-up", resolved=resolved)
+    study.note_environment()
+
+
+def _work(bench: Bench, keeps_lens: bool) -> None:
+    study, config, pair = bench.study, bench.config, bench.pair
+    units = schedule(config)
+    shape = shape_of(pair.name, pair.hf.config, sum(p.numel() for p in pair.hf.parameters()))
+    costs = unit_costs(config, shape, Machine.assumed(str(pair.device)))
+    todo = [unit for unit in units if not _done(bench, unit)]
+    log.info("%d of %d units to do", len(todo), len(units))
+    for place, unit in enumerate(todo):
+        if unit.stage != "extract" and not keeps_lens:
+            pair.drop_lens()  # only extraction looks at the lens model
+        fresh = not _begun(bench, unit)
+        start = time.perf_counter()
+        worked = _do(bench, unit)
+        seconds = time.perf_counter() - start
+        if worked and fresh and costs[unit].seconds:
+            # what was copied, or begun by a process that was killed, would make the others look faster than they are
+            study.add_measured(unit.stage, seconds, costs[unit].seconds)
+        clock = Clock(costs, {stage: dict(entry) for stage, entry in study.measured().items()})
+        left = clock.remaining(todo[place + 1 :])
+        log.info("[%d/%d] %s: %s; %s", place + 1, len(todo), unit, duration(seconds), left)
+    for cell in study.cells(config):
+        finish(bench, cell)
+
+
+def _cells(bench: Bench, unit: Unit) -> list[Cell]:
+    """The cells that a unit works on: one, or all methods of a source and seed."""
+    if unit.method == BASE:
+        return [bench.study.base()]
+    assert unit.seed is not None
+    if unit.method:
+        return [bench.study.cell(unit.source, unit.method, unit.seed)]
+    return bench.cells(unit.source, unit.seed)
+
+
+def _done(bench: Bench, unit: Unit) -> bool:
+    cells = _cells(bench, unit)
+    checks: dict[str, Callable[[Cell], bool]] = {
+        "extract": lambda cell: cell.has_projection,
+        "generate": lambda cell: cell.has_corpus,
+        "finetune": lambda cell: cell.adapter.exists(),
+        "measure": lambda cell: cell.effects_path(unit.target).exists() or not bench.items(unit.target),
+        "side effects": lambda cell: all(cell.effects_path(name, side=True).exists() for name in bench.texts),
+        "score": lambda cell: (
+            cell.result_path(unit.target, unit.phase).exists()
+            or (unit.phase == "projected" and cell.has_projection and cell.projection is None)
+        ),
+    }
+    return all(checks[unit.stage](cell) for cell in cells)
+
+
+def _begun(bench: Bench, unit: Unit) -> bool:
+    """Whether a process that was killed has done a part of it."""
+    cells = _cells(bench, unit)
+    if unit.stage == "generate":
+        return cells[0].corpus_path.exists()
+    if unit.stage == "finetune":
+        return cells[0].adapter.with_name("adapter.training").exists()
+    if unit.stage == "measure":
+        return any(cell.effects_path(unit.target).exists() for cell in cells)
+    if unit.stage == "side effects":
+        return any(cell.effects_path(name, side=True).exists() for cell in cells for name in bench.texts)
+    if unit.stage == "score":
+        return cells[0].result_path(unit.target, unit.phase).with_suffix(".jsonl").exists()
+    return False
+
+
+def _do(bench: Bench, unit: Unit) -> bool:
+    """Returns whether it was real work."""
+    cells = _cells(bench, unit)
+    if unit.stage == "measure":
+        measure(bench, cells, unit.target, bench.items(unit.target))
+    elif unit.stage == "side effects":
+        for name, items in bench.texts.items():
+            measure(bench, cells, name, items, side=True)
+    elif unit.stage == "extract":
+        project(bench, cells[0])
+    elif unit.stage == "generate":
+        return self_generate(bench, cells[0])
+    elif unit.stage == "finetune":
+        distil(bench, cells[0])
+    else:
+        return score(bench, cells[0], unit.target, unit.phase)
+    return True
+
+
+def _report(study: Study) -> None:
+    """Markdown and page. What was measured is safe already: a report that fails is made again by the same command."""
+    from spd_lens.study.report import write_report
+
+    write_report(study.path)
+    # found by name when it is needed: the library does not depend on its analyses
+    if importlib.util.find_spec("spd_lens.analysis.study_report"):
+        importlib.import_module("spd_lens.analysis.study_report").write_page(study.path)

@@ -1,0 +1,171 @@
+"""`Study`: the folder of a study and where everything lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spd_lens.corpus import Corpus
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.rundir import Folder
+from spd_lens.storage import read_json, write_text
+from spd_lens.study.config import BASE, StudyConfig, named
+from spd_lens.subspace import Subspace
+
+Effects = dict[str, list[ForcedItem]]
+"""Teacher-forced items by phase: `trained`, and `projected` where the method projects."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one source with one seed, or the base model; its files are there once they were made."""
+
+    path: Path
+    source: str
+    method: str
+    seed: int | None
+    """None for the base model, which has neither source nor seed."""
+
+    def __str__(self) -> str:
+        return self.method if self.seed is None else f"{self.method} on {self.source}, seed {self.seed}"
+
+    @property
+    def corpus_path(self) -> Path:
+        return self.path / "corpus.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def has_corpus(self) -> bool:
+        return self.corpus_path.exists() and Corpus.load(self.corpus_path).complete
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether it is known what the method generates under, be it nothing."""
+        return (self.path / "projection.json").exists()
+
+    @property
+    def projection(self) -> tuple[str, float] | None:
+        """Digest of the subspace and strength of the projection during generation; None where there is none."""
+        if self.method == BASE:
+            return None
+        record = read_json(self.path / "projection.json")
+        return (record["digest"], record["strength"]) if record["digest"] else None
+
+    @property
+    def subspace(self) -> Subspace:
+        return Subspace.load(self.path / "subspace.safetensors")
+
+    def effects_path(self, name: str, *, side: bool = False) -> Path:
+        """Teacher-forced effects on a target, or on a set of texts that show side effects."""
+        return self.path / ("side_effects" if side else "effects") / f"{name}.json"
+
+    def effects(self, name: str, *, side: bool = False) -> Effects:
+        """What was measured on a target or a set of texts."""
+        path = self.effects_path(name, side=side)
+        record = read_json(path)
+        try:
+            return {phase: [ForcedItem(**item) for item in items] for phase, items in record.items()}
+        except (AttributeError, TypeError) as error:
+            raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+
+    def result_path(self, target: str, phase: str = "trained") -> Path:
+        """Scored completions of a target's items."""
+        return self.path / ("eval" if phase == "trained" else "eval-projected") / f"{target}.json"
+
+    def result(self, target: str, phase: str = "trained") -> EvalResult:
+        """Every item's completion and score."""
+        return EvalResult.load(self.result_path(target, phase))
+
+    @property
+    def done(self) -> bool:
+        """Whether all that the study asks of this cell has been made."""
+        return (self.path / "done.json").exists()
+
+
+class Study(Folder):
+    """A study's folder. `Study.open` for one that exists; `run_study` makes and continues them.
+
+    | file | what |
+    | --- | --- |
+    | `study.yaml` | the settings |
+    | `study.json` | versions, machine, weights, resolved sampling, seconds per stage |
+    | `SOURCE/moments-*.safetensors` | extractions, shared by methods and seeds |
+    | `SOURCE/METHOD/SEED/` | one `Cell`: projection, corpus, adapter, effects, scored completions |
+    | `base/` | the base model, measured once |
+    | `results.csv`, `corpora.csv` | one row per item and measure; one per corpus |
+    """
+
+    notes_file = "study.json"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Study:
+        """A study that exists, or `SPDError`."""
+        study = cls(path)
+        if not study.config_path.exists():
+            raise SPDError(f"{path} is not a study: it has no study.yaml")
+        return study
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "study.yaml"
+
+    @property
+    def config(self) -> StudyConfig:
+        return StudyConfig.read(self.config_path)
+
+    def admits(self, config: StudyConfig) -> StudyConfig:
+        """The study's settings if it goes on with `config`; refused unless it is free, the same or a larger study.
+
+        Writes nothing.
+        """
+        if self.config_path.exists():
+            earlier = self.config
+            if differ := config.extended(earlier):
+                raise SPDError(
+                    f"{self.path} holds a study with other settings ({'; '.join(differ)}); methods and seeds can be "
+                    "added to it, for anything else choose another --out"
+                )
+            return config.after(earlier)
+        if self.path.exists() and (not self.path.is_dir() or any(e.name != ".lock" for e in self.path.iterdir())):
+            raise SPDError(f"{self.path} exists and is not a study; choose a new directory")
+        return config
+
+    def begin(self, config: StudyConfig) -> None:
+        """Write the settings, where they are new."""
+        if not self.config_path.exists() or self.config_path.read_text(encoding="utf-8") != config.to_yaml():
+            write_text(self.config_path, config.to_yaml())
+
+    def base(self) -> Cell:
+        """The base model's place."""
+        return Cell(self.path / BASE, "", BASE, None)
+
+    def cell(self, source: str, method: str, seed: int) -> Cell:
+        """One method's place; `source` is the name that its results are kept under."""
+        return Cell(self.path / source / method / str(seed), source, method, seed)
+
+    def cells(self, config: StudyConfig | None = None) -> list[Cell]:
+        """All places but the base model's, by source, method and seed."""
+        config = config or self.config
+        return [
+            self.cell(source, method, seed)
+            for source in named(config.sources)
+            for method in config.trained
+            for seed in config.seeds
+        ]
+
+    def measured(self) -> Mapping[str, Mapping[str, float]]:
+        """By stage: `seconds` that were measured, and the seconds that the plan had foreseen for the same (`work`)."""
+        return self.notes.get("measured", {})
+
+    def add_measured(self, stage: str, seconds: float, work: float) -> None:
+        """Count a unit of work that was done from its beginning to its end."""
+        table = {name: dict(entry) for name, entry in self.measured().items()}
+        entry = table.setdefault(stage, {"seconds": 0.0, "work": 0.0})
+        entry["seconds"] = round(entry["seconds"] + seconds, 2)
+        entry["work"] += work
+        self.note(measured=table)

@@ -1,0 +1,1 @@
+"""Ready-made studies, one YAML file each."""

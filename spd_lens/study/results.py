@@ -1,0 +1,111 @@
+"""A study's files as tidy tables: one row per item and measure, one row per corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spd_lens import methods, tasks
+from spd_lens.comparison import MEASURES
+from spd_lens.corpus import Corpus
+from spd_lens.diagnostics import corpus_diagnostics
+from spd_lens.evaluation import EvalResult
+from spd_lens.storage import write_text
+from spd_lens.study.config import BASE, StudyConfig, named
+from spd_lens.study.folder import Cell, Study
+from spd_lens.study.side_effects import in_asked_form
+from spd_lens.tasks import Task
+
+COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
+_FORCED = {
+    "aligned loss": "aligned_loss",
+    "completion loss": "completion_loss",
+    "token accuracy": "token_accuracy",
+    "KL from base": "kl",
+}
+DIAGNOSTICS = (
+    "completions", "length", "length sd", "short", "truncated", "duplicates", "repeated 4-grams", "loops", "distinct-2",
+    "answered", "after the answer",
+)  # fmt: skip
+"""Of `diagnostics.corpus_diagnostics`, what a study keeps of every corpus; shares, but for counts and lengths."""
+_SCORED = ("accuracy", "accuracy by likelihood", "tokens")
+
+
+def results_frame(folder: str | Path) -> pd.DataFrame:
+    """Everything that a study has measured so far, tidy: `[row]` with the columns of `COLUMNS`.
+
+    `role` is `target` or `side effect`; `phase` is `trained` or `projected` (before any training). The base model's
+    rows have neither source nor phase nor seed, and no KL from itself; side effects have no aligned loss. Measures are those of `comparison.MEASURES`,
+    and `format` (1 if the answer stands in the form that was asked for) and `finished` (1 if the model ended by
+    itself). Losses and KL are in nats per token.
+    """
+    study = Study.open(folder)
+    config = study.config
+    known = {key: _task(config, name) for key, name in config.shared.targets.items()}
+    rows = [row for cell in [study.base(), *study.cells(config)] for row in _rows(cell, known)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _task(config: StudyConfig, name: str) -> Task:
+    return tasks.get(name, config.settings["data_dir"], **config.task_options.get(name, {}))
+
+
+def _rows(cell: Cell, known: Mapping[str, Task]) -> Iterator[tuple[Any, ...]]:
+    def row(target: str, role: str, phase: str, item: str, measure: str, value: float) -> tuple[Any, ...]:
+        if cell.method == BASE:
+            return ("", target, role, BASE, "", "", item, measure, value)
+        return (cell.source, target, role, cell.method, phase, cell.seed, item, measure, value)
+
+    for target, task in known.items():
+        if cell.effects_path(target).exists():
+            yield from (row(target, "target", *rest) for rest in _forced(cell, target, side=False))
+        for phase in ("trained", "projected"):
+            if cell.result_path(target, phase).exists():
+                scored = _scored(cell.result(target, phase), task)
+                yield from (row(target, "target", phase, *rest) for rest in scored)
+    for path in sorted((cell.path / "side_effects").glob("*.json")):
+        yield from (row(path.stem, "side effect", *rest) for rest in _forced(cell, path.stem, side=True))
+
+
+def _forced(cell: Cell, name: str, *, side: bool) -> Iterator[tuple[str, str, str, float]]:
+    """`(phase, item, measure, value)`."""
+    for phase, items in cell.effects(name, side=side).items():
+        for item in items:
+            for measure, field in _FORCED.items():
+                # from itself the base has no KL; of a side effect's text every token is scored: one loss says it
+                if not (cell.method == BASE and field == "kl") and not (side and field == "aligned_loss"):
+                    yield phase, item.id, measure, getattr(item, field)
+
+
+def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:
+    """`(item, measure, value)`."""
+    for item in result.items:
+        for measure in _SCORED:
+            if (value := MEASURES[measure](item)) is not None:
+                yield item.id, measure, value
+        yield item.id, "format", float(in_asked_form(task, item.completion))
+        yield item.id, "finished", float(item.finish_reason == "eos")
+
+
+def corpora_frame(folder: str | Path) -> pd.DataFrame:
+    """Diagnostics of every finished corpus as it was trained on, one row per source, method and seed."""
+    study = Study.open(folder)
+    config = study.config
+    sources = {key: _task(config, name) for key, name in named(config.sources).items()}
+    rows = []
+    for cell in study.cells(config):
+        if cell.has_corpus:
+            kept = methods.get(cell.method).curated(Corpus.load(cell.corpus_path))
+            found = corpus_diagnostics(kept, task=sources[cell.source]).set_index("measure")["value"]
+            rows.append({"source": cell.source, "method": cell.method, "seed": cell.seed, **found[list(DIAGNOSTICS)]})
+    return pd.DataFrame(rows)
+
+
+def write_tables(folder: str | Path) -> None:
+    """`results.csv` and `corpora.csv`, from the files that are there."""
+    folder = Path(folder)
+    for name, frame in (("results", results_frame(folder)), ("corpora", corpora_frame(folder))):
+        write_text(folder / f"{name}.csv", frame.to_csv(index=False))
