@@ -1,4 +1,4 @@
-"""Figures of `spectra`: each from one of its tables."""
+"""Figures of spectra: each from one of the tables of `spectra_measures`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from spd_lens.subspace import Rank, resolve_rank
 
-from .spectra import ACTIVATIONS, CENTRED, ENERGY, GRADIENTS, HELD_OUT, NULLS, SHUFFLED, SINGULAR
+from .spectra_measures import ACTIVATIONS, CENTRED, ENERGY, GRADIENTS, HELD_OUT, NULLS, SHUFFLED, SINGULAR
 from .style import band, figure, line, panel, panels
 
 MANY_HEADS = 4
