@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.cli_options import with_settings
-from spd_lens.config import DEMO, SPDConfig
+from spd_lens.config import DEFAULT_MODEL, DEMO, SPDConfig
 from spd_lens.console import set_up_logging, start
 
 app = typer.Typer(
@@ -218,6 +218,24 @@ def compare_command(
     if out is not None:
         write_text(out, table)
     Console().print(Markdown(table))
+
+
+@app.command("check")
+@with_settings("backend", "dtype", "device", "prompt_format")
+def check_command(
+    config: SPDConfig,
+    model: Annotated[str, typer.Argument(help="Hub name, model directory or .gguf file.")] = DEFAULT_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    show_tokens: Annotated[str | None, typer.Option(help="Also print the tokens that this prompt becomes.")] = None,
+) -> None:
+    """Does this model work here, provably: hooks, folding, gradients, padding, cache? Exit code 1 if not."""
+    set_up_logging(quiet=True)
+    from spd_lens.check import print_report
+    from spd_lens.pipeline import load_pair
+
+    pair = load_pair(config.model_copy(update={"model": model}))
+    if not print_report(pair, Console(soft_wrap=as_json), as_json=as_json, prompt=show_tokens):
+        raise typer.Exit(1)
 
 
 @app.command(

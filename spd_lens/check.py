@@ -1,0 +1,226 @@
+"""`check_model`: does everything that spd_lens relies on hold for this model, here, in this dtype?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from spd_lens.audit.safe_text import visible
+from spd_lens.capture import extract
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
+from spd_lens.projection import folded, projected
+from spd_lens.subspace import Subspace
+
+EXAMPLES = (
+    Example(
+        "Tom has 12 apples and buys 30 more. How many apples does he have now?", "12 + 30 = 42", ((10, 12),), "sum"
+    ),
+    Example("Which planet is the largest?", "Jupiter.", ((0, 7),), "planet"),
+)
+"""Two worked examples of unequal length."""
+
+N_NEW_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    passed: bool | None
+    """None for what is only said."""
+    says: str
+    """What was found, with numbers."""
+
+
+def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
+    """Run every check; a check that cannot run is a failed one that says why.
+
+    The projections are onto random half-rank subspaces per head at the given layers, so nothing needs data.
+    """
+    return [_guarded(name, check, pair, layers) for name, check in _CHECKS.items()]
+
+
+def _guarded(
+    name: str, check: Callable[[ModelPair, str], tuple[bool | None, str]], pair: ModelPair, layers: str
+) -> Check:
+    try:
+        passed, says = check(pair, layers)
+    except SPDError as error:
+        passed, says = False, str(error)
+    return Check(name, passed, says)
+
+
+def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
+    f = pair.fingerprint
+    return None, (
+        f"{type(pair.hf).__name__}: {f.n_layers} layers, {f.n_heads} heads, {f.n_kv_heads} KV heads of {f.d_head}, "
+        f"d_model {f.d_model}, context {pair.n_ctx}, {_dtype(pair)} on {pair.device}, backend {pair.backend}"
+    )
+
+
+def _tokens(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """At most one BOS, with the chat template and without."""
+    tokenizer = pair.tokenizer
+    named = ", ".join(
+        f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})"
+        for name in ("bos", "eos", "pad")
+    )
+    ids = pair.prompt_ids(EXAMPLES[0])
+    bos = tokenizer.bos_token_id
+    n_bos = 0 if bos is None else next((i for i, id in enumerate(ids) if id != bos), len(ids))
+    text_ids = tokenizer("a")["input_ids"]
+    adds = "adds BOS to raw text" if bos is not None and text_ids[:1] == [bos] else "adds no BOS to raw text"
+    return n_bos <= 1, f"{named}; the tokenizer {adds}; {pair.format.name} prompts begin with {n_bos} BOS"
+
+
+def _spans(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """The scored tokens of an example hold its answer."""
+    encoded = pair.encode(EXAMPLES[0])
+    answer = EXAMPLES[0].completion[slice(*EXAMPLES[0].spans[0])]
+    text = pair.tokenizer.decode([encoded.ids[t] for t in encoded.scored])
+    return answer in text, f"the span {answer!r} is the token(s) {text!r} in a {pair.format.name} prompt"
+
+
+def _lens(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Lens and twin on the same tokens."""
+    return _compared(pair, pair.check_logits(pair.hf), pair.check_logits(pair.lens))
+
+
+def _hook(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Hooks on the lens model against folded weights of the twin."""
+    subspace = _random(pair, layers)
+    plain = pair.check_logits(pair.hf)
+    with projected(pair.lens, subspace) as projection:
+        hooked = pair.check_logits(pair.lens)
+    with folded(pair.hf, subspace):
+        in_weights = pair.check_logits(pair.hf)
+    effect = Parity.between(plain, in_weights)
+    passed, says = _compared(pair, in_weights, hooked)
+    fired = set(projection.firings.values()) == {1}
+    acts = effect.kl > 0 and not torch.equal(plain, in_weights)
+    return (
+        passed and fired and acts,
+        f"{says}; each hook fired once; the projection's own effect is a KL of {effect.kl:.2g}",
+    )
+
+
+def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Every site gets a gradient, the same on lens and twin."""
+    lens, twin = (extract(pair, EXAMPLES, layers="all", engine=engine, progress=False) for engine in ("lens", "twin"))
+    silent = [str(site) for site in twin.sites if not twin.gradient[site].sum(0).trace() > 0]
+    if silent:
+        return False, f"no gradient reaches {', '.join(silent)}"
+    errors = [_relative(lens.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites]
+    says = f"all {len(twin.sites)} sites; lens and twin differ by up to {max(errors):.2g} of the moments' norm"
+    return max(errors) <= _MOMENTS[pair.dtype], says
+
+
+def _right(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Right-padded rows against the same rows alone."""
+    rows = [pair.tokenizer(text)["input_ids"] for text in CHECK_TEXTS]
+    alone = torch.cat([_logits(pair, [row]) for row in rows])
+    return _compared(pair, alone, _logits(pair, rows))
+
+
+def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Left-padded, cached generation under the projection against the same tokens alone and without cache."""
+    rows = [pair.prompt_ids(example) for example in EXAMPLES]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[pair.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    with folded(pair.hf, _random(pair, layers)), torch.no_grad():
+        made: Any = pair.hf.generate(
+            input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), do_sample=False, num_beams=1,
+            min_new_tokens=N_NEW_TOKENS, max_new_tokens=N_NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
+            pad_token_id=pair.tokenizer.pad_token_id,
+        )  # fmt: skip
+        stepwise = torch.stack(made.logits, dim=1).double().cpu()
+        whole = []
+        for i, row in enumerate(rows):
+            full = _logits(pair, [row + made.sequences[i, longest:].tolist()])
+            whole.append(full[len(row) - 1 : -1])
+    return _compared(pair, torch.stack(whole), stepwise)
+
+
+def _compared(pair: ModelPair, reference: Tensor, found: Tensor) -> tuple[bool, str]:
+    parity = Parity.between(reference, found)
+    return parity.within(pair.dtype), f"logits within {parity.logits:.2g} of their spread, KL {parity.kl:.2g} nats"
+
+
+@torch.no_grad()
+def _logits(pair: ModelPair, rows: list[list[int]]) -> Float[Tensor, "token d_vocab"]:
+    tokens, mask = right_pad(rows, pair.tokenizer.pad_token_id, pair.device)
+    return pair.hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()].double().cpu()
+
+
+def _random(pair: ModelPair, layers: str) -> Subspace:
+    bases, ranks = {}, {}
+    for site in pair.sites(layers, ("k", "v")):
+        n_heads, d_head = pair.fingerprint.heads_at(site)
+        bases[site] = torch.zeros(n_heads, d_head, max(d_head // 2, 1), dtype=torch.float64)
+        ranks[site] = (bases[site].shape[2],) * n_heads
+    return Subspace(bases, ranks, fingerprint=pair.fingerprint).random_like(0)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def _dtype(pair: ModelPair) -> str:
+    return str(pair.dtype).removeprefix("torch.")
+
+
+# Largest relative difference of gradient moments between two engines. Seen: 3e-6 in float32, 0.06 in bfloat16.
+_MOMENTS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+_CHECKS: dict[str, Callable[[ModelPair, str], tuple[bool | None, str]]] = {
+    "model": _shape,
+    "special tokens": _tokens,
+    "answer spans": _spans,
+    "lens = twin": _lens,
+    "hook = fold": _hook,
+    "gradients": _gradients,
+    "batched = single": _right,
+    "cached, left-padded = whole": _cached,
+}
+
+
+def tokens_of(pair: ModelPair, prompt: str) -> list[tuple[int, int, str]]:
+    """Position, id and text of each token that a prompt becomes, template and special tokens included."""
+    return [(n, id, pair.tokenizer.decode([id])) for n, id in enumerate(pair.prompt_ids(Example(prompt)))]
+
+
+def print_report(pair: ModelPair, console: Console, *, as_json: bool = False, prompt: str | None = None) -> bool:
+    """Print all checks and, of a prompt, its tokens; whether every check passed."""
+    checks = check_model(pair)
+    passed = all(check.passed is not False for check in checks)
+    tokens = [] if prompt is None else tokens_of(pair, prompt)
+    if as_json:
+        record = {"model": pair.name, "passed": passed, "checks": [asdict(check) for check in checks]}
+        if prompt is not None:
+            record["tokens"] = [{"position": n, "id": id, "text": text} for n, id, text in tokens]
+        console.print(json.dumps(record, ensure_ascii=False), highlight=False, markup=False)
+        return passed
+    table = Table(title=Text(f"check of {pair.name}"))
+    for column in ("", "check", "found"):
+        table.add_column(column)
+    for check in checks:
+        mark = {True: Text("ok", "green"), False: Text("FAILED", "bold red"), None: Text("-")}[check.passed]
+        table.add_row(mark, check.name, Text(check.says))
+    console.print(table)
+    for n, id, text in tokens:
+        console.print(Text(f"{n:5d} {id:7d}  {visible(text)!r}"))
+    return passed
