@@ -70,7 +70,7 @@ def create_app(found: Sequence[Subject]) -> dash.Dash:
     lock = threading.Lock()
     studios = {subject.name: Studio(subject, lock) for subject in found}
     document = assemble(found, link=lambda subject, path: f"analysis/{subject.name}/{path.name}")
-    views = page(document, title="Views", embedded=True)
+    views = page(document, title="Views", look="framed")
 
     server = flask.Flask(__name__, static_folder=None)
     server.config["MAX_CONTENT_LENGTH"] = 1_000_000

@@ -68,4 +68,4 @@ def explore(
             raise SPDError(f"others[{label!r}] is a {type(other).__name__}; give a Subspace or GradientMoments")
     if len({source.name for source in sources}) < len(sources):
         raise SPDError(f"two of the subspaces are called {name!r}; give others another label, or this one another name")
-    return Explorer(page(from_sources(sources), title=f"Subspace: {name}", embedded=True), height=height)
+    return Explorer(page(from_sources(sources), title=f"Subspace: {name}", look="embedded"), height=height)

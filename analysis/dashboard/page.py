@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from functools import cache
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from plotly.offline import get_plotlyjs
 
+Look = Literal["page", "embedded", "framed"]
 SCRIPTS = ("core.js", "figures.js", "texts.js")
 
 
-def page(document: Mapping[str, Any], *, title: str, embedded: bool = False) -> str:
+def page(document: Mapping[str, Any], *, title: str, look: Look = "page") -> str:
     """A self-contained HTML page of a document that `data.assemble` made.
 
     Its policy forbids requests altogether, and runs no script but the page's own, known by their hashes: text from a
-    model or a data set stays text even where escaping it should fail. `embedded`: without margins, for a frame.
+    model or a data set stays text even where escaping it should fail. `look`: `"embedded"` has no margins, for a
+    notebook's output; `"framed"` has no header either, for a frame in a page that has one.
     """
     script = "\n".join(template(name).replace('"use strict";\n', "") for name in SCRIPTS)
     script = f'"use strict";\n{script}'
@@ -39,8 +41,7 @@ def page(document: Mapping[str, Any], *, title: str, embedded: bool = False) -> 
         "SCRIPT": script,
     }
     shell = template("page.html")
-    if embedded:
-        shell = shell.replace("<body>", '<body class="embedded">', 1)
+    shell = shell.replace("<body>", f'<body class="{look}">', 1)
     # in one pass: what fills one slot may itself look like another
     return re.sub(r"@([A-Z]+)@", lambda slot: slots[slot.group(1)], shell)
 

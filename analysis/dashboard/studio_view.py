@@ -28,6 +28,10 @@ _CHOSEN: dict[str, Any] = {"data-chosen": "yes"}
 _NOT_CHOSEN: dict[str, Any] = {"data-chosen": "no"}
 _LIVE: dict[str, Any] = {"aria-live": "polite"}
 
+_HINT = (
+    "Write a prompt and press Generate: the same prompt with the same noise, without and with the projection, and "
+    "beside them a random subspace of the same ranks, which shows what any projection of that size does."
+)
 EXAMPLE = "Tom has 12 apples and buys 30 more. He gives half of them away. How many apples does he have now?"
 
 
@@ -54,7 +58,10 @@ def layout(studios: Mapping[str, Studio]) -> html.Div:
                 className="tabs",
             ),
             html.Main(
-                [_form(studios, first, names), html.Div(id="answer", className="answer", **_LIVE)],
+                [
+                    _form(studios, first, names),
+                    html.Div(html.P(_HINT, className="empty"), id="answer", className="answer", **_LIVE),
+                ],
                 className="studio",
                 id="studio",
             ),
@@ -269,15 +276,17 @@ def next_tokens(answer: Answer) -> go.Figure:
     fig = figure("", "probability of the next token", "token")
     labels = [f"{i + 1}. {plain(token)}" for i, token in enumerate(answer.tokens)]  # two tokens may look alike
     for said in answer.said:
-        color, pattern = _LOOKS[said.policy]
+        color, shape = _LOOKS[said.policy]
+        pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": "rgba(255,255,255,.8)", "size": 7}
         fig.add_bar(
             y=labels, x=list(said.probabilities), name=NAMES[said.policy], orientation="h",
-            marker={"color": color, "pattern": {"shape": pattern, "fgcolor": "rgba(255,255,255,.75)", "size": 6}},
+            marker={"color": color, "pattern": pattern},
             hovertemplate="%{y}: %{x:.4f}<extra>" + NAMES[said.policy] + "</extra>",
         )  # fmt: skip
     fig.update_layout(
-        barmode="group", bargap=0.25, margin={"t": 10, "l": 90, "r": 16, "b": 50}, title=None,
-        yaxis={"autorange": "reversed", "type": "category"}, xaxis={"rangemode": "tozero"},
-        legend={"orientation": "h", "y": -0.16, "traceorder": "normal"},
+        barmode="group", bargap=0.25, font_size=13, title=None, margin={"t": 34, "l": 90, "r": 16, "b": 50},
+        yaxis={"autorange": "reversed", "type": "category", "title_font_size": 13},
+        xaxis={"rangemode": "tozero", "title_font_size": 13},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
     )  # fmt: skip
     return fig
