@@ -1,0 +1,369 @@
+"""A study's report: its numbers against plain recomputation, planted effects and nulls, what is missing or claimed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from spd_lens.errors import SPDError
+from spd_lens.study.contrasts import RANDOM, better, contrasts, estimate_of, means, references
+from spd_lens.study.evidence import Evidence
+from spd_lens.study.report import render, write_report
+from spd_lens.study.setup import backbone, differences_from_paper
+from spd_lens.study.verdict import Answer, answers
+from tests.studies import planted, write_study
+
+MATH = "synthetic-math"
+
+
+def _answers(results: pd.DataFrame, **plan: object) -> list[Answer]:
+    evidence = Evidence.of(results, plan)
+    return answers(evidence, contrasts(evidence, n_resamples=999, min_flips=1999))[evidence.sources[0]]
+
+
+def _one(table: pd.DataFrame, **where: str) -> pd.Series:
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+@pytest.fixture(autouse=True)
+def quick_collection() -> Iterator[None]:
+    """statsmodels collects garbage in every correction; what is there already need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# numbers
+
+
+def test_numbers_are_those_of_a_plain_recomputation() -> None:
+    results = planted({("spd", "aligned loss"): -0.05}, targets=(MATH,), n_items=24, seed=5)
+    evidence = Evidence.of(results)
+    table, averages = contrasts(evidence), means(evidence)
+
+    def values(method: str, measure: str) -> pd.Series:
+        rows = results[(results.method == method) & (results.measure == measure)]
+        return rows.groupby("item").value.mean().sort_index()
+
+    for measure in ("aligned loss", "KL from base", "accuracy"):
+        row = _one(table, method="spd", reference=RANDOM, measure=measure)
+        difference = values("spd", measure) - values(RANDOM, measure)
+        assert row.value == pytest.approx(difference.mean(), abs=1e-12)
+        # the interval is that of a bootstrap of the mean of these differences
+        spread = difference.std(ddof=1) / np.sqrt(len(difference))
+        assert row.high - row.low == pytest.approx(2 * 1.96 * spread, rel=0.2)
+        if measure != "accuracy":  # whose few values tie, which the t-test does not know
+            assert row.p == pytest.approx(stats.ttest_1samp(difference, 0).pvalue, abs=0.06)
+        assert _one(averages, method="spd", measure=measure).value == pytest.approx(values("spd", measure).mean())
+    primary = table[table.family == "primary"]
+    ordered = primary.sort_values("p")
+    by_hand = np.minimum(1, np.maximum.accumulate(ordered.p * np.arange(len(ordered), 0, -1)))
+    assert ordered.p_holm.to_numpy() == pytest.approx(by_hand.to_numpy())
+
+
+def test_families_and_what_is_compared() -> None:
+    results = planted(targets=(MATH,), side_effects=("neutral",), n_items=12)
+    table = contrasts(Evidence.of(results), n_resamples=200, min_flips=199)
+    primary = table[table.family == "primary"]
+    assert set(primary.measure) == {"aligned loss", "KL from base"}
+    assert set(primary.role) == {"target"}
+    assert not ((table.measure == "KL from base") & (table.reference == "base")).any()
+    pairs = set(primary[["method", "reference"]].itertuples(index=False, name=None))
+    assert pairs == {
+        ("psr", "base"), ("ssd", "base"), ("spd", "base"), ("spd-random", "base"),
+        ("psr", RANDOM), ("ssd", RANDOM), ("spd", RANDOM), ("spd", "psr"), ("spd", "ssd"),
+    }  # fmt: skip
+    assert len(primary) == 9 + 5  # aligned loss for all, KL for those without the base
+    assert references("base", ["base", "spd"]) == []
+    assert [better("aligned loss", "lower"), better("accuracy", "lower"), better("KL from base", "lower")] == [
+        "better", "worse", "",
+    ]  # fmt: skip
+
+
+def test_range_over_seeds_and_a_claim_needs_every_seed() -> None:
+    results = planted(targets=(MATH,), seeds=(1, 2), measures=("aligned loss",), n_items=40, seed=1)
+    spd = results.method == "spd"
+    results.loc[spd & (results.seed == 1), "value"] -= 0.6
+    results.loc[spd & (results.seed == 2), "value"] += 0.2
+    row = _one(contrasts(Evidence.of(results)), method="spd", reference="base")
+    base = results[results.method == "base"].value.mean()
+    by_seed = [results[spd & (results.seed == s)].value.mean() - base for s in (1, 2)]
+    assert [row.seeds_low, row.seeds_high] == pytest.approx(by_seed)
+    assert row.p_holm < 0.01
+    assert row.high < 0
+    assert row.verdict == "not in every seed"
+    assert "not measurably" in _answers(results)[0].headline.lower()
+
+
+def test_other_order_and_other_seeds_are_paired_by_item() -> None:
+    results = planted({("spd", "aligned loss"): -0.2}, targets=(MATH,), measures=("aligned loss",), n_items=20)
+    shuffled = results.sample(frac=1, random_state=0)
+    one, other = (contrasts(Evidence.of(r), n_resamples=200) for r in (results, shuffled))
+    key = ["method", "reference"]
+    assert one.set_index(key).value.sort_index().to_numpy() == pytest.approx(
+        other.set_index(key).value.sort_index().to_numpy(), abs=1e-12
+    )
+    renumbered = results.assign(seed=[float(s) if s != "" else s for s in results.seed])  # as a CSV may have them
+    assert Evidence.of(renumbered).seeds == ["1", "2", "3"]
+
+
+def test_few_items_are_too_few() -> None:
+    results = planted({("spd", "aligned loss"): -0.5}, targets=(MATH,), measures=("aligned loss",), n_items=1)
+    assert set(contrasts(Evidence.of(results)).verdict) == {"too few items"}
+
+
+# error rates
+
+
+def test_planted_null_stays_quiet() -> None:
+    """Family-wise: at most 5 % of studies without any effect claim one, within what chance allows for 60 studies."""
+    n, claims, corrected, raw = 60, 0, 0, 0
+    for seed in range(n):
+        results = planted(
+            targets=(MATH,), seeds=(1, 2), n_items=14, measures=("aligned loss", "KL from base"), seed=seed
+        )
+        table = contrasts(Evidence.of(results), n_resamples=100, min_flips=999)
+        primary = table[table.family == "primary"]
+        claims += primary.verdict.isin(["higher", "lower"]).any()
+        corrected += (primary.p_holm <= 0.05).any()
+        raw += (primary.p <= 0.05).any()
+    low, high = stats.binom.ppf([0.001, 0.999], n, 0.05)
+    assert claims <= corrected <= high
+    assert corrected >= low
+    assert raw > 1.5 * high  # without the correction, it would not have been quiet
+
+
+def test_planted_effect_is_found_as_often_as_its_size_says() -> None:
+    n, n_items, effect, noise = 40, 24, -0.1, 0.1
+    found = 0
+    for seed in range(n):
+        results = planted(
+            {("spd", "aligned loss"): effect}, targets=(MATH,), seeds=(1,), n_items=n_items, noise=noise,
+            measures=("aligned loss",), methods=("base", "psr", "spd", "spd-random"), seed=1000 + seed,
+        )  # fmt: skip
+        table = contrasts(Evidence.of(results), n_resamples=200, min_flips=1999)
+        found += _one(table, method="spd", reference="base").verdict == "lower"
+    # one seed: item noise and half of it again, so that the noise of a difference to the base is known
+    shift = abs(effect) / (noise * np.sqrt(1 + 0.25)) * np.sqrt(n_items)
+
+    def power(level: float) -> float:
+        limit = stats.t.ppf(1 - level / 2, n_items - 1)
+        return float(stats.nct.sf(limit, n_items - 1, shift))
+
+    m = len(table)
+    low, high = stats.binom.ppf(0.001, n, power(0.05 / m)), stats.binom.ppf(0.999, n, power(0.05))
+    assert low <= found <= high
+    assert power(0.05 / m) > 0.8
+
+
+# what is claimed
+
+
+def test_answers_to_a_planted_gain() -> None:
+    helped, subspace = _answers(planted({("spd", "aligned loss"): -0.3}, phases=("trained", "projected")))
+    assert helped.headline == "By aligned loss yes."
+    assert "aligned loss lower on synthetic-math (" in helped.details[0]
+    assert any(detail.startswith("Against psr: aligned loss lower") for detail in helped.details)
+    assert subspace.headline.count("bring a gain that random ones do not") == 2
+
+
+def test_answers_to_a_planted_null() -> None:
+    helped, subspace = _answers(planted(seed=3, phases=("trained", "projected")))
+    assert helped.headline.startswith("Not measurably")
+    assert "nothing sets the gradients' directions apart" in subspace.headline
+    assert "intervals exclude differences beyond" in subspace.headline
+
+
+def test_gain_of_any_retraining_is_not_spds() -> None:
+    effects = {(m, "aligned loss"): -0.3 for m in ("psr", "ssd", "spd", "spd-random")}
+    helped, subspace = _answers(planted(effects, seed=1))
+    assert "yes. But no more than psr and ssd did" in helped.headline
+    assert "nothing sets the gradients' directions apart" in subspace.headline
+
+
+def test_less_harm_is_no_gain() -> None:
+    _, subspace = _answers(planted({("spd-random", "aligned loss"): 0.3}))
+    assert "less harm, no gain" in subspace.headline
+    assert "Under the projection, before training: aligned loss was not measured" in subspace.headline
+
+
+def test_harm_is_said() -> None:
+    results = planted({("spd", "aligned loss"): 0.3, ("spd", "completion loss"): 0.4}, side_effects=("neutral",))
+    helped, subspace = _answers(results)
+    assert helped.headline == "By aligned loss no: it did harm on synthetic-math and svamp."
+    assert "random directions did better" in subspace.headline
+    assert any(
+        d.startswith("Side effects, worse than the base model: completion loss on neutral") for d in helped.details
+    )
+
+
+def test_mixed_targets() -> None:
+    results = planted({("spd", "aligned loss"): -0.3}, seed=2)
+    moved = (results.method == "spd") & (results.target == "svamp") & (results.measure == "aligned loss")
+    results.loc[moved, "value"] += 0.6
+    assert _answers(results)[0].headline == "By aligned loss it did on synthetic-math and did harm on svamp."
+
+
+def test_controls_that_do_as_well_are_named() -> None:
+    methods = ("base", "spd", "spd-random", "spd-shuffled", "spd-complement")
+    effects = {("spd", "aligned loss"): -0.3, ("spd-shuffled", "aligned loss"): -0.3}
+    _, subspace = _answers(planted(effects, methods=methods))
+    assert subspace.details[-1].endswith("SPD is better than spd-complement, not told apart from spd-shuffled.")
+
+
+def test_questions_that_a_study_cannot_answer() -> None:
+    without_random = planted(methods=("base", "psr", "spd"))
+    assert "cannot say: it has no 'spd-random'" in _answers(without_random)[1].headline
+    assert "no method 'spd'" in _answers(planted(methods=("base", "psr")))[0].headline
+    results = planted()
+    unfinished = results[results.method != "spd"]
+    found = _answers(unfinished, methods=["base", "psr", "ssd", "spd", "spd-random"])
+    assert found[0].headline.startswith("Not answered")
+
+
+# the document
+
+
+def test_report_shows_the_numbers_and_gains_beside_side_effects(tmp_path: Path) -> None:
+    results = planted(
+        {("spd", "aligned loss"): -0.2, ("spd", "completion loss"): 0.3}, side_effects=("neutral",),
+        phases=("trained", "projected"), n_items=20,
+        measures=("aligned loss", "KL from base", "accuracy", "token accuracy", "format", "tokens"),
+    )  # fmt: skip
+    folder = write_study(tmp_path / "study", results)
+    text = write_report(folder)
+    assert (folder / "report.md").read_text(encoding="utf-8") == text
+    assert "not complete" not in text
+    table = pd.read_csv(folder / "comparisons.csv")
+    trained = table[table.phase == "trained"]
+    start = text.index("## After training")
+    overview = text[start : text.index("### Against", start)]
+    for place in ({"target": "svamp", "measure": "aligned loss"}, {"target": "neutral", "measure": "completion loss"}):
+        row = _one(trained, method="spd", reference="base", **place)
+        assert str(estimate_of(row)).rsplit(" (", 1)[0] in overview  # both in one table
+    row = _one(trained, method="spd", reference=RANDOM, measure="aligned loss", target=MATH)
+    line = next(
+        line for line in text[start:].splitlines() if "spd − spd-random" in line and line.startswith("| aligned")
+    )
+    assert f"| {row.p:.2g} | {row.p_holm:.2g} | **lower** (better) |" in line
+    primary, accuracy = (overview.index(f"| {name}, `svamp`") for name in ("KL from base", "accuracy"))
+    assert primary < accuracy < overview.index("*(side effect)*") < overview.index("length, `svamp`")
+    assert text.index("## After training") < text.index("## Under the projection")
+    assert "## Corpora that were trained on" in text
+    assert "| psr | 82 (±1) | 0 |" in text
+    n = (table.family == "primary").sum()
+    assert f"over {n} comparisons of the primary outcomes" in text
+
+
+def test_unfinished_study_says_what_it_lacks(tmp_path: Path) -> None:
+    results = planted(n_items=12, side_effects=("neutral",))
+    gone = (results.method == "ssd") | ((results.method == "psr") & (results.seed == 2))
+    gone |= (results.method == "spd") & (results.seed == 3) & (results.target == "svamp")
+    gone |= (results.method == "spd-random") & (results.measure == "accuracy") & (results.target == "svamp")
+    gone |= (results.method == "psr") & (results.role == "side effect")
+    plan = {"methods": ["base", "psr", "ssd", "spd", "spd-random"]}
+    text = write_report(write_study(tmp_path / "study", results[~gone], **plan))
+    for sentence in (
+        "- ssd from synthetic-math has no results.",
+        "- psr from synthetic-math, seed 2, has no results.",
+        "- spd from synthetic-math, seed 3, has no results on svamp.",
+        "- spd-random from synthetic-math has no accuracy on svamp.",
+        "- psr from synthetic-math has no side effects measured.",
+        "- spd from synthetic-math has no results under its projection, before training.",
+    ):
+        assert sentence in text
+    assert "This study is not complete" in text
+    assert "| psr (2 of 3 seeds) |" in text
+    assert "- base has" not in text
+
+
+def test_a_target_that_is_planned_and_not_there(tmp_path: Path) -> None:
+    results = planted(n_items=12, targets=(MATH,))
+    folder = write_study(tmp_path / "study", results, targets=[MATH, "svamp", "own/data.jsonl"], sources=[MATH, "mmlu"])
+    text = write_report(folder)
+    assert "- base has no results on svamp, data." in text
+    assert "- spd from mmlu has no results." in text
+    assert "Not answered: there are no results of spd after training on mmlu yet." in text
+
+
+def test_items_left_out_are_counted() -> None:
+    results = planted(targets=(MATH,), n_items=12, measures=("aligned loss",))
+    gone = (results.method == "spd") & (results.seed == 2) & results.item.isin([f"{MATH}-3", f"{MATH}-4"])
+    evidence = Evidence.of(results[~gone])
+    table = contrasts(evidence)
+    row = _one(table, method="spd", reference="base")
+    assert (row.n, row.n_dropped) == (10, 2)
+    assert "leave out items that a method or a seed lacks, at most 2" in render(evidence, means(evidence), table)
+
+
+def test_infinite_losses_do_not_vanish() -> None:
+    results = planted(targets=(MATH,), n_items=12, measures=("aligned loss",))
+    worst = results.index[(results.method == "spd") & (results.seed == 1)][:2]
+    results.loc[worst, "value"] = np.inf
+    assert "spd has 2 infinite values of aligned loss on synthetic-math, left out" in Evidence.of(results).missing()
+
+
+def test_names_from_data_cannot_break_the_page(tmp_path: Path) -> None:
+    evil = "a|b<img src=x>"
+    text = write_report(write_study(tmp_path / "study", planted(targets=(evil,), n_items=10)))
+    rows = [line for line in text.splitlines() if line.startswith("| aligned loss")]
+    assert rows
+    assert all("`a\\|b<img src=x>`" in row for row in rows)
+    assert "<img" not in text.replace("`a\\|b<img src=x>`", "")  # outside of code spans
+
+
+# set-up
+
+
+def test_what_differs_from_the_paper() -> None:
+    plan = {
+        "sources": ["gsm8k"], "targets": ["gsm8k", "svamp"], "seeds": [42], "methods": ["base"],
+        "settings": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "n_train": 7473, "n_eval": {"gsm8k": 100, "svamp": 50}},
+        "source_settings": {"gsm8k": {"n_calibration": 20}},
+    }  # fmt: skip
+    rows = differences_from_paper(Evidence.of(planted(targets=("gsm8k",), sources=(), n_items=2), plan))
+    assert [row for row in rows if row[1] != "not stated"] == [
+        ("n_calibration of gsm8k", "50", "20"), ("test items of svamp", "100", "50"),
+    ]  # fmt: skip
+    plan["settings"] = {"model": "SmolLM2", "rank": 16, "lr": 1e-4, "n_train": 7473}
+    rows = differences_from_paper(Evidence.of(planted(targets=("gsm8k",), sources=(), n_items=2), plan))
+    assert ("model", "five models of 0.5B to 14B", "SmolLM2") in rows
+    assert ("rank", "0.5", "16") in rows
+    assert ("lr", "1e-05", "0.0001") in rows
+
+
+def test_backbones_by_name() -> None:
+    assert backbone("unsloth/Qwen2.5-7B-Instruct") == "Qwen2.5-7B-Instruct"
+    assert backbone("Qwen/Qwen3-4B-Instruct-2507") == "Qwen3-4B-Instruct"
+    assert backbone("meta-llama/Llama-3.1-8B") is None
+
+
+# bad input
+
+
+def test_folders_that_are_no_study(tmp_path: Path) -> None:
+    with pytest.raises(SPDError, match=r"has no results\.csv"):
+        write_report(tmp_path)
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SPDError, match="no column 'source'"):
+        write_report(tmp_path)
+    folder = write_study(tmp_path / "study", planted(targets=(MATH,), n_items=3))
+    (folder / "study.yaml").write_text("- a\n")
+    with pytest.raises(SPDError, match="must hold 'setting: value' lines"):
+        write_report(folder)
+
+
+def test_an_item_twice_is_refused() -> None:
+    results = planted(targets=(MATH,), n_items=3)
+    with pytest.raises(SPDError, match=r"item synthetic-math-0 of synthetic-math twice for base \(aligned loss\)"):
+        Evidence.of(pd.concat([results, results.head(1)]))
