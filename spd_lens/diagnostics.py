@@ -16,6 +16,7 @@ from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.statistics import MIN_BOOTSTRAP, mean_interval, score_interval
 from spd_lens.tasks import Task
+from spd_lens.tasks.asked_form import in_asked_form
 
 GROUP = 10
 """Prompts whose completions are pooled for one value of distinct-n, which falls with the size of the pool."""
@@ -23,6 +24,9 @@ SAID = 3
 """A completion that ends on the same words said so many times in a row is a loop (Holtzman et al. 2020)."""
 SHORT = 3
 """Completions of fewer tokens are counted as short: at most a word and the end."""
+
+_CLOSING = " \t\n`*_)]}$.\"'"
+"""What may stand behind an answer by itself and ends it: a fence, a bracket, emphasis."""
 
 
 def corpus_diagnostics(
@@ -48,12 +52,13 @@ def corpus_diagnostics(
     | `loops` | share of completions that end on the same two or more tokens said three times or more (Holtzman 2020) |
     | `distinct-1`, `distinct-2` | distinct n-grams over all (Li et al. 2016), in pools of ten prompts |
     | `answered` | share from which the task extracts an answer |
-    | `after the answer` | share of tokens behind the point from which on the extracted answer stays the same |
+    | `in the asked form` | share that gives it in the form that the prompt asks for (`tasks.asked_form`) |
+    | `after the answer` | share of tokens behind the settled answer (`share_after_answer`), of completions with one |
 
     Args:
         corpus: From `generate`, or records read with `Corpus.load`.
         tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
-        task: Whose answers are extracted; None leaves out the last two measures.
+        task: Whose answers are extracted; None leaves out the last three measures.
         confidence: Of the intervals.
 
     Raises:
@@ -102,6 +107,7 @@ def corpus_diagnostics(
     if task is not None:
         answered = {record.key: task.extract(record.completion) is not None for record in records}
         mean("answered", "share", lambda record: float(answered[record.key]))
+        mean("in the asked form", "share", lambda record: float(in_asked_form(task, record.completion)))
         with_answer = [[r for r in samples if answered[r.key]] for samples in prompts]
         with_answer = [samples for samples in with_answer if samples]
         if with_answer:
@@ -149,9 +155,9 @@ def ends_in_loop(ids: Sequence[int]) -> bool:
 def share_after_answer(record: Record, task: Task, decode: Callable[[Sequence[int]], str] | None = None) -> float:
     """Share of a completion that stands behind its answer.
 
-    The answer is settled at the end of the shortest beginning, in whole words, from which on the task extracts what it
-    extracts from the whole: what follows neither makes nor changes it, be it a second question that the model asks
-    itself, an explanation, or the answer once more. White space at the end counts for nothing.
+    The answer is settled with the shortest beginning, in whole words, from which on the task extracts what it extracts
+    from the whole, in the asked form if the whole is in it. What follows neither makes nor changes the answer: a second
+    question that the model asks itself, an explanation, the answer once more. White space at the end does not count.
 
     Args:
         record: A completion from which the task extracts an answer.
@@ -172,13 +178,19 @@ def settled_at(text: str, task: Task) -> int:
     answer = task.extract(text)
     if answer is None:
         return len(text)
-    settled = len(text)
+    # The form too: in "5 + 7 = 12\n#### 12" a lenient reader has the answer before the line that gives it.
+    in_form = in_asked_form(task, text)
+    ends = _word_ends(text)
+    settled = len(ends) - 1
     # From behind: most answers stand at the end, and a beginning may have had the right one by chance.
-    for end in reversed(_word_ends(text)):
-        if task.extract(text[:end]) != answer:
+    while settled > 0:
+        before = text[: ends[settled - 1]]
+        if task.extract(before) != answer or in_asked_form(task, before) != in_form:
             break
-        settled = end
-    return settled
+        settled -= 1
+    if settled + 1 < len(ends) and not text[ends[settled] : ends[settled + 1]].strip(_CLOSING):
+        settled += 1  # it belongs to what it closes
+    return ends[settled]
 
 
 def _word_ends(text: str) -> list[int]:

@@ -6,10 +6,7 @@ capability by forgetting others shows a higher loss here.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -21,9 +18,8 @@ from spd_lens import tasks
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
-from spd_lens.tasks import CodeTask, Task
-from spd_lens.tasks.code import extract_code
-from spd_lens.tasks.forms import ANSWER_MARK, ChosenLetter, FinalNumber
+from spd_lens.tasks import Task
+from spd_lens.tasks.asked_form import in_asked_form
 
 if TYPE_CHECKING:
     from spd_lens.study.config import StudyConfig
@@ -96,43 +92,6 @@ def _fits(pair: ModelPair, example: Example) -> bool:
     except SPDError:
         return False
     return True
-
-
-_NUMBER_LINE = re.compile(r"^[\s*]*####[ \t]*(?:.*=)?[^\w\n]{0,4}\d", re.MULTILINE)
-_ANSWER_LINE = re.compile(rf"^[\s*]*{ANSWER_MARK.strip()}[\s*]*\S", re.MULTILINE | re.IGNORECASE)
-
-
-def in_asked_form(task: Task, completion: str) -> bool:
-    """Whether a completion gives an answer that the task can extract, in the form that its prompt asks for.
-
-    | task | form |
-    | --- | --- |
-    | final number (GSM8K, SVAMP, synthetic-math) | a line of `####` and a number |
-    | choice or short answer (MMLU, BBH, synthetic-qa) | a line `Answer: ...` from which the answer can be taken |
-    | code (MBPP, synthetic-code) | Python that parses and defines something |
-    | others, and tasks of one's own | `task.extract` finds an answer |
-
-    `task.extract` alone is more lenient: it takes the last number, or the only letter, of any text.
-    """
-    if task.extract(completion) is None:
-        return False
-    if isinstance(task, FinalNumber):
-        return _NUMBER_LINE.search(completion) is not None
-    if isinstance(task, ChosenLetter) or task.name == "bbh":
-        return _ANSWER_LINE.search(completion) is not None
-    if isinstance(task, CodeTask):
-        return _defines_something(extract_code(completion) or "")
-    return True
-
-
-def _defines_something(code: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\\d" in a model's code is not the user's concern
-            tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in tree.body)
 
 
 def format_compliance(task: Task, completions: Iterable[str]) -> list[float]:
