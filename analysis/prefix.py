@@ -1,0 +1,118 @@
+"""`Prefix`: layers below a projection compute what they computed for the base model, so they are not run again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import Policy
+from spd_lens.models import ModelPair
+from spd_lens.models.fingerprint import Fingerprint
+
+
+class Prefix:
+    """Keeps what enters some layers in a forward pass of the base model; later passes on that batch begin there.
+
+    A forward pass inside `watching` records. One inside `starting_at(layer)` on the same tokens skips all layers below
+    `layer` and gives the same bits; on other tokens it runs in full. Architectures that pass anything between layers
+    but the residual stream would come out wrong: `agrees` tells, on a real batch.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
+        self._model = model
+        self._layers = sorted(set(layers))
+        self._blocks = _blocks(model)
+        self._stream: dict[int, Tensor] = {}
+        self._tokens: Tensor | None = None
+        self._start: int | None = None
+        self._skipping = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record, until the context ends."""
+        handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for layer in self._layers:
+            hook = partial(self._enter, layer)
+            handles.append(self._blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stream, self._tokens = {}, None
+
+    @contextlib.contextmanager
+    def starting_at(self, layer: int) -> Iterator[None]:
+        """Skip what lies below `layer`."""
+        below = self._blocks[:layer] if layer in self._layers else []
+        for block in below:
+            block.forward = partial(self._pass_on, block.forward)
+        self._start = layer if below else None
+        try:
+            yield
+        finally:
+            self._start = None
+            for block in below:
+                del block.forward  # the class's own comes back
+
+    def agrees(self, forward: Callable[[], Tensor]) -> bool:
+        """Whether a pass of the base model that begins at each layer gives, bit for bit, what a whole pass gives."""
+        with self.watching():
+            whole = forward()
+            for layer in self._layers:
+                with self.starting_at(layer):
+                    if not torch.equal(forward(), whole):
+                        return False
+        return True
+
+    def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        known = self._tokens is not None and torch.equal(self._tokens, tokens)
+        self._skipping = self._start is not None and known
+        if self._start is None:
+            self._tokens, self._stream = tokens, {}
+
+    def _enter(self, layer: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._start is None:
+            self._stream[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        elif self._skipping and layer == self._start:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": self._stream[layer]}
+            return (self._stream[layer], *args[1:]), kwargs
+        return None
+
+    def _pass_on(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._skipping:
+            return forward(*args, **kwargs)
+        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def _blocks(model: nn.Module) -> Any:
+    """The model's transformer blocks: its one list of as many modules as it has layers."""
+    n_layers = Fingerprint.of(model).n_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if len(found) != 1:
+        raise SPDError(f"{type(model).__name__} has {len(found)} lists of {n_layers} modules; its blocks are not known")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class PrefixPolicy(Policy):
+    """A policy whose passes begin at the first projected layer."""
+
+    prefix: Prefix | None = None
+
+    @contextlib.contextmanager
+    def applied(self, pair: ModelPair) -> Iterator[nn.Module]:
+        with super().applied(pair) as model, contextlib.ExitStack() as stack:
+            if self.prefix is not None and self.subspace is not None:
+                first = min(site.layer for site in self.subspace.sites)
+                stack.enter_context(self.prefix.starting_at(first))
+            yield model

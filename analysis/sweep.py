@@ -1,0 +1,259 @@
+"""The engine of `rank_sweep` and `layer_sweep`: cheap measures of every cell, beside random subspaces of its shape."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from spd_lens.capture import batches_by_length
+from spd_lens.digests import weights_digest
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
+from spd_lens.evaluation.forced import ForcedBatch, forced_logits
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.moments import GradientMoments
+from spd_lens.rundir import Folder
+from spd_lens.statistics import paired_difference
+from spd_lens.subspace import Subspace
+
+from .contrast import Contrast, contrasts, matched_draws
+from .grid import Cell, Grid
+from .prefix import Prefix, PrefixPolicy
+from .sweep_cells import MEASURES, Measured, Store, Values
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: the items under the base model, and under every cell."""
+
+    base: Values
+    cells: list[Measured]
+
+    def table(self) -> pd.DataFrame:
+        """One row per cell and measure, all in nats per token, with 95 % intervals.
+
+        `value` is the paired change from the base model, `low` and `high` its bootstrap interval over items; `random`
+        is the same for the mean over random subspaces of the same ranks at the same sites, `random_low` and
+        `random_high` the smallest and largest of them. `difference` is the cell minus random with the interval of
+        `contrast.contrasts` (items and draws), `p_holm` corrected over the cells. `matched` compares with random
+        subspaces of the same KL, interpolated between ranks; empty where no random subspace did as much damage.
+        """
+        rows = []
+        for measure in MEASURES:
+            own = [cell.change(self.base, measure) for cell in self.cells]
+            random = [cell.random_change(self.base, measure) for cell in self.cells]
+            against = contrasts(own, random)
+            matched = self._matched(measure) if measure == "aligned_loss" else {}
+            for i, cell in enumerate(self.cells):
+                interval = paired_difference(self.base[measure], cell.own[measure])
+                means = random[i].mean(axis=1)
+                rows.append(
+                    {
+                        **_columns(cell),
+                        "measure": measure,
+                        "value": interval.value,
+                        "low": interval.low,
+                        "high": interval.high,
+                        "random": float(means.mean()),
+                        "random_low": float(means.min()),
+                        "random_high": float(means.max()),
+                        **_contrast_columns("difference", against[i]),
+                        "p": against[i].p,
+                        "p_holm": against[i].p_holm,
+                        **_contrast_columns("matched", matched.get(i)),
+                        "n_items": len(own[i]),
+                        "n_random": len(means),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def _matched(self, measure: str) -> dict[int, Contrast]:
+        """Against random subspaces of the same KL, where there are such."""
+        found: dict[int, np.ndarray] = {}
+        for i, cell in enumerate(self.cells):
+            family = [other for other in self.cells if other.cell.family == cell.cell.family]
+            ladder = [
+                (other.random_change(self.base, "kl").mean(axis=1), other.random_change(self.base, measure))
+                for other in family
+            ]
+            draws = matched_draws(float(cell.own["kl"].mean()), ladder)
+            if draws is not None:
+                found[i] = draws
+        against = contrasts([self.cells[i].change(self.base, measure) for i in found], list(found.values()))
+        return dict(zip(found, against, strict=True))
+
+
+def sweep(
+    pair: ModelPair,
+    moments: GradientMoments,
+    items: Sequence[Example],
+    grid: Grid,
+    *,
+    folder: str | Path | None = None,
+    strength: float = 1.0,
+    center: bool = False,
+    chunk: int = 6,
+    progress: bool = True,
+) -> Sweep:
+    """Aligned loss, completion loss and KL from base of every cell of a grid, teacher-forced on held-out items.
+
+    One extraction serves all cells. Cells are taken in chunks that share the base model's logits; within a batch, no
+    layer below a cell's first one is run again. The cost is about `cells × (1 + n_random)` forward passes over the
+    layers from the first projected one on.
+
+    Args:
+        pair: The model.
+        moments: At all layers of the grid.
+        items: Gold completions with spans, held out from calibration.
+        grid: What to try.
+        folder: Keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
+        strength: Of the projections.
+        center: Project around the mean activation.
+        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed.
+        progress: Show a progress bar.
+
+    Raises:
+        SPDError: the grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
+            settings.
+    """
+    cells = grid.cells(moments)
+    store = Store(None if folder is None else Path(folder), items)
+    bench = _Bench(pair, moments, items, grid, strength, center)
+    with contextlib.nullcontext() if folder is None else Folder(folder).locked():
+        store.check(bench.settings())
+        todo = [cell for cell in cells if not store.has(cell)]
+        if not store.has_base:
+            store.put_base(measure(pair, items, [Policy("base")], batch_tokens=grid.batch_tokens)["base"])
+        prefix = bench.prefix(todo)
+        done = len(cells) - len(todo)
+        with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
+            for start in range(0, len(todo), chunk):
+                for measured in bench.cells(todo[start : start + chunk], prefix):
+                    store.put(measured)
+                    bar.update()
+        return Sweep(store.base, [store.get(cell) for cell in cells])
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all cells of a sweep are measured on."""
+
+    pair: ModelPair
+    moments: GradientMoments
+    items: Sequence[Example]
+    grid: Grid
+    strength: float
+    center: bool
+
+    def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> list[Measured]:
+        """Some cells with their controls, on the same batches and against the same logits of the base model."""
+        subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
+        policies = [
+            PrefixPolicy(f"{cell.name}/{name}", subspace, self.strength, prefix=prefix)
+            for cell, own in zip(cells, subspaces, strict=True)
+            for name, subspace in enumerate([own, *controls(own, self.grid)])
+        ]
+        found = measure(self.pair, self.items, policies, prefix=prefix, batch_tokens=self.grid.batch_tokens)
+        measured = []
+        for cell, own in zip(cells, subspaces, strict=True):
+            values = [found[f"{cell.name}/{i}"] for i in range(1 + self.grid.n_random)]
+            ranks = tuple(rank for site in own.sites for rank in own.ranks[site])
+            measured.append(Measured(cell, ranks, values[0], values[1:]))
+        return measured
+
+    def prefix(self, cells: Sequence[Cell]) -> Prefix | None:
+        """A prefix for the cells' first layers, if this architecture's blocks let one begin in the middle exactly."""
+        layers = {cell.first_layer for cell in cells} - {0}
+        if not layers:
+            return None
+        try:
+            prefix = Prefix(self.pair.hf, layers)
+        except SPDError:  # blocks that are not one list
+            return None
+        encoded = [self.pair.encode(item) for item in self.items]
+        last = batches_by_length([len(e.ids) for e in encoded], self.grid.batch_tokens)[-1]
+        batch = ForcedBatch.of([encoded[i] for i in last], self.pair)
+        with torch.no_grad():
+            exact = prefix.agrees(lambda: forced_logits(self.pair, self.pair.hf, batch))
+        if not exact:
+            log.info("every cell runs all layers: those of %s cannot begin in the middle", type(self.pair.hf).__name__)
+        return prefix if exact else None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
+        checksum = sum(float(self.moments.gradient[site].sum()) for site in self.moments.sites)
+        return {
+            "model": self.pair.name,
+            "dtype": str(self.pair.dtype).removeprefix("torch."),
+            "prompt_format": self.pair.format.name,
+            "task": self.grid.task,
+            "items": [item.id for item in self.items],
+            "n_random": self.grid.n_random,
+            "seed": self.grid.seed,
+            "strength": float(self.strength),
+            "center": self.center,
+            "batch_tokens": self.grid.batch_tokens,
+            "moments": [int(self.moments.n_examples.sum()), int(self.moments.n_tokens.sum()), f"{checksum:.9g}"],
+            "weights": weights_digest(self.pair.hf),
+        }
+
+
+def controls(subspace: Subspace, grid: Grid) -> list[Subspace]:
+    """Random subspaces of the same ranks at the same sites."""
+    return [subspace.random_like(grid.seed + i) for i in range(grid.n_random)]
+
+
+def measure(
+    pair: ModelPair,
+    items: Sequence[Example],
+    policies: Sequence[Policy],
+    *,
+    prefix: Prefix | None = None,
+    batch_tokens: int = 1024,
+) -> dict[str, Values]:
+    """`teacher_forced` as arrays, one number per item."""
+    if prefix is None:
+        found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=False)
+    else:
+        with prefix.watching():
+            found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=False)
+    return {name: values(rows) for name, rows in found.items()}
+
+
+def values(rows: Sequence[ForcedItem]) -> Values:
+    """One array per measure."""
+    return {name: np.array([getattr(row, name) for row in rows]) for name in MEASURES}
+
+
+def _columns(measured: Measured) -> dict[str, Any]:
+    cell = measured.cell
+    return {
+        "cell": cell.name,
+        "site": " ".join(map(str, cell.sites)),
+        "layers": cell.layers,
+        "layer": str(cell.first_layer) if len({s.layer for s in cell.sites}) == 1 else "several",
+        "kind": cell.kinds,
+        "head": cell.head,
+        "projector": cell.projector,
+        "rank": cell.rank,
+        "width": cell.width,
+        "least_rank": min(measured.ranks),
+    }
+
+
+def _contrast_columns(name: str, contrast: Contrast | None) -> dict[str, float | None]:
+    if contrast is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: contrast.value, f"{name}_low": contrast.low, f"{name}_high": contrast.high}
