@@ -33,6 +33,8 @@ EXAMPLES = (
 
 N_NEW_TOKENS = 6
 
+_Checker = Callable[[ModelPair, str], tuple[bool | None, str]]
+
 
 @dataclass(frozen=True)
 class Check:
@@ -186,7 +188,7 @@ def _dtype(pair: ModelPair) -> str:
 # Largest relative difference of gradient moments between two engines. Seen: 3e-6 in float32, 0.06 in bfloat16.
 _MOMENTS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
-_CHECKS: dict[str, Callable[[ModelPair, str], tuple[bool | None, str]]] = {
+_CHECKS: dict[str, _Checker] = {
     "model": _shape,
     "special tokens": _tokens,
     "answer spans": _spans,

@@ -57,16 +57,24 @@ class ModelPair:
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
 
     def __repr__(self) -> str:
-        return f"ModelPair({self.name!r}, {self.backend}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+        return f"ModelPair({self.name!r}, {self.backend}, {_name(self.dtype)}, {self.device})"
 
     @property
     def lens(self) -> Any:
         """The lens model, built on first use and compared with the twin: an error if their logits disagree."""
         if self._lens is None:
             lens = self._backend.build(self.hf, self.tokenizer)
-            result = parity.Parity.between(self.check_logits(self.hf), self.check_logits(lens))
+            try:
+                logits = self.check_logits(lens)
+            except RuntimeError as error:
+                if "dtype" not in str(error):
+                    raise
+                raise SPDError(
+                    f"transformer-lens cannot run {type(self.hf).__name__} in {_name(self.dtype)} with backend "
+                    f"{self.backend!r} ({str(error).splitlines()[0]}); use another backend or dtype='float32'"
+                ) from error
             parity.require(
-                result,
+                parity.Parity.between(self.check_logits(self.hf), logits),
                 self.dtype,
                 f"lens model and twin of {self.name}",
                 "this architecture is not converted faithfully: try the other backend or float32",
@@ -183,7 +191,7 @@ class ModelPair:
             self._backend.write(lens, self.hf)
             raise SPDError(
                 f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} nats, "
-                f"but in {str(self.dtype).removeprefix('torch.')} the lens model stays {result.kl:.2g} nats away from "
+                f"but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
                 "the adapted twin; load the pair with dtype='float32' (the lens model has the twin's weights again)"
             )
         return result
@@ -316,3 +324,7 @@ def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in twin.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -19,14 +19,17 @@ CHECK_TEXTS = (
 )
 """Two short texts of unequal length, so that right padding is part of what is compared."""
 
-# Largest allowed difference of logits, relative to their spread, and mean KL in nats. Between HookedTransformer,
-# the bridge and transformers we saw 7e-6 and 9e-12 in float32, 0.11 and 2e-3 in bfloat16 (SmolLM2-135M, CPU).
+# Largest allowed difference of logits, relative to their spread, and mean KL in nats. Between HookedTransformer, the
+# bridge and transformers we saw 7e-6 and 9e-12 in float32, 0.11 and 2e-3 in bfloat16 (SmolLM2-135M, CPU).
+# In bfloat16 it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and a
+# mixture of experts sends a token to another expert where two are all but equal (a tiny random Qwen3-MoE: 1.8 spreads
+# at a KL of 2e-3).
 # In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
 _TOLERANCE = {
     torch.float64: (1e-4, 1e-7),
     torch.float32: (1e-3, 1e-5),
     torch.float16: (0.1, 5e-3),
-    torch.bfloat16: (0.5, 2e-2),
+    torch.bfloat16: (3.0, 2e-2),
 }
 
 Logits = Float[Tensor, "... d_vocab"]

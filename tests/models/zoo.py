@@ -33,6 +33,8 @@ class Member:
     hooked: bool = True
     """Whether transformer-lens 3.9 converts it to a HookedTransformer."""
     bridge: bool = True
+    hooked_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    """Those in which HookedTransformer runs."""
     without: tuple[str, ...] = ()
     """Standard settings that its configuration does not have."""
     config: str = ""
@@ -76,7 +78,8 @@ ZOO: dict[str, Member] = {
     ),
     "olmo": Member("Olmo", hooked=False),
     "olmo2": Member("Olmo2", hooked=False),
-    "mixtral": Member("Mixtral", {"num_local_experts": 4}),
+    # its router is float32 whatever the rest is
+    "mixtral": Member("Mixtral", {"num_local_experts": 4}, hooked_dtypes=(torch.float32,)),
     "qwen2_moe": Member("Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 32}, hooked=False),
     "qwen3_moe": Member("Qwen3Moe", {**_EXPERTS, "head_dim": 8}, hooked=False),
 }
