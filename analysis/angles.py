@@ -48,7 +48,7 @@ def energy_share(basis: Float[Tensor, "*n width rank"], gram: Float[Tensor, "*n 
     `rank / width`, whatever `C` is.
     """
     held = ((gram @ basis) * basis).sum(dim=(-2, -1))
-    return held / gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return (held / gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)).clamp(0, 1)  # rounding passes 1 by a hair
 
 
 def energy_by_rank(
@@ -56,7 +56,7 @@ def energy_by_rank(
 ) -> Float[Tensor, "*n rank"]:
     """`energy_share` of the leading 1, 2, ... directions."""
     held = ((gram @ basis) * basis).sum(dim=-2).cumsum(dim=-1)
-    return held / gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, keepdim=True)
+    return (held / gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, keepdim=True)).clamp(0, 1)
 
 
 def random_bases(n: int, width: int, rank: int, seed: int) -> Float[Tensor, "n width rank"]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +24,15 @@ from spd_lens.subspace import Rank, resolve_rank
 from . import overlap_figures as draw
 from .inputs import Subject, subjects
 from .overlap_energy import energy_overlap, held_by, permutation_test
+from .spectra import shuffled_moments
 from .subspace_pairs import angle_table, check_comparable, compare
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
 
 __all__ = [
     "angle_table", "check_comparable", "compare", "energy_overlap", "held_by", "main", "permutation_test", "transfer",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 CURVE = (1, 2, 4, 8, 16, 32, 64)
 
@@ -39,6 +43,7 @@ def main(
         str, typer.Option(help="Directions per block of maps and tests: a number or a fraction.")
     ] = "0.125",
     joint: Annotated[bool, typer.Option("--joint", help="Subspaces over all heads instead of per head.")] = False,
+    shuffled: Annotated[bool, typer.Option(help="Gradients of shuffled answers beside them, as a null.")] = True,
     all_layers: Annotated[
         bool, typer.Option(help="A profile over all layers too; extracts them once per run.")
     ] = False,
@@ -55,8 +60,9 @@ def main(
     moments = {subject.name: subject.moments for subject in found}
     settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
     chosen = _rank(rank)
-    energy = energy_overlap(moments, sorted({*CURVE, _directions(chosen, moments, joint)}), draws=draws, **settings)
     leading = _directions(chosen, moments, joint)
+    wrong = _shuffled(found, seed) if shuffled else {}
+    energy = energy_overlap(moments, sorted({*CURVE, leading}), shuffled=wrong, draws=draws, **settings)
     tests, angles, cosines = [], [], []
     for a, b in combinations(moments, 2):
         pair = f"{a} – {b}"
@@ -102,7 +108,8 @@ def main(
 
 def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> str:
     """What the domains hold of each other at a rank, between chance and ceiling; and which differ."""
-    mine = energy[energy["rank"] == rank]
+    mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
+    nulls = energy[(energy["rank"] == rank) & (energy.of != "domain") & (energy.a == energy.b)]
     own, other = mine[mine.a == mine.b], mine[mine.a != mine.b]
     above = int((other.p_random < 0.05).sum())
     pairs = exchanged[exchanged.site == "all"]
@@ -113,11 +120,25 @@ def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -
         f"gradient energy, those of its own other half {own.value.mean():.2f}, random ones {mine.chance.mean():.3g} "
         f"(mean over sites and heads); {above} of {len(other)} overlaps lie above chance (p < 0.05 each, uncorrected). "
     )
+    for of, label in draw.NULLS.items():
+        if of in set(nulls.of):
+            text += f"Directions of {label} hold {nulls[nulls.of == of].value.mean():.2f}. "
     if differ:
         text += f"Domains differ when shards are exchanged: {', '.join(differ)}. "
     if same:
         text += f"Not told apart from one pool: {', '.join(same)}. "
     return text.strip()
+
+
+def _shuffled(found: list[Subject], seed: int) -> dict[str, GradientMoments]:
+    """Where answers can be shuffled: the nulls that `spectra` extracts, or has."""
+    moments = {}
+    for subject in found:
+        try:
+            moments[subject.name] = shuffled_moments(subject, subject.moments, seed)
+        except SPDError as error:  # most examples have one and the same answer
+            log.warning("shuffled answers of %s left out: %s", subject.name, error)
+    return moments
 
 
 def _layers(found: list[Subject], rank: int, facts: dict[str, Any]) -> Any:
@@ -141,7 +162,7 @@ def _rank(text: str) -> Rank:
 
 
 def _print(console: Console, energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> None:
-    mine = energy[energy["rank"] == rank]
+    mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
     means = mine.groupby(["a", "b"], sort=False)[["value", "full", "chance"]].mean()
     tested = {(row.a, row.b): row.p_permutation for row in exchanged[exchanged.site == "all"].itertuples()}
     table = Table(

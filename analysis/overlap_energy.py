@@ -19,7 +19,6 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
-from spd_lens.sites import Site
 from spd_lens.subspace import Rank, Subspace, resolve_rank
 
 from .angles import (
@@ -41,6 +40,7 @@ def energy_overlap(
     ranks: Sequence[Rank] = (1, 2, 4, 8, 16, 32),
     *,
     per_head: bool = True,
+    shuffled: Mapping[str, GradientMoments] | None = None,
     any_model: bool = False,
     draws: int = 999,
     seed: int = 0,
@@ -51,16 +51,20 @@ def energy_overlap(
         domains: Moments by name, each with examples in at least two shards; of one model, at the same sites.
         ranks: Of the subspaces; those beyond a block's width are left out.
         per_head: A subspace per head, or one over all heads.
+        shuffled: By domain: moments of the same examples in the same shards with shuffled answers, a null.
         any_model: As in `compare`.
         draws: Random subspaces for `p_random`.
         seed: Of random subspaces, and of the choice of halves where there are many.
 
     Returns:
-        Columns `site, layer, kind, head, a, b, rank, width, value, low, high, chance, full, p_random`. `value`: the
-        subspace of half of A's shards, the energy of half of B's, mean over halves; for `a == b` the two halves are
-        disjoint, which makes it the ceiling of B's column. `low` to `high`: 95 %, delete-half jackknife, for `a == b`
-        an approximation. `full`: all of A's examples and all of B's (for `a == b` the same examples, so optimistic).
-        `p_random`: how often a random subspace holds as much as `full`.
+        Columns `site, layer, kind, head, of, a, b, rank, width, value, low, high, chance, full, p_random`. `value`:
+        the subspace of half of A's shards, the energy of half of B's, mean over halves; for `a == b` the two halves
+        are disjoint, which makes it the ceiling of B's column. `of` is `"domain"`, or says which null A is:
+        `"shuffled"`, gradients of a domain's shuffled answers, or `"activations"`, the top directions of B's own
+        activations (`a` is then `b`), which tell what any direction that the model uses much would hold; halves are
+        disjoint too. `low` to `high`: 95 %, delete-half jackknife, for `a == b` an approximation. `full`: all of A's
+        examples and all of B's (for `a == b` the same examples, so optimistic). `p_random`: how often a random
+        subspace holds as much as `full`.
     """
     names = list(domains)
     moments = {name: filled(one) for name, one in domains.items()}
@@ -68,28 +72,38 @@ def energy_overlap(
     for one in moments.values():
         _check_moments(first, one, any_model)
     rows: list[dict[str, Any]] = []
+    wrong = {name: filled(one) for name, one in (shuffled or {}).items()}
+    for name, one in wrong.items():
+        if name not in moments or not torch.equal(one.n_examples, moments[name].n_examples):
+            raise SPDError(f"the shuffled moments {name!r} are not of the same shards as a domain of that name")
     for site in first.sites:
-        parts = {name: _Halves.of(one, site, per_head, seed) for name, one in moments.items()}
+        parts = {name: _Halves(shard_grams(one, site, per_head), _dtype(one), seed) for name, one in moments.items()}
+        used = {
+            name: _Halves(shard_grams(one, site, per_head, "activation"), _dtype(one), seed)
+            for name, one in moments.items()
+        }
+        null = {name: _Halves(shard_grams(one, site, per_head), _dtype(one), seed) for name, one in wrong.items()}
         width = parts[names[0]].whole.shape[-1]
         kept = sorted({resolve_rank(rank, width) for rank in ranks if isinstance(rank, float) or rank <= width})
         random = random_bases(draws, width, max(kept), seed)
         for b in names:
-            null = energy_by_rank(random[:, None], parts[b].whole)
-            for a in names:
-                at_halves, full = parts[a].energy_of(parts[b], same=a == b)
-                degrees = min(parts[a].n_shards, parts[b].n_shards)
+            by_chance = energy_by_rank(random[:, None], parts[b].whole)
+            sources = [("domain", a, parts[a]) for a in names] + [("shuffled", a, one) for a, one in null.items()]
+            for of, a, source in [*sources, ("activations", b, used[b])]:
+                at_halves, full = source.energy_of(parts[b], same=a == b)
+                degrees = min(source.n_shards, parts[b].n_shards)
                 for block in range(full.shape[0]):
                     if not bool(torch.isfinite(at_halves[:, block]).all()):
                         continue  # a head without gradients in one of the domains
                     spread = half_width(at_halves[:, block], degrees)
-                    where = {**place(site, block, per_head), "a": a, "b": b, "width": width}
+                    where = {**place(site, block, per_head), "of": of, "a": a, "b": b}
                     for rank in kept:
                         value, error = float(at_halves[:, block, rank - 1].mean()), float(spread[rank - 1])
                         held = float(full[block, rank - 1])
                         rows.append(
-                            {**where, "rank": rank, "value": value, "low": max(0.0, value - error),
+                            {**where, "rank": rank, "width": width, "value": value, "low": max(0.0, value - error),
                              "high": min(1.0, value + error), "chance": rank / width, "full": held,
-                             "p_random": p_value(held, null[:, block, rank - 1])}
+                             "p_random": p_value(held, by_chance[:, block, rank - 1])}
                         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -197,17 +211,15 @@ class _Halves:
         self._directions = directions(self._held, dtype)[1]
         self._all_directions = directions(self.whole, dtype)[1]
 
-    @classmethod
-    def of(cls, moments: GradientMoments, site: Site, per_head: bool, seed: int) -> _Halves:
-        return cls(shard_grams(moments, site, per_head), _dtype(moments), seed)
-
     def energy_of(
         self, other: _Halves, *, same: bool
     ) -> tuple[Float[Tensor, "half block rank"], Float[Tensor, "block rank"]]:
-        """By rank, what directions from halves of this domain hold of halves of the other's energy; and whole of
-        whole."""
+        """By rank: what directions from halves of this hold of halves of the other's energy; and whole of whole.
+
+        `same`: both are of the same examples, so the other's complementary halves are taken.
+        """
         if same:
-            energies = self._others
+            energies = other._others
         else:
             # another half of the other domain beside each half of this one, in a fixed order
             order = torch.randperm(len(other._held), generator=torch.Generator().manual_seed(0))

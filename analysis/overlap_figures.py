@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from .style import SEQUENTIAL, band, figure, line, panel, panels, plain
 
 OWN, OTHER, CHANCE = "own other half (ceiling)", "another domain", "chance: rank / width"
+NULLS = {"shuffled": "own prompts, shuffled answers", "activations": "own activations"}
+_SYMBOLS = {"shuffled": "square-open", "activations": "diamond-open"}
 
 
 def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, columns: int = 4) -> go.Figure:
@@ -18,8 +20,10 @@ def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, colu
     Rows are the subspace's domain, columns the domain whose gradients it should hold; the diagonal is the ceiling.
     """
     mine = frame[frame["rank"] == rank]
+    if heads:
+        mine = mine[mine.of == "domain"]
     keys = ["site", "head"] if heads else ["site"]
-    names = list(dict.fromkeys(mine.a))
+    names = list(dict.fromkeys(mine.b))
     groups = [(key, rows) for key, rows in mine.groupby(keys, sort=False)]
     chance = mine.chance.mean()
     fig = panels(
@@ -28,15 +32,20 @@ def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, colu
         "gradients of",
         "subspace of",
         columns=3 if heads else min(columns, len(groups)),
-        says=f"{'' if heads else 'mean over heads; '}diagonal: two halves of one domain (ceiling); chance is "
-        f"{chance:.3g}",
+        says=f"{'' if heads else 'mean over heads; lower rows: nulls; '}diagonal: two halves of one domain (ceiling); "
+        f"chance is {chance:.3g}",
     )
     for n, (_, rows) in enumerate(groups):
-        table = rows.groupby(["a", "b"]).value.mean().unstack().loc[names, names]
+        table = rows[rows.of == "domain"].groupby(["a", "b"]).value.mean().unstack().loc[names, names]
+        for of, label in NULLS.items():  # of each column's own domain
+            null = rows[(rows.of == of) & (rows.a == rows.b)].groupby("b").value.mean()
+            if not null.empty:
+                table.loc[label] = null
         labels = [plain(name) for name in names]
         fig.add_trace(
             go.Heatmap(
-                z=table.to_numpy(), x=labels, y=labels, coloraxis="coloraxis", texttemplate="%{z:.2f}",
+                z=table.to_numpy(), x=labels, y=[plain(name) for name in table.index], coloraxis="coloraxis",
+                texttemplate="%{z:.2f}",
                 hovertemplate="subspace of %{y}, gradients of %{x}: %{z:.3f}<extra></extra>", **panel(n),
             )
         )  # fmt: skip
@@ -55,17 +64,23 @@ def energy_figure(frame: pd.DataFrame) -> go.Figure:
         "Gradient energy held by a domain's own subspace and by the others'",
         "rank (directions, log scale)",
         "share of energy tr(P C) / tr C",
-        says="mean over heads and domains; bands: lowest to highest pair of domains; grey: random subspaces",
+        says="mean over heads and domains; bands: lowest to highest pair of domains; grey: nulls",
     )
-    pairs = frame.groupby(["site", "a", "b", "rank"], as_index=False)[["value", "chance"]].mean()
+    pairs = frame.groupby(["site", "of", "a", "b", "rank"], as_index=False)[["value", "chance"]].mean()
     for n, site in enumerate(sites):
         axes: dict[str, Any] = panel(n)
         here = {**axes, "showlegend": n == 0}
-        rows = pairs[pairs.site == site]
+        every = pairs[pairs.site == site]
+        rows = every[every.of == "domain"]
         for index, (name, part) in enumerate({OWN: rows[rows.a == rows.b], OTHER: rows[rows.a != rows.b]}.items()):
             table = part.groupby("rank").value.agg(["mean", "min", "max"])
             band(fig, table.index, table["min"], table["max"], index=index, **axes)
             line(fig, table.index, table["mean"], name, index=index, legendgroup=name, **here)
+        for of, name in NULLS.items():
+            null = every[(every.of == of) & (every.a == every.b)].groupby("rank").value.mean()
+            if not null.empty:
+                line(fig, null.index, null, name, null=True, legendgroup=name, **here)
+                fig.data[-1].marker.symbol = _SYMBOLS[of]
         chance = rows.groupby("rank").chance.mean()
         line(fig, chance.index, chance, CHANCE, null=True, legendgroup=CHANCE, **here)
     ticks = sorted(set(frame["rank"]))
@@ -76,7 +91,7 @@ def energy_figure(frame: pd.DataFrame) -> go.Figure:
 
 def layers_figure(frame: pd.DataFrame, rank: int) -> go.Figure:
     """Energy share by layer at one rank, a panel per kind: each two domains (both ways), the ceiling, chance."""
-    mine = frame[frame["rank"] == rank]
+    mine = frame[(frame["rank"] == rank) & (frame.of == "domain")]
     kinds = list(dict.fromkeys(mine.kind))
     fig = panels(
         [kind.upper() for kind in kinds],
@@ -149,5 +164,5 @@ def exchange_figure(frame: pd.DataFrame) -> go.Figure:
     line(fig, mine.value, labels, "as it is", mode="markers+text", text=text, textposition="top center")
     fig.data[-1].marker.size = 11
     fig.update_yaxes(autorange="reversed", type="category")
-    fig.update_layout(height=240 + 60 * len(mine), margin={"l": 140}, legend={"y": -0.35})
+    fig.update_layout(height=240 + 60 * len(mine), margin={"l": 140, "b": 110}, legend={"y": -0.6})
     return fig

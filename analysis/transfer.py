@@ -126,9 +126,8 @@ def transfer_figure(frame: pd.DataFrame) -> go.Figure:
     fig = figure(
         "Overlap of gradients against transfer",
         "share of the target's gradient energy that the subspace holds",
-        "aligned loss under the projection minus base (nats per token)",
-        says="each point: one domain's subspace on one target's held-out items; bars: 95 % over items; grey: random "
-        "subspaces",
+        "change of aligned loss (nats per token)",
+        says="each point: one domain's projection on held-out items, minus base; bars: 95 % over items; grey: random",
     )
     random = frame[frame.of == "random"]
     if not random.empty:
