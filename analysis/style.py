@@ -102,8 +102,19 @@ def _nth(values: Sequence[str], index: int) -> str:
     return values[index % len(values)]
 
 
-def page(title: str, figures: Sequence[go.Figure], *, says: str = "", facts: Mapping[str, Any] | None = None) -> str:
-    """Figures on one HTML page with plotly inside: works from `file://`, light or dark as the reader's system is."""
+def page(
+    title: str,
+    figures: Sequence[go.Figure],
+    *,
+    says: str = "",
+    facts: Mapping[str, Any] | None = None,
+    before: str = "",
+    after: str = "",
+) -> str:
+    """Figures on one HTML page with plotly inside: works from `file://`, light or dark as the reader's system is.
+
+    `before` and `after` are HTML around the figures, whose author has escaped what is in it; the rest is plain text.
+    """
     parts = [
         pio.to_html(fig, full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
         for fig in figures
@@ -113,7 +124,7 @@ def page(title: str, figures: Sequence[go.Figure], *, says: str = "", facts: Map
         "TITLE": escape(title),
         "SAYS": escape(says),
         "FACTS": shown,
-        "FIGURES": "\n".join(parts),
+        "FIGURES": "\n".join([before, *parts, after]),
         "DARK": pio.templates["spd_dark"].layout.font.color,
         "PLOTLY": get_plotlyjs(),
     }
@@ -134,7 +145,12 @@ _PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
   background: #fff; color: #1f2328; }
 .facts { color: #656d76; font-size: .85rem; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) { body { background: #0d1117; color: #e6edf3; } .facts { color: #9198a1; } }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #d0d7de; padding: .25rem .6rem; text-align: left; vertical-align: top; }
+@media (prefers-color-scheme: dark) {
+  body { background: #0d1117; color: #e6edf3; } .facts { color: #9198a1; } th, td { border-color: #3d444d; }
+}
 </style>
 <script>@PLOTLY@</script></head>
 <body><h1>@TITLE@</h1><p>@SAYS@</p>
