@@ -1,0 +1,262 @@
+"""The sweep itself on a tiny model: right numbers, no needless work, and a killed one that goes on."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from spd_lens import extract
+from spd_lens.analysis import chosen, rank_sweep, sweep_figures
+from spd_lens.analysis.grid import Grid
+from spd_lens.analysis.inputs import Subject
+from spd_lens.analysis.prefix import Prefix, PrefixPolicy
+from spd_lens.analysis.sweep import measure, sweep
+from spd_lens.analysis.sweep_cells import MEASURES, Store
+from spd_lens.analysis.sweep_report import default_cell, report
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import Policy
+from spd_lens.sites import Site
+from tests.helpers import EXAMPLES, hook_at
+
+GRID = Grid(ranks=[1, 2, 4], layers=["3", "last_mid", "all"], n_random=3)
+
+
+@pytest.fixture(scope="module")
+def moments(tiny_pair):
+    return extract(tiny_pair, EXAMPLES, layers="all", shards=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_pair, moments):
+    """A finished sweep of nine cells."""
+    return sweep(tiny_pair, moments, EXAMPLES, GRID, progress=False)
+
+
+def reference(pair, example, projectors):
+    """Aligned loss and KL from base with explicit matrices, one example at a time, all in float64 after the logits."""
+    encoded = pair.encode(example)
+    ids = torch.tensor([encoded.ids])
+    with torch.no_grad():
+        base = pair.hf(ids).logits[0].double().log_softmax(-1)
+        handles = [hook_at(pair.hf, site, lambda x, p=p: x @ p.to(x)) for site, p in projectors.items()]
+        mine = pair.hf(ids).logits[0].double().log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+    loss = np.mean([-mine[t - 1, encoded.ids[t]].item() for t in encoded.scored])
+    places = [t - 1 for t in range(encoded.completion_start, len(encoded.ids))]
+    kl = np.mean([(base[t].exp() * (base[t] - mine[t])).sum().item() for t in places])
+    return loss, kl
+
+
+def top_directions(moments, site, rank):
+    """`P` of each head by numpy's SVD of the Gram matrix's block, as one block-diagonal matrix."""
+    gram = moments.gradient[site].sum(0).numpy()
+    blocks = []
+    for head in range(2):
+        u = np.linalg.svd(gram[head * 8 : head * 8 + 8, head * 8 : head * 8 + 8])[0][:, :rank]
+        blocks.append(torch.tensor(u @ u.T))
+    return torch.block_diag(*blocks)
+
+
+def test_a_cell_is_the_projection_it_names(tiny_pair, moments, undisturbed):
+    cell = next(m for m in undisturbed.cells if m.cell.layers == "last_mid" and m.cell.rank == 2)
+    sites = [Site(layer, kind) for layer in (1, 3) for kind in "kv"]
+    projectors = {site: top_directions(moments, site, 2) for site in sites}
+    for i, example in enumerate(EXAMPLES):
+        loss, kl = reference(tiny_pair, example, projectors)
+        assert cell.own["aligned_loss"][i] == pytest.approx(loss, rel=1e-4, abs=1e-4)
+        assert cell.own["kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-4)
+        base_loss, _ = reference(tiny_pair, example, {})
+        assert undisturbed.base["aligned_loss"][i] == pytest.approx(base_loss, rel=1e-4, abs=1e-4)
+    assert cell.ranks == (2,) * 8
+
+
+def test_controls_are_random_subspaces_of_the_same_shape(tiny_pair, moments, undisturbed):
+    cell = next(m for m in undisturbed.cells if m.cell.layers == "3" and m.cell.rank == 1)
+    own = cell.cell.subspace(moments)
+    for seed, values in enumerate(cell.random):
+        control = own.random_like(seed)
+        projectors = {site: torch.block_diag(*control.projector(site)) for site in control.sites}
+        loss, kl = reference(tiny_pair, EXAMPLES[2], projectors)
+        assert (values["aligned_loss"][2], values["kl"][2]) == pytest.approx((loss, kl), rel=1e-3, abs=1e-4)
+    assert len({values["kl"][0] for values in cell.random}) == 3
+
+
+def test_the_table_says_what_was_measured(undisturbed):
+    table = undisturbed.table()
+    assert len(table) == 9 * len(MEASURES)
+    for measured in undisturbed.cells:
+        row = table[(table["cell"] == measured.cell.name) & (table["measure"] == "aligned_loss")].iloc[0]
+        change = measured.own["aligned_loss"] - undisturbed.base["aligned_loss"]
+        draws = [(r["aligned_loss"] - undisturbed.base["aligned_loss"]).mean() for r in measured.random]
+        assert row["value"] == pytest.approx(change.mean())
+        assert row["low"] <= row["value"] <= row["high"]
+        expected = (np.mean(draws), min(draws), max(draws))
+        assert tuple(row[["random", "random_low", "random_high"]]) == pytest.approx(expected)
+        assert row["difference"] == pytest.approx(row["value"] - row["random"])
+        assert row["difference_low"] < row["difference"] < row["difference_high"]
+        assert (row["n_items"], row["n_random"]) == (6, 3)
+
+
+def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, undisturbed):
+    cells = GRID.cells(moments)
+    passes = {layer: 0 for layer in range(4)}
+
+    def count(layer):
+        passes[layer] += 1
+
+    policies = [Policy("whole", cells[0].subspace(moments))]
+    handles = [
+        block.mlp.register_forward_hook(lambda *_, layer=layer: count(layer))
+        for layer, block in enumerate(tiny_pair.hf.model.layers)
+    ]
+    whole = measure(tiny_pair, EXAMPLES, policies, batch_tokens=10_000)["whole"]
+    assert passes == {0: 2, 1: 2, 2: 2, 3: 2}  # the base model and the policy
+    prefix = Prefix(tiny_pair.hf, [3])
+    policies = [PrefixPolicy("short", cells[0].subspace(moments), prefix=prefix)]
+    short = measure(tiny_pair, EXAMPLES, policies, prefix=prefix, batch_tokens=10_000)["short"]
+    assert passes == {0: 3, 1: 3, 2: 3, 3: 4}
+    for handle in handles:
+        handle.remove()
+    for name in MEASURES:
+        np.testing.assert_array_equal(whole[name], short[name])
+    assert all("forward" not in vars(block) for block in tiny_pair.hf.model.layers)
+
+
+def test_a_prefix_of_other_tokens_is_not_used(tiny_pair):
+    hf, prefix = tiny_pair.hf, Prefix(tiny_pair.hf, [2])
+    first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 6, 7, 8]])
+    with torch.no_grad():
+        expected = hf(input_ids=second).logits
+        with prefix.watching():
+            hf(input_ids=first)
+            with prefix.starting_at(2):
+                assert torch.equal(hf(input_ids=second).logits, expected)
+
+
+def test_an_architecture_that_needs_its_lower_layers_is_noticed(tiny_pair):
+    """Something that a block leaves behind for a later one is missing when the block is skipped."""
+    left: list[torch.Tensor] = []
+    low, high = tiny_pair.hf.model.layers[0], tiny_pair.hf.model.layers[2]
+    handles = [
+        low.mlp.register_forward_hook(lambda _m, _a, output: left.append(output)),
+        high.register_forward_hook(lambda _m, _a, output: output + left.pop() if left else output),
+    ]
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert not Prefix(tiny_pair.hf, [2]).agrees(lambda: tiny_pair.hf(input_ids=tokens).logits)
+        for handle in handles:
+            handle.remove()
+        assert Prefix(tiny_pair.hf, [2]).agrees(lambda: tiny_pair.hf(input_ids=tokens).logits)
+
+
+def test_a_killed_sweep_goes_on_to_the_same_table(tiny_pair, moments, undisturbed, tmp_path, monkeypatch):
+    put = Store.put
+
+    def dying(self, measured):
+        if len(list(tmp_path.glob("L*.json"))) == 4:
+            raise KeyboardInterrupt
+        put(self, measured)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "put", dying)
+        sweep(tiny_pair, moments, EXAMPLES, GRID, folder=tmp_path, chunk=3, progress=False)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("L*.json")}
+    assert len(kept) == 4
+    resumed = sweep(tiny_pair, moments, EXAMPLES, GRID, folder=tmp_path, chunk=2, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not measured again
+    pd.testing.assert_frame_equal(resumed.table(), undisturbed.table())
+
+
+def test_a_folder_takes_more_cells(tiny_pair, moments, undisturbed, tmp_path):
+    fewer = GRID.model_copy(update={"ranks": [2], "layers": ["3"]})
+    assert len(sweep(tiny_pair, moments, EXAMPLES, fewer, folder=tmp_path, progress=False).cells) == 1
+    more = sweep(tiny_pair, moments, EXAMPLES, GRID, folder=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(more.table(), undisturbed.table())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"n_random": 4}, "n_random: 3 there, 4 now"), ({"seed": 1}, "seed: 0 there, 1 now")],
+)
+def test_other_settings_are_refused_by_name(tiny_pair, moments, tmp_path, change, named):
+    small = Grid(ranks=[1], layers=["3"])
+    sweep(tiny_pair, moments, EXAMPLES, small, folder=tmp_path, progress=False)
+    with pytest.raises(SPDError, match=named):
+        sweep(tiny_pair, moments, EXAMPLES, small.model_copy(update=change), folder=tmp_path, progress=False)
+    with pytest.raises(SPDError, match="items: "):
+        sweep(tiny_pair, moments, EXAMPLES[:4], small, folder=tmp_path, progress=False)
+    with pytest.raises(SPDError, match=r"strength: 1.0 there, 0.5 now"):
+        sweep(tiny_pair, moments, EXAMPLES, small, folder=tmp_path, strength=0.5, progress=False)
+
+
+def test_a_damaged_cell_is_named(tiny_pair, moments, tmp_path):
+    small = Grid(ranks=[1], layers=["3"])
+    sweep(tiny_pair, moments, EXAMPLES, small, folder=tmp_path, progress=False)
+    cell = next(tmp_path.glob("L*.json"))
+    cell.write_text('{"ranks": [1], "own": {}, "random": []}')
+    with pytest.raises(SPDError, match=f"{cell.name}.*remove it"):
+        sweep(tiny_pair, moments, EXAMPLES, small, folder=tmp_path, progress=False)
+
+
+def test_figures(undisturbed):
+    table = undisturbed.table()
+    table.loc[0, "layers"] = "<b>1</b>"  # whatever names a set of layers is text
+    for figure in sweep_figures.figures(table, recommended=table["cell"].iloc[0]):
+        page = figure.to_json()
+        assert "NaN" not in page and "<b>1</b>" not in page
+        titles = [axis.title.text for axis in figure.select_xaxes()] + [
+            axis.title.text for axis in figure.select_yaxes()
+        ]
+        assert any(title and "rank" in title or title and "nats" in title for title in titles)
+    curves = sweep_figures.rank_curves(undisturbed.table(), "kl")
+    null = [trace for trace in curves.data if trace.name == "random subspaces of the same ranks"]
+    assert len(null) == 3 and all(trace.line.dash == "dot" for trace in null)
+    own = [trace for trace in curves.data if trace.name == "gradient subspace"]
+    for trace in own:  # at full rank the model is itself
+        assert (trace.x[-1], trace.y[-1]) == (8, 0.0)
+    heat = sweep_figures.heat_map(undisturbed.table(), "kl").data[0]
+    rows = undisturbed.table().query("measure == 'kl'").set_index(["layers", "rank"])["difference"]
+    for y, label in enumerate(heat.y):
+        for x, rank in enumerate(heat.x):
+            assert heat.z[y][x] == rows[(label, int(rank))]
+
+
+def test_repetition():
+    assert chosen.repetition("abcdefgh") == 0
+    assert chosen.repetition("abcdabcdabcd") == pytest.approx(1 - 4 / 9)
+    assert chosen.repetition("aaaaaaaa") == pytest.approx(1 - 1 / 5)
+    assert chosen.repetition("abc") == 0
+
+
+def test_chosen_cells_are_measured_on_fresh_items(tiny_pair, moments):
+    subspace = moments.subspace(4, sites=[Site(3, "k"), Site(3, "v")])
+    rows = chosen.remeasure(tiny_pair, EXAMPLES, {"cell": subspace}, n_random=4).set_index("measure")
+    base = [reference(tiny_pair, e, {})[0] for e in EXAMPLES]
+    projectors = {site: torch.block_diag(*subspace.projector(site)) for site in subspace.sites}
+    found = [reference(tiny_pair, e, projectors) for e in EXAMPLES]
+    assert rows.loc["aligned_loss", "value"] == pytest.approx(np.mean([x[0] for x in found]) - np.mean(base), abs=1e-3)
+    assert rows.loc["kl", "value"] == pytest.approx(np.mean([x[1] for x in found]), abs=1e-3)
+
+
+def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tmp_path):
+    run = shutil.copytree(finished_run.path, tmp_path / "run")
+    (run / "grid.yaml").write_text("ranks: [1, 4]\nprojectors: [per_head]\nn_items: 4\n")
+    subject = Subject(run, pair=tiny_pair, progress=False)
+    grid = Grid.read(run / "grid.yaml", rank_sweep.own_layers(subject.run.config))
+    advice = report("rank_sweep", subject, grid)
+    table = subject.saved("rank_sweep")
+    assert sorted(table["rank"].unique()) == [1, 4] and set(table["layers"]) == {"last_mid"}
+    assert subject.facts("rank_sweep")["reason"] == advice.reason
+    page = (run / "analysis" / "rank_sweep.html").read_text(encoding="utf-8")
+    assert advice.reason.split(":")[0].split("(")[0] in page
+    dear = subject.saved("rank_sweep-chosen")
+    default = default_cell(subject, subject.moments_everywhere())
+    assert default.name == "L1+3.kv.all.per_head.r4"
+    assert {"base", default.name} <= set(dear["cell"])
+    assert {"aligned_loss", "kl", "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
+    assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
+    assert report("rank_sweep", subject, grid, generate=False) == advice  # from what was kept
+    pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
