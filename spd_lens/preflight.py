@@ -13,7 +13,7 @@ from spd_lens.models.pair import resolve_device, resolve_dtype
 from spd_lens.sampling import Sampling
 from spd_lens.subspace import resolve_rank
 from spd_lens.tasks import Task
-from spd_lens.training import check_targets
+from spd_lens.training import resolve_targets
 
 
 def check_settings(config: SPDConfig) -> None:
@@ -47,7 +47,7 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     check_subspace(config, pair)
     Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
     if config.method == "lora":
-        check_targets(pair.hf, config.lora_targets)
+        resolve_targets(pair.hf, config.lora_targets)
     for example in source.calibration(config.n_calibration, config.data_seed):
         pair.encode(example, config.loss)
     check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)

@@ -1,5 +1,6 @@
 """Distilling a corpus into the model: LoRA or full fine-tuning that can be interrupted (paper section 3.4, Eq. 14)."""
 
-from spd_lens.training.distillation import ATTENTION, TrainingSettings, check_targets, finetune
+from spd_lens.training.distillation import TrainingSettings, finetune
+from spd_lens.training.targets import ATTENTION, resolve_targets
 
-__all__ = ["ATTENTION", "TrainingSettings", "check_targets", "finetune"]
+__all__ = ["ATTENTION", "TrainingSettings", "finetune", "resolve_targets"]

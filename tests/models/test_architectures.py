@@ -8,12 +8,14 @@ import transformers
 
 from spd_lens.capture import extract
 from spd_lens.models import ModelPair
+from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import ARCHITECTURES, architecture
 from spd_lens.models.weights import site_layer
 from spd_lens.projection import folded, projected
 from spd_lens.sites import Site
+from spd_lens.training import ATTENTION, resolve_targets
 from tests.conftest import BACKENDS, build_tokenizer, randomise
-from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, refused, relative_error
+from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, make_adapter, refused, relative_error
 from tests.models.zoo import ZOO, build_pair, build_twin
 
 TOKENS = torch.tensor([[0, 20, 31, 42, 53, 64, 75, 86]])
@@ -139,3 +141,29 @@ def test_what_has_other_shapes_than_its_config_says_is_refused_by_hooked_transfo
     pair = ModelPair(randomise(transformers.LlamaForCausalLM(config)), build_tokenizer(chat=False), backend="hooked")
     with refused("LlamaForCausalLM", "backend='bridge'"):
         pair.lens  # noqa: B018 (building is what is tested)
+
+
+@pytest.mark.parametrize(("name", "backend_name"), TAKEN)
+def test_lora_on_the_twin_reaches_the_lens_model_and_folds(name, backend_name, tmp_path):
+    """The paper's targets under the architecture's own names; adapter and projection together, in both models."""
+    pair = build_pair(name, backend_name)
+    targets = resolve_targets(pair.hf, ATTENTION)
+    adapter = make_adapter(pair.hf, tmp_path / "adapter", targets=targets)
+    subspace = extract(pair, EXAMPLES[:2], engine="twin", progress=False).subspace()
+    plain = pair.check_logits(pair.hf)
+    with adapted(pair.hf, adapter) as tuned:
+        target = pair.check_logits(tuned)
+        with folded(tuned, subspace):
+            target_projected = pair.check_logits(tuned)
+    assert (target - plain).abs().max() > 0.05 * plain.std()
+    assert pair.sync(to="lens", adapter=adapter).within(torch.float32)
+    with projected(pair.lens, subspace):
+        assert (pair.check_logits(pair.lens) - target_projected).abs().max() < 1e-3 * plain.std()
+    assert pair.sync(to="lens").within(torch.float32)
+
+
+def test_names_that_stand_for_themselves_are_left_alone():
+    twin = build_twin("gpt2")
+    assert resolve_targets(twin, ["q_proj", "k_proj", "mlp.c_fc"]) == ("attn.c_attn", "mlp.c_fc")
+    with refused("w_proj", "c_fc"):
+        resolve_targets(twin, ["q_proj", "w_proj"])
