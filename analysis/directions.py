@@ -86,9 +86,9 @@ def read_directions(
         tokens: one row per direction, `role`, `pole` and `place` (from 1). Role `vocabulary`: `token` that the pole
             promotes through `query_head`, `value` its logit in standard deviations over the vocabulary, `null` how
             many of the random directions' poles have it among their first `top`. Role `query`: a token whose query
-            (of `query_head`) points along the pole, `value` the cosine, above 0. Role `pull`: a token whose gradient asks for
-            the pole, `value` `|g·d|` in nats per unit. Of each example, at most one token per role and pole, and never
-            its first, whose attention-sink gradients would fill every list (`first-token share` tells how much).
+            (of `query_head`) points along the pole, `value` the cosine, above 0. Role `pull`: a token whose gradient
+            asks for the pole, `value` `|g·d|` in nats per unit. Of each example, at most one token per role and pole,
+            and never its first, whose attention-sink gradients would fill every list (see `first-token share`).
 
     Raises:
         SPDError: sites of other kinds, or an architecture that the read-out does not know.
@@ -146,9 +146,10 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
     if not len(part):
         raise SPDError(f"there is no measure {measure!r} here; choose from {', '.join(measures['measure'].unique())}")
     beyond = int((part["value"] > part["null_high"]).sum())
+    count = f"{beyond} of {len(part)} lie above the central 95 % of random directions; 2.5 % would by chance"
     fig = figure(
         f"{measure[0].upper()}{measure[1:]} of the leading directions", "site · head · direction", measure,
-        says=f"{MEASURES[measure]}<br>{beyond} of {len(part)} lie above the central 95 % of random directions; 2.5 % would by chance",
+        says=f"{MEASURES[measure]}<br>{count}",
     )  # fmt: skip
     names = [f"{r.site} · {r.head} · {r.direction}" for r in part.itertuples()]
     middle = (part["null_low"] + part["null_high"]) / 2

@@ -1,0 +1,385 @@
+"""Where in the model: gradient energy of every KV head, and what projecting that head alone does, as layer × head maps.
+
+Energy says how much the loss would move with a head's keys or values; ablation says what a projection of that head does
+to held-out text while every other head is left alone. Neither says much without its null: energy is compared with
+the same prompts carrying other answers, ablation with random subspaces of the same rank in the same head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import typer
+from einops import rearrange
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from spd_lens.capture import batches_by_length, extract
+from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.controls import shuffled_answers
+from spd_lens.errors import SPDError
+from spd_lens.estimate import Estimate
+from spd_lens.evaluation import Policy
+from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.moments import GradientMoments
+from spd_lens.sites import Site, resolve_layers
+from spd_lens.statistics import mean_interval, paired_difference
+from spd_lens.storage import write_text
+from spd_lens.subspace import Subspace, resolve_rank
+
+from .attention import attention_of
+from .heads_page import heads_page
+from .inputs import Subject, place, subjects
+from .prefix import Prefix, PrefixPolicy
+from .shardwise import filled, half_width, sets, summed
+from .style import DIVERGING, SEQUENTIAL, panel, panels
+
+log = logging.getLogger(__name__)
+
+MEASURES = {"aligned_loss": "aligned loss, nats", "kl": "KL from base, nats per token"}
+
+
+def head_energy(moments: GradientMoments, null: GradientMoments | None = None) -> pd.DataFrame:
+    """Each KV head's share of the gradient energy `Σ ‖g‖²` of its kind, over all layers of the moments.
+
+    Args:
+        moments: At the layers of interest (`Subject.moments_everywhere()`).
+        null: The same of calibration examples with shuffled answers.
+
+    Returns:
+        One row per head: `value`, a share that sums to 1 over layers and heads of a kind, with `low, high` (delete-half
+        jackknife over shards, `analysis.shardwise`); `uniform`, what every head would have if all were alike; `null`
+        and `ratio`, the share with shuffled answers and `value / null`.
+    """
+    moments = filled(moments)
+    rows = []
+    for kind in dict.fromkeys(site.kind for site in moments.sites):
+        sites = [site for site in moments.sites if site.kind == kind]
+        energy = torch.cat([_by_head(moments, site) for site in sites], dim=1)
+        total = summed(sets(moments.n_shards), energy)
+        share = total / total.sum(dim=1, keepdim=True).clamp_min(1e-300)
+        width = half_width(share[1:], moments.n_shards)
+        chance = None
+        if null is not None:
+            other = torch.cat([_by_head(null, site).sum(dim=0) for site in sites])
+            chance = other / other.sum().clamp_min(1e-300)
+        cells = [(site, head) for site in sites for head in range(moments.n_heads[site])]
+        for i, (site, head) in enumerate(cells):
+            value, reach = share[0, i].item(), width[i].item()
+            row = {**place(site, head, per_head=True), "value": value, "low": max(0.0, value - reach)}
+            row |= {"high": min(1.0, value + reach), "uniform": 1 / len(cells)}
+            if chance is not None:
+                row |= {"null": chance[i].item(), "ratio": value / max(chance[i].item(), 1e-300)}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def only_head(subspace: Subspace, site: Site, head: int) -> Subspace:
+    """The projection of one head alone: its own basis there, the identity on every other head of the site.
+
+    Raises `SPDError` for a joint subspace, which has no heads to take one of, or a head that does not exist.
+    """
+    basis = subspace.select([site]).bases[site]
+    n_blocks, width, rank = basis.shape
+    if not subspace.per_head:
+        raise SPDError("a joint subspace has no head of its own; make it per head: moments.subspace(per_head=True)")
+    if not 0 <= head < n_blocks:
+        raise SPDError(f"site {site} has no head {head}: it has heads 0 to {n_blocks - 1}")
+    alone = torch.eye(width, dtype=basis.dtype).repeat(n_blocks, 1, 1)  # P = I, exactly
+    alone[head] = 0
+    alone[head, :, :rank] = basis[head]
+    own = subspace.ranks[site][head]
+    offset = {}
+    if site in subspace.offset:
+        offset[site] = subspace.offset[site] * (torch.arange(n_blocks) == head)[:, None]
+    ranks = {site: tuple(own if block == head else width for block in range(n_blocks))}
+    return replace(subspace, bases={site: alone}, ranks=ranks, singular_values={}, offset=offset)
+
+
+def head_effects(
+    pair: ModelPair,
+    items: Sequence[Example],
+    subspace: Subspace,
+    *,
+    n_random: int = 1,
+    seed: int = 0,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Project one head at a time, all others untouched, and measure held-out text.
+
+    Costs `1 + n_random` forward passes over the items per head and site; where the architecture allows it
+    (`analysis.prefix`), a pass begins at the projected layer.
+
+    Args:
+        pair: The model.
+        items: Held out, with completion and spans.
+        subspace: Per head; every site and head of it is projected in turn.
+        n_random: Random subspaces of the same rank in the same head; their effects are averaged per item.
+        seed: Of the first of them.
+        batch_tokens: Padded tokens per batch.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per head, measure (`aligned_loss`: change from base; `kl`: KL(base || projected)) and `policy`:
+        `subspace`, `random`, and `difference`, the subspace's minus the random ones' per item. `value, low, high` are
+        means over items with 95 % intervals (`spd_lens.statistics`), in nats; `rank` is that of the head.
+    """
+    controls = [subspace.random_like(seed + i) for i in range(n_random)]
+    if not controls:
+        raise SPDError("the effect of a head needs its null; give n_random = 1 or more")
+    prefix = _prefix(pair, items, sorted({site.layer for site in subspace.sites}), batch_tokens)
+    cells = [(site, head) for site in subspace.sites for head in range(subspace.bases[site].shape[0])]
+    policies: list[Policy] = [Policy("base")]
+    for site, head in cells:
+        for name, whole in (("own", subspace), *((str(i), control) for i, control in enumerate(controls))):
+            policies.append(PrefixPolicy(f"{site}/{head}/{name}", only_head(whole, site, head), prefix=prefix))
+    found = _measured(pair, items, policies, prefix, batch_tokens, progress)
+    rows = []
+    for site, head in cells:
+        for measure in MEASURES:
+            base = _per_item(found["base"], measure)
+            own = _per_item(found[f"{site}/{head}/own"], measure) - base
+            random = torch.stack([_per_item(found[f"{site}/{head}/{i}"], measure) for i in range(n_random)])
+            null = random.mean(dim=0) - base
+            estimates = {
+                "subspace": mean_interval(own.tolist(), seed=seed),
+                "random": mean_interval(null.tolist(), seed=seed),
+                "difference": paired_difference(null.tolist(), own.tolist(), seed=seed),
+            }
+            common = {**place(site, head, per_head=True), "rank": subspace.ranks[site][head], "measure": measure}
+            rows += [{**common, "policy": policy, **_bounds(e)} for policy, e in estimates.items()]
+    return pd.DataFrame(rows)
+
+
+def energy_map(energy: pd.DataFrame) -> go.Figure:
+    """Layer × head maps of the energy shares, keys over values."""
+    fig = _maps(
+        energy, "value", "Gradient energy of each KV head", "share of its kind’s energy",
+        says=f"if all heads were alike, each would have {energy['uniform'].iloc[0]:.2%} of its kind's energy",
+        hover=lambda r: f"{r.value:.2%} [{r.low:.2%}, {r.high:.2%}]"
+        + (f", with other answers {r.null:.2%}" if hasattr(r, "null") else ""),
+    )  # fmt: skip
+    fig.update_layout(coloraxis={"cmin": 0, "colorbar_tickformat": ".0%"})
+    return fig
+
+
+def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "difference") -> go.Figure:
+    """Layer × head maps of an effect; `·` where the 95 % interval of the difference from random leaves out 0."""
+    if measure not in MEASURES:
+        raise SPDError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
+    part = effects[(effects["measure"] == measure) & (effects["policy"] == policy)]
+    against = effects[(effects["measure"] == measure) & (effects["policy"] == "difference")]
+    sure = ((against["low"] > 0) | (against["high"] < 0)).to_numpy()
+    rank = "/".join(str(rank) for rank in sorted(set(part["rank"])))
+    titles = {
+        "subspace": f"Projecting one head alone to rank {rank}: {MEASURES[measure]}",
+        "random": f"The same with random subspaces of rank {rank} (null): {MEASURES[measure]}",
+        "difference": f"One head at rank {rank}, its subspace minus a random one: {MEASURES[measure]}",
+    }
+    fig = _maps(
+        part, "value", titles[policy], "nats", marks=sure,
+        says=f"· the difference from random has a 95 % interval without 0: {sure.sum()} of {len(sure)} heads, "
+        f"{0.05 * len(sure):.1f} expected by chance alone",
+        hover=lambda r: f"{r.value:.4f} [{r.low:.4f}, {r.high:.4f}]",
+    )  # fmt: skip
+    if policy == "difference" or measure == "aligned_loss":
+        fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmid": 0})
+    else:
+        fig.update_layout(coloraxis={"cmin": 0})
+    return fig
+
+
+def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
+    """What the maps show, in sentences."""
+    sentences = []
+    for kind, part in energy.groupby("kind", sort=False):
+        top = part.sort_values("value", ascending=False).head(3)
+        named = ", ".join(f"{r.layer}.{r.head} ({r.value:.0%})" for r in top.itertuples())
+        sentences.append(f"Most gradient energy of {kind.upper()} (layer.head): {named}; uniform {1 / len(part):.1%}.")
+    if effects is not None and len(effects):
+        part = effects[effects["policy"] == "difference"]
+        for measure, rows in part.groupby("measure", sort=False):
+            less, more = int((rows["high"] < 0).sum()), int((rows["low"] > 0).sum())
+            sentences.append(
+                f"{MEASURES[measure].partition(',')[0]}: of {len(rows)} heads projected alone, {less} change it less "
+                f"and {more} more than a random subspace of that rank does (95 % intervals over "
+                f"{int(rows['n'].iloc[0])} items, not corrected; {0.025 * len(rows):.1f} each way by chance)."
+            )
+    return " ".join(sentences)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    rank: Annotated[str, typer.Option(help="of a head: a number, or a fraction such as 0.5; default: the run's")] = "",
+    layers: Annotated[str, typer.Option(help="whose heads are projected: 'all', 'none', or indices: 9,14")] = "all",
+    n: Annotated[int, typer.Option(min=2, help="held-out items")] = 8,
+    n_random: Annotated[int, typer.Option(min=1, help="random subspaces per head, the null")] = 1,
+    example: Annotated[str, typer.Option(help="id of the calibration example to click through")] = "",
+    shuffled: Annotated[bool, typer.Option(help="energy also with shuffled answers (a second extraction)")] = True,
+    seed: Annotated[int, typer.Option(help="of shuffled answers and random subspaces")] = 0,
+    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
+) -> None:
+    """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
+    set_up_logging(quiet)
+    console = Console()
+    for subject in subjects(runs, progress=not quiet):
+        pair, examples = subject.pair, subject.calibration()
+        moments = subject.moments_everywhere()
+        energy = head_energy(moments, _shuffled(subject, seed) if shuffled else None)
+        facts: dict[str, Any] = {"examples": len(examples), "items": n, "n_random": n_random, "seed": seed}
+        subject.save("heads", energy, **facts)
+        config = subject.run.config
+        shown = attention_of(pair, examples, example or None, kinds=config.kinds, loss=config.loss)
+        path, title = subject.folder / "heads.html", f"heads of {subject.name}"
+        figures, effects, says = [energy_map(energy)], None, say(energy)
+        # the maps of energy are there while the ablation runs
+        write_text(path, heads_page(title, figures, shown, says=says, facts=facts))
+        if layers != "none":
+            chosen = resolve_layers(layers, pair.n_layers)
+            sites = [site for site in moments.sites if site.layer in chosen and site.kind in ("k", "v")]
+            subspace = moments.subspace(_rank(rank, subject), per_head=True, sites=sites)
+            effects = head_effects(
+                pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=not quiet
+            )
+            subject.save("heads-effects", effects, **facts)
+            for measure in MEASURES:
+                figures += [effect_map(effects, measure, policy) for policy in ("difference", "subspace", "random")]
+            says = say(energy, effects)
+            write_text(path, heads_page(title, figures, shown, says=says, facts=facts))
+        console.print(_table(subject.name, energy, effects))
+        console.print(says, highlight=False, markup=False)
+        console.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"]:
+    squares = moments.gradient[site].diagonal(dim1=1, dim2=2)
+    return rearrange(squares, "shard (head d_head) -> shard head d_head", head=moments.n_heads[site]).sum(dim=2)
+
+
+def _per_item(items: Sequence[ForcedItem], measure: str) -> Float[Tensor, " item"]:
+    return torch.tensor([getattr(item, measure) for item in items], dtype=torch.float64)
+
+
+def _measured(
+    pair: ModelPair, items: Sequence[Example], policies: Sequence[Policy], prefix: Prefix | None, batch_tokens: int,
+    progress: bool,
+) -> dict[str, list[ForcedItem]]:  # fmt: skip
+    if prefix is None:
+        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+    with prefix.watching():
+        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+
+
+def _prefix(pair: ModelPair, items: Sequence[Example], layers: Sequence[int], batch_tokens: int) -> Prefix | None:
+    """Where passes may begin in the middle, if they give the same bits there on a real batch."""
+    above = [layer for layer in layers if layer > 0]
+    if not above:
+        return None
+    try:
+        prefix = Prefix(pair.hf, above)
+    except SPDError:  # blocks under other names
+        return None
+    encoded = [pair.encode(item) for item in items]
+    shortest = batches_by_length([len(e.ids) for e in encoded], batch_tokens)[-1]
+    batch = ForcedBatch.of([encoded[i] for i in shortest], pair)
+    probe = Prefix(pair.hf, [above[-1]])
+    with torch.no_grad():
+        exact = probe.agrees(lambda: forced_logits(pair, pair.hf, batch))
+    return prefix if exact else None
+
+
+def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
+    """Moments at all layers of the same prompts with other examples' answers: extracted once."""
+    path = subject.folder / f"moments-all-layers-shuffled-{seed}.safetensors"
+    config = subject.run.config
+    if not path.exists():
+        try:
+            wrong = shuffled_answers(subject.calibration(), seed)
+        except SPDError as error:
+            log.warning("no null of shuffled answers: %s", error)
+            return None
+        extract(
+            subject.pair, wrong, layers="all", kinds=config.kinds, loss=config.loss, engine=config.engine,
+            progress=subject.progress,
+        ).save(path)  # fmt: skip
+    return GradientMoments.load(path)
+
+
+def _rank(text: str, subject: Subject) -> int | float:
+    if not text:
+        return subject.run.config.rank
+    try:
+        rank = float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise SPDError(f"rank {text!r} is neither a number nor a fraction; write 16 or 0.5") from error
+    resolve_rank(rank, subject.pair.fingerprint.d_head)  # refused here, before anything is extracted
+    return rank
+
+
+def _bounds(estimate: Estimate) -> dict[str, float | int]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def _maps(
+    frame: pd.DataFrame, column: str, title: str, unit: str, *, hover: Any, says: str = "", marks: Any = None
+) -> go.Figure:
+    """One map per kind, one under the other on one colour scale: layers along, heads up."""
+    kinds = list(dict.fromkeys(frame["kind"]))
+    names = {"k": "keys", "v": "values", "q": "queries"}
+    fig = panels([names.get(kind, kind) for kind in kinds], title, "layer", "KV head", columns=1, says=says)
+    marked = dict(zip(frame.index, marks, strict=True)) if marks is not None else {}
+    for i, kind in enumerate(kinds):
+        part = frame[frame["kind"] == kind]
+        layers, heads = list(dict.fromkeys(part["layer"])), list(dict.fromkeys(part["head"]))
+        cells = {(r.layer, r.head): r for r in part.itertuples()}
+        grid = [[cells[layer, head] for layer in layers] for head in heads]
+        fig.add_heatmap(
+            z=[[getattr(r, column) for r in row] for row in grid], x=[str(x) for x in layers], y=heads,
+            text=[["·" if marked.get(r.Index) else "" for r in row] for row in grid], texttemplate="%{text}",
+            customdata=[[hover(r) for r in row] for row in grid], coloraxis="coloraxis", meta=kind, xgap=1, ygap=1,
+            hovertemplate=f"layer %{{x}}, {kind.upper()} head %{{y}}: %{{customdata}}<extra></extra>",
+            **panel(i),
+        )  # fmt: skip
+    fig.update_xaxes(type="category", tickangle=0)
+    fig.update_yaxes(type="category")
+    fig.update_layout(coloraxis={"colorscale": SEQUENTIAL, "colorbar_title": unit}, height=190 + 130 * len(kinds))
+    return fig
+
+
+def _table(name: str, energy: pd.DataFrame, effects: pd.DataFrame | None) -> Table:
+    table = Table(
+        "layer.head",
+        "kind",
+        "energy share",
+        "with other answers",
+        "KL, subspace",
+        "KL, random",
+        title=f"heads · {name}",
+    )
+    for _, part in energy.groupby("kind", sort=False):
+        for r in part.sort_values("value", ascending=False).head(5).itertuples():
+            kl = {"subspace": "–", "random": "–"}
+            if effects is not None:
+                mine = effects[(effects["site"] == r.site) & (effects["head"] == r.head) & (effects["measure"] == "kl")]
+                kl |= {e.policy: f"{e.value:.4f}" for e in mine.itertuples() if e.policy in kl}
+            null = f"{r.null:.1%}" if hasattr(r, "null") else "–"
+            table.add_row(f"{r.layer}.{r.head}", r.kind, f"{r.value:.1%}", null, kl["subspace"], kl["random"])
+    return table
+
+
+app = single_command(main)
+
+if __name__ == "__main__":
+    start(app, on_interrupt="what it had saved stays")
