@@ -20,7 +20,10 @@ ANALYSES: dict[str, str] = {
     "directions": "what singular directions read and write, in tokens",
     "tokens": "where in the text the gradient sits",
     "calibration_size": "how many examples a subspace needs, and what spoils it",
+    "corpora": "what each method wrote on the same prompts, side by side, and how their corpora differ",
+    "sampling_sweep": "what temperature and top-p do to completions and scores, with the projection and without",
     "drift": "the subspace after distillation against the one before",
+    "tables": "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)",
 }
 """Every module here that takes run directories, in the order in which a reader asks."""
 

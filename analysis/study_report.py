@@ -111,7 +111,7 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
     for index, target in enumerate(targets if len(targets) > 1 else []):
         symbol = {"color": NULL_COLOR, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 10}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"on {plain(target)}", marker=symbol))
-    fig.update_layout(**_ROOM)
+    fig.update_layout(legend={"y": -0.34}, **_ROOM)
     if fig.data:
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
     return fig
