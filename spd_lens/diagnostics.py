@@ -99,9 +99,9 @@ def corpus_diagnostics(
     if several:
         shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
         add("duplicates within prompts", "share", score_interval(shares, confidence=confidence))
-    mean("repeated 4-grams", "share", lambda record: repeated_ngrams(_text_ids(record), 4))
-    mean("longest loop", "tokens", lambda record: longest_loop(_text_ids(record)))
-    mean("loops", "share", lambda record: float(ends_in_loop(_text_ids(record))))
+    mean("repeated 4-grams", "share", lambda record: repeated_ngrams(text_ids(record), 4))
+    mean("longest loop", "tokens", lambda record: longest_loop(text_ids(record)))
+    mean("loops", "share", lambda record: float(ends_in_loop(text_ids(record))))
     for n in (1, 2):
         add(f"distinct-{n}", "share", _distinct(prompts, n, confidence))
     if task is not None:
@@ -168,7 +168,7 @@ def share_after_answer(record: Record, task: Task, decode: Callable[[Sequence[in
     place = settled_at(text, task)
     if decode is None:
         return 1 - place / len(text) if text else 0.0
-    ids = _text_ids(record)
+    ids = text_ids(record)
     end, settled = _tokens_of(ids, len(text), decode), _tokens_of(ids, place, decode)
     return 1 - settled / end if end else 0.0
 
@@ -216,7 +216,7 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _text_ids(record: Record) -> tuple[int, ...]:
+def text_ids(record: Record) -> tuple[int, ...]:
     """A completion's tokens without the one that ended it."""
     return record.completion_ids[:-1] if record.finish_reason == "eos" else record.completion_ids
 
@@ -285,7 +285,7 @@ def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) ->
     starts = range(0, max(len(firsts) - GROUP, 0) + 1, GROUP)
     values = []
     for start in starts:
-        grams = [gram for record in firsts[start : start + GROUP] for gram in _ngrams(_text_ids(record), n)]
+        grams = [gram for record in firsts[start : start + GROUP] for gram in _ngrams(text_ids(record), n)]
         if grams:
             values.append(len(set(grams)) / len(grams))
     return mean_interval(values or [0.0], confidence=confidence)

@@ -1,0 +1,226 @@
+"""What methods wrote, side by side on the same prompts (the paper's Figure 3), and how their corpora differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.corpus import Record
+from spd_lens.diagnostics import corpus_diagnostics, ends_in_loop, repeated_ngrams, share_after_answer, text_ids
+from spd_lens.estimate import Estimate
+from spd_lens.statistics import mean_interval, paired_difference
+from spd_lens.storage import write_json, write_text
+from spd_lens.tasks import Task
+from spd_lens.tasks.asked_form import in_asked_form
+
+from .corpora_page import corpora_page
+from .corpora_sources import Corpora, corpora_sets, shared_prompts
+from .style import COLORS, NULL_COLOR, SYMBOLS, figure, page
+
+
+def corpora_table(corpora: Corpora, task: Task | None = None, tokenizer: Any = None) -> pd.DataFrame:
+    """`corpus_diagnostics` of every corpus on the prompts that they share, one row per `method` and `measure`."""
+    parts = [
+        corpus_diagnostics(records, tokenizer, task).assign(method=name)
+        for name, records in shared_prompts(corpora).items()
+    ]
+    frame = pd.concat(parts, ignore_index=True)
+    return frame[["method", *(column for column in frame if column != "method")]]
+
+
+def corpora_differences(corpora: Corpora, task: Task | None = None) -> pd.DataFrame:
+    """Each corpus minus the first, paired by prompt: `method, reference, measure, value, low, high, n, unit`.
+
+    Samples of a prompt are averaged first. `after the answer` counts characters, on prompts that both answer. Intervals
+    are paired bootstraps at 95 %, each by itself.
+    """
+    records = shared_prompts(corpora)
+    reference, *others = records
+    rows = []
+    for name in others:
+        for measure, (unit, value) in _measures(task).items():
+            before, after = _by_prompt(records[reference], value), _by_prompt(records[name], value)
+            both = [id for id in before if id in after]
+            if both:
+                found = paired_difference([before[id] for id in both], [after[id] for id in both])
+                rows.append({"method": name, "reference": reference, "measure": measure, **_row(found), "unit": unit})
+    return pd.DataFrame(rows)
+
+
+def corpora_overlaps(corpora: Corpora, null: Sequence[Record] | None = None) -> pd.DataFrame:
+    """Share of words that each corpus has in common with the first, in order: `method, value, low, high, n, null`.
+
+    Two texts' share is twice their common words over all words of both (difflib's ratio), over first samples. `null`
+    is the first method with another seed: that much differs by the draw alone.
+    """
+    records = shared_prompts(corpora)
+    reference, *others = records
+    before = {record.id: record.completion for record in reversed(records[reference])}
+    against: list[tuple[str, Iterable[Record], bool]] = [(name, records[name], False) for name in others]
+    if null is not None:
+        against.append((f"{reference}, another seed", null, True))
+    rows = []
+    for name, mine, is_null in against:
+        after = {record.id: record.completion for record in reversed(list(mine))}
+        shares = [_overlap(before[id], after[id]) for id in before if id in after]
+        if shares:
+            rows.append({"method": name, **_row(mean_interval(shares)), "null": is_null})
+    return pd.DataFrame(rows)
+
+
+_SHOWN = ("truncated", "repeated 4-grams", "loops", "duplicates", "in the asked form", "after the answer")
+
+
+def shares_figure(table: pd.DataFrame, controls: Sequence[str] = ()) -> go.Figure:
+    """The shares of a `corpora_table`, one symbol per method; `controls` are grey and open."""
+    fig = figure("What the corpora consist of", "share, with 95 % interval", "")
+    shown = [measure for measure in _SHOWN if measure in set(table["measure"])]
+    names = list(dict.fromkeys(table["method"]))
+    for i, name in enumerate(names):
+        rows = table[table["method"] == name].set_index("measure").loc[shown]
+        color = NULL_COLOR if name in controls else COLORS[i % len(COLORS)]
+        symbol = SYMBOLS[i % len(SYMBOLS)] + ("-open" if name in controls else "")
+        low, high = (rows[end].fillna(rows["value"]) for end in ("low", "high"))
+        fig.add_trace(
+            go.Scatter(
+                x=rows["value"],
+                y=[place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]],
+                error_x={"symmetric": False, "array": high - rows["value"], "arrayminus": rows["value"] - low},
+                mode="markers",
+                name=name,
+                text=shown,
+                hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
+                marker={"color": color, "symbol": symbol, "size": 9},
+            )
+        )
+    ticks = {"tickvals": list(range(len(shown)))[::-1], "ticktext": shown, "range": [-0.6, len(shown) - 0.4]}
+    fig.update_layout(yaxis=ticks, xaxis={"range": [-0.02, 1.02]}, height=140 + 70 * len(shown))
+    return fig
+
+
+def say(differences: pd.DataFrame, overlaps: pd.DataFrame, controls: Sequence[str] = ()) -> str:
+    """What differs beyond noise, method by method, and what does not."""
+    sentences = []
+    for name, rows in differences.groupby("method", sort=False):
+        clear = [row for row in rows.itertuples() if not (pd.isna(row.low) or row.low <= 0 <= row.high)]
+        told = [f"{row.measure} {row.value:+.2g} [{row.low:.2g}, {row.high:.2g}]" for row in clear]
+        verdict = (
+            f"{', '.join(told) or 'nothing'} beyond noise, {len(rows) - len(clear)} of {len(rows)} measures within"
+        )
+        sentences.append(f"{name} minus {rows['reference'].iloc[0]} on {rows['n'].max()} prompts: {verdict}.")
+    for row in overlaps.itertuples():
+        kind = ", by the draw alone" if row.null else ""
+        sentences.append(f"{row.method} shares {row.value:.0%} of the words of the same prompts' first column{kind}.")
+    if len(differences):
+        sentences.append(f"The {len(differences)} intervals are at 95 % each, not corrected for their number.")
+    if not controls:
+        sentences.append("No control is among them: any projection changes the text, so a study has a random one.")
+    return " ".join(sentences)
+
+
+def main(
+    places: Annotated[
+        list[str], typer.Argument(help="a study, a run directory, or corpora as NAME=FILE.jsonl, the reference first")
+    ],
+    methods: Annotated[
+        str | None, typer.Option(help="of a study: which, with commas; the first is the reference")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of a study: whose texts are shown; default: its first")] = None,
+    n: Annotated[int, typer.Option(help="prompts on the page of texts")] = 12,
+    task: Annotated[str | None, typer.Option(help="for JSONL files: whose answers they are")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="for JSONL files: where the task's data lie")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default: analysis/ of the study or run")] = None,
+    quiet: Annotated[bool, typer.Option(help="no log")] = False,
+) -> None:
+    """What each method wrote, on the same prompts: texts side by side, and the corpora's diagnostics."""
+    set_up_logging(quiet)
+    console = Console()
+    for found in corpora_sets(places, methods=methods, seed=seed, task=task, data_dir=data_dir, out=out):
+        table = corpora_table(found.corpora, found.task)
+        differences = corpora_differences(found.corpora, found.task)
+        overlaps = corpora_overlaps(found.shown, found.null)
+        says = say(differences, overlaps, found.controls)
+        text = corpora_page(
+            found.title, found.shown, found.task, n=n, says=says,
+            table=table[table["measure"].isin(("length", *_SHOWN))],
+        )  # fmt: skip
+        fig = shares_figure(table, found.controls)
+        facts = {"corpora": found.title, "reference": next(iter(found.corpora)), "prompts": int(table["n"].max())}
+        folder, name = found.folder, found.name
+        written = [
+            write_text(folder / f"{name}.csv", table.to_csv(index=False)),
+            write_text(folder / f"{name}-differences.csv", differences.to_csv(index=False)),
+            write_text(folder / f"{name}-overlaps.csv", overlaps.to_csv(index=False)),
+            write_json(folder / f"{name}.json", facts),
+            write_text(folder / f"{name}.html", page(f"Corpora of {found.title}", [fig], says=says, facts=facts)),
+            write_text(folder / f"{name}-text.html", text),
+        ]
+        console.print(_rich(found.title, table))
+        console.print(says, highlight=False, markup=False)
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], float | None]]]:
+    """Unit and value of one completion; None where it has none."""
+    measures: dict[str, tuple[str, Callable[[Record], float | None]]] = {
+        "length": ("tokens", lambda record: float(record.n_completion_tokens)),
+        "truncated": ("share", lambda record: float(record.finish_reason == "length")),
+        "repeated 4-grams": ("share", lambda record: repeated_ngrams(text_ids(record))),
+        "loops": ("share", lambda record: float(ends_in_loop(text_ids(record)))),
+    }
+    if task is None:
+        return measures
+
+    def behind(record: Record) -> float | None:
+        return None if task.extract(record.completion) is None else share_after_answer(record, task)
+
+    measures["in the asked form"] = ("share", lambda record: float(in_asked_form(task, record.completion)))
+    measures["after the answer"] = ("share", behind)
+    return measures
+
+
+def _by_prompt(records: Iterable[Record], value: Callable[[Record], float | None]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if (own := value(record)) is not None:
+            found.setdefault(record.id, []).append(own)
+    return {id: fmean(values) for id, values in found.items()}
+
+
+def _overlap(before: str, after: str) -> float:
+    return SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
+
+
+def _row(estimate: Estimate) -> dict[str, Any]:
+    low, high = (estimate.low, estimate.high) if estimate.bounded else (None, None)
+    return {"value": estimate.value, "low": low, "high": high, "n": estimate.n}
+
+
+def _rich(title: str, table: pd.DataFrame) -> Table:
+    shown = Table("measure", *dict.fromkeys(table["method"]), title=f"corpora of {title}")
+    for measure, rows in table.groupby("measure", sort=False):
+        if measure in ("length", "prompts", *_SHOWN):
+            cells = [
+                str(Estimate(row.value, row.low, row.high, row.n, "")).partition(" (n=")[0]
+                if pd.notna(row.low)
+                else f"{row.value:g}"
+                for row in rows.itertuples()
+            ]
+            shown.add_row(measure, *cells)
+    return shown
+
+
+app = single_command(main)
+
+if __name__ == "__main__":
+    start(app, on_interrupt="what it had saved stays")
