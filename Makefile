@@ -58,10 +58,8 @@ bench: $(HOOKED)/dev  ## benchmarks against peers
 	@if [ -f benchmarks/run.py ]; then .venv/bin/python benchmarks/run.py; \
 	else echo "there are no benchmarks yet (benchmarks/run.py)"; fi
 
-notebooks: $(HOOKED)/dev  ## execute every notebook; the files stay as they are
-	@shopt -s nullglob; files=(notebooks/*.ipynb); \
-	if [ $${#files[@]} -gt 0 ]; then .venv/bin/jupyter-execute "$${files[@]}"; \
-	else echo "there are no notebooks yet (notebooks/*.ipynb)"; fi
+notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
+	.venv/bin/python scripts/render_notebooks.py
 
 constraints: $(HOOKED)/dev $(BRIDGE)/test  ## pin what the two environments hold now
 	scripts/freeze.sh .venv > .cache/constraints && mv .cache/constraints constraints.txt

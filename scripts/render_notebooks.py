@@ -78,13 +78,18 @@ def execute(path: Path) -> tuple[Any, float]:
     return notebook, time.perf_counter() - start
 
 
+def find_browser() -> str:
+    """Chromium, or an end in one sentence."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        sys.exit("figures are drawn by Chromium, which is not on the path; install it")
+    return browser
+
+
 def draw(figures: list[Any]) -> list[str]:
     """Each figure as the address of an SVG image that holds itself."""
     if not figures:
         return []
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        sys.exit("figures are drawn by Chromium, which is not on the path; install it")
     safe = json.dumps(figures).replace("<", "\\u003c")
     page = (
         f'<!DOCTYPE html><html><head><meta charset="utf-8"><script>{get_plotlyjs()}</script></head><body>'
@@ -95,7 +100,7 @@ def draw(figures: list[Any]) -> list[str]:
         file = Path(folder) / "figures.html"
         file.write_text(page, encoding="utf-8")
         command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom",
+            find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom",
             file.as_uri(),
         ]  # fmt: skip
         dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "notebooks")
     arguments = parser.parse_args()
+    find_browser()  # before the notebooks take their minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in arguments.files or sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook, seconds = execute(path)
