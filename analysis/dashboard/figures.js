@@ -165,10 +165,10 @@ function singlePoint(e, key, used) {
 
 function effectSays(sweep, e, used) {
   const parts = [];
-  if (e && e.says) parts.push(...e.says);
-  if (sweep) parts.unshift("Teacher-forced on held-out items, as nats per token of the gold completion; the rank is that of every block projected.", "At the run's own rank:");
-  else if (used) parts.push("Measured at the run's rank alone; `spd-lens analyze rank-sweep` measures others.");
-  return parts.filter(Boolean).join(" ").replace(/ At the run's own rank:$/, "");
+  if (sweep) parts.push(sweep.says);
+  if (e && e.says) parts.push(...(sweep ? ["At the run's own rank:"] : []), ...e.says);
+  if (!sweep && used) parts.push("Measured at the run's rank alone; `spd-lens analyze rank-sweep` measures others.");
+  return parts.filter(Boolean).join(" ");
 }
 
 /* ---- overlap ---- */

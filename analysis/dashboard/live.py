@@ -65,9 +65,9 @@ def start(app: dash.Dash, waiting: socket.socket) -> BaseWSGIServer:
     return make_server(HOST, waiting.getsockname()[1], app.server, threaded=True, fd=waiting.fileno())
 
 
-def create_app(found: Sequence[Subject]) -> dash.Dash:
-    """The Dash app of some runs; loads their model."""
-    lock = threading.Lock()
+def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> dash.Dash:
+    """The Dash app of some runs; loads their model. `lock` is held while a question is answered."""
+    lock = lock or threading.Lock()
     studios = {subject.name: Studio(subject, lock) for subject in found}
     document = assemble(found, link=lambda subject, path: f"analysis/{subject.name}/{path.name}")
     views = page(document, title="Views", look="framed")

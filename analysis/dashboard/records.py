@@ -240,8 +240,9 @@ def _data(run: Run) -> Table:
     rows: Table = []
     path = run.path / "data_card.json"
     for task, card in (read_json(path) if path.exists() else {}).items():
-        counts = ", ".join(f"{n} {split}" for split, n in card.get("counts", {}).items())
-        rows.append((visible(task), counts))
+        counts = card.get("counts")  # a generator has as many as one asks for
+        shown = ", ".join(f"{n} {split}" for split, n in counts.items()) if isinstance(counts, dict) else str(counts)
+        rows.append((visible(task), visible(shown)))
         rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
     return rows
 

@@ -29,6 +29,7 @@ def rank_sweep(subject: Subject) -> list[dict[str, Any]]:
     if frame is None:
         return []
     families = []
+    reason = subject.facts("rank_sweep").get("reason", "")
     for key, cells in frame.groupby(["layers", "kind", "head", "projector"], sort=False):
         layers, kind, head, projector = map(str, key)
         rows = [_row(int(rank), of_rank) for rank, of_rank in cells.groupby("rank")]
@@ -44,6 +45,7 @@ def rank_sweep(subject: Subject) -> list[dict[str, Any]]:
                 "width": int(cells["width"].iloc[0]),
                 "own": _is_own(subject, layers, kind, head, projector),
                 "rows": rows,
+                "says": visible(str(reason)),
             }
         )
     return sorted(families, key=lambda family: not family["own"])
@@ -98,7 +100,8 @@ def _is_own(subject: Subject, layers: str, kind: str, head: str, projector: str)
     config = subject.run.config
     mine = config.layers if isinstance(config.layers, str) else ",".join(map(str, config.layers))
     shape = "per_head" if config.per_head else "joint"
-    return layers == mine and sorted(kind) == sorted("".join(config.kinds)) and head == "all" and projector == shape
+    same_kinds = kind == "".join(config.kinds) or set(kind.split("+")) == set(config.kinds)
+    return layers == mine and same_kinds and head == "all" and projector == shape
 
 
 def _number(value: Any) -> float | None:

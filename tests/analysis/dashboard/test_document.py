@@ -1,0 +1,177 @@
+"""What goes into the page: numbers of the run's own files, text made safe, and what is refused."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from spd_lens.analysis.dashboard import write_dashboard
+from spd_lens.analysis.dashboard.data import assemble
+from spd_lens.analysis.dashboard.page import as_json, digest, page, plotly_script
+from spd_lens.analysis.dashboard.records import effects, relative_to
+from spd_lens.analysis.inputs import Subject, subjects
+from spd_lens.audit.safe_text import visible
+from spd_lens.corpus import Corpus
+from spd_lens.moments import GradientMoments
+from spd_lens.rundir import Run
+from spd_lens.subspace import Subspace
+from tests.helpers import refused
+
+from .conftest import BETA, HOSTILE
+
+
+@pytest.fixture(scope="module")
+def document(two_runs):
+    return assemble(subjects(two_runs), link=relative_to(two_runs[0].parent / "out" / "page.html"))
+
+
+def test_effects_are_paired_differences_of_the_runs_own_items(finished_run):
+    found = effects(finished_run, "synthetic-math")
+    raw = json.loads((finished_run.path / "effects" / "synthetic-math.json").read_text())
+    base = np.array([item["aligned_loss"] for item in raw["base"]])
+    projected = np.array([item["aligned_loss"] for item in raw["projected"]])
+    value, low, high = found["projected"]["loss"]
+    assert value == pytest.approx((projected - base).mean())
+    assert low < value < high
+    controls = [name for name in raw if name.startswith("random-")]
+    each = [np.mean([item["aligned_loss"] for item in raw[name]]) - base.mean() for name in controls]
+    assert [pair[0] for pair in found["random"]["each"]] == pytest.approx(each)
+    assert found["random"]["loss"][0] == pytest.approx(np.mean(each))
+    assert found["spd"]["kl"][0] == pytest.approx(np.mean([item["kl"] for item in raw["spd"]]))
+    assert found["says"][0].startswith("Aligned loss, projected minus random")
+
+
+def test_completions_are_the_runs_with_what_changed(document, two_runs):
+    training, test = document["runs"][0]["texts"]
+    run = Run(two_runs[0])
+    assert training["columns"] == ["base", "projected"] and training["total"] == len(run.unprojected)
+    after = {record.id: record.completion for record in run.corpus}
+    assert len(training["items"]) == 6
+    for item, record in zip(training["items"][1:], list(run.unprojected)[1:], strict=True):
+        pieces = item["pieces"]["projected"]
+        assert item["text"] == visible(record.completion)
+        assert "".join(piece[0] for piece in pieces) == visible(record.completion)
+        assert "".join(piece[1] if len(piece) > 1 else piece[0] for piece in pieces) == visible(after[record.id])
+    assert test["columns"] == ["base", "projected", "spd"]
+    assert set(test["items"][0]["scores"]) == {"base", "projected", "spd"}
+
+
+def test_text_is_made_visible_and_cannot_end_the_script(document, two_runs):
+    first = document["runs"][0]["texts"][0]["items"][0]
+    assert first["prompt"] == HOSTILE
+    assert "\\u202e" in first["text"] and "\u202e" not in json.dumps(first, ensure_ascii=False)
+    html = page(document, title=HOSTILE)
+    data = html[html.index('id="data">') + 10 :]
+    data = data[: data.index("</script>")]
+    assert json.loads(data)["runs"][0]["texts"][0]["items"][0]["prompt"] == HOSTILE
+    assert "<" not in data and "&" not in data
+    assert html.count("<img") == plotly_script().count("<img")
+    assert document["runs"][1]["name"] == BETA
+
+
+def test_the_policy_names_the_scripts_that_are_there_and_no_other_source(document):
+    html = page(document, title="x")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:
+        assert f"'sha256-{digest(script)}'" in policy
+    assert policy.startswith("default-src 'none'") and "http" not in policy and "unsafe-inline' 'sha" not in policy
+
+
+def test_json_has_no_nan(document):
+    assert "NaN" not in as_json(document) and "Infinity" not in as_json(document)
+    with pytest.raises(ValueError):
+        as_json({"value": float("nan")})
+
+
+def test_saved_sweeps_are_drawn_from_their_tables(document):
+    (family,) = document["runs"][0]["rank_sweep"]
+    assert family["own"] and family["per_head"] and family["width"] == 8
+    assert [row["rank"] for row in family["rows"]] == [2, 6]
+    assert family["rows"][0]["loss"] == pytest.approx([-0.25, -0.35, -0.15])
+    assert family["rows"][1]["kl"] == pytest.approx([1.75, 1.65, 1.85])
+    assert family["rows"][0]["random"]["loss"] == pytest.approx([0.5, 0.4, 0.6])
+    layers = document["runs"][0]["layer_sweep"]
+    assert layers["columns"] == ["KV, rank 2", "KV, rank 6"] and layers["z"] == [pytest.approx([-0.75, 0.25])]
+    assert layers["text"] == [["−0.75*", "+0.25*"]]
+    assert document["runs"][1]["rank_sweep"] == [] and document["runs"][1]["layer_sweep"] is None
+
+
+def test_saved_tables_are_previewed_and_linked(document, two_runs):
+    tables = {table["name"]: table for table in document["runs"][0]["saved"]}
+    assert tables["rank_sweep"]["rows"] == 4 and tables["rank_sweep"]["href"] == "../alpha/analysis/rank_sweep.html"
+    assert tables["layer_sweep"]["href"] is None
+    assert tables["rank_sweep"]["question"]
+
+
+def test_all_layers_are_shown_where_an_analysis_extracted_them(two_runs, tmp_path):
+    copy = tmp_path / "all"
+    shutil.copytree(two_runs[0], copy)
+    (copy / "analysis").mkdir(exist_ok=True)
+    moments = Run(copy).moments
+    one = {site: moments.gradient[site] for site in moments.sites[:1]}
+    few = GradientMoments(
+        **{**vars(moments), "gradient": one, "activation": {s: moments.activation[s] for s in one},
+           "activation_sum": {s: moments.activation_sum[s] for s in one}, "n_heads": {s: 2 for s in one}}
+    )  # fmt: skip
+    few.save(copy / "analysis" / "moments-all-layers.safetensors")
+    assert list(assemble([Subject(copy)])["runs"][0]["blocks"]) == [str(moments.sites[0])]
+
+
+def test_provenance_says_settings_versions_and_proofs(document, finished_run):
+    tables = {table["title"]: dict(table["rows"]) for table in document["runs"][0]["provenance"]}
+    config = finished_run.config
+    assert tables["All settings"]["n_calibration"] == str(config.n_calibration)
+    assert "seed" not in tables["Settings that are not the default"]
+    assert tables["Versions and machine"]["torch"] == finished_run.notes["versions"]["torch"]
+    assert "1.k: 1" in tables["What was proved"]["hook firings in one forward pass of the lens model"]
+    assert float(tables["Seconds per stage"]["total"]) == pytest.approx(
+        sum(finished_run.notes["seconds"].values()), abs=0.1
+    )
+
+
+def test_an_unfinished_run_shows_what_it_has(finished_run, tmp_path):
+    copy = tmp_path / "young"
+    shutil.copytree(finished_run.path, copy, ignore=shutil.ignore_patterns("effects", "eval", "corpus*", "adapter"))
+    (shown,) = assemble([Subject(copy)])["runs"]
+    assert shown["effects"] == [] and shown["texts"] == [] and shown["blocks"]
+    assert write_dashboard([copy], tmp_path / "page.html").stat().st_size > 1_000_000
+
+
+def test_wrong_input_is_one_sentence(finished_run, tmp_path):
+    with refused("no run"):
+        write_dashboard([], tmp_path / "page.html")
+    with refused(tmp_path, "not a run directory"):
+        write_dashboard([tmp_path], tmp_path / "page.html")
+    with refused("is a directory"):
+        write_dashboard([finished_run.path], tmp_path)
+    with refused("two of the run directories"):
+        write_dashboard([finished_run.path, finished_run.path], tmp_path / "page.html")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(finished_run.config_path, tmp_path / "empty" / "config.yaml")
+    with refused("moments.safetensors"):
+        write_dashboard([tmp_path / "empty"], tmp_path / "page.html")
+
+
+def test_explore_takes_subspaces_and_moments(finished_run):
+    subspace, moments = finished_run.subspace, finished_run.moments
+    alone = subspace.explore()
+    assert "<iframe" in alone._repr_html_() and "srcdoc" in alone._repr_html_()
+    assert "</script>" not in alone._repr_html_()  # all of it is inside an attribute
+    subspace.explore(moments, others={"random": subspace.random_like(1), "again": moments})
+    with refused("others['x']", "int"):
+        subspace.explore(moments, others={"x": 3})
+    with refused("'this'"):
+        subspace.explore(moments, others={"this": subspace})
+    joint = moments.subspace(0.5, per_head=False)
+    assert isinstance(joint, Subspace) and "MB of HTML" in repr(joint.explore())
+
+
+def test_only_so_many_completions_go_in(two_runs):
+    document = assemble([Subject(two_runs[0])], texts=2)
+    for texts in document["runs"][0]["texts"]:
+        assert len(texts["items"]) == 2 < texts["total"]
+    assert len(Corpus.load(two_runs[0] / "unprojected.jsonl")) == document["runs"][0]["texts"][0]["total"]

@@ -1,0 +1,293 @@
+"""The studio against `generate` and plain forward passes; the app in a real headless Chromium."""
+
+import http.client
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spd_lens.analysis.dashboard import studio as module
+from spd_lens.analysis.dashboard.studio import Ask, Studio
+from spd_lens.analysis.inputs import Subject
+from spd_lens.examples import Example
+from spd_lens.generation import generate
+from spd_lens.projection import folded
+from tests.helpers import assert_same_bits, refused
+
+from .conftest import HOSTILE, new_watch
+
+PROMPT = "Tom has 12 apples."
+ASK = Ask(
+    PROMPT, layers=[1, 3], kinds=["k", "v"], rank=3, strength=0.5, max_new_tokens=10, seed=7, also=["random", "spd"]
+)
+
+
+@pytest.fixture(scope="module")
+def subject(two_runs, tiny_pair):
+    return Subject(two_runs[0], pair=tiny_pair)
+
+
+@pytest.fixture(scope="module")
+def studio(subject):
+    return Studio(subject)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_it_says_what_generate_says(studio, tiny_pair, state_of, temperature):
+    before = state_of(tiny_pair.hf)
+    answer = studio.answer(replace(ASK, temperature=temperature))
+    subspace = studio.moments.subspace(3)
+    options = {"max_new_tokens": 10, "temperature": temperature, "seed": 7, "progress": False}
+    prompt = [Example(PROMPT, id="dashboard")]
+    expected = {
+        "base": generate(tiny_pair, prompt, **options),
+        "projected": generate(tiny_pair, prompt, subspace=subspace, strength=0.5, **options),
+        "random": generate(tiny_pair, prompt, subspace=subspace.random_like(7), strength=0.5, **options),
+        "spd": generate(tiny_pair, prompt, adapter=studio.subject.run.adapter, **options),
+    }
+    assert [said.policy for said in answer.said] == list(expected)
+    for said in answer.said:
+        assert "".join(piece.after for piece in said.pieces) == said.text
+    texts = {said.policy: said.text for said in answer.said}
+    assert texts["base"] == module.visible(expected["base"][0].completion)
+    assert texts == {name: module.visible(corpus[0].completion) for name, corpus in expected.items()}
+    assert len({texts["base"], texts["projected"], texts["random"]}) == 3
+    assert_same_bits(tiny_pair.hf, before)
+
+
+def test_next_tokens_are_those_of_a_plain_forward_pass(studio, tiny_pair):
+    answer = studio.answer(replace(ASK, also=[], max_new_tokens=1))
+    ids = torch.tensor([tiny_pair.prompt_ids(Example(PROMPT))])
+    with torch.no_grad():
+        base = tiny_pair.hf(ids).logits[0, -1].double().softmax(-1)
+        with folded(tiny_pair.hf, studio.moments.subspace(3), 0.5):
+            other = tiny_pair.hf(ids).logits[0, -1].double().softmax(-1)
+    best = torch.maximum(base, other).topk(10).indices
+    assert answer.said[0].probabilities == pytest.approx(base[best].tolist(), abs=1e-6)
+    assert answer.said[1].probabilities == pytest.approx(other[best].tolist(), abs=1e-6)
+    assert answer.said[1].kl == pytest.approx(float((base * (base / other).log()).sum()), rel=1e-4)
+    assert answer.said[0].kl == 0 and answer.said[1].kl > 0
+    assert len(answer.tokens) == 10
+
+
+def test_layers_kinds_heads_and_rank_are_those_chosen(studio):
+    chosen = studio.subspace(replace(ASK, layers=[3], kinds=["v"], rank=0.25, per_head=False))
+    assert [str(site) for site in chosen.sites] == ["3.v"]
+    assert chosen.ranks == {chosen.sites[0]: (4,)} and not chosen.per_head
+    assert (studio.width(True), studio.width(False)) == (8, 16)
+    assert studio.layers == [1, 3] and studio.kinds == ["k", "v"] and studio.adapter
+    full = studio.answer(replace(ASK, rank=8, strength=1.0, also=[]))
+    assert full.said[0].text == full.said[1].text  # a projection on everything changes nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": "  "}, ["prompt is empty"]),
+        ({"prompt": "x" * 9000}, ["9000", "8000"]),
+        ({"prompt": None}, ["prompt is empty"]),
+        ({"layers": []}, ["no layer", "1, 3"]),
+        ({"layers": [2]}, ["layer 2", "1, 3"]),
+        ({"kinds": ["q"]}, ["'q'", "k, v"]),
+        ({"rank": 9}, ["rank 9", "8"]),
+        ({"rank": 0}, ["rank is 0"]),
+        ({"rank": "<b>"}, ["<b>"]),
+        ({"strength": 1.5}, ["strength is 1.5"]),
+        ({"strength": float("nan")}, ["strength is nan"]),
+        ({"max_new_tokens": 100000}, ["100000", "512"]),
+        ({"max_new_tokens": None}, ["max new tokens is empty"]),
+        ({"temperature": -1}, ["temperature is -1"]),
+        ({"seed": 2**32}, ["seed is 4294967296"]),
+        ({"seed": True}, ["seed is True"]),
+        ({"also": ["rm"]}, ["'rm'"]),
+        ({"max_new_tokens": 300}, ["room"]),
+    ],
+)
+def test_what_is_out_of_range_is_refused_in_one_sentence(studio, change, words):
+    with refused(*words):
+        studio.answer(replace(ASK, **change))
+    assert not studio.lock.locked()
+
+
+def test_one_question_at_a_time(studio):
+    with studio.lock, refused("another completion"):
+        studio.answer(ASK)
+
+
+# --- the app
+
+
+@pytest.fixture(scope="module")
+def lock():
+    return threading.Lock()
+
+
+@pytest.fixture(scope="module")
+def app_url(subject, lock):
+    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="dash is not installed")
+    app = live.create_app([subject], lock)
+    with live.listen(0) as waiting:
+        server = live.start(app, waiting)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.port}"
+        server.shutdown()
+        thread.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, app_url):
+    watch = new_watch(chromium)
+    watch.page.goto(app_url)
+    watch.page.wait_for_selector("#go")
+    until(watch.page, "document.getElementById('rank-label').textContent.includes('of')")
+    yield watch
+    watch.page.context.close()
+
+
+@pytest.fixture
+def page(opened, app_url):
+    yield opened.page
+    assert opened.errors == []
+    assert all(url.startswith((app_url, "data:", "blob:")) for url in opened.requests)
+
+
+def until(page, condition):
+    """Playwright's own waiting evaluates strings inside the page, which the app's policy forbids."""
+    deadline = time.monotonic() + 60
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"waited in vain for {condition}"
+        page.wait_for_timeout(50)
+
+
+def ask(page, prompt, tokens="10"):
+    page.fill("#prompt", prompt)
+    page.fill("#tokens", tokens)
+    page.keyboard.press("Tab")
+    page.click("#go")
+    until(page, "document.getElementById('go').textContent === 'Generate'")
+
+
+def test_a_prompt_produces_text_and_probabilities(page, studio):
+    ask(page, PROMPT)
+    page.wait_for_selector("#said-projected")
+    expected = studio.answer(replace(ASK, rank=4, strength=1.0, seed=42, also=["random"]))
+    for said in expected.said:
+        assert page.text_content(f"#said-{said.policy}") == said.text
+    page.wait_for_selector("#next-tokens .js-plotly-plot .bars")
+    bars = page.evaluate("document.querySelector('#next-tokens .js-plotly-plot').data.map(t => [t.name, t.x])")
+    assert [name for name, _ in bars] == ["base", "under the projection", "random subspace of the same ranks"]
+    assert bars[0][1] == pytest.approx(list(expected.said[0].probabilities), abs=1e-6)
+    assert bars[1][1] == pytest.approx(list(expected.said[1].probabilities), abs=1e-6)
+    assert page.locator("#answer ins").count() > 0
+    assert page.inner_text("#message") == ""
+
+
+def test_rank_and_projector_reach_the_model(page, studio):
+    page.check("#form input >> nth=1")
+    until(page, "document.getElementById('rank').max === '16'")
+    assert page.input_value("#rank") == "8"
+    page.locator("#rank").fill("2")
+    page.locator("#strength").fill("0.5")
+    until(page, "document.getElementById('rank-label').textContent.startsWith('Rank: 2 of 16')")
+    page.uncheck("#also input >> nth=0")
+    ask(page, PROMPT)
+    until(page, "!document.getElementById('said-random')")
+    expected = studio.answer(replace(ASK, rank=2, per_head=False, seed=42, also=[]))
+    assert page.text_content("#said-projected") == expected.said[1].text
+    assert "ranks 1.k: 2;" in page.inner_text("#answer")
+    page.check("#form input >> nth=0")
+    page.check("#also input >> nth=0")
+
+
+def test_hostile_prompts_and_wrong_input_are_answered_in_words(page):
+    ask(page, HOSTILE, tokens="5")
+    assert page.inner_text("#message") == "" and page.locator("main img").count() == 0
+    ask(page, "")
+    until(page, "document.getElementById('message').textContent.includes('prompt is empty')")
+    ask(page, PROMPT, tokens="")
+    until(page, "document.getElementById('message').textContent.includes('max new tokens is empty')")
+
+
+def test_a_second_question_has_to_wait(page, lock):
+    with lock:
+        ask(page, PROMPT)
+        until(page, "document.getElementById('message').textContent.includes('another completion')")
+    ask(page, PROMPT)
+    until(page, "document.getElementById('message').textContent === ''")
+
+
+def test_the_views_are_framed_and_follow_the_colours(page):
+    page.click("#tab-views")
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-ready=yes]").wait_for(state="attached")
+    assert frame.locator("#readouts .tile").count() > 3
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    until(page, f"getComputedStyle(document.body).backgroundColor !== '{before}'")
+    frame.locator("html[data-theme=dark]").wait_for(state="attached")
+    page.click("#theme")
+    frame.locator("html[data-theme=light]").wait_for(state="attached")
+    page.click("#tab-studio")
+    page.wait_for_selector("#go")
+
+
+@pytest.mark.parametrize("width", [1280, 768])
+def test_the_app_fits_the_screen(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    assert len(page.screenshot(full_page=True)) > 20_000
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:PORT"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:PORT"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:PORT"}, 200),
+    ],
+)
+def test_only_this_machines_own_pages_are_answered(app_url, headers, status):
+    port = app_url.rsplit(":", 1)[1]
+    for path in ("/", "/views", "/_dash-layout"):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+        connection.request("GET", path, headers={name: value.replace("PORT", port) for name, value in headers.items()})
+        answer = connection.getresponse()
+        assert answer.status == status, path
+        if status == 403:
+            assert len(answer.read()) < 200
+        else:
+            assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"]
+        connection.close()
+
+
+def test_saved_pages_are_served_by_name_alone(app_url):
+    def get(path):
+        try:
+            with urllib.request.urlopen(f"{app_url}/analysis/{path}") as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+
+    assert get("alpha/rank_sweep.html") == (200, "<!DOCTYPE html><title>sweep</title>ranks")
+    assert get("alpha/rank_sweep.csv")[0] == get("beta/rank_sweep.html")[0] == 404
+    for path in ("alpha/../config.yaml", "alpha/..%2fconfig.yaml", "alpha/%2e%2e%2fconfig.yaml"):
+        assert "n_calibration" not in get(path)[1]
+
+
+def test_it_listens_to_this_machine_alone_and_names_a_taken_port():
+    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="dash is not installed")
+    with live.listen(0) as waiting:
+        address, port = waiting.getsockname()
+        assert address == "127.0.0.1"
+        with refused(port, "--port"):
+            live.listen(port)
