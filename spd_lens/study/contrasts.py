@@ -62,7 +62,8 @@ def contrasts(
         Columns `source, target, role, phase, method, measure, reference, family, value, low, high, n, n_dropped,
         n_seeds, seeds_low, seeds_high, p, p_holm, verdict`. `value` is method minus reference; `n_dropped` counts
         items that some seed of the two lacks; `seeds_low`, `seeds_high` are the range of the difference over seeds;
-        `verdict` is `"higher"`, `"lower"`, `"not in every seed"`, `"within noise"` or `"too few items"`.
+        `verdict` is `"higher"`, `"lower"`, `"not in every seed"`, `"within noise"`, or `"too few items"` to be told
+        from noise in so large a family, whatever they show.
     """
     rows = []
     for outcome in evidence.outcomes():
@@ -77,7 +78,7 @@ def contrasts(
             row["p"] = sign_flip(row.pop("differences"), n_flips=flips, seed=seed)
         for row, p in zip(members, holm([row["p"] for row in members]), strict=True):
             row["p_holm"] = p
-            row["verdict"] = _verdict(row)
+            row["verdict"] = _verdict(row, len(members))
     names = ["reference", "family", "value", "low", "high", "n", "n_dropped", "n_seeds", "seeds_low", "seeds_high"]
     return pd.DataFrame(rows, columns=[*Outcome._fields, *names, "p", "p_holm", "verdict"])
 
@@ -138,13 +139,15 @@ def _by_seed(a: pd.Series, b: pd.Series, reference: str) -> list[float]:
     return [float(value) for value in b[shared] - a[shared]]
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
+def _verdict(row: Mapping[str, Any], n_comparisons: int) -> str:
     """A direction only where interval, corrected test and every single seed agree on it."""
     estimate = estimate_of(row)
     if not estimate.bounded:
         return "too few items"
     if within_noise(estimate) or row["p_holm"] > ALPHA:
-        return "within noise"
+        # all signs alike is the most that n items can show: where that is not enough, noise is not what was found
+        possible = 2.0 ** (1 - row["n"]) * n_comparisons <= ALPHA
+        return "within noise" if possible else "too few items"
     low, high = row["seeds_low"], row["seeds_high"]
     if low is not None and low <= 0 <= high:
         return "not in every seed"

@@ -138,7 +138,7 @@ def comparisons(differences: pd.DataFrame) -> str:
             "",
             *_table(columns, map(_comparison, shown.to_dict("records"))),
             "",
-            f"{len(rest) - len(standing)} other comparisons of secondary measures are within noise; all are in "
+            f"{len(rest) - len(standing)} other comparisons of secondary measures do not stand; all are in "
             "`comparisons.csv`.",
         ]
     dropped = differences[differences.n_dropped > 0]
@@ -189,9 +189,9 @@ def _places(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
 def _change(row: Mapping[str, Any]) -> str:
     """A difference with its interval, and a word where it stands."""
     text = _short(row)
-    if row["measure"] == "KL from base" or row["verdict"] == "within noise":
+    if row["measure"] == "KL from base" or row["verdict"] in ("within noise", "too few items"):
         return text
-    if row["verdict"] not in ("higher", "lower"):
+    if row["verdict"] == "not in every seed":
         return f"{text} ({row['verdict']})"
     return f"**{text}** {better(row['measure'], row['verdict']) or row['verdict']}"
 
@@ -241,15 +241,19 @@ def _setup(evidence: Evidence) -> str:
         *_table(["setting", "paper", "this study"], [map(_cell, row) for row in differences_from_paper(evidence)]),
     ]
     lines += ["", "The paper gives one seed, no intervals and no random-subspace control."]
-    facts = [f"{_cell(key)}: {_cell(_flat(value))}" for key, value in evidence.facts.items() if _flat(value)]
-    return "\n".join([*lines, *(["", *(f"- {fact}" for fact in facts)] if facts else [])])
+    facts = evidence.facts
+    stages = {name: f"{entry['seconds']:.0f} s" for name, entry in (facts.get("measured") or {}).items()}
+    shown = {"Weights": facts.get("weights"), "Machine": facts.get("machine"), "Versions": facts.get("versions")}
+    known_facts = {**shown, "Time": stages}
+    lines += ["", *(f"- {name}: {_cell(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
+    return "\n".join(lines).strip()
 
 
 def _flat(value: Any) -> str:
-    """A fact of `study.json` on one line; nested ones to one level."""
+    """A fact of `study.json` on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict | list) and v is not None)
-    return "" if value is None or isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {entry}" for name, entry in value.items() if not isinstance(entry, dict | list))
+    return "" if value is None else str(value)
 
 
 def _how_to_read(table: pd.DataFrame) -> str:

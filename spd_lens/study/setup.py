@@ -73,7 +73,8 @@ def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What was decided when the study ran, where its settings say only `auto` or nothing."""
     resolved = facts.get("resolved") or {}
     sampling = resolved.get("sampling") or {}
-    found = {**resolved, **sampling, "prompt_format": resolved.get("format")}
+    limits = {name: "none" if value is None else value for name, value in sampling.items()}
+    found = {**resolved, **limits, "prompt_format": resolved.get("format")}
     return {name: found[name] for name in _SILENT if found.get(name) is not None}
 
 

@@ -137,11 +137,19 @@ def _side_effects(table: pd.DataFrame, source: str) -> list[str]:
     side = chosen[chosen.role == "side effect"]
     if side.empty:
         return []
-    worse = [row for row in side.to_dict("records") if better(row["measure"], row["verdict"]) == "worse"]
-    if not worse:
-        return ["Side effects: nothing that was measured got worse beyond noise."]
+    rows = side.to_dict("records")
+    worse = [row for row in rows if better(row["measure"], row["verdict"]) == "worse"]
+    few = [row for row in rows if row["verdict"] == "too few items"]
     listed = "; ".join(f"{row['measure']} on {row['target']} ({_number(row)})" for row in worse)
-    return [f"Side effects, worse than the base model: {listed}."]
+    said = [f"Side effects, worse than the base model: {listed}."] if worse else []
+    if few:
+        said.append(
+            f"Side effects: {len(few)} of {len(rows)} measures have too few texts to show anything after correction; "
+            "their intervals alone are in the tables."
+        )
+    elif not worse:
+        said.append("Side effects: nothing that was measured got worse beyond noise.")
+    return said
 
 
 def _rows(table: pd.DataFrame, source: str, phase: str, measure: str, reference: str) -> Rows:

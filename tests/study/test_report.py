@@ -67,8 +67,8 @@ def test_numbers_are_those_of_a_plain_recomputation() -> None:
         assert _one(averages, method="spd", measure=measure).value == pytest.approx(values("spd", measure).mean())
     primary = table[table.family == "primary"]
     ordered = primary.sort_values("p")
-    by_hand = np.minimum(1, np.maximum.accumulate(ordered.p * np.arange(len(ordered), 0, -1)))
-    assert ordered.p_holm.to_numpy() == pytest.approx(by_hand.to_numpy())
+    by_hand = np.minimum(1, np.maximum.accumulate(ordered.p.to_numpy() * np.arange(len(ordered), 0, -1)))
+    assert ordered.p_holm.to_numpy() == pytest.approx(by_hand)
 
 
 def test_families_and_what_is_compared() -> None:
@@ -117,9 +117,23 @@ def test_other_order_and_other_seeds_are_paired_by_item() -> None:
     assert Evidence.of(renumbered).seeds == ["1", "2", "3"]
 
 
-def test_few_items_are_too_few() -> None:
-    results = planted({("spd", "aligned loss"): -0.5}, targets=(MATH,), measures=("aligned loss",), n_items=1)
-    assert set(contrasts(Evidence.of(results)).verdict) == {"too few items"}
+@pytest.mark.parametrize(("n_items", "enough"), [(1, False), (6, False), (10, True)])
+def test_few_items_are_too_few(n_items: int, enough: bool) -> None:
+    """Nine comparisons: six items that all agree have p = 2/64, which no correction survives; ten have 2/1024."""
+    results = planted({("spd", "aligned loss"): -9}, targets=(MATH,), measures=("aligned loss",), n_items=n_items)
+    table = contrasts(Evidence.of(results))
+    assert ("too few items" in set(table.verdict)) != enough
+    assert (_one(table, method="spd", reference="base").verdict == "lower") == enough
+    assert set(table.verdict) == {"lower", "within noise"} if enough else {"too few items"}
+
+
+def test_too_few_texts_are_not_called_harmless() -> None:
+    results = planted({("spd", "completion loss"): 9}, side_effects=("neutral",), n_items=16)
+    few = results[(results.role != "side effect") | results.item.isin([f"neutral-{i}" for i in range(6)])]
+    details = _answers(few)[0].details
+    assert any("Side effects: 1 of 1 measures have too few texts to show anything" in d for d in details)
+    assert not any("nothing that was measured got worse" in d for d in details)
+    assert any("worse than the base model: completion loss on neutral" in d for d in _answers(results)[0].details)
 
 
 # error rates
