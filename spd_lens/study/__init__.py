@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spd_lens.study.config import StudyConfig, presets
+    from spd_lens.study.config import StudyConfig, preset_names
     from spd_lens.study.engine import run_study
     from spd_lens.study.folder import Cell, Study
     from spd_lens.study.plan import make_plan
@@ -19,7 +19,7 @@ _HOME = {
     "StudyConfig": "config",
     "corpora_frame": "results",
     "make_plan": "plan",
-    "presets": "config",
+    "preset_names": "config",
     "results_frame": "results",
     "run_study": "engine",
 }
@@ -30,7 +30,7 @@ __all__ = [
     "StudyConfig",
     "corpora_frame",
     "make_plan",
-    "presets",
+    "preset_names",
     "results_frame",
     "run_study",
 ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.errors import SPDError
-from spd_lens.study.config import StudyConfig, presets
+from spd_lens.study.config import StudyConfig, preset_names
 from spd_lens.study.folder import Study
 
 
@@ -20,7 +20,7 @@ def study(
 ) -> None:
     """Run or plan a study of a file, a preset, or a file over a preset."""
     if file is None and preset is None:
-        raise SPDError(f"give a study's YAML file, or --preset with one of {', '.join(presets())}")
+        raise SPDError(f"give a study's YAML file, or --preset with one of {', '.join(preset_names())}")
     config = StudyConfig.read(file, preset=preset, overrides=overrides(settings))
     if dry_run:
         console.print(Markdown(_plan(config, out)))

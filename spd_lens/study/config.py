@@ -191,7 +191,7 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def presets() -> list[str]:
+def preset_names() -> list[str]:
     """Names of the ready-made studies."""
     folder = resources.files("spd_lens.study.presets")
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
@@ -199,8 +199,8 @@ def presets() -> list[str]:
 
 def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a ready-made study; `SPDError` that lists the names if there is none."""
-    if name not in presets():
-        raise SPDError(f"unknown preset {name!r}; choose from {', '.join(presets())}")
+    if name not in preset_names():
+        raise SPDError(f"unknown preset {name!r}; choose from {', '.join(preset_names())}")
     with resources.as_file(resources.files("spd_lens.study.presets") / f"{name}.yaml") as path:
         return read_yaml(path)
 

@@ -190,15 +190,21 @@ class Plan:
             *(f"- source {name}: {_sizes(config, name)}" for name in config.sources),
             *(f"- target {name}: {_items(config, name)}" for name in config.shared.targets),
             "",
-            f"| stage | units | tokens | time | {' | '.join(f'{part} (GB)' for part in parts)} | memory (GB) |",
-            f"| --- | {' | '.join(['---:'] * (len(parts) + 4))} |",
+            "| stage | units | tokens | time |",
+            "| --- | ---: | ---: | ---: |",
         ]
         for row in self.rows:
-            memory = [f"{row.cost.memory.get(part, 0) / 1e9:.2f}" for part in parts]
-            total = f"{sum(row.cost.memory.values()) / 1e9:.1f}"
-            time = f"{duration(row.cost.seconds)}{' (measured rate)' if row.measured else ''}"
-            cells = [row.stage, str(row.n_units), f"{row.cost.tokens:,.0f}", time, *memory, total]
-            lines.append(f"| {' | '.join(cells)} |")
+            time = f"{duration(row.cost.seconds)}{', measured rate' if row.measured else ''}"
+            lines.append(f"| {row.stage} | {row.n_units} | {row.cost.tokens:,.0f} | {time} |")
+        lines += [
+            "",
+            f"| memory in GB | {' | '.join(parts)} | all |",
+            f"| --- | {' | '.join(['---:'] * (len(parts) + 1))} |",
+        ]
+        for row in self.rows:
+            memory = [row.cost.memory.get(part) for part in parts]
+            cells = ["-" if value is None else f"{value / 1e9:.2f}" for value in memory]
+            lines.append(f"| {row.stage} | {' | '.join(cells)} | {sum(row.cost.memory.values()) / 1e9:.1f} |")
         lines += [
             "",
             f"In all about {duration(self.seconds)} at most, and {self.memory / 1e9:.1f} GB in the stage that needs "

@@ -38,9 +38,9 @@ def results_frame(folder: str | Path) -> pd.DataFrame:
     """Everything that a study has measured so far, tidy: `[row]` with the columns of `COLUMNS`.
 
     `role` is `target` or `side effect`; `phase` is `trained` or `projected` (before any training). The base model's
-    rows have neither source nor phase nor seed, and no KL from itself; side effects have no aligned loss. Measures are those of `comparison.MEASURES`,
-    and `format` (1 if the answer stands in the form that was asked for) and `finished` (1 if the model ended by
-    itself). Losses and KL are in nats per token.
+    rows have neither source nor phase nor seed, and no KL from itself; side effects have no aligned loss. Measures are
+    those of `comparison.MEASURES`, and `format` (1 if the answer stands in the form that was asked for) and `finished`
+    (1 if the model ended by itself). Losses and KL are in nats per token.
     """
     study = Study.open(folder)
     config = study.config
