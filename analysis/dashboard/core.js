@@ -84,7 +84,7 @@ function rankAxis(width) {
 function marker(rank, width) {
   const right = rank > width / 6;
   return {
-    shapes: [{ type: "line", x0: rank, x1: rank, yref: "paper", y0: 0, y1: 1, layer: "between", line: { color: color("ink"), width: 2 } }],
+    shapes: [{ type: "line", x0: rank, x1: rank, yref: "paper", y0: 0, y1: 1, opacity: 0.8, line: { color: color("ink"), width: 1.6 } }],
     annotations: [{ x: Math.log10(rank), xref: "x", y: 1, yref: "paper", yanchor: "bottom", xanchor: right ? "right" : "left",
       text: "rank " + rank, showarrow: false, font: { size: 12 } }],
   };

@@ -217,6 +217,7 @@ function drawOverlap() {
 }
 
 /* ---- layer × head ---- */
+const KINDS = { k: "keys", v: "values", q: "queries", z: "z", resid: "residual" };
 function drawMap() {
   const blocks = run().blocks, measure = $("map-measure").value, r = state.rank;
   const sites = Object.keys(blocks).sort(bySite);
@@ -231,36 +232,33 @@ function drawMap() {
   const chosen = measure === "share" && !total ? "held" : measure;
   const value = (b) => !b || !b.energy ? null : chosen === "share" ? b.total / total
     : chosen === "held" ? at(b.energy, joint() ? Math.max(1, Math.round(r / state.width * b.width)) : r, b.width) : countFor(b.energy, b.width, 0.9);
-  const format = (x) => x === null ? "" : chosen === "ninety" ? String(x) : percent(x, chosen === "share" && x < 0.0995 ? 1 : 0);
-  const traces = [], figure = layout("", "", { height: Math.max(190, 96 + layers.length * (layers.length > 10 ? 19 : 44)), margin: { l: 62, r: 16, t: 34, b: 46 }, annotations: [], shapes: [] });
-  const written = cells.length <= 160, span = 1 / kinds.length, all = cells.map((c) => value(c.b)).filter((x) => x !== null);
-  const scale = { colorscale: S.sequential, cmin: chosen === "ninety" ? 1 : 0, cmax: chosen === "held" ? 1 : Math.max(...all),
-    showscale: !written, colorbar: { thickness: 12, outlinewidth: 0, nticks: 5, tickformat: chosen === "ninety" ? "d" : ".0%" } };
+  const format = (x) => x === null || x === undefined ? "" : chosen === "ninety" ? String(x) : percent(x, chosen === "share" && x < 0.0995 ? 1 : 0);
+  // a row per head, a blank one between kinds; the key of a row is "k 0", so that a click can be read back
+  const rows = [], names = [];
   kinds.forEach((kind, k) => {
     const heads = [...new Set(cells.filter((c) => c.s.endsWith("." + kind)).map((c) => c.head))].sort((a, b) => a - b);
-    const z = layers.map((layer) => heads.map((head) => value((blocks[`${layer}.${kind}`] || {})[head])));
-    const suffix = k ? String(k + 1) : "";
-    traces.push({ type: "heatmap", x: heads.map((h) => h === "all" ? "all" : h), y: layers.map(String), z, coloraxis: "coloraxis", xgap: 2, ygap: 2, name: kind, hoverongaps: false,
-      xaxis: "x" + suffix, yaxis: "y" + suffix, text: z.map((row) => row.map(format)), texttemplate: written ? "%{text}" : "",
-      hovertemplate: `layer %{y}, head %{x}: %{text}<extra>${kind.toUpperCase()}</extra>` });
-    const style = { showgrid: false, ticks: "", type: "category" };
-    figure["xaxis" + suffix] = { ...figure.xaxis, ...style, domain: [k * span + (k ? 0.03 : 0), (k + 1) * span - 0.02], anchor: "y" + suffix, title: { ...figure.xaxis.title, text: ["k", "v"].includes(kind) ? "KV head" : "head" } };
-    figure["yaxis" + suffix] = { ...figure.yaxis, ...style, anchor: "x" + suffix, autorange: "reversed", showticklabels: k === 0, title: { ...figure.yaxis.title, text: k === 0 ? "layer" : "" } };
-    figure.annotations.push({ text: { k: "keys", v: "values", q: "queries" }[kind] || kind, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1, yanchor: "bottom", xanchor: "left", showarrow: false, font: { size: 13 } });
-    const [layer, mine] = state.site.split(".");
-    if (mine === kind && heads.includes(state.head)) {
-      const [i, j] = [heads.indexOf(state.head), layers.indexOf(Number(layer))];
-      figure.shapes.push({ type: "rect", xref: "x" + suffix, yref: "y" + suffix, x0: i - 0.5, x1: i + 0.5, y0: j - 0.5, y1: j + 0.5, line: { color: S.colors[1], width: 3 } });
-    }
+    if (k) { rows.push([null, null]); names.push(" ".repeat(k)); }
+    for (const head of heads) { rows.push([kind, head]); names.push(`${KINDS[kind] || kind} ${head}`); }
   });
-  figure.coloraxis = scale;
-  draw("plot-map", traces, figure, "Map of layers and heads.");
+  const z = rows.map(([kind, head]) => layers.map((layer) => kind === null ? null : value((blocks[`${layer}.${kind}`] || {})[head])));
+  const all = z.flat().filter((x) => x !== null), written = layers.length <= 14;
+  const figure = layout("layer", "head", { height: 96 + rows.length * (rows.length > 24 ? 15 : 27), shapes: [],
+    xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, ticks: "", autorange: "reversed" } });
+  const [layer, kind] = state.site.split("."), i = layers.indexOf(Number(layer)), j = rows.findIndex((row) => row[0] === kind && row[1] === state.head);
+  if (j >= 0) figure.shapes.push({ type: "rect", x0: i - 0.5, x1: i + 0.5, y0: j - 0.5, y1: j + 0.5, line: { color: S.colors[1], width: 3 } });
+  draw("plot-map", [{ type: "heatmap", x: layers.map(String), y: names, z, text: z.map((row) => row.map(format)), texttemplate: written ? "%{text}" : "", customdata: z.map((_, n) => layers.map((one) => [`${one}.${rows[n][0]}`, rows[n][1]])),
+    hovertemplate: "layer %{x}, %{y}: %{text}<extra></extra>", hoverongaps: false, xgap: 2, ygap: 2, colorscale: S.sequential, showscale: !written,
+    zmin: chosen === "ninety" ? 1 : 0, zmax: chosen === "held" ? 1 : Math.max(...all), colorbar: { thickness: 12, outlinewidth: 0, nticks: 5, tickformat: chosen === "ninety" ? "d" : ".0%" } }],
+    figure, "Map of layers and heads.");
   const plot = $("plot-map");
-  plot.removeAllListeners && plot.removeAllListeners("plotly_click");
-  plot.on("plotly_click", (event) => {
-    const point = event.points[0];
-    chooseSite(`${point.y}.${point.data.name}`); chooseHead(String(point.x)); changed();
-  });
+  if (!plot.dataset.listens) {
+    plot.dataset.listens = "yes";
+    plot.on("plotly_click", (event) => {
+      const [site, head] = event.points[0].customdata;
+      if (!(site in run().blocks)) return;
+      chooseSite(site); chooseHead(head); changed();
+    });
+  }
   const few = layers.length < 5 && run().used ? " Only the run's own layers were extracted; after `spd-lens analyze heads` all are here." : "";
   prose("where-says", `Outlined: the site and head chosen above; a click chooses another.` + (chosen === "share" ? ` If all were alike, each would have ${percent(1 / all.length)}.` : "") + few);
 }

@@ -164,26 +164,22 @@ def _item(
 
 
 def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
-    """Tables in the run's `analysis/` folder: name, question, first rows, and where its own page lies."""
-    tables = []
-    for path in sorted(subject.folder.glob("*.csv")):
+    """Tables and pages in the run's `analysis/` folder: name, question, first rows, and where its page lies."""
+    found = []
+    for name in sorted({path.stem for ending in ("csv", "html") for path in subject.folder.glob(f"*.{ending}")}):
+        page = subject.folder / f"{name}.html"
+        questions = (question for known, question in ANALYSES.items() if name.startswith(known))
+        entry: dict[str, Any] = {"name": visible(name), "question": next(questions, "")}
+        entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:
-            frame = pd.read_csv(path)
+            frame = subject.saved(name)
         except (ValueError, OSError):  # half a file of a killed analysis is none
             continue
-        page = path.with_suffix(".html")
-        head = frame.head(6).map(_cell)
-        tables.append(
-            {
-                "name": visible(path.stem),
-                "question": next((q for name, q in ANALYSES.items() if path.stem.startswith(name)), ""),
-                "rows": len(frame),
-                "columns": [visible(str(column)) for column in frame.columns],
-                "head": head.to_numpy().tolist(),
-                "href": link(subject, page) if link is not None and page.exists() else None,
-            }
-        )
-    return tables
+        if frame is not None:
+            entry |= {"rows": len(frame), "columns": [visible(str(column)) for column in frame.columns]}
+            entry["head"] = frame.head(6).map(_cell).to_numpy().tolist()
+        found.append(entry)
+    return found
 
 
 def relative_to(out: Path) -> Link:

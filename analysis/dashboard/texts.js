@@ -1,7 +1,7 @@
 "use strict";
 // Completions side by side, saved tables, provenance: text alone, put in as text.
 
-const PER_PAGE = 5;
+const PER_PAGE = 3;
 const reading = { page: 0, search: "" };
 
 function startTexts() {
@@ -98,12 +98,17 @@ function drawSaved() {
   const tables = run().saved || [];
   show("saved", tables.length > 0);
   $("saved-list").replaceChildren(...tables.map((table) => {
-    const head = el("tr", {}, ...table.columns.map((name) => el("th", { scope: "col" }, name)));
-    const rows = table.head.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell))));
-    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href), target: "_blank", rel: "noopener" }, `open the page of ${table.name}`)) : null;
-    return el("details", {}, el("summary", {}, `${table.name.replace(/_/g, " ")}`), el("p", { class: "says" }, [table.question, `${table.rows} rows`].filter(Boolean).join(" · ")),
-      link, el("div", { class: "preview", tabindex: "0" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))));
+    const name = table.name.replace(/[_-]/g, " ");
+    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href), target: "_blank", rel: "noopener" }, `open the page of ${name}`)) : null;
+    const says = [table.question, table.rows === undefined ? "" : `${table.rows} rows`].filter(Boolean).join(" · ");
+    return el("details", {}, el("summary", {}, name + (table.href ? " ↗" : "")), el("p", { class: "says" }, says), link, table.head ? preview(table) : null);
   }));
+}
+
+function preview(table) {
+  const head = el("tr", {}, ...table.columns.map((name) => el("th", { scope: "col" }, name)));
+  const rows = table.head.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell))));
+  return el("div", { class: "preview", tabindex: "0", role: "region", "aria-label": `first rows of ${table.name}` }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
 
 function drawProvenance() {
