@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from .style import NULL_COLOR, band, figure, line, plain
 
 LOSSES_FILE = Path("analysis") / "calibration_size-losses.csv"
 COLUMNS = ["folder", "source", "target", "method", "measure", "n_calibration", "value", "low", "high", "n", "seeds"]
-METHODS = (BASE, "spd", "spd-random")
+METHODS = ("spd", "spd-random", BASE)
 
 
 def points(folders: Sequence[str | Path]) -> pd.DataFrame:
@@ -104,17 +106,23 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
         if accuracy and target in FIGURE_4:
             low, high = FIGURE_4[str(target)]
             band(fig, list(FIGURE_4_SIZES), [low, low], [high, high], index=4)
-        for index, ((source, method), own) in enumerate(part.groupby(["source", "method"], sort=False)):
-            own = own.sort_values("n_calibration")
+        for index, (source, method) in enumerate(itertools.product(part.source.unique(), METHODS)):
+            own = part[(part.source == source) & (part.method == method)].sort_values("n_calibration")
+            if own.empty:
+                continue
             up, down = (own.high - own.value).fillna(0.0), (own.value - own.low).fillna(0.0)
             null = method != "spd"
             line(
                 fig, own.n_calibration, own.value, plain(f"{method}, source {source}"), index=index, null=null,
                 error_y={"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.2},
             )  # fmt: skip
+            if method == BASE:  # two greys: the base and the random directions
+                fig.data[-1].marker.symbol = "diamond-open"
         if not accuracy:
             fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
-        fig.update_xaxes(type="log", tickvals=[20, 50, 100, 200, 500], range=[1.2, 2.8])
+        ticks = sorted({20, 50, 100, 200, 500, *map(int, part.n_calibration)})
+        fig.update_xaxes(type="log", tickvals=ticks, range=[math.log10(ticks[0] / 1.2), math.log10(ticks[-1] * 1.2)])
+        fig.update_layout(legend={"y": -0.32})
         figures.append(fig)
     return figures
 

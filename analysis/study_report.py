@@ -86,7 +86,7 @@ def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Fi
 
 def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.Figure:
     """Change of the aligned loss from base against KL from base: a point per method and target."""
-    fig = figure(title, "KL from base (nats per token)", "change of aligned loss (nats)",
+    fig = figure(title, "KL from base (nats per token)", "change of loss (nats)",
                  says="down: better; right: further from the base model; bars: 95 % intervals over items")  # fmt: skip
     kl = averages[(averages.measure == "KL from base") & (averages.role == "target")].set_index(["target", "method"])
     change = loss[loss.reference == BASE]

@@ -150,6 +150,15 @@ def main(
         "and .csv, with what differs from the paper",
         highlight=False, markup=False,
     )  # fmt: skip
+    if cells.ours.isna().all():
+        table = TABLES[int(name)]
+        methods = ", ".join(dict.fromkeys(row.method for row in table.rows))
+        sources = table.source or ", ".join(dict.fromkeys(SOURCE_OF.values()))
+        console.print(
+            f"This table needs methods {methods} on sources {sources}, evaluated on {', '.join(table.columns)}; see "
+            "the studies' own report.md for what they have.",
+            highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def _blocks(table: PaperTable, studies: Sequence[Evidence]) -> list[tuple[str, list[Row]]]:
