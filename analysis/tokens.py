@@ -238,20 +238,21 @@ def say(energy: pd.DataFrame, shares: pd.DataFrame) -> str:
     if "first token" in every.index:
         sentences.append(
             f"The first token alone holds {every['value']['energy']['first token']:.0%} of the gradient energy "
-            f"(share of the tokens: {every['value']['tokens']['first token']:.1%}). Of the rest:"
+            f"(share of the tokens: {every['value']['tokens']['first token']:.1%}). The rest:"
         )
-    for order, word in ((False, "more"), (True, "less")):
-        sure = rest["low"]["excess"] > 0 if word == "more" else rest["high"]["excess"] < 0
+    for order, word in ((False, "More"), (True, "Less")):
+        sure = rest["low"]["excess"] > 0 if word == "More" else rest["high"]["excess"] < 0
         names = rest["value"]["excess"][sure].sort_values(ascending=order).index
         found = [f"{n} {rest['value']['energy'][n]:.0%} ({rest['value']['tokens'][n]:.0%})" for n in names]
         if found:
-            sentences.append(f"{word} energy than tokens (share of tokens): {', '.join(found)}.")
+            sentences.append(f"{word} of the energy than of the tokens (in brackets): {', '.join(found)}.")
     if "specific" in rest["value"]:
         value, low, high = (rest[end]["specific"] for end in ("value", "low", "high"))
         moved = value[(low > 0) | (high < 0)].sort_values(key=abs, ascending=False)
         changes = [f"{name} {change * 100:+.1f}" for name, change in moved.items()]
         sentences.append(
-            f"With right answers instead of other examples' answers (points of that share): {', '.join(changes)}."
+            "With right answers instead of those of other examples, in points of the rest's energy: "
+            f"{', '.join(changes)}."
             if changes
             else "With answers of other examples the shares are the same within noise: they are not about being right."
         )

@@ -188,23 +188,30 @@ def test_measures_against_plain_definitions(read, tiny_pair):
         assert abs(asks) == pytest.approx(row.value)
 
 
-def test_key_gradients_cancel_so_that_keys_are_turned_to_their_queries(read, tiny_pair):
+@pytest.mark.parametrize("head", range(HEADS))
+def test_keys_are_turned_to_their_queries_and_both_poles_are_read(head, read, tiny_pair):
     measures, tokens, moments = read
-    site, head = Site(1, "k"), 0
-    cosines = []
-    d = moments.subspace(2).bases[site][head, :, 0]
-    for rows in token_gradients(tiny_pair, EXAMPLES, layers=[1], kinds=("k", "q"), progress=False):
-        q = rows.activation[Site(1, "q")].double().reshape(-1, 4, WIDTH)[:, head * GROUP : (head + 1) * GROUP]
-        cosines.append((q @ d / q.norm(dim=-1)).numpy())
-    mine = measures.query(f"site == '{site}' and head == '{head}' and direction == 1").set_index("measure")
-    sign = mine["sign"].iloc[0]
-    assert sign * sum(c.sum() for c in cosines) > 0
-    energy = np.concatenate([c.ravel() for c in cosines])
-    assert mine["value"]["query energy"] == pytest.approx(np.mean(energy**2) * WIDTH)
-    best = sorted((c[1:].max() for c in (sign * c for c in cosines)), reverse=True)[:3]
-    plus = tokens.query(f"site == '{site}' and head == '{head}' and direction == 1 and role == 'query' and pole == '+'")
-    assert plus["value"].tolist() == pytest.approx([b for b in best if b > 0], rel=1e-5)
-    assert set(plus["query_head"]) <= {0, 1}
+    site = Site(1, "k")
+    passes = list(token_gradients(tiny_pair, EXAMPLES, layers=[1], kinds=("k", "q"), progress=False))
+    for direction in (1, 2):
+        d = moments.subspace(2).bases[site][head, :, direction - 1]
+        cosines = []
+        for rows in passes:
+            q = rows.activation[Site(1, "q")].double().reshape(-1, 4, WIDTH)[:, head * GROUP : (head + 1) * GROUP]
+            cosines.append((q @ d / q.norm(dim=-1)).numpy())
+        where = f"site == '{site}' and head == '{head}' and direction == {direction}"
+        mine = measures.query(where).set_index("measure")
+        sign = mine["sign"].iloc[0]
+        assert sign * sum(c.sum() for c in cosines) > 0
+        every = np.concatenate([c.ravel() for c in cosines])
+        assert mine["value"]["query energy"] == pytest.approx(np.mean(every**2) * WIDTH)
+        for pole, turn in (("+", sign), ("-", -sign)):
+            best = sorted(((turn * c[1:]).max() for c in cosines), reverse=True)[:3]
+            rows = tokens.query(f"{where} and role == 'query' and pole == '{pole}'")
+            assert rows["value"].tolist() == pytest.approx([b for b in best if b > 0], rel=1e-5)
+            for row in rows.itertuples():
+                at = cosines[[r.index for r in passes].index(row.example)][row.position]
+                assert turn * at[row.query_head - head * GROUP] == pytest.approx(row.value, rel=1e-5)
 
 
 def test_vocabulary_is_sorted_and_has_its_null(read, tiny_pair):

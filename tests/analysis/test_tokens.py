@@ -67,6 +67,9 @@ def test_tokens_at_and_after_the_last_answer_cannot_matter(energy, tiny_pair):
     for index, example in enumerate(EXAMPLES):
         scored = tiny_pair.encode(example).scored
         assert set(cue.loc[cue["example"] == index, "position"]) == {scored[0] - 1}
+        part = frame[frame["example"] == index]
+        assert part.loc[part["reachable"], "position"].max() == scored[-1] - 1
+        assert (part.loc[part["position"] == scored[-1] - 1, "energy"] > 0).all()
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -135,7 +138,7 @@ def test_what_is_said_follows_the_numbers():
     shares = pd.concat([category_shares(frame, frame, skip_first=s) for s in (False, True)])
     said = say(frame, shares)
     assert "first token alone holds 64%" in said or "first token alone holds 65%" in said
-    assert "more energy than tokens (share of tokens): cue" in said and "less energy than tokens" in said
+    assert "More of the energy than of the tokens (in brackets): cue" in said and "Less of the energy" in said
     assert "the same within noise" in said  # the null is the data itself
     assert "exactly zero" in said
     frame.loc[frame["position"] == 4, "energy"] = 1.0
