@@ -27,7 +27,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
-_RESUMABLE = ("run", "demo", "study", "generate", "finetune")
+_RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
 _MODEL = ("model", "backend", "dtype", "device", "prompt_format")
 _DATA = ("task", "data_dir", "task_options", "data_seed")
 
@@ -74,6 +74,37 @@ def study_command(
     from spd_lens.study.command import study
 
     study(file, preset, out, setting or [], dry_run=dry_run, console=Console())
+
+
+@app.command("rounds")
+@with_settings()
+def rounds_command(
+    config: SPDConfig,
+    out: Out = Path("runs/rounds"),
+    n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="At most so many.")] = 3,
+    reextract: Annotated[str, typer.Option("--reextract", help="Each round's subspace: current or first model's.")] = (
+        "current"
+    ),
+    kl_budget: Annotated[
+        float, typer.Option("--kl-budget", help="Stop beyond this KL from the first model; 0: any.")
+    ] = 1.0,
+    stop_on_loss: Annotated[
+        bool, typer.Option("--stop-on-loss/--no-stop-on-loss", help="Stop when the held-out loss rises beyond noise.")
+    ] = True,
+    n_held_out: Annotated[int, typer.Option("--n-held-out", min=2, help="Test items for drift and stop rule.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """SPD again on what SPD made, in float32. Started again, it continues."""
+    set_up_logging(quiet)
+    from spd_lens.drift import StopRule, say
+    from spd_lens.rounds import run_rounds
+
+    rule = StopRule(stop_on_loss, kl_budget or None)
+    done = run_rounds(
+        config, out, n_rounds, reextract=reextract, stop=rule, n_held_out=n_held_out, progress=not quiet
+    )  # fmt: skip
+    Console().print(say(done.table, done.notes.get("stopped")), highlight=False, markup=False)
+    Console().print(f"Everything is in {out}.", highlight=False, markup=False)
 
 
 @app.command("extract")
