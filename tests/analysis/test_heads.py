@@ -16,8 +16,9 @@ import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
 from spd_lens.analysis.attention import attention_of, attention_patterns
-from spd_lens.analysis.heads import app, effect_map, energy_map, head_effects, head_energy, only_head, say
+from spd_lens.analysis.heads import app, effect_map, energy_map, head_energy, say
 from spd_lens.analysis.heads_page import heads_page
+from spd_lens.analysis.one_head import head_effects, only_head
 from spd_lens.capture import token_gradients
 from spd_lens.models.hooks import LensHook
 from spd_lens.moments import GradientMoments
@@ -144,10 +145,10 @@ def test_attention_is_the_twins(tiny_pair):
 
 
 def test_the_page_holds_the_patterns_and_gradients(moments, tiny_pair):
-    nasty = Example("</script><script>alert(1)</script> @MAPS@", "5", ((0, 1),), id="<b>x</b>")
-    shown = attention_of(tiny_pair, [*EXAMPLES, nasty], "<b>x</b>")
+    nasty = Example("</script> <b> @MAPS@", "5", ((0, 1),), id="</script><script>alert(1)</script>")
+    shown = attention_of(tiny_pair, [*EXAMPLES, nasty], nasty.id)
     page = heads_page("heads of <i>", [energy_map(head_energy(moments))], shown, says="<u>")
-    assert "alert(1)</script>" not in page and "<i></h1>" not in page and "&lt;u&gt;" in page
+    assert page.count("alert(1)") == 1 and "alert(1)<" not in page and "<i></h1>" not in page and "&lt;u&gt;" in page
     record = json.loads(re.search(r'id="data-example">(.*?)</script>', page, re.DOTALL).group(1))
     assert "".join(record["tokens"]).endswith("@MAPS@\n5")
     encoded = tiny_pair.encode(nasty)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
+from spd_lens.analysis.categories import CATEGORIES, categories
 from spd_lens.analysis.reading import pieces_of, tokens_of
-from spd_lens.analysis.tokens import CATEGORIES, app, categories, category_shares, say, share_figure, token_energy
+from spd_lens.analysis.tokens import app, category_shares, say, share_figure, token_energy
 from spd_lens.analysis.tokens_page import text_page
 from spd_lens.capture import token_gradients
 from spd_lens.rundir import Run
