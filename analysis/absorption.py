@@ -133,8 +133,9 @@ def absorption_figure(frame: pd.DataFrame) -> go.Figure:
     fig = figure(
         "Did training move the model towards its projected self?",
         "projection",
-        "KL(projected || base) - KL(projected || tuned)  (nats per token)",
-        says="a point per held-out item, bars: mean with its 95 % interval; above 0: nearer; grey: random projections",
+        "fall of the KL<br>(nats per token)",
+        says="KL(projected || base) minus KL(projected || tuned), a point per held-out item; bars: mean, 95 % interval; "
+        "above 0: nearer",
     )
     estimates = absorbed(frame)
     for null, name, key in ((False, "the subspace", "KL"), (True, "random subspaces", "random KL")):
@@ -152,13 +153,16 @@ def absorption_figure(frame: pd.DataFrame) -> go.Figure:
         line(fig, [name], [-mean.value], f"{name}: mean", null=null, mode="markers", error_y=error)
         fig.data[-1].update(marker={"symbol": "diamond", "size": 12})
     fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
+    fig.update_xaxes(range=[-0.6, 1.6])
     return fig
 
 
 def absorption_sentence(estimates: Mapping[str, Estimate]) -> str:
     """How much of the way to the projected policy was gone, and whether that is more than towards random ones."""
     share = estimates["share"]
-    text = f"Of the KL between base and projected policy, training closed {share}"
+    text = f"Of the KL from the projected policy, training closed a share of {share}"
+    if share.bounded and share.high < 0:
+        text += ", which is to say that it moved away from it"
     if "share beyond random" not in estimates:
         return f"{text}; no random projections to compare with."
     beyond = estimates["share beyond random"]

@@ -160,7 +160,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
         "The subspace before training against the gradients after it",
         "site and head",
         f"{measure} (degrees)" if measure == "mean angle" else measure,
-        says="bars: 95 % interval over halves of the examples; grey: references",
+        says="labels: layer.kind and KV head; bars: 95 % interval over halves of the examples; grey: references",
     )
     references = {"random": "circle-open", "halves before": "square-open", "after, after": "diamond-open"}
     names = {
@@ -202,9 +202,7 @@ def spectra_figure(frame: pd.DataFrame) -> go.Figure:
 
 
 def _places(frame: pd.DataFrame) -> list[str]:
-    return [
-        site if head == "all" else f"{site} head {head}" for site, head in zip(frame.site, frame["head"], strict=True)
-    ]
+    return [site if head == "all" else f"{site} {head}" for site, head in zip(frame.site, frame["head"], strict=True)]
 
 
 def drift_sentence(frame: pd.DataFrame) -> str:
@@ -268,7 +266,7 @@ def _analyse(
     subject.save("drift-absorption", kls, estimates={k: v.to_dict() for k, v in estimates.items()}, **facts)
     subject.save("drift", frame, figures, says=says, **facts)
     table = Table("site and head", "energy share", "most", "random", "mean angle", title=f"drift of {subject.name}")
-    cells = frame.set_index(["site", "head", "measure", "of"]).value
+    cells = frame.set_index(["site", "head", "measure", "of"]).value.sort_index()
     for site, head in dict.fromkeys(zip(frame.site, frame["head"], strict=True)):
         energy = cells[site, head, ENERGY]
         shown = [f"{energy[of]:.3f}" for of in ("before, after", "after, after", "random")]

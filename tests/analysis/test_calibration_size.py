@@ -166,6 +166,20 @@ def test_spoiled_moments_of_other_shards_are_refused(moments):
         sensitivity(moments, {}, (1.5,))
 
 
+def test_the_other_half_is_new(tiny_pair):
+    """Every example has a direction of its own, so that a subspace holds nothing of examples that it has not seen."""
+    rows = torch.zeros(8, 1, 16, dtype=torch.float64)
+    rows[range(8), 0, range(8)] = rows[range(8), 0, range(8, 16)] = 1.0
+    clean = made_up(rows, tiny_pair)
+    for frame in (
+        sensitivity(clean, {"none": clean}, (0.5,), rank=4, draws=3),
+        biased(clean, {"order": list(range(8))}, (0.5,), rank=4, draws=3),
+        stability(clean, [4], rank=4, draws=3),
+    ):
+        mine = frame[(frame.of == "subspace") & (frame.measure == ENERGY)]
+        assert len(mine) and mine.value.abs().max() < 1e-12
+
+
 def test_a_biased_choice_is_worse_than_as_many_at_random(tiny_pair):
     """Even shards have two dimensions alone, odd ones the other two as well."""
     rows = noisy(24, noise=0.05)

@@ -187,6 +187,8 @@ def test_absorbed_shares():
     assert absorption_sentence(found).endswith("more than towards random ones.")
     assert absorption_sentence(absorbed(made_up_kls(0.9, 0.6))).endswith("less than towards random ones.")
     assert absorption_sentence(absorbed(made_up_kls(0.9, 0.9))).endswith("within noise.")
+    away = absorption_sentence(absorbed(made_up_kls(1.3, 1.0)))
+    assert "moved away" in away and "moved away" not in absorption_sentence(found)
     alone = absorbed(frame[frame.of == "projected"])
     assert "share beyond random" not in alone and "no random" in absorption_sentence(alone)
     assert absorption_sentence(absorbed(frame[frame.item == "3"])).endswith("too few items to say.")
@@ -220,7 +222,7 @@ def test_figures(tiny_pair, examples, adapter):
         fig = drift_figure(frame, measure)
         _finite(fig)
         mine = fig.data[-1]
-        assert mine.name == "before, after" and list(mine.x)[:2] == ["1.k head 0", "1.k head 1"]
+        assert mine.name == "before, after" and list(mine.x)[:2] == ["1.k 0", "1.k 1"]
         table = frame[(frame.of == "before, after") & (frame.measure == measure)]
         assert sorted(mine.y) == sorted(table.value)
         assert np.isfinite(mine.error_y.array).all() and min(mine.error_y.arrayminus) >= 0
@@ -248,7 +250,7 @@ def test_the_command_on_a_run(finished_run, tmp_path, capsys):
     mine = frame[frame.of == "before, after"]
     assert (mine.low <= mine.high).all()
     page = (folder / "drift.html").read_text()
-    assert "Of the KL between base and projected policy" in page
+    assert "Of the KL from the projected policy" in page
     assert "drift of copy" in capsys.readouterr().out
 
 
