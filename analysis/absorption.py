@@ -134,8 +134,8 @@ def absorption_figure(frame: pd.DataFrame) -> go.Figure:
         "Did training move the model towards its projected self?",
         "projection",
         "fall of the KL<br>(nats per token)",
-        says="KL(projected || base) minus KL(projected || tuned), a point per held-out item; bars: mean, 95 % interval; "
-        "above 0: nearer",
+        says="KL(projected || base) minus KL(projected || tuned), a point per held-out item; bars: mean, 95 % "
+        "interval; above 0: nearer",
     )
     estimates = absorbed(frame)
     for null, name, key in ((False, "the subspace", "KL"), (True, "random subspaces", "random KL")):
