@@ -32,8 +32,8 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     limit = float(np.nanmax(np.abs(grid.to_numpy())) or 1.0)
     fig = figure(
         f"{NAMES[measure]}: gradient subspace minus random ones of its shape",
-        "rank (directions kept per block)",
-        "layers (block index from 0)",
+        "rank (directions kept per block; layers counted from 0)",
+        "layers",
         says="nats per token; blue: lower than random. * Holm p < 0.05 over all cells"
         + ("; ▢ recommended" if recommended else ""),
     )
@@ -57,7 +57,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     )
     fig.update_xaxes(type="category")
     fig.update_yaxes(type="category", autorange="reversed")
-    fig.update_layout(height=max(360, 150 + 34 * len(grid)))
+    fig.update_layout(height=200 + 40 * len(grid))
     return fig
 
 
@@ -71,8 +71,7 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
         rows=n_rows,
         cols=columns,
         shared_yaxes="all",
-        shared_xaxes="all",
-        subplot_titles=[plain(f"layers {label}" if label[0].isdigit() else label) for label in labels],
+        subplot_titles=[plain(_heading(label)) for label in labels],
         vertical_spacing=0.3 / n_rows,
         horizontal_spacing=0.03,
         figure=figure(
@@ -94,12 +93,13 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
         line(panel, part["rank"], part["value"], "gradient subspace", showlegend=i == 0)
         for trace in panel.data:
             fig.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
-    fig.update_xaxes(title_text="rank", row=n_rows)
+    fig.update_xaxes(title_text="rank (directions per block)", row=n_rows)
+    fig.update_xaxes(range=[0, 1.04 * float(rows["width"].max())], title_standoff=5)
     fig.update_yaxes(title_text="nats per token", col=1)
     for i in range(len(labels), n_rows * columns):  # panels without a curve
         fig.update_xaxes(visible=False, row=n_rows, col=i % columns + 1)
         fig.update_yaxes(visible=False, row=n_rows, col=i % columns + 1)
-    fig.update_layout(height=150 + 210 * n_rows, legend={"y": -0.35 / n_rows, "yanchor": "top"}, margin={"t": 100})
+    fig.update_layout(height=190 + 210 * n_rows, legend={"y": -0.4 / n_rows, "yanchor": "top"}, margin={"t": 125})
     return fig
 
 
@@ -110,7 +110,8 @@ def trade_off(table: pd.DataFrame, *, recommended: str | None = None) -> go.Figu
         "Change of aligned loss against damage",
         "KL from the base model on gold completions (nats per token)",
         "change of aligned loss (nats per token)",
-        says="each point a cell; random subspaces (mean of the draws) do their damage further right",
+        says="each point a cell, or the mean of its random subspaces: what lies below the grey points at the same KL "
+        "is better than random at equal damage",
     )
     fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
     fig.add_trace(
@@ -131,7 +132,7 @@ def trade_off(table: pd.DataFrame, *, recommended: str | None = None) -> go.Figu
                 x=kl.loc[part["cell"], "value"],
                 y=part["value"],
                 mode="markers",
-                name=plain(label if not label[0].isdigit() else f"layer {label}"),
+                name=plain(_heading(label)),
                 marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "color": COLORS[i % len(COLORS)], "size": 10},
                 customdata=part["name"].map(plain),
                 hovertemplate="%{customdata}<br>KL %{x:.3f}, loss %{y:+.3f}<extra></extra>",
@@ -145,7 +146,7 @@ def trade_off(table: pd.DataFrame, *, recommended: str | None = None) -> go.Figu
             text="recommended",
             arrowhead=2,
         )
-    fig.update_xaxes(type="log")
+    fig.update_xaxes(type="log", dtick="D2")
     fig.update_layout(height=560)
     return fig
 
@@ -172,6 +173,13 @@ def _ordered(rows: pd.DataFrame) -> list[str]:
     depth = labels["layer"].where(single, "0").astype(int)
     order = labels.assign(many=~single, depth=depth).sort_values(["many", "depth"], kind="stable")
     return list(order["label"])
+
+
+def _heading(label: str) -> str:
+    """A label that reads as a heading: bare block indices do not."""
+    if not label[0].isdigit():
+        return label
+    return f"layers {label}" if label.split(", ")[0].count(",") else f"layer {label}"
 
 
 def _text(rows: pd.DataFrame, label: str, rank: int, recommended: str | None) -> str:

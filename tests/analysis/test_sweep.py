@@ -239,6 +239,13 @@ def test_chosen_cells_are_measured_on_fresh_items(tiny_pair, moments):
     found = [reference(tiny_pair, e, projectors) for e in EXAMPLES]
     assert rows.loc["aligned_loss", "value"] == pytest.approx(np.mean([x[0] for x in found]) - np.mean(base), abs=1e-3)
     assert rows.loc["kl", "value"] == pytest.approx(np.mean([x[1] for x in found]), abs=1e-3)
+    losses = []
+    for seed in range(1000, 1004):  # other draws than the sweep's
+        control = subspace.random_like(seed)
+        projectors = {site: torch.block_diag(*control.projector(site)) for site in control.sites}
+        losses.append(np.mean([reference(tiny_pair, e, projectors)[0] for e in EXAMPLES]) - np.mean(base))
+    expected = (np.mean(losses), min(losses), max(losses))
+    assert tuple(rows.loc["aligned_loss", ["random", "random_low", "random_high"]]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tmp_path):
