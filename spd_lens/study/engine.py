@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -218,5 +217,4 @@ def _report(study: Study) -> None:
 
     write_report(study.path)
     # found by name when it is needed: the library does not depend on its analyses
-    if importlib.util.find_spec("spd_lens.analysis.study_report"):
-        importlib.import_module("spd_lens.analysis.study_report").write_page(study.path)
+    importlib.import_module("spd_lens.analysis.study_report").write_page(study.path)

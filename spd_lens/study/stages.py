@@ -200,6 +200,9 @@ def score(bench: Bench, cell: Cell, target: str, phase: str) -> bool:
 
 def finish(bench: Bench, cell: Cell) -> None:
     """Mark a cell that has everything, with short names of what it was made of."""
+    if cell.adapter.exists():
+        # a process killed between publishing the adapter and tidying up leaves its checkpoints
+        shutil.rmtree(cell.adapter.with_name("adapter.training"), ignore_errors=True)
     phases = ["trained", *(["projected"] if bench.config.score_projected and cell.projection else [])]
     wanted = [cell.effects_path(name) for name in bench.targets if bench.items(name)]
     wanted += [cell.effects_path(name, side=True) for name in bench.texts]

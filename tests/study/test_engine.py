@@ -46,10 +46,13 @@ def contents(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in REPORTS and not path.name.endswith(".lock") and path.name[0] != ".":
-            found[str(path.relative_to(folder))] = path.read_bytes()
+            name = str(path.relative_to(folder))
+            found[name] = path.read_bytes()
             if path.name == "training.json":
-                record = json.loads(path.read_text())
-                found[str(path.relative_to(folder))] = {key: record[key] for key in record if key != "seconds"}
+                found[name] = {**json.loads(found[name]), "seconds": None}
+            elif path.name == "adapter_config.json":  # PEFT writes a set, in another order in every process
+                record = json.loads(found[name])
+                found[name] = {**record, "target_modules": sorted(record["target_modules"])}
     return found
 
 
@@ -238,14 +241,10 @@ def lines(path):
 PSR, SPD = (f"synthetic-math/{method}" for method in ("psr", "spd"))
 STAGES = {
     "begun": lambda out: (out / "study.yaml").exists(),
-    "base measured": lambda out: (out / "base/effects/synthetic-math.json").exists(),
     "base scored in part": lambda out: lines(out / "base/eval/synthetic-math.jsonl") > 0,
-    "extracted": lambda out: (out / "synthetic-math/moments-aligned.safetensors").exists(),
     "projected": lambda out: (out / SPD / "1/subspace.safetensors").exists(),
     "generating": lambda out: lines(out / PSR / "1/corpus.jsonl") > 0,
     "training": lambda out: (out / SPD / "1/adapter.training").exists(),
-    "trained": lambda out: (out / SPD / "1/adapter").exists(),
-    "measured": lambda out: (out / PSR / "1/effects/synthetic-math.json").exists(),
     "side effects": lambda out: any((out / SPD / "1").glob("side_effects/*.json")),
     "scored under the projection": lambda out: (out / SPD / "1/eval-projected/synthetic-qa.json").exists(),
     "the second seed": lambda out: lines(out / SPD / "2/corpus.jsonl") > 0,
@@ -267,7 +266,9 @@ def test_killed_at_every_stage(study_of, tmp_path, tiny_pair, finished_study, pr
         assert process.exitcode == -signal.SIGKILL, name
         assert not (out / "results.csv").exists(), name
     run_study(study_of(), out, pair=tiny_pair)
-    assert contents(out) == contents(finished_study.path)
+    mine, theirs = contents(out), contents(finished_study.path)
+    assert mine.keys() == theirs.keys()
+    assert {name for name in mine if mine[name] != theirs[name]} == set()
 
 
 def test_stopped_while_a_corpus_is_copied(study_of, tiny_pair, copied_study, monkeypatch):
@@ -326,18 +327,27 @@ def test_a_folder_of_another_study_is_refused(changes, words, study_of, tiny_pai
 
 def test_refused_before_anything_is_written(study_of, tiny_pair, tmp_path):
     out = tmp_path / "study"
+    file = tmp_path / "few.jsonl"
+    records = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": f"{i + 1}"} for i in range(10)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    few = {"sources": [str(file)], "targets": [str(file)], "task_options": {}}
     cases = [
-        ({"settings": {"n_train": 10**6}}, "train examples of synthetic-math were asked for"),
-        ({"settings": {"layers": [9]}}, "layer"),
-        ({"settings": {"max_new_tokens": 250}}, "room"),
-        ({"settings": {"lora_targets": ["c_attn"]}}, "c_attn"),
-        ({"settings": {"device": "cuda:7"}}, "device"),
-        ({"n_forced": 10**6}, "test examples of synthetic-math were asked for"),
-        ({"targets": ["synthetic-code"], "task_options": {}, "n_forced": 4}, "allow-code-execution"),
-    ]  # fmt: skip
+        ({**few, "n_forced": 2, "settings": {"n_eval": 2}}, ()),
+        ({**few, "n_forced": 2, "settings": {"n_eval": 2, "n_train": 60}}, ("60 train examples", "there are 7")),
+        ({**few, "n_forced": 90, "settings": {"n_eval": 2}}, ("90 test examples", "there are 3")),
+        ({"settings": {"layers": [9]}}, ("layer",)),
+        ({"settings": {"max_new_tokens": 250}}, ("room",)),
+        ({"settings": {"lora_targets": ["c_attn"]}}, ("c_attn",)),
+        ({"settings": {"device": "cuda:7"}}, ("device",)),
+        ({"targets": ["synthetic-code"], "task_options": {}, "n_forced": 4}, ("allow-code-execution",)),
+    ]
     for changes, words in cases:
-        with refused(words):
-            run_study(study_of(**changes), out, pair=tiny_pair)
+        config = study_of(**changes)
+        if words:
+            with refused(*words):
+                run_study(config, out, pair=tiny_pair)
+        else:  # or the cases of too few examples would be refused for something else
+            engine._check(config, *engine.make_tasks(config))
         assert not out.exists()
 
 
