@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SMALL = {
     "N_CALIBRATION": 8, "N_ITEMS": 4, "N_TRAIN": 4, "MAX_NEW_TOKENS": 4, "EPOCHS": 1, "DRAWS": 2, "RANKS": [2, 4],
+    "EVERY": 2,
 }  # fmt: skip
 """What the parameters are in the tests; a notebook has those that its cell tagged `parameters` names."""
 
