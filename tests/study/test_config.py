@@ -2,10 +2,11 @@
 
 import pytest
 import yaml
+from rich.console import Console
 
 from spd_lens.errors import SPDError
 from spd_lens.study import StudyConfig, preset_names
-from spd_lens.study.command import overrides
+from spd_lens.study.command import overrides, study
 from spd_lens.tasks import PRESETS
 from tests.helpers import refused
 
@@ -180,3 +181,14 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
             StudyConfig.read(file)
     file.write_text(yaml.safe_dump({"seeds": [5]}))
     assert StudyConfig.read(file).seeds == [5]
+
+
+def test_the_command_needs_a_file_or_a_preset(tmp_path):
+    console = Console(quiet=True)
+    with refused("give a study's YAML file, or --preset with one of", "tiny"):
+        study(None, None, tmp_path / "study", [], dry_run=True, console=console)
+    with refused("config file", "cannot be read"):
+        study(tmp_path / "none.yaml", None, tmp_path / "study", [], dry_run=False, console=console)
+    with refused("unknown method 'nothing'"):
+        study(None, "tiny", tmp_path / "study", ["methods=[nothing]"], dry_run=False, console=console)
+    assert not list(tmp_path.iterdir())
