@@ -217,7 +217,7 @@ def main(
         corpora = sampled(
             subject.pair, items, policies, temperatures=grid[0], top_ps=grid[1], samples=samples, seed=seed,
             max_new_tokens=subject.task.max_new_tokens, batch_size=config.generation_batch_size,
-            folder=subject.folder / "sampling_sweep" / f"{n}-items-seed-{seed}", progress=not quiet,
+            folder=subject.folder / "sampling_sweep" / f"n{n}-samples{samples}-seed{seed}", progress=not quiet,
         )  # fmt: skip
         frame = sweep_frame(corpora, subject.task, items, subject.pair)
         differences = sweep_differences(corpora, subject.task, items)
