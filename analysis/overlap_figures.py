@@ -63,7 +63,7 @@ def energy_figure(frame: pd.DataFrame) -> go.Figure:
         [f"site {site}" for site in sites],
         "Gradient energy held by a domain's own subspace and by the others'",
         "rank (directions, log scale)",
-        "share of energy tr(P C) / tr C",
+        "energy share tr(P C)/tr C",
         says="mean over heads and domains; bands: lowest to highest pair of domains; grey: nulls",
     )
     pairs = frame.groupby(["site", "of", "a", "b", "rank"], as_index=False)[["value", "chance"]].mean()
@@ -97,7 +97,7 @@ def layers_figure(frame: pd.DataFrame, rank: int) -> go.Figure:
         [kind.upper() for kind in kinds],
         f"Overlap by layer, {rank} of {int(mine.width.iloc[0])} directions",
         "layer (block index)",
-        "share of energy tr(P C) / tr C",
+        "energy share tr(P C)/tr C",
         says="mean over heads, and over both directions of a pair; grey: ceiling (own other half) and chance",
     )
     means = mine.groupby(["kind", "layer", "a", "b"], as_index=False)[["value", "chance"]].mean()
@@ -161,8 +161,8 @@ def exchange_figure(frame: pd.DataFrame) -> go.Figure:
     }  # fmt: skip
     line(fig, mine.null, labels, "shards exchanged", null=True, mode="markers", error_x=bars)
     text = [f"p = {p:.2g}" for p in mine.p_permutation]
-    line(fig, mine.value, labels, "as it is", mode="markers+text", text=text, textposition="top center")
+    line(fig, mine.value, labels, "as it is", mode="markers+text", text=text, textposition="middle right")
     fig.data[-1].marker.size = 11
     fig.update_yaxes(autorange="reversed", type="category")
-    fig.update_layout(height=240 + 60 * len(mine), margin={"l": 140, "b": 110}, legend={"y": -0.6})
+    fig.update_layout(height=240 + 60 * len(mine), margin={"l": 140, "b": 110}, legend={"y": -0.45})
     return fig

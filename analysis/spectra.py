@@ -86,9 +86,8 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
     says.append(headline(table[table["head"] != "all"]))
     if SHUFFLED in sources:
         change = rank_difference(sources[GRADIENTS], sources[SHUFFLED])
-        says.append(
-            difference_sentence(change, measure="Entropy rank", first="shuffled answers", second="right answers")
-        )
+        measure = "Entropy rank of gradients of right and of shuffled answers"
+        says.append(difference_sentence(change, measure=measure, first="shuffled", second="right"))
     says.append(draw.kept_sentence(kept, subject.run.config.rank))
     text = " ".join(says)
     facts: dict[str, Any] = {

@@ -16,6 +16,7 @@ MANY_HEADS = 4
 """Beyond this many heads a panel shows their median and range instead of a line each."""
 
 _SYMBOLS = {SHUFFLED: "square-open", ACTIVATIONS: "circle-open", CENTRED: "diamond-open"}
+_BELOW = {SHUFFLED: 0.3, ACTIVATIONS: 0.15, CENTRED: 0.15}
 _SHOWN = tuple(sorted({round(2 ** (i / 2)) for i in range(30)}))
 """Ranks with a marker: enough for a log axis, and symbols stay apart."""
 
@@ -78,19 +79,23 @@ def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> g
         "site · head",
         says="bars: 95 %, delete-half jackknife over shards; grey: nulls",
     )
+    labels = list(dict.fromkeys(mine.site + " · " + mine["head"]))
     for source in (*NULLS, GRADIENTS):
         part = mine[mine.source == source]
         if part.empty:
             continue
         null = source != GRADIENTS
-        labels = part.site + " · " + part["head"]
-        line(fig, part.value, labels, source, null=null, mode="markers", error_x=_bars(part, null))
+        here = [labels.index(label) for label in part.site + " · " + part["head"]]
+        # nulls below the gradients' line, so that equal values do not hide one another
+        line(
+            fig, part.value, [y + _BELOW.get(source, 0.0) for y in here], source, null=null, mode="markers",
+            error_x=_bars(part, null), hovertext=part.site + " · head " + part["head"],
+        )  # fmt: skip
+        fig.data[-1].marker.size = 9 if null else 11
         if null:
             fig.data[-1].marker.symbol = _SYMBOLS[source]
-        else:
-            fig.data[-1].marker.size = 11
-    fig.update_yaxes(autorange="reversed", type="category")
-    fig.update_layout(height=max(420, 200 + 26 * mine.groupby(["site", "head"]).ngroups), margin={"l": 100})
+    fig.update_yaxes(range=[len(labels) - 0.3, -0.7], tickvals=list(range(len(labels))), ticktext=labels)
+    fig.update_layout(height=max(420, 200 + 26 * len(labels)), margin={"l": 100})
     fig.update_layout(legend={"y": -0.24})
     _log_ranks(fig, mine.width.max())
     return fig

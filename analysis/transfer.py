@@ -24,6 +24,9 @@ from .style import SYMBOLS, figure, line, plain
 MANY = 10
 """Domains from which on a link between overlap and transfer could be concluded at all."""
 
+_BESIDE = ("middle right", "middle left", "top center", "bottom center")
+"""Where a target's points have their labels, so that those of nearby points stay apart."""
+
 Effects = Mapping[str, Sequence[ForcedItem]]
 """By policy, as `Run.effects` has them: `base`, `projected`, `random-0`, ..."""
 
@@ -137,12 +140,13 @@ def transfer_figure(frame: pd.DataFrame) -> go.Figure:
         rows = frame[(frame.b == target) & (frame.of == "projected")]
         line(
             fig, rows.energy, rows.change, f"on {plain(target)}", index=index, mode="markers+text",
-            text=[plain(a) for a in rows.a], textposition="top center",
+            text=[plain(a) for a in rows.a], textposition=_BESIDE[index % len(_BESIDE)],
             error_y={"type": "data", "symmetric": False, "array": rows.high - rows.change,
                      "arrayminus": rows.change - rows.low},
         )  # fmt: skip
         fig.data[-1].marker.update(size=11, symbol=SYMBOLS[index % len(SYMBOLS)])
     fig.add_hline(y=0, line={"color": "#999999", "width": 1})
+    fig.update_xaxes(range=[max(0.0, frame.energy.min() - 0.05), 1.08])
     fig.update_layout(height=520)
     return fig
 

@@ -141,6 +141,16 @@ def test_spectrum_against_plain_numpy(few: GradientMoments) -> None:
     assert (mine.loc[HELD_OUT, "value"].to_numpy() <= mine.loc[ENERGY, "value"].to_numpy() + 1e-9).all()
 
 
+def test_interval_of_a_singular_value_is_that_of_the_whole_set() -> None:
+    """One direction: `σ²` is a sum over shards, whose standard error is known."""
+    moments = made(np.random.default_rng(8), np.r_[1.0, np.zeros(15)], tokens=200)
+    row = spectra.spectrum(moments).query("site == '1.k' and measure == 'singular value'").iloc[0]
+    shares = moments.gradient[SITES[0]][:, 0, 0].numpy()
+    assert row.value == pytest.approx(math.sqrt(shares.sum()))
+    error = shares.std(ddof=1) * 8**0.5 / (2 * row.value)
+    assert row.high - row.value == pytest.approx(stats.t.ppf(0.975, 7) * error, rel=0.05)
+
+
 def test_held_out_energy_sees_overfitting() -> None:
     """White gradients have no leading directions: the fitted share is above chance, the held-out one is not."""
     table = spectra.spectrum(made(np.random.default_rng(3), np.ones(16), tokens=4))
@@ -241,7 +251,8 @@ def test_figures_show_the_tables(few: GradientMoments) -> None:
     shown = expected[(expected.site == "1.k") & expected["rank"].isin([1, 2, 3, 4, 6, 8])]
     np.testing.assert_allclose(heads[0].y, shown.value)
     dots = next(trace for trace in figures[2].data if trace.name == GRADIENTS)
-    assert list(dots.x) == [3, 3, 3, 3] and list(dots.y) == ["1.k · 0", "1.k · 1", "3.v · 0", "3.v · 1"]
+    assert list(dots.x) == [3, 3, 3, 3] and list(dots.y) == [0, 1, 2, 3]
+    assert list(figures[2].layout.yaxis.ticktext) == ["1.k · 0", "1.k · 1", "3.v · 0", "3.v · 1"]
 
 
 def test_sentences_give_the_numbers_and_the_chance(few: GradientMoments) -> None:
