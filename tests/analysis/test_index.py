@@ -50,7 +50,7 @@ def test_through_the_main_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_module_runs_as_a_script() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "spd_lens.analysis.spectra", "no/such/run"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "spd_lens.analysis.spectra", "no/such/run"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and "is not a run directory" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
