@@ -88,7 +88,7 @@ def energy_map(energy: pd.DataFrame) -> go.Figure:
 
 
 def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "difference") -> go.Figure:
-    """Layer × head maps of an effect; `·` where the 95 % interval of the difference from random leaves out 0."""
+    """Layer × head maps of an effect; `•` where the 95 % interval of the difference from random leaves out 0."""
     if measure not in MEASURES:
         raise SPDError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
     part = effects[(effects["measure"] == measure) & (effects["policy"] == policy)]
@@ -102,7 +102,7 @@ def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "differ
     }
     fig = _maps(
         part, "value", titles[policy], "nats", marks=sure,
-        says=f"· the difference from random has a 95 % interval without 0: {sure.sum()} of {len(sure)} heads, "
+        says=f"• the difference from random has a 95 % interval without 0: {sure.sum()} of {len(sure)} heads, "
         f"{0.05 * len(sure):.1f} expected by chance alone",
         hover=lambda r: f"{r.value:.4f} [{r.low:.4f}, {r.high:.4f}]",
     )  # fmt: skip
@@ -125,7 +125,7 @@ def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
         for measure, rows in part.groupby("measure", sort=False):
             less, more = int((rows["high"] < 0).sum()), int((rows["low"] > 0).sum())
             sentences.append(
-                f"{MEASURES[measure].partition(',')[0]}: of {len(rows)} heads projected alone, {less} change it less "
+                f"{_capital(MEASURES[measure].partition(',')[0])}: of {len(rows)} heads projected alone, {less} change it less "
                 f"and {more} more than a random subspace of that rank does (95 % intervals over "
                 f"{int(rows['n'].iloc[0])} items, not corrected; {0.025 * len(rows):.1f} each way by chance)."
             )
@@ -197,6 +197,10 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
     return GradientMoments.load(path)
 
 
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _rank(text: str, subject: Subject) -> int | float:
     if not text:
         return subject.run.config.rank
@@ -223,7 +227,7 @@ def _maps(
         grid = [[cells[layer, head] for layer in layers] for head in heads]
         fig.add_heatmap(
             z=[[getattr(r, column) for r in row] for row in grid], x=[str(x) for x in layers], y=heads,
-            text=[["·" if marked.get(r.Index) else "" for r in row] for row in grid], texttemplate="%{text}",
+            text=[["•" if marked.get(r.Index) else "" for r in row] for row in grid], texttemplate="%{text}",
             customdata=[[hover(r) for r in row] for row in grid], coloraxis="coloraxis", meta=kind, xgap=1, ygap=1,
             hovertemplate=f"layer %{{x}}, {kind.upper()} head %{{y}}: %{{customdata}}<extra></extra>",
             **panel(i),

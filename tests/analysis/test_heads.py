@@ -195,7 +195,7 @@ def test_maps_put_heads_and_layers_where_they_belong(moments):
     assert list(keys.x) == ["1", "3"] and list(keys.y) == ["0", "1"]
     np.testing.assert_allclose(np.array(keys.z, float), [[1, -3], [11, 7]])
     np.testing.assert_allclose(np.array(values.z, float), [[5, 7], [15, 17]])
-    assert [list(row) for row in keys.text] == [["", "·"], ["·", "·"]]  # 1 ± 2 holds 0
+    assert [list(row) for row in keys.text] == [["", "•"], ["•", "•"]]  # 1 ± 2 holds 0
     assert "7 of 8 heads" in fig.layout.title.text and "by chance" in fig.layout.title.text
     energy = energy_map(head_energy(moments))
     assert all(np.isfinite(np.array(trace.z, float)).all() for trace in energy.data)
