@@ -130,7 +130,7 @@ def _work(bench: Bench, keeps_lens: bool) -> None:
     study, config, pair = bench.study, bench.config, bench.pair
     units = schedule(config)
     shape = shape_of(pair.name, pair.hf.config, sum(p.numel() for p in pair.hf.parameters()))
-    costs = unit_costs(config, shape, Machine.assumed(str(pair.device)))
+    costs = unit_costs(config, shape, Machine.assumed(str(pair.device), pair.dtype.itemsize))
     todo = [unit for unit in units if not _done(bench, unit)]
     log.info("%d of %d units to do", len(todo), len(units))
     for place, unit in enumerate(todo):

@@ -13,7 +13,7 @@ from typing import Any
 from spd_lens import methods, tasks
 from spd_lens.methods import Method, Workshop
 from spd_lens.study.config import BASE, StudyConfig, named
-from spd_lens.study.costs import Cost, Costs, Machine
+from spd_lens.study.costs import Cost, Costs, Machine, bytes_per_weight
 from spd_lens.study.shapes import Shape
 
 STAGES = ("extract", "generate", "finetune", "measure", "side effects", "score")
@@ -230,7 +230,8 @@ def make_plan(
         machine: What to assume; by default chosen by the setting `device`.
         measured: `Study.measured()` of a study with these settings that has begun.
     """
-    machine = machine or Machine.assumed(config.settings["device"])
+    dtype, device = config.settings["dtype"], config.settings["device"]
+    machine = machine or Machine.assumed(device, bytes_per_weight(dtype, device))
     by_unit = unit_costs(config, shape, machine)
     rows = []
     for stage in STAGES:
