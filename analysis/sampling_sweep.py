@@ -145,7 +145,7 @@ def sweep_figure(frame: pd.DataFrame, measure: str) -> go.Figure:
     fig = make_subplots(
         cols=len(top_ps), shared_yaxes=True, subplot_titles=[f"top-p {p:g}" for p in top_ps], horizontal_spacing=0.04
     )
-    fig.update_layout(template=base.layout.template, title=base.layout.title, height=430)
+    fig.update_layout(template=base.layout.template, title=base.layout.title, height=460, legend={"y": -0.32})
     for (i, policy), (column, top_p) in product(enumerate(dict.fromkeys(rows["policy"])), enumerate(top_ps, 1)):
         own = rows[(rows["policy"] == policy) & (rows["top_p"] == top_p)].sort_values("temperature")
         null = policy.startswith(RANDOM)
