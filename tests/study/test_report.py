@@ -73,6 +73,8 @@ def test_numbers_are_those_of_a_plain_recomputation() -> None:
 
 def test_families_and_what_is_compared() -> None:
     results = planted(targets=(MATH,), side_effects=("neutral",), n_items=12)
+    of_base = results[(results.method == "base") & (results.measure == "aligned loss")]
+    results = pd.concat([results, of_base.assign(measure="KL from base", value=0.0)])  # nothing that could be tested
     table = contrasts(Evidence.of(results), n_resamples=200, min_flips=199)
     primary = table[table.family == "primary"]
     assert set(primary.measure) == {"aligned loss", "KL from base"}
