@@ -124,10 +124,11 @@ def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
         part = effects[effects["policy"] == "difference"]
         for measure, rows in part.groupby("measure", sort=False):
             less, more = int((rows["high"] < 0).sum()), int((rows["low"] > 0).sum())
+            name = _capital(MEASURES[measure].partition(",")[0])
             sentences.append(
-                f"{_capital(MEASURES[measure].partition(',')[0])}: of {len(rows)} heads projected alone, {less} change it less "
-                f"and {more} more than a random subspace of that rank does (95 % intervals over "
-                f"{int(rows['n'].iloc[0])} items, not corrected; {0.025 * len(rows):.1f} each way by chance)."
+                f"{name}: of {len(rows)} heads projected alone, {less} leave it lower and {more} higher than a random "
+                f"subspace of that rank does (95 % intervals over {int(rows['n'].iloc[0])} items, not corrected; "
+                f"{0.025 * len(rows):.1f} each way by chance)."
             )
     return " ".join(sentences)
 

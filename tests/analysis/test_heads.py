@@ -207,7 +207,7 @@ def test_maps_put_heads_and_layers_where_they_belong(moments):
 def test_sentences_count_what_is_sure(moments):
     effects = _effects({(1, "k"): 1.0, (3, "k"): -3.0}, width=2)
     said = say(head_energy(moments), effects)
-    assert "of 4 heads projected alone, 1 change it less and 2 more" in said
+    assert "of 4 heads projected alone, 1 leave it lower and 2 higher" in said
     assert "by chance" in said and "uniform 12.5%" in said
 
 
