@@ -40,7 +40,8 @@ def test_spd_is_the_svd_of_the_stacked_gradients(both):
     found = methods.get("spd").projection(both)
     assert found.strength == 1.0 and found.subspace.sites == sites
     for site in sites:
-        for basis, wanted in zip(found.subspace.bases[site], top_right_singular_vectors(gradients[site], 2, 4)):
+        right = top_right_singular_vectors(gradients[site], 2, 4)
+        for basis, wanted in zip(found.subspace.bases[site], right, strict=True):
             assert sine(basis, wanted) < 1e-3
 
 
@@ -64,7 +65,7 @@ def test_full_loss_scores_every_token_of_the_completion(both):
     found = subspace("spd-full-loss", both)
     for site in sites:
         assert relative_error(moments.blocks(site, False)[0], gradients[site].T @ gradients[site]) < 1e-4
-        for basis, wanted in zip(found.bases[site], top_right_singular_vectors(gradients[site], 2, 4)):
+        for basis, wanted in zip(found.bases[site], top_right_singular_vectors(gradients[site], 2, 4), strict=True):
             assert sine(basis, wanted) < 1e-3
         assert min(map(sine, found.bases[site], subspace("spd", both).bases[site])) > 0.1
 
@@ -75,7 +76,7 @@ def test_activation_pca_is_the_svd_of_the_activations(both):
     found = subspace("spd-activation-pca", both)
     for site in sites:
         assert found.ranks[site] == (4, 4)
-        for basis, wanted in zip(found.bases[site], top_right_singular_vectors(activations[site], 2, 4)):
+        for basis, wanted in zip(found.bases[site], top_right_singular_vectors(activations[site], 2, 4), strict=True):
             assert sine(basis, wanted) < 1e-3
         assert min(map(sine, found.bases[site], subspace("spd", both).bases[site])) > 0.1
 
