@@ -178,6 +178,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
     error = {"type": "data", "array": high, "arrayminus": low}
     line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=error)
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(_places(part))))
+    fig.update_layout(legend_y=-0.3)  # below the axis title, also where it wraps
     fig.update_yaxes(range=[0, 92] if measure == "mean angle" else [0, 1.03])
     return fig
 
@@ -196,7 +197,9 @@ def spectra_figure(frame: pd.DataFrame) -> go.Figure:
             mine = table[(table.site == site) & (table.of == of)]
             line(fig, mine["rank"], mine.cumulative, f"{site}, {of}", index=index, mode="lines")
             fig.data[-1].line.dash = "solid" if of == "before" else "dot"
-    fig.update_xaxes(type="log")
+    widths = [2**i for i in range(12) if 2**i <= table["rank"].max()]
+    fig.update_xaxes(type="log", tickvals=widths)
+    fig.update_layout(legend_y=-0.3)
     fig.update_yaxes(range=[0, 1.02])
     return fig
 
