@@ -38,8 +38,8 @@ def test_what_is_said_of_wrong_layers_and_kinds():
         resolve_layers([0, 4], 4)
     with refused("'middle'", "last_mid"):
         resolve_layers("middle", 4)
-    with refused("'z'", "k, v, q"):
-        resolve_sites("all", ("k", "z"), 4)
+    with refused("'x'", "k, v, q"):
+        resolve_sites("all", ("k", "x"), 4)
     with refused("kind"):
         resolve_sites("all", (), 4)
     for text in ("k", "x.k", "-1.k"):
