@@ -33,7 +33,7 @@ from spd_lens.study.evidence import Evidence, Outcome
 from spd_lens.study.setup import backbone, differences_from_paper
 
 from .calibration_figure import figure_4, points, points_sentence
-from .paper_numbers import LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
+from .paper_numbers import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
 from .style import page
 
 NOT_RUN = "not run"
@@ -94,10 +94,10 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
         "",
         "Each cell: the paper's printed number, then ours with its 95 % interval over items (seeds averaged). Accuracy "
         "in percent; CodeAlpaca is the negative log-likelihood of the reference in nats per token, lower is better.",
-        f"{_sources(table)} The paper gives no intervals; its accuracies rest on 100 to 300 items, where the 95 % "
-        "interval of a single one reaches 5 to 10 points to either side.",
+        f"{_whose(number)}{_sources(table)} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
+        "where the 95 % interval of a single one reaches 5 to 10 points to either side.",
         "",
-        f"| backbone | method | {' | '.join(_head(dataset) for dataset in table.columns)} |",
+        f"| {_column(number)} | method | {' | '.join(_head(dataset) for dataset in table.columns)} |",
         f"|{' --- |' * (2 + len(table.columns))}",
     ]  # fmt: skip
     for (model, method), part in cells.groupby(["backbone", "method"], sort=False):
@@ -202,6 +202,15 @@ def _head(dataset: str) -> str:
     return f"{LABELS[dataset]} {'↓' if dataset in LOSSES else '↑'}"
 
 
+def _column(number: int) -> str:
+    return "backbone" if number == 1 else "our backbone"
+
+
+def _whose(number: int) -> str:
+    """Tables 2 to 5 stand beside the same numbers of the paper whatever model a study is of: say of which."""
+    return "" if number == 1 else f"The paper's numbers are of {ABLATED}, ours of the model that the row names. "
+
+
 def _sources(table: PaperTable) -> str:
     if table.source:
         return f"Source task of all columns: {LABELS[table.source]}."
@@ -211,8 +220,9 @@ def _sources(table: PaperTable) -> str:
 def _rich(cells: pd.DataFrame) -> Table:
     """For the terminal: the paper's number over ours."""
     number = int(cells.table.iloc[0])
-    table = Table("backbone", "method", *map(_head, TABLES[number].columns), show_lines=True,
-                  title=f"Table {number}: the paper's number over ours")  # fmt: skip
+    whose = "" if number == 1 else f" ({ABLATED})"
+    table = Table(_column(number), "method", *map(_head, TABLES[number].columns), show_lines=True,
+                  title=f"Table {number}: the paper's number{whose} over ours")  # fmt: skip
     for (model, method), part in cells.groupby(["backbone", "method"], sort=False):
         texts = [_texts(row) for row in part.to_dict("records")]
         shown = [
