@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from plotly.colors import get_colorscale
 from torch import Tensor
 
 from spd_lens.audit.safe_text import visible
@@ -66,7 +67,7 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
         "version": importlib.metadata.version("spd-lens"),
         "style": {
             "colors": style.COLORS, "dashes": style.DASHES, "symbols": style.SYMBOLS, "null": style.NULL_COLOR,
-            "sequential": style.SEQUENTIAL, "diverging": style.DIVERGING,
+            "sequential": get_colorscale(style.SEQUENTIAL), "diverging": get_colorscale(style.DIVERGING),
         },  # fmt: skip
         "grids": {str(width): rank_grid(width) for width in sorted(widths)},
         "runs": runs,

@@ -269,9 +269,9 @@ function drawLayers() {
   show("layers", !!sweep);
   if (!sweep) return;
   const most = Math.max(...sweep.z.flat().filter((x) => x !== null).map(Math.abs));
-  draw("plot-layers", [{ type: "heatmap", x: sweep.columns.map(label), y: sweep.rows.map(label), z: sweep.z, zmin: -most, zmax: most, colorscale: S.diverging, reversescale: false, xgap: 2, ygap: 2,
+  draw("plot-layers", [{ type: "heatmap", x: sweep.columns.map(label), y: sweep.rows.map(label), z: sweep.z, zmin: -most, zmax: most, colorscale: S.diverging, xgap: 2, ygap: 2,
     text: sweep.text, texttemplate: sweep.rows.length * sweep.columns.length <= 160 ? "%{text}" : "", hovertemplate: "%{y}, %{x}: %{text}<extra></extra>", hoverongaps: false,
-    colorbar: { thickness: 12, outlinewidth: 0, title: { text: sweep.unit, side: "right" } } }],
+    colorbar: { thickness: 12, outlinewidth: 0, title: { text: sweep.unit, side: "right", font: { size: 13 } } } }],
     layout(sweep.x, sweep.y, { height: Math.max(220, 110 + sweep.rows.length * (sweep.rows.length > 10 ? 19 : 36)), xaxis: { type: "category", showgrid: false, ticks: "" }, yaxis: { type: "category", showgrid: false, autorange: "reversed", ticks: "" } }),
     "Layer sweep.");
   prose("layers-says", sweep.says);

@@ -98,6 +98,7 @@ def chromium():
 def new_watch(chromium):
     """A new page at 1280 px, light, whose errors and requests are kept."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    context.set_default_timeout(90_000)  # a busy machine takes its time over a page of 5 MB
     return Watch(context.new_page())
 
 
