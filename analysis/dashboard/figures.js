@@ -84,8 +84,11 @@ function drawSpectrum() {
 /* ---- effects ---- */
 function startEffects() {
   const tasks = (run().effects || []).map((e) => e.task), sweeps = run().rank_sweep || [];
-  options($("effect-task"), tasks.map((task) => [task, task]), tasks.includes($("effect-task").value) ? $("effect-task").value : tasks[0]);
-  options($("sweep-family"), sweeps.map((sweep, i) => [i, sweep.name + (sweep.own ? " (this run)" : "")]), 0);
+  const same = state.startedFor === state.run, now = $("effect-task").value, family = $("sweep-family").value;
+  const own = tasks.includes(run().task) ? run().task : tasks[0];
+  state.startedFor = state.run;  // drawn anew for other colours, the choices stay
+  options($("effect-task"), tasks.map((task) => [task, task]), same && now ? now : own);
+  options($("sweep-family"), sweeps.map((sweep, i) => [i, sweep.name + (sweep.own ? " (this run)" : "")]), same && family ? family : 0);
   show("effect", tasks.length > 0 || sweeps.length > 0);
   show("effect-task-field", tasks.length > 1 && !sweeps.length);
   show("sweep-family-field", sweeps.length > 1);
@@ -166,7 +169,7 @@ function singlePoint(e, key, used) {
 function effectSays(sweep, e, used) {
   const parts = [];
   if (sweep) parts.push(sweep.says);
-  if (e && e.says) parts.push(...(sweep ? ["At the run's own rank:"] : []), ...e.says);
+  else if (e && e.says) parts.push(...e.says);  // of other items and draws than a sweep's: not beside it
   if (!sweep && used) parts.push("Measured at the run's rank alone; `spd-lens analyze rank-sweep` measures others.");
   return parts.filter(Boolean).join(" ");
 }

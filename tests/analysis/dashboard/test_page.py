@@ -165,6 +165,20 @@ def test_the_selector_of_runs_changes_everything(page, document):
     assert page.is_hidden("#layers") and page.is_hidden("#saved")
 
 
+def test_effects_begin_with_the_runs_own_task_and_stay_where_they_were_put(page):
+    page.evaluate("D.runs[1].effects.unshift({...D.runs[1].effects[0], task: 'another', says: ['Of another task.']})")
+    choose(page, "run", "1")
+    assert page.input_value("#effect-task") == "synthetic-math" and "Of another" not in page.inner_text("#effect-says")
+    choose(page, "effect-task", "another")
+    assert "Of another task." in page.inner_text("#effect-says")
+    page.click("#theme")
+    settle(page)
+    assert page.input_value("#effect-task") == "another"
+    choose(page, "run", "0")
+    assert page.inner_text("#effect-says") == "Because of the test."  # the sweep speaks for itself
+    page.evaluate("D.runs[1].effects.shift()")
+
+
 def test_measures_of_the_overlap_and_of_the_map(page, document):
     site = page.input_value("#site")
     choose(page, "measure", "cosine")
