@@ -16,6 +16,9 @@ from spd_lens.capture import extract
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
 from spd_lens.methods.base import Method
 from spd_lens.study import Study, engine, run_study
+from spd_lens.study.costs import Machine
+from spd_lens.study.plan import unit_costs
+from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
 from tests.helpers import refused
 from tests.study.conftest import counting
@@ -190,6 +193,7 @@ def test_what_methods_share_and_what_not(study_of, tiny_pair, tmp_path, calls):
             return spd.Corpus(corpus.records[: len(corpus) // 2], settings=corpus.settings)
 
     names = ["spd", "spd-full-loss", "spd-random", "psr", "ssd", "half"]
+    shape = shape_of("tiny", tiny_pair.hf.config, sum(p.numel() for p in tiny_pair.hf.parameters()))
     methods.register(Half)
     try:
         config = study_of(
@@ -197,9 +201,14 @@ def test_what_methods_share_and_what_not(study_of, tiny_pair, tmp_path, calls):
             task_options=MATH, score_projected=False,
         )  # fmt: skip
         study = run_study(config, tmp_path / "study", pair=tiny_pair)
+        costs = unit_costs(config, shape, Machine.assumed("cpu", 4))
     finally:
         del sys.modules["spd_lens.methods.registry"]._METHODS["half"]
     assert (calls["extract"], calls["generate"], calls["finetune"]) == (1, 4, 6)
+    # what was copied took no time, and would make the others look faster than they are
+    works = [cost.seconds for unit, cost in costs.items() if unit.stage == "generate"]
+    assert len(works) == 6
+    assert study.measured()["generate"]["work"] == pytest.approx(4 * works[0])
     assert calls["forced"] == [
         ["base"], ["spd", "projected", "spd-full-loss", "spd-random", "projected", "psr", "ssd", "half"]
     ]  # fmt: skip
