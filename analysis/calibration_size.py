@@ -44,6 +44,8 @@ from .inputs import Subject, subjects
 from .style import band, figure, line
 
 UNITS = {ENERGY: "share of gradient energy", "mean squared cosine": "mean squared cosine", "mean angle": "degrees"}
+_GROUPS = ("subject", "subtask", "category")
+"""Keys of `Example.meta` that name a group of similar examples."""
 _MEMORY = 2**30
 """Bytes that the moments of one extraction may take; three are in memory at a time."""
 
@@ -239,11 +241,7 @@ def _analyse_faults(
         tables.append(sensitivity(clean, spoiled, **how).assign(kind_of_fault="share spoiled"))
         figures.append(faults_figure(tables[-1], "share of the examples that are spoiled"))
         says.append(faults_sentence(tables[-1]))
-    if per_shard(clean) == 1:
-        choices: dict[str, list[Any]] = {"shortest completions": [len(e.completion) for e in examples]}
-        choices["longest completions"] = [-length for length in choices["shortest completions"]]
-        if subject.task.group:
-            choices[f"few {subject.task.group}s"] = [str(e.meta[subject.task.group]) for e in examples]
+    if per_shard(clean) == 1 and (choices := _choices(examples)):
         tables.append(biased(clean, choices, **how).assign(kind_of_fault="share chosen"))
         figures.append(faults_figure(tables[-1], "share of the examples that is chosen"))
         says.append(faults_sentence(tables[-1]))
@@ -251,6 +249,16 @@ def _analyse_faults(
         text = " ".join(says)
         subject.save("calibration_size-faults", pd.concat(tables), figures, says=text, n_examples=len(examples), **how)
         console.print(text, highlight=False)
+
+
+def _choices(examples: list[Example]) -> dict[str, list[Any]]:
+    """Keys of biased choices: by length of the whole example, and by every property that groups examples."""
+    lengths = [len(e.prompt) + len(e.completion) for e in examples]
+    found: dict[str, list[Any]] = {"shortest examples": lengths, "longest examples": [-length for length in lengths]}
+    for name in _GROUPS:
+        if all(name in e.meta for e in examples):
+            found[f"few {name}s"] = [str(e.meta[name]) for e in examples]
+    return {name: keys for name, keys in found.items() if len(set(keys)) > 1}
 
 
 def _subspaces_by_size(clean: GradientMoments, sizes: list[int], how: dict[str, Any]) -> dict[str, list[Subspace]]:

@@ -210,6 +210,14 @@ def test_groups_are_chosen_whole_and_in_random_order():
     assert calibration_faults._ordered([2, 0, 1], [0.5, -1.0, 0.1], np.random.default_rng(0)) == [1, 2, 0]
 
 
+def test_choices_are_those_that_differ():
+    subjects = [spd.Example("q" * n, "A", [(0, 1)], str(n), {"subject": "law" if n > 2 else "art"}) for n in (3, 1, 2)]
+    found = calibration_size._choices(subjects)
+    assert found["shortest examples"] == [4, 2, 3] and found["longest examples"] == [-4, -2, -3]
+    assert found["few subjects"] == ["law", "art", "art"]
+    assert calibration_size._choices(subjects[1:2] * 3) == {}
+
+
 def test_biased_needs_single_examples_and_all_keys(moments, tiny_pair):
     with pytest.raises(SPDError, match="one example per shard"):
         biased(made_up(noisy(4, noise=0.1), tiny_pair, each=2), {})
@@ -315,7 +323,7 @@ def test_the_command_on_a_run(finished_run, tmp_path, capsys):
     frame = pd.read_csv(folder / "calibration_size.csv")
     assert set(frame.n_examples) == {2, 4}
     faults = pd.read_csv(folder / "calibration_size-faults.csv")
-    assert {"wrong answers", "misplaced spans", LEFT_OUT, AT_RANDOM, "shortest completions"} <= set(faults.fault)
+    assert {"wrong answers", "misplaced spans", LEFT_OUT, AT_RANDOM, "shortest examples"} <= set(faults.fault)
     losses = pd.read_csv(folder / "calibration_size-losses.csv")
     assert list(dict.fromkeys(losses.label)) == ["2 examples", "4 examples", "random"]
     facts = json.loads((folder / "calibration_size.json").read_text())
