@@ -100,7 +100,8 @@ def corpora_frame(folder: str | Path) -> pd.DataFrame:
         if cell.has_corpus:
             kept = methods.get(cell.method).curated(Corpus.load(cell.corpus_path))
             found = corpus_diagnostics(kept, task=sources[cell.source]).set_index("measure")["value"]
-            rows.append({"source": cell.source, "method": cell.method, "seed": cell.seed, **found[list(DIAGNOSTICS)]})
+            found = found.reindex(list(DIAGNOSTICS))  # nothing stands after the answer where none was given
+            rows.append({"source": cell.source, "method": cell.method, "seed": cell.seed, **found})
     return pd.DataFrame(rows)
 
 

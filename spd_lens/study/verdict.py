@@ -108,6 +108,8 @@ def _reading(random: Rows, base: Rows) -> str:
         parts.append(f"on {_and(saved)} they are better than random ones but not than the base: less harm, no gain")
     if bad:
         parts.append(f"on {_and(bad)} random directions did better")
+    if unsettled := [target for target, row in random.items() if row["verdict"] == "not in every seed"]:
+        parts.append(f"on {_and(unsettled)} there is a difference to random ones, but not in every seed")
     if not parts:
         ends = [abs(end) for row in random.values() for end in (row["low"], row["high"]) if end == end]
         parts = ["nothing sets the gradients' directions apart from random ones of the same ranks"]

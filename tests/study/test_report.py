@@ -213,6 +213,16 @@ def test_less_harm_is_no_gain() -> None:
     assert "Under the projection, before training: aligned loss was not measured" in subspace.headline
 
 
+def test_a_difference_that_one_seed_lacks_is_neither_claimed_nor_denied() -> None:
+    results = planted(targets=(MATH,), seeds=(1, 2), n_items=40, seed=1)
+    chosen = (results.method == "spd") & (results.measure == "aligned loss")
+    results.loc[chosen & (results.seed == 1), "value"] -= 0.6
+    results.loc[chosen & (results.seed == 2), "value"] += 0.2
+    headline = _answers(results)[1].headline
+    assert "on synthetic-math there is a difference to random ones, but not in every seed" in headline
+    assert "nothing sets" not in headline
+
+
 def test_harm_is_said() -> None:
     results = planted({("spd", "aligned loss"): 0.3, ("spd", "completion loss"): 0.4}, side_effects=("neutral",))
     helped, subspace = _answers(results)

@@ -96,6 +96,17 @@ def test_corpora(finished_study):
     assert written["length"].tolist() == table["length"].tolist()
 
 
+def test_a_corpus_without_an_answer_has_a_gap_and_no_error(copied_study):
+    path = copied_study.cell("synthetic-math", "spd", 2).corpus_path
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    silent = [{**record, "completion": "no"} if "completion" in record else record for record in records]
+    assert silent != records
+    path.write_text("".join(json.dumps(record) + "\n" for record in silent))
+    row = corpora_frame(copied_study.path).iloc[3]
+    assert row["answered"] == 0
+    assert pd.isna(row["after the answer"])
+
+
 def test_a_study_that_is_not_finished_has_the_rows_that_there_are(copied_study, frame):
     cell = copied_study.cell("synthetic-math", "spd", 2)
     for path in (*(cell.path / "effects").iterdir(), *(cell.path / "eval").iterdir()):
