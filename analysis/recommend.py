@@ -8,6 +8,8 @@ import pandas as pd
 
 from spd_lens.errors import SPDError
 
+from .sweep_cells import MEASURES
+
 KL_BUDGET = 0.1
 """Nats per token. SmolLM2 at the paper's setting (last and middle layer, half rank) stays just below it."""
 
@@ -68,15 +70,39 @@ def describe(row: pd.Series) -> str:
     return f"layers {row['layers']}, {row['kind']}{head}, {how}, rank {row['rank']} of {row['width']}"
 
 
-def kl_sentence(table: pd.DataFrame, alpha: float = 0.05) -> str:
-    """In how many cells the subspace does less, or more, damage than random ones of its shape."""
-    kl = _measure(table, "kl")
-    lower = int(((kl["difference"] < 0) & (kl["p_holm"] < alpha)).sum())
-    higher = int(((kl["difference"] > 0) & (kl["p_holm"] < alpha)).sum())
+def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = None, alpha: float = 0.05) -> str:
+    """How often the cells of a sweep beat random, and how often chance would.
+
+    Being lowest of `R + 1` needs no assumption on how draws scatter: chance does it in one of `R + 1`. As ranks of the
+    same layers overlap, the count over cells is no test. Holm's count assumes more; the placebo says whether too much.
+
+    Args:
+        table: Of `Sweep.table`.
+        measure: `"aligned_loss"`, `"completion_loss"` or `"kl"`.
+        placebo: Of `Sweep.placebo` for the same measure; without it only the first count is given.
+        alpha: Level of the test.
+    """
+    rows = _measure(table, measure)
+    lowest = int((rows["value"] < rows["random_low"]).sum())
+    chance = float((1 / (rows["n_random"] + 1)).sum())
     text = (
-        f"KL from the base model is lower than under random subspaces of the same shape in {lower} of {len(kl)} cells"
+        f"{MEASURES[measure]} is lower than under every random subspace of the same shape in {lowest} of {len(rows)} "
+        f"cells (chance: {chance:g})"
     )
-    return f"{text} and higher in {higher} (Holm-corrected)."
+    if placebo is None:
+        return f"{text[0].upper()}{text[1:]}."
+    lower = int(((rows["difference"] < 0) & (rows["p_holm"] < alpha)).sum())
+    higher = int(((rows["difference"] > 0) & (rows["p_holm"] < alpha)).sum())
+    false = int((placebo["p_holm"] < alpha).sum())
+    return (
+        f"{text[0].upper()}{text[1:]}; lower beyond noise in {lower} and higher in {higher} (Holm), where the same "
+        f"test takes {false} of {len(placebo)} random subspaces for different from their fellows."
+    )
+
+
+def kl_sentence(table: pd.DataFrame) -> str:
+    """In how many cells the subspace does less damage than all random ones of its shape."""
+    return overall(table, "kl")
 
 
 def _none(
@@ -92,8 +118,8 @@ def _none(
         n = int(better.sum())
         mildest = loss.loc[kl["value"][better].idxmin()]
         text = (
-            f"No cell qualifies: {n} of {len(loss)} have a lower aligned loss than random subspaces of their shape, "
-            f"but none of them keeps KL within {budget:g} nats (the mildest, {describe(mildest)}, has "
+            f"No cell qualifies: {n} of {len(loss)} have an aligned loss below that of random subspaces of their shape "
+            f"beyond noise, but none of them keeps KL within {budget:g} nats (the mildest, {describe(mildest)}, has "
             f"{kl.loc[mildest.name, 'value']:.3f})."
         )
     else:

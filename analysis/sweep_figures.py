@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .style import COLORS, DIVERGING, NULL_COLOR, SYMBOLS, band, figure, line, plain
+from .sweep_cells import MEASURES
 
-NAMES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
 ALPHA = 0.05
 
 
@@ -29,9 +29,10 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     grid = grid.reindex(index=_ordered(rows), columns=sorted(rows["rank"].unique()))
     by_place = rows.set_index(["label", "rank"])
     texts = [[_text(by_place, label, rank, recommended) for rank in grid.columns] for label in grid.index]
-    limit = float(np.nanmax(np.abs(grid.to_numpy())) or 1.0)
+    limit = _limit(grid.to_numpy())
+    capped = bool(np.nanmax(np.abs(grid.to_numpy())) > limit)
     fig = figure(
-        f"{NAMES[measure]}: gradient subspace minus random ones of its shape",
+        f"{MEASURES[measure]}: gradient subspace minus random ones of its shape",
         "rank (directions kept per block; layers counted from 0)",
         "layers",
         says="nats per token; blue: lower than random. * Holm p < 0.05 over all cells"
@@ -50,7 +51,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
             zmax=limit,
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "nats", "side": "right"}},
+            colorbar={"title": {"text": "nats (colours end here)" if capped else "nats", "side": "right"}},
             hovertemplate="layers %{y}, rank %{x}<br>minus random: %{z:.4f} nats<extra></extra>",
             hoverongaps=False,
         )
@@ -65,21 +66,24 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
     """One panel per choice of layers: change from the base model against rank, with random subspaces' range."""
     rows = _labelled(table, measure)
     labels = _ordered(rows)
-    columns = min(4, len(labels))
+    columns = min(5, len(labels))
+    extents = rows.groupby("label")[["low", "high", "random_low", "random_high"]].agg(["min", "max"]).abs().max(axis=1)
+    one_scale = bool(extents.max() <= 4 * extents.median())
+    scales = "" if one_scale else " Every panel has a scale of its own"
     n_rows = math.ceil(len(labels) / columns)
     fig = make_subplots(
         rows=n_rows,
         cols=columns,
-        shared_yaxes="all",
+        shared_yaxes="all" if one_scale else False,
         subplot_titles=[plain(_heading(label)) for label in labels],
         vertical_spacing=0.3 / n_rows,
-        horizontal_spacing=0.03,
+        horizontal_spacing=0.03 if one_scale else 0.05,
         figure=figure(
-            f"{NAMES[measure]} against rank, change from the base model",
+            f"{MEASURES[measure]} against rank, change from the base model",
             "",
             "",
             says="bands: 95 % interval over items; for random subspaces, the range of the draws. "
-            "Full rank is the model itself: 0",
+            f"Full rank is the model itself: 0.{scales}",
         ),
     )
     for i, label in enumerate(labels):
@@ -93,7 +97,7 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
         line(panel, part["rank"], part["value"], "gradient subspace", showlegend=i == 0)
         for trace in panel.data:
             fig.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
-    fig.update_xaxes(title_text="rank (directions per block)", row=n_rows)
+    fig.update_xaxes(title_text="rank per block", row=n_rows)
     fig.update_xaxes(range=[0, 1.04 * float(rows["width"].max())], title_standoff=5)
     fig.update_yaxes(title_text="nats per token", col=1)
     for i in range(len(labels), n_rows * columns):  # panels without a curve
@@ -173,6 +177,13 @@ def _ordered(rows: pd.DataFrame) -> list[str]:
     depth = labels["layer"].where(single, "0").astype(int)
     order = labels.assign(many=~single, depth=depth).sort_values(["many", "depth"], kind="stable")
     return list(order["label"])
+
+
+def _limit(values: np.ndarray) -> float:
+    """End of the colour scale: the largest value, unless a few would leave all others without colour."""
+    sizes = np.abs(values[~np.isnan(values)])
+    largest, most = float(sizes.max()), float(np.quantile(sizes, 0.8))
+    return (most if largest > 3 * most > 0 else largest) or 1.0
 
 
 def _heading(label: str) -> str:

@@ -16,7 +16,7 @@ from spd_lens.moments import GradientMoments
 from .chosen import CHOSEN_MEASURES, remeasure, write
 from .grid import Cell, Grid
 from .inputs import Subject
-from .recommend import KL_BUDGET, Recommendation, kl_sentence, recommend
+from .recommend import KL_BUDGET, Recommendation, overall, recommend
 from .sweep import sweep
 from .sweep_figures import figures
 
@@ -39,10 +39,11 @@ def report(
     cells = {measured.cell.name: measured.cell for measured in found.cells}
     default = default_cell(subject, moments)
     advice = recommend(table, kl_budget=kl_budget, default=default.name if default else None)
-    says = f"{advice.reason} {kl_sentence(table)}"
+    counts = [overall(table, measure, found.placebo(measure)) for measure in ("aligned_loss", "kl")]
+    says = " ".join([advice.reason, *counts])
     facts: dict[str, Any] = {
         "grid": grid.model_dump(mode="json"), "items": len(items), "kl_budget": kl_budget, "unit": "nats per token",
-        "recommended": advice.cell, "reason": advice.reason, "strength": config.strength,
+        "recommended": advice.cell, "reason": advice.reason, "counts": counts, "strength": config.strength,
         "extraction": f"{int(moments.n_examples.sum())} examples",
     }  # fmt: skip
     subject.save(name, table, figures(table, recommended=advice.cell), says=says, **facts)

@@ -68,9 +68,9 @@ class Machine:
 
 A100 = Machine("one A100-80G in bfloat16", 110e12, 1.2e12, 0.8e-3)
 """35 % of 312 TFLOP/s and 60 % of 2 TB/s. The paper used four of them; a study runs on one."""
-TWO_CORES = Machine("two CPU cores in bfloat16", 0.15e12, 8e9, 0.5e-3)
+TWO_CORES = Machine("two CPU cores in bfloat16", 0.25e12, 8e9, 0.5e-3)
 """As measured with SmolLM2-135M on two cores of 2024 with avx512_bf16."""
-TWO_CORES_FLOAT32 = Machine("two CPU cores in float32", 0.07e12, 8e9, 0.5e-3)
+TWO_CORES_FLOAT32 = Machine("two CPU cores in float32", 0.1e12, 8e9, 0.5e-3)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from spd_lens import extract
 from spd_lens.analysis import chosen, rank_sweep, sweep_figures
+from spd_lens.analysis.contrast import contrasts
 from spd_lens.analysis.grid import Grid
 from spd_lens.analysis.inputs import Subject
 from spd_lens.analysis.prefix import Prefix, PrefixPolicy
@@ -98,6 +99,16 @@ def test_the_table_says_what_was_measured(undisturbed):
         assert row["difference"] == pytest.approx(row["value"] - row["random"])
         assert row["difference_low"] < row["difference"] < row["difference_high"]
         assert (row["n_items"], row["n_random"]) == (6, 3)
+
+
+def test_the_placebo_puts_each_draw_in_the_place_of_the_cell(undisturbed):
+    placebo = undisturbed.placebo("kl")
+    assert len(placebo) == 9 * 3
+    draws = [measured.random_change(undisturbed.base, "kl") for measured in undisturbed.cells]
+    expected = contrasts([d[1] for d in draws], [d[[0, 2]] for d in draws])
+    second = placebo[placebo["draw"] == 1]
+    assert list(second["cell"]) == [measured.cell.name for measured in undisturbed.cells]
+    assert list(second["p"]) == [c.p for c in expected] and list(second["p_holm"]) == [c.p_holm for c in expected]
 
 
 def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, undisturbed):

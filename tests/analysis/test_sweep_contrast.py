@@ -7,7 +7,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from spd_lens.analysis.contrast import contrasts, holm, matched_draws, moderated
-from spd_lens.analysis.recommend import kl_sentence, recommend
+from spd_lens.analysis.recommend import overall, recommend
 from spd_lens.errors import SPDError
 
 
@@ -151,11 +151,17 @@ def test_a_worse_cell_is_not_recommended():
     assert advice.cell is None and "1 are significantly worse than random" in advice.reason
 
 
-def test_kl_is_counted_both_ways():
-    table = table_of(*noise(np.random.default_rng(8), 4))
-    table.loc[table["measure"] == "kl", "p_holm"] = [0.01, 0.01, 0.5, 0.01]
-    table.loc[table["measure"] == "kl", "difference"] = [-0.1, -0.1, -0.1, 0.1]
-    assert kl_sentence(table).endswith("in 2 of 4 cells and higher in 1 (Holm-corrected).")
+def test_all_cells_are_counted_beside_chance_and_placebo():
+    table = table_of(*noise(np.random.default_rng(8), 4)).assign(n_random=3)
+    kl = table["measure"] == "kl"
+    table.loc[kl, "p_holm"] = [0.01, 0.01, 0.5, 0.01]
+    table.loc[kl, "difference"] = [-0.1, -0.1, -0.1, 0.1]
+    table.loc[kl, "value"] = [0.1, 0.1, 0.1, 0.3]
+    table.loc[kl, "random_low"] = [0.2, 0.2, 0.05, 0.2]
+    sentence = overall(table, "kl", pd.DataFrame({"p_holm": [0.01, 0.2, 1.0] * 4}))
+    assert "every random subspace of the same shape in 2 of 4 cells (chance: 1)" in sentence
+    assert "lower beyond noise in 2 and higher in 1 (Holm)" in sentence
+    assert "takes 4 of 12 random subspaces" in sentence
 
 
 def test_random_subspaces_of_the_same_damage():
