@@ -17,6 +17,7 @@ LANES ?= hooked bridge
 # Test processes per lane. 0: one process with all cores. More share the cores, and each imports torch anew.
 WORKERS ?= 0
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -54,9 +55,8 @@ format: $(HOOKED)/dev  ## write what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: $(HOOKED)/dev  ## benchmarks against peers
-	@if [ -f benchmarks/run.py ]; then .venv/bin/python benchmarks/run.py; \
-	else echo "there are no benchmarks yet (benchmarks/run.py)"; fi
+bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generation --quick'
+	.venv/bin/python -m benchmarks.run $(BENCH_ARGS)
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py
@@ -103,6 +103,10 @@ $(HOOKED)/library: $(PROJECT) constraints.txt $(HOOKED)/model | $(HOOKED)/torch
 
 $(HOOKED)/dev: $(HOOKED)/library
 	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev,evals]"
+	@touch $@
+
+$(HOOKED)/bench: $(HOOKED)/dev
+	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev,evals,bench]"
 	@touch $@
 
 $(BRIDGE)/test: $(PROJECT) constraints-bridge.txt $(BRIDGE)/model | $(BRIDGE)/torch $(HOOKED)/dev

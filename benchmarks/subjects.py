@@ -1,0 +1,64 @@
+"""The models and texts that the benchmarks run on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import spd_lens as spd
+from spd_lens.config import DEFAULT_MODEL
+from spd_lens.models.pair import resolve_device
+
+DATA = Path(os.environ.get("SPD_LENS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Folder with the published benchmark files. Without it the synthetic arithmetic task stands in."""
+
+MODELS = ("smollm2", "qwen2.5-0.5b-shape")
+
+
+@dataclass
+class Subject:
+    """A model in one dtype."""
+
+    name: str
+    pair: spd.ModelPair
+
+    @property
+    def dtype(self) -> str:
+        return str(self.pair.dtype).removeprefix("torch.")
+
+
+def subject(name: str, dtype: str = "float32", device: str = "auto", backend: str = "auto") -> Subject:
+    """SmolLM2-135M-Instruct with its weights, or random weights in the shape of Qwen2.5-0.5B with SmolLM2's tokenizer.
+
+    Speed does not depend on the weights' values. The random model's embedding has Qwen's 151,936 rows.
+    """
+    if name == "smollm2":
+        return Subject(name, spd.load(DEFAULT_MODEL, dtype=dtype, device=device, backend=backend))
+    tokenizer = spd.load(DEFAULT_MODEL, dtype="bfloat16", device="cpu").tokenizer
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    twin = Qwen2ForCausalLM(config).to(getattr(torch, dtype)).to(resolve_device(device))
+    return Subject(name, spd.ModelPair(twin, tokenizer, name="random-qwen2.5-0.5b-shape", backend=backend))
+
+
+def task() -> spd.tasks.Task:
+    """GSM8K, or its synthetic stand-in."""
+    path = DATA / "gsm8k"
+    return spd.tasks.get("gsm8k", path=path) if path.is_dir() else spd.tasks.get("synthetic-math")
