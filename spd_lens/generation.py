@@ -11,8 +11,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from spd_lens.corpus import Corpus, CorpusWriter, Key, Record
-from spd_lens.decoding import Decoding, Job, completed, lens_engine, stop_tokens, twin_engine
+from spd_lens.decoding import Decoding, Job, stop_tokens
 from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
+from spd_lens.engines import lens_engine, twin_engine
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, as_examples
 from spd_lens.models import ModelPair
@@ -39,7 +40,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 42,
     engine: str = "twin",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     samples_per_prompt: int = 1,
     path: str | Path | None = None,
     progress: bool = True,
@@ -65,7 +66,8 @@ def generate(
         seed: Of the sampling noise.
         engine: `"twin"`: batched on the Hugging Face twin, the projection folded into its weights. `"lens"`: the lens
             model under hooks, one prompt at a time and slow, with the same tokens in float32.
-        batch_size: Completions at a time (twin engine); halved by itself where memory runs out.
+        batch_size: Completions at a time (twin engine); as one ends, the next prompt takes its place. None: as many as
+            memory allows, at most 32 on a CPU and 256 on CUDA. Halved by itself where memory runs out.
         samples_per_prompt: How many completions of each prompt.
         path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
             prompts than before (with a choice by prompt: with the same ones).
@@ -79,7 +81,9 @@ def generate(
             `path` from other settings; a full disk (what was written is kept).
     """
     sampling = Sampling.resolve(pair, temperature, top_p, top_k)
-    _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples_per_prompt=samples_per_prompt)
+    _check_counts(max_new_tokens=max_new_tokens, samples_per_prompt=samples_per_prompt)
+    if batch_size is not None:
+        _check_counts(batch_size=batch_size)
     if engine not in ENGINES:
         raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
     if engine == "lens" and adapter is not None:
@@ -97,24 +101,22 @@ def generate(
     by_prompt = subspace is not None and not isinstance(subspace, Subspace)
     settings = _settings(pair, decoding, engine, groups, by_prompt, strength, adapter)
     order = [job.key for job in jobs]
-    size = batch_size if engine == "twin" else 1
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(CorpusWriter(path, settings, order)) if path is not None else None
         done = dict(writer.done) if writer is not None else {}
         _refuse_other_prompts(jobs, done)
         bar = stack.enter_context(tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress))
         for group in groups:
-            batches = _batches(group.jobs, size, done)
-            if not batches:
+            left = [job for job in group.jobs if job.key not in done]
+            if not left:
                 continue
             with (
-                twin_engine(pair, decoding, group.subspace, strength, adapter)
+                twin_engine(pair, decoding, group.subspace, strength, adapter, batch_size)
                 if engine == "twin"
                 else lens_engine(pair, decoding, group.subspace, strength)
             ) as run:
-                for part, completions in (made for batch in batches for made in completed(run, batch)):
-                    records = [_record(pair, job, ids, decoding) for job, ids in zip(part, completions, strict=True)]
-                    records = [record for record in records if record.key not in done]
+                for completions in run(left):
+                    records = [_record(pair, job, ids, decoding) for job, ids in completions]
                     if writer is not None:
                         writer.append(records)
                     done |= {record.key: record for record in records}
@@ -225,17 +227,6 @@ def _jobs(
             )
         jobs += [Job(example, sample, ids) for sample in range(samples)]
     return jobs
-
-
-def _batches(jobs: Sequence[Job], size: int, done: Mapping[Key, Record]) -> list[Sequence[Job]]:
-    """Batches of similar length with something left to do, the longest prompts first: they need most memory.
-
-    Batches are cut from all jobs, not from those left, and run whole: a resumed run then repeats the batches of an
-    undisturbed one, so that even in bfloat16, where the batch can change a token, it continues the same corpus.
-    """
-    ordered = sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=True)
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [batch for batch in batches if any(job.key not in done for job in batch)]
 
 
 def _refuse_other_prompts(jobs: Sequence[Job], done: Mapping[Key, Record]) -> None:

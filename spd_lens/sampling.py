@@ -106,21 +106,35 @@ class Sampler:
         self._uniforms = torch.from_numpy(np.stack(noise))
 
     def choose(self, logits: Float[Tensor, "row d_vocab"], step: int) -> Int[Tensor, " row"]:
-        """Token ids for all rows at `step` (0 for the first new token).
+        """Token ids for all rows at `step` (0 for the first new token)."""
+        return choose(logits, self.sampling, self._uniforms[:, step], [step] * len(logits))
 
-        Raises:
-            SPDError: the logits hold NaN, from which nothing can be drawn.
-        """
-        best, greedy = logits.max(dim=-1)
-        if not torch.isfinite(best).all():  # NaN and +inf win every maximum; all -inf leaves -inf
-            raise SPDError(
-                f"the model's logits are not finite at new token {step + 1}; load it with dtype='float32' "
-                "(float16 overflows in many models) or check its weights"
-            )
-        if self.sampling.greedy:
-            return greedy
-        ids, weights = truncated(logits, self.sampling)
-        return draw(ids, weights, self._uniforms[:, step].to(logits.device))
+
+def choose(
+    logits: Float[Tensor, "row d_vocab"], sampling: Sampling, uniforms: Float[Tensor, " row"], steps: Sequence[int]
+) -> Int[Tensor, " row"]:
+    """The next token of every row.
+
+    Args:
+        logits: Of the next token.
+        sampling: What to draw from.
+        uniforms: Each row's noise at its step, of `row_uniforms`.
+        steps: Each row's step (0 for the first new token), to name it where something is wrong.
+
+    Raises:
+        SPDError: the logits hold NaN, from which nothing can be drawn.
+    """
+    best, greedy = logits.max(dim=-1)
+    finite = torch.isfinite(best)  # NaN and +inf win every maximum; all -inf leaves -inf
+    if not finite.all():
+        raise SPDError(
+            f"the model's logits are not finite at new token {steps[int(finite.int().argmin())] + 1}; load it with "
+            "dtype='float32' (float16 overflows in many models) or check its weights"
+        )
+    if sampling.greedy:
+        return greedy
+    ids, weights = truncated(logits, sampling)
+    return draw(ids, weights, uniforms.to(logits.device))
 
 
 def draw(

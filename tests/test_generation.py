@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import spd_lens.decoding
 from spd_lens.corpus import Corpus, CorpusWriter
 from spd_lens.decoding import stop_tokens
 from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair
+from spd_lens.slots import Slots
 from spd_lens.subspace import Subspace
 from tests.helpers import assert_same_bits, greedy, make_adapter, refused
 
@@ -173,27 +173,45 @@ def test_the_twin_is_left_as_it_was_also_after_an_exception(fresh_pair, tiny_pro
 )
 def test_a_batch_that_does_not_fit_is_halved(tiny_pair, tiny_prompts, monkeypatch, error):
     undisturbed = made(tiny_pair, tiny_prompts, **HOT)
-    sizes, complete = [], spd_lens.decoding._complete_on_twin
+    sizes, step = [], Slots._step
+    room = 2
 
-    def cramped(pair, jobs, decoding, room=2):
-        sizes.append(len(jobs))
-        if len(jobs) > room:
+    def cramped(slots, rows):
+        if not sizes or sizes[-1] != slots.n_slots:
+            sizes.append(slots.n_slots)
+        if len(rows) > room or (len(rows[0].ids) > 3 and sizes == [6, 3]):
             raise error
-        return complete(pair, jobs, decoding)
+        step(slots, rows)
 
-    monkeypatch.setattr(spd_lens.decoding, "_complete_on_twin", cramped)
+    monkeypatch.setattr(Slots, "_step", cramped)
     assert made(tiny_pair, tiny_prompts, **HOT).records == undisturbed.records
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
-    monkeypatch.setattr(spd_lens.decoding, "_complete_on_twin", lambda *a: cramped(*a, room=0))
+    assert sizes == [6, 3, 1]
+    room = 0
     with refused("not enough memory", "drop_lens"):
         made(tiny_pair, tiny_prompts, **HOT)
+
+
+def test_what_was_made_before_memory_ran_out_is_kept(tiny_pair, tiny_prompts, tmp_path, monkeypatch):
+    undisturbed = made(tiny_pair, tiny_prompts, **HOT)
+    admit, admitted = Slots._admit, []
+
+    def cramped(slots, job, slot):
+        admitted.append(job.key)
+        if len(admitted) == 4:  # the first two are done by then, in two slots
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return admit(slots, job, slot)
+
+    monkeypatch.setattr(Slots, "_admit", cramped)
+    assert made(tiny_pair, tiny_prompts, **HOT, batch_size=2).records == undisturbed.records
+    finished = admitted[:2]
+    assert len(admitted) == len(tiny_prompts) + 2 and not set(finished) & set(admitted[4:])
 
 
 def test_other_runtime_errors_are_not_taken_for_lack_of_memory(tiny_pair, tiny_prompts, monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(spd_lens.decoding, "_complete_on_twin", broken)
+    monkeypatch.setattr(Slots, "_step", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         made(tiny_pair, tiny_prompts)
 
@@ -245,7 +263,7 @@ def test_a_finished_corpus_is_returned_without_running_the_model(tiny_pair, tiny
     path = tmp_path / "corpus.jsonl"
     first = made(tiny_pair, tiny_prompts, path=path)
     content = path.read_bytes()
-    monkeypatch.setattr(spd_lens.decoding, "_complete_on_twin", lambda *_: 1 / 0)
+    monkeypatch.setattr(Slots, "_admit", lambda *_: 1 / 0)
     assert made(tiny_pair, tiny_prompts, path=path).records == first.records
     assert path.read_bytes() == content
 

@@ -11,6 +11,7 @@ from spd_lens.digests import subspace_digest
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.generation import generate
+from spd_lens.slots import Slots
 from spd_lens.subspace import Subspace
 from tests.helpers import assert_same_bits, refused
 
@@ -97,16 +98,15 @@ def test_an_interrupted_corpus_is_continued(any_tiny_pair, prompts, choice, tmp_
     options = {**OPTIONS, "subspace": choice, "batch_size": 1}
     whole = generate(any_tiny_pair, prompts, **options)
     path = tmp_path / "corpus.jsonl"
-    made = spd_lens.generation.completed
-    left = iter(range(3))
+    admit, left = Slots._admit, iter(range(3))
 
-    def until_killed(run, batch):
+    def until_killed(slots, job, slot):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return made(run, batch)
+        return admit(slots, job, slot)
 
     with monkeypatch.context() as patch:
-        patch.setattr(spd_lens.generation, "completed", until_killed)
+        patch.setattr(Slots, "_admit", until_killed)
         with pytest.raises(KeyboardInterrupt):
             generate(any_tiny_pair, prompts, path=path, **options)
     part = Corpus.load(path)

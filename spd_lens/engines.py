@@ -1,0 +1,208 @@
+"""The two engines that turn prompts into completions: the batched twin, and the lens model under hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from spd_lens.decoding import Completions, Decoding, Job
+from spd_lens.errors import SPDError
+from spd_lens.models import ModelPair
+from spd_lens.models.adapters import adapted
+from spd_lens.models.architectures import ARCHITECTURES
+from spd_lens.models.backends import lens_logits
+from spd_lens.projection import folded, projected
+from spd_lens.sampling import Sampler
+from spd_lens.slots import Slots
+from spd_lens.subspace import Subspace
+
+log = logging.getLogger(__name__)
+
+Engine = Callable[[Sequence[Job]], Iterator[Completions]]
+"""From jobs to their completions, as they end."""
+
+MOST_AT_A_TIME = {"cpu": 32, "cuda": 256}
+"""More rows hardly raise tokens per second: from here on the arithmetic limits, not reading the weights."""
+_SHARE = 0.5
+"""Of the free memory, for cache and logits."""
+
+
+@contextlib.contextmanager
+def twin_engine(
+    pair: ModelPair,
+    decoding: Decoding,
+    subspace: Subspace | None,
+    strength: float,
+    adapter: str | Path | None,
+    batch_size: int | None = None,
+) -> Iterator[Engine]:
+    """The twin, batched, with the adapter on and the projection folded into its weights.
+
+    `batch_size` completions at a time; None: as many as memory allows, up to `MOST_AT_A_TIME`.
+    """
+    with (
+        adapted(pair.hf, adapter),
+        folded(pair.hf, subspace, strength),  # after the adapter, so that what it adds is projected too
+        _contiguous_unembed(pair),
+    ):
+        yield lambda jobs: _as_memory_allows(pair, decoding, jobs, batch_size or fitting(pair, decoding, jobs))
+
+
+@contextlib.contextmanager
+def lens_engine(pair: ModelPair, decoding: Decoding, subspace: Subspace | None, strength: float) -> Iterator[Engine]:
+    """The lens model, one prompt at a time, with the projection as hooks."""
+    with projected(pair.lens, subspace, strength) if subspace is not None else contextlib.nullcontext():
+        yield lambda jobs: ([(job, _complete_on_lens(pair, job, decoding))] for job in jobs)
+
+
+def fitting(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> int:
+    """How many completions at a time the free memory holds: their keys and values at full length, and their logits."""
+    shape = pair.fingerprint
+    longest = max(len(job.prompt_ids) for job in jobs) + decoding.max_new_tokens
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * longest * pair.dtype.itemsize
+    logits = 4 * pair.hf.get_input_embeddings().weight.shape[0] * torch.float32.itemsize
+    free = torch.cuda.mem_get_info(pair.device)[0] if pair.device.type == "cuda" else psutil.virtual_memory().available
+    most = MOST_AT_A_TIME.get(pair.device.type, MOST_AT_A_TIME["cpu"])
+    return max(1, min(most, int(_SHARE * free / (cache + logits))))
+
+
+def _as_memory_allows(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int) -> Iterator[Completions]:
+    """Complete all jobs, fewer at a time where memory runs out.
+
+    Raises:
+        SPDError: there is not enough memory for a single job.
+    """
+    left = {job.key: job for job in jobs}
+    while left:
+        size = min(size, len(left))
+        for completions in _until_out_of_memory(pair, decoding, list(left.values()), size):
+            for job, _ in completions:
+                del left[job.key]
+            yield completions
+        if not left:
+            return
+        if size == 1:
+            raise SPDError(
+                f"there is not enough memory for prompt {next(iter(left.values())).example.id!r} alone; lower "
+                "max_new_tokens, use a narrower dtype, or let go of the lens model with pair.drop_lens()"
+            )
+        size //= 2
+        log.info("out of memory: going on with %d prompts at a time", size)
+
+
+def _until_out_of_memory(pair: ModelPair, decoding: Decoding, jobs: list[Job], size: int) -> Iterator[Completions]:
+    try:
+        yield from complete(pair, decoding, jobs, size)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+    # out here the exception, and the tensors that its traceback held, are gone
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def complete(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int) -> Iterator[Completions]:
+    """Complete jobs on the twin as it is, in slots; one batch after the other where slots are not known to be right.
+
+    Slots rely on how an architecture takes masks and positions, which tests show for those in `ARCHITECTURES`.
+    """
+    known = pair.hf.config.get_text_config().model_type in ARCHITECTURES
+    if known and pair.hf.config._attn_implementation in ("sdpa", "eager"):
+        yield from Slots(pair.hf, decoding, size).run(jobs)
+        return
+    ordered = sorted(jobs, key=lambda job: -len(job.prompt_ids))
+    for start in range(0, len(ordered), size):
+        batch = ordered[start : start + size]
+        yield list(zip(batch, plain_batch(pair, decoding, batch), strict=True))
+
+
+@contextlib.contextmanager
+def _contiguous_unembed(pair: ModelPair) -> Iterator[None]:
+    """Hand the unembedding a contiguous last position.
+
+    transformers slices it out of the prompt's hidden states, and torch multiplies such a slice as a batch, for which it
+    copies the whole unembedding matrix once per row: half of the time of 32 completions of 32 tokens on a CPU.
+    """
+    head = pair.hf.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _plain_config(pair: ModelPair, decoding: Decoding) -> Iterator[None]:
+    """Decoding with nothing but what the settings record.
+
+    `hf.generate` fills what a config leaves out from the model's own (a repetition penalty, say), so the model's own
+    is put aside meanwhile.
+    """
+    twin: PreTrainedModel = pair.hf
+    own = twin.generation_config
+    twin.generation_config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,  # the sampler leaves one token to choose
+        eos_token_id=list(decoding.stop_ids) or None,
+        pad_token_id=pair.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    try:
+        yield
+    finally:
+        twin.generation_config = own
+
+
+class _OneToken(LogitsProcessor):
+    """Leaves the token that the sampler chose as the only one possible."""
+
+    def __init__(self, sampler: Sampler, prompt_length: int) -> None:
+        self.sampler = sampler
+        self.prompt_length = prompt_length
+
+    def __call__(
+        self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row d_vocab"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        chosen = self.sampler.choose(scores, step=input_ids.shape[1] - self.prompt_length)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+@torch.no_grad()
+def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> list[list[int]]:
+    """One batch through `generate` of transformers: padded on the left, as long as its longest completion."""
+    longest = max(len(job.prompt_ids) for job in jobs)
+    tokens = torch.full((len(jobs), longest), pair.tokenizer.pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, job in enumerate(jobs):  # padding on the left: new tokens follow the prompt directly
+        tokens[row, longest - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
+        mask[row, longest - len(job.prompt_ids) :] = 1
+    with _plain_config(pair, decoding):
+        output: Any = pair.hf.generate(
+            input_ids=tokens.to(pair.device),
+            attention_mask=mask.to(pair.device),
+            logits_processor=LogitsProcessorList([_OneToken(decoding.sampler(jobs), longest)]),
+        )
+    return [decoding.up_to_stop(row) for row in output[:, longest:].tolist()]
+
+
+@torch.no_grad()
+def _complete_on_lens(pair: ModelPair, job: Job, decoding: Decoding) -> list[int]:
+    """Every step runs the whole sequence: no cache, nothing that a hook could miss."""
+    sampler = decoding.sampler([job])
+    ids = list(job.prompt_ids)
+    for step in range(decoding.max_new_tokens):
+        tokens = torch.tensor([ids], device=pair.device)
+        logits = lens_logits(pair.lens, tokens, torch.ones_like(tokens))
+        ids.append(int(sampler.choose(logits[:, -1].float(), step)))
+        if ids[-1] in decoding.stop_ids:
+            break
+    return ids[len(job.prompt_ids) :]

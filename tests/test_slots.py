@@ -1,0 +1,126 @@
+"""Slots against the plain way: every architecture, rows of unequal lengths, refilling, shared prefixes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from spd_lens.decoding import Decoding, Job
+from spd_lens.engines import complete, fitting, plain_batch
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.sampling import Sampling
+from spd_lens.slots import MIN_PREFIX, Slots
+from tests.conftest import build_tokenizer
+from tests.models.zoo import ZOO, build_twin
+
+GREEDY = Sampling(0.0, 1.0, None)
+HOT = Sampling(1.2, 0.9, None)
+
+
+@pytest.fixture(scope="module", params=sorted(ZOO))
+def member(request):
+    return ModelPair(build_twin(request.param), build_tokenizer(chat=False))
+
+
+def jobs_of(pair: ModelPair, lengths, *, prefix: int = 0, seed: int = 0) -> list[Job]:
+    noise = random.Random(seed)
+    vocabulary = range(5, pair.hf.get_input_embeddings().weight.shape[0])
+    shared = noise.choices(vocabulary, k=prefix)
+    return [
+        Job(Example("", id=str(n)), 0, shared + noise.choices(vocabulary, k=length)) for n, length in enumerate(lengths)
+    ]
+
+
+def recomputed(model, job: Job, decoding: Decoding) -> list[int]:
+    """Greedy, without cache or batch."""
+    ids = list(job.prompt_ids)
+    while len(ids) - len(job.prompt_ids) < decoding.max_new_tokens:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in decoding.stop_ids:
+            break
+    return ids[len(job.prompt_ids) :]
+
+
+def by_id(runs) -> dict[str, list[int]]:
+    found = [(job.example.id, ids) for completions in runs for job, ids in completions]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_every_architecture_makes_the_tokens_of_plain_recomputation(member):
+    # beyond the window of those that have one (16), which some rows reach before others; more jobs than slots
+    jobs = jobs_of(member, [3, 30, 11, 19, 7])
+    decoding = Decoding(GREEDY, 0, 14, ())
+    expected = {job.example.id: recomputed(member.hf, job, decoding) for job in jobs}
+    assert by_id(Slots(member.hf, decoding, 2).run(jobs)) == expected
+    assert by_id(Slots(member.hf, decoding, 8).run(jobs)) == expected
+
+
+def test_a_shared_prefix_is_read_once_and_changes_nothing(member):
+    jobs = jobs_of(member, [4, 9, 1], prefix=MIN_PREFIX)
+    decoding = Decoding(GREEDY, 0, 6, ())
+    read = []
+    handle = member.hf.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    found = by_id(Slots(member.hf, decoding, 2).run(jobs))
+    handle.remove()
+    assert found == {job.example.id: recomputed(member.hf, job, decoding) for job in jobs}
+    prompts = [tuple(shape) for shape in read if shape[1] > 1 or shape == (1, 1)]
+    assert prompts[:2] == [(1, MIN_PREFIX), (1, 9)]
+    assert sum(shape[1] for shape in read if shape[1] > 1) == MIN_PREFIX + 9 + 4
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 6])
+def test_rows_end_at_stop_tokens_and_the_next_prompt_takes_over(tiny_pair, n_slots):
+    jobs = jobs_of(tiny_pair, [3, 30, 11, 19, 7, 5], seed=1)
+    unstopped = Decoding(GREEDY, 0, 12, ())
+    full = {job.example.id: recomputed(tiny_pair.hf, job, unstopped) for job in jobs}
+    stops = tuple({ids[n] for n, ids in zip((0, 3, 6, 9), full.values(), strict=False)})
+    decoding = Decoding(GREEDY, 0, 12, stops)
+    found = by_id(Slots(tiny_pair.hf, decoding, n_slots).run(jobs))
+    assert found == {name: decoding.up_to_stop(ids) for name, ids in full.items()}
+    assert len({len(ids) for ids in found.values()}) >= 3
+
+
+def test_sampled_tokens_are_those_of_plain_batches(tiny_pair):
+    jobs = jobs_of(tiny_pair, [3, 30, 11, 19, 7, 5], seed=2)
+    decoding = Decoding(HOT, 7, 12, ())
+    plain = dict(zip((job.example.id for job in jobs), plain_batch(tiny_pair, decoding, jobs), strict=True))
+    assert by_id(Slots(tiny_pair.hf, decoding, 4).run(jobs)) == plain
+
+
+def test_samples_of_one_prompt_read_it_once(tiny_pair):
+    [job] = jobs_of(tiny_pair, [20])
+    jobs = [Job(job.example, sample, job.prompt_ids) for sample in range(4)]
+    decoding = Decoding(HOT, 0, 5, ())
+    read = []
+    handle = tiny_pair.hf.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    found = [(job.sample, ids) for ended in Slots(tiny_pair.hf, decoding, 3).run(jobs) for job, ids in ended]
+    handle.remove()
+    assert sum(shape[1] > 1 for shape in read) == 1
+    alone = [plain_batch(tiny_pair, decoding, [job])[0] for job in jobs]
+    assert [ids for _, ids in sorted(found)] == alone and len(set(map(tuple, alone))) == 4
+
+
+def test_an_unknown_architecture_goes_through_generate(tiny_pair, monkeypatch):
+    jobs = jobs_of(tiny_pair, [3, 30, 11])
+    decoding = Decoding(GREEDY, 0, 6, ())
+    known = by_id(complete(tiny_pair, decoding, jobs, 2))
+    calls = []
+    generate = tiny_pair.hf.generate
+    monkeypatch.setattr(tiny_pair.hf, "generate", lambda **kw: calls.append(kw["input_ids"].shape) or generate(**kw))
+    monkeypatch.setattr(tiny_pair.hf.config, "model_type", "unheard-of")
+    assert by_id(complete(tiny_pair, decoding, jobs, 2)) == known
+    assert calls == [(2, 30), (1, 3)]
+
+
+def test_as_many_as_memory_holds(tiny_pair, monkeypatch):
+    jobs, decoding = jobs_of(tiny_pair, [30, 10]), Decoding(GREEDY, 0, 70, ())
+    shape = tiny_pair.fingerprint
+    row = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * 100 * 4 + 16 * tiny_pair.hf.config.vocab_size
+    for rows, expected in ((0.5, 1), (7.5, 7), (1e6, 32)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda rows=rows: type("M", (), {"available": 2 * rows * row}))
+        assert fitting(tiny_pair, decoding, jobs) == expected
