@@ -41,7 +41,7 @@ class Backend(ABC):
 
     @abstractmethod
     def write(self, lens: Any, twin: PreTrainedModel) -> None:
-        """Copy the twin's weights into the lens model."""
+        """Give the lens model the twin's weights, as `lazy_copy`."""
 
     @abstractmethod
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
@@ -60,6 +60,29 @@ def choose_backend(name: str) -> Backend:
             "install the extra 'hooked' (pip install 'transformer-lens>=3.9,<4') or use backend='bridge'"
         )
     return HookedBackend() if name == "hooked" or (name == "auto" and has_hooked) else BridgeBackend()
+
+
+def lazy_copy(weight: Tensor) -> Tensor:
+    """A copy that takes memory only when it or the original is written to; of a view as of a whole tensor.
+
+    Torch's copy-on-write storage: who writes gets a storage of its own, so that neither ever sees the other's edits.
+    """
+    try:
+        return torch._lazy_clone(weight.detach())
+    except (AttributeError, RuntimeError):  # a private function of torch's; not for storage that torch does not manage
+        return weight.detach().clone()
+
+
+def own_memory(model: nn.Module) -> None:
+    """Read weights that lie in a mapped file, as safetensors leaves them, into memory that `lazy_copy` can share."""
+    for parameter in model.parameters():
+        try:
+            torch._lazy_clone(parameter.detach())
+        except RuntimeError:
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.detach().clone()
+        except AttributeError:  # a torch without it
+            return
 
 
 def lens_logits(
@@ -85,6 +108,7 @@ class HookedBackend(Backend):
             lens = HookedTransformer(cfg, own, move_to_device=False)
             lens.to(twin.device)
         lens.eval().requires_grad_(False)
+        own_memory(twin)
         self.write(lens, twin)
         return lens
 
@@ -102,7 +126,7 @@ class HookedBackend(Backend):
                 f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
                 f"{type(twin).__name__} (e.g. {wrong[0]}); use backend='bridge'"
             )
-        lens.load_state_dict(state, strict=False)
+        _give(lens.state_dict(keep_vars=True), state)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         cfg = copy.deepcopy(lens.cfg)
@@ -138,7 +162,10 @@ class BridgeBackend(Backend):
     def build(self, twin: PreTrainedModel, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
-        inner = copy.deepcopy(twin)  # the bridge rewires the model it is given, so the twin must stay out of it
+        own_memory(twin)
+        # the bridge rewires the model it is given, so the twin must stay out of it
+        weights = {id(p): nn.Parameter(lazy_copy(p), requires_grad=False) for p in twin.parameters()}
+        inner = copy.deepcopy(twin, weights)
         inner.config.architectures = [type(twin).__name__]  # a model made in memory does not name it
         name = getattr(twin.config, "_name_or_path", "") or type(twin).__name__
         try:
@@ -161,9 +188,7 @@ class BridgeBackend(Backend):
         source = dict(twin.named_parameters())
         if not source.keys() <= mine.keys():  # split or renamed, as fused QKV is: let another bridge do that again
             source = self._named(self.build(twin, lens.tokenizer))
-        with torch.no_grad():
-            for key, parameter in source.items():
-                mine[key].copy_(parameter)
+        _give(mine, source)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         mine = self._named(lens)
@@ -176,6 +201,12 @@ class BridgeBackend(Backend):
     def _named(self, lens: Any) -> dict[str, nn.Parameter]:
         """The bridge's own parameters under the twin's names as far as it only adds wrappers to the path."""
         return {key.replace("._original_component", ""): p for key, p in lens.original_model.named_parameters()}
+
+
+def _give(mine: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Each of `weights` to the parameter of its name, which stays the same object."""
+    for key, weight in weights.items():
+        mine[key].data = lazy_copy(weight.to(mine[key]))
 
 
 def _read_back(

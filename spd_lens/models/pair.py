@@ -322,7 +322,7 @@ def _hf_logits(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> to
 def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            if name in weights:
+            if name in weights and not torch.equal(parameter, weights[name].to(parameter)):  # else it stays shared
                 parameter.copy_(weights[name])
 
 
