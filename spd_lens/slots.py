@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,12 +16,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spd_lens.decoding import Completions, Decoding, Job
 from spd_lens.models.hooks import unembed_only
+from spd_lens.models.parity import right_pad
 from spd_lens.sampling import choose, row_uniforms
 
 MIN_PREFIX = 64
 """Shared tokens from which on it pays to compute a common prefix once."""
 _COLUMNS = 64
 """Attention reads the cache in steps of this many columns: rounding then hardly depends on the other rows' lengths."""
+_FREE = 1 / 8
+"""Share of the slots that must be free before new prompts are read: a few together are read faster."""
+_TOKENS_AT_ONCE = 1024
+"""Padded tokens of prompts that are read in one pass."""
+_SIMILAR = 0.9
+"""A prompt of less than this share of the longest is not read with it."""
 
 
 @dataclass
@@ -77,15 +85,14 @@ class _SlotLayer(CacheLayerMixin):
 class Slots:
     """Batched completion without padding, with refilling: as one completion ends, the next prompt takes its slot.
 
-    Every row keeps its own positions: token `t` in column `t` of a cache that is allocated once. Prompts are read one
-    at a time, at their own lengths, so that neither padding nor company changes their rounding; a prefix that all share
-    is read once. On the CPU this is as fast as reading them together.
+    Every row keeps its own positions: token `t` in column `t` of a cache that is allocated once. New prompts are read
+    together where a few slots are free, padded on the right: causal attention keeps padding from them without a mask,
+    so that company hardly changes their rounding. A prefix that all share is read once.
     """
 
     def __init__(self, model: Any, decoding: Decoding, n_slots: int) -> None:
         """`n_slots` completions at a time of a transformers causal language model, which is left as it is."""
         self.model, self.decoding, self.n_slots = model, decoding, n_slots
-        self._last: tuple[list[int], DynamicCache, Tensor] | None = None
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> Iterator[Completions]:
@@ -93,57 +100,60 @@ class Slots:
         waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt_ids)))
         self.n_slots = min(self.n_slots, len(waiting))
         prefix = _common_prefix([job.prompt_ids for job in waiting])
-        self._prefix = self._read(prefix, None)[0] if len(prefix) >= MIN_PREFIX and len(waiting) > 1 else None
+        self._prefix = self._read([prefix], None)[0] if len(prefix) >= MIN_PREFIX and len(waiting) > 1 else None
         self._cache: SlotCache | None = None
         self._capacity = _rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
         self._noise = torch.zeros(self.n_slots, self.decoding.max_new_tokens, dtype=torch.float64)
         rows: list[_Row] = []
         while waiting or rows:
             ended: Completions = []
-            while waiting and len(rows) < self.n_slots:
-                row = self._admit(waiting.popleft(), len(rows))
-                if self._over(row):
-                    ended.append((row.job, row.ids))
-                else:
-                    rows.append(row)
-            if rows:
+            free = self.n_slots - len(rows)
+            if waiting and (free >= self.n_slots * _FREE or not rows):
+                rows += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))], len(rows))
+            else:
                 self._step(rows)
-                for slot in reversed(range(len(rows))):
-                    if self._over(rows[slot]):
-                        ended.append((rows[slot].job, rows[slot].ids))
-                        self._vacate(rows, slot)
+            for slot in reversed(range(len(rows))):
+                if self._over(rows[slot]):
+                    ended.append((rows[slot].job, rows[slot].ids))
+                    self._vacate(rows, slot)
             if ended:
                 yield ended
 
     def _over(self, row: _Row) -> bool:
         return row.ids[-1] in self.decoding.stop_ids or len(row.ids) == self.decoding.max_new_tokens
 
-    def _admit(self, job: Job, slot: int) -> _Row:
-        """Read a prompt into a slot and draw its first token."""
-        if self._last is None or self._last[0] != job.prompt_ids:  # samples of one prompt read it once
-            self._last = None  # before the next one is read: memory
-            self._last = (job.prompt_ids, *self._read(job.prompt_ids, self._prefix))
-        _, read, logits = self._last
-        if self._cache is None:
-            self._cache = SlotCache.like(read, self.n_slots, self._capacity)
-        self._cache.fill(slot, read)
-        noise = row_uniforms(self.decoding.seed, *job.key, self.decoding.max_new_tokens)
-        self._noise[slot] = torch.from_numpy(noise)
-        return _Row(job, [int(choose(logits, self.decoding.sampling, self._noise[slot, :1], [0]))])
+    def _admit(self, jobs: Sequence[Job], first: int) -> list[_Row]:
+        """Read prompts into the slots from `first` on, and draw their first tokens."""
+        rows: list[_Row] = []
+        for group in _groups(jobs):
+            prompts = [list(ids) for ids in dict.fromkeys(tuple(job.prompt_ids) for job in group)]  # samples share one
+            read, logits = self._read(prompts, self._prefix)
+            if self._cache is None:
+                self._cache = SlotCache.like(read, self.n_slots, self._capacity)
+            places = [prompts.index(job.prompt_ids) for job in group]
+            slots = slice(first + len(rows), first + len(rows) + len(group))
+            self._cache.fill(slots, read, places)
+            noise = [row_uniforms(self.decoding.seed, *job.key, self.decoding.max_new_tokens) for job in group]
+            self._noise[slots] = torch.from_numpy(np.stack(noise))
+            chosen = choose(logits[places], self.decoding.sampling, self._noise[slots, 0], [0] * len(group))
+            rows += [_Row(job, [token]) for job, token in zip(group, chosen.tolist(), strict=True)]
+        return rows
 
-    def _read(self, ids: list[int], prefix: DynamicCache | None) -> tuple[DynamicCache, Float[Tensor, "1 d_vocab"]]:
-        """Run a prompt, or what follows the prefix in it; its keys and values, and the logits after it."""
+    def _read(
+        self, prompts: list[list[int]], prefix: DynamicCache | None
+    ) -> tuple[DynamicCache, Float[Tensor, "row d_vocab"]]:
+        """Run prompts, or what follows the prefix in them; their keys and values, and the logits after them."""
         cache = DynamicCache()  # without the config, by which sliding layers would drop what the window has passed
         start = 0
         if prefix is not None:
             for layer, shared in enumerate(prefix.layers):
-                cache.update(shared.keys, shared.values, layer)
+                cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (shared.keys, shared.values)), layer)
             start = cache.get_seq_length()
         device = self.model.device
-        tokens = torch.tensor([ids[start:]], device=device)
-        positions = torch.arange(start, len(ids), device=device)[None]
-        last = torch.tensor([len(ids) - start - 1], device=device)
-        with unembed_only(self.model.get_output_embeddings(), torch.zeros_like(last), last):
+        tokens, mask = right_pad([ids[start:] for ids in prompts], 0, device)
+        last = mask.sum(dim=1) - 1
+        positions = torch.arange(start, start + tokens.shape[1], device=device).expand(len(prompts), -1)
+        with unembed_only(self.model.get_output_embeddings(), torch.arange(len(prompts), device=device), last):
             logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
         return cache, logits[0].float()
 
@@ -200,11 +210,11 @@ class SlotCache(Cache):
 
         return cls([_SlotLayer(place, empty(layer.keys), empty(layer.values)) for layer in read.layers], place)
 
-    def fill(self, slot: int, read: DynamicCache) -> None:
-        """Put one prompt's keys and values into a slot."""
+    def fill(self, slots: slice, read: DynamicCache, places: list[int]) -> None:
+        """Put prompts' keys and values into slots. What padding left there is overwritten before it is in reach."""
         for mine, theirs in zip(self.layers, read.layers, strict=True):
-            mine.keys[slot, :, : theirs.keys.shape[2]] = theirs.keys[0]
-            mine.values[slot, :, : theirs.values.shape[2]] = theirs.values[0]
+            mine.keys[slots, :, : theirs.keys.shape[2]] = theirs.keys[places]
+            mine.values[slots, :, : theirs.values.shape[2]] = theirs.values[places]
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot to another."""
@@ -238,6 +248,21 @@ def _as_the_attention_takes_it(model: Any, mask: Bool[Tensor, "row 1 1 column"])
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
         ~mask, torch.finfo(model.dtype).min
     )
+
+
+def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Neighbours that are read in one pass: of similar length, so many tokens together that the weights are read in
+    vain no more."""
+    group: list[Job] = []
+    for job in jobs:  # longest first
+        if group and (
+            len(group[0].prompt_ids) * (len(group) + 1) > _TOKENS_AT_ONCE
+            or len(job.prompt_ids) < _SIMILAR * len(group[0].prompt_ids)
+        ):
+            yield group
+            group = []
+        group.append(job)
+    yield group
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:

@@ -195,16 +195,17 @@ def test_what_was_made_before_memory_ran_out_is_kept(tiny_pair, tiny_prompts, tm
     undisturbed = made(tiny_pair, tiny_prompts, **HOT)
     admit, admitted = Slots._admit, []
 
-    def cramped(slots, job, slot):
-        admitted.append(job.key)
-        if len(admitted) == 4:  # the first two are done by then, in two slots
+    def cramped(slots, jobs, first):
+        admitted.append([job.key for job in jobs])
+        if len(admitted) == 2:  # all of the first are done by then
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return admit(slots, job, slot)
+        return admit(slots, jobs, first)
 
     monkeypatch.setattr(Slots, "_admit", cramped)
     assert made(tiny_pair, tiny_prompts, **HOT, batch_size=2).records == undisturbed.records
-    finished = admitted[:2]
-    assert len(admitted) == len(tiny_prompts) + 2 and not set(finished) & set(admitted[4:])
+    first, *_, last = admitted
+    assert len(first) == 2 and len(last) == 1
+    assert sorted([*first, *(key for keys in admitted[2:] for key in keys)]) == [(str(n), 0) for n in range(6)]
 
 
 def test_other_runtime_errors_are_not_taken_for_lack_of_memory(tiny_pair, tiny_prompts, monkeypatch):

@@ -100,10 +100,10 @@ def test_an_interrupted_corpus_is_continued(any_tiny_pair, prompts, choice, tmp_
     path = tmp_path / "corpus.jsonl"
     admit, left = Slots._admit, iter(range(3))
 
-    def until_killed(slots, job, slot):
+    def until_killed(slots, jobs, first):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return admit(slots, job, slot)
+        return admit(slots, jobs, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(Slots, "_admit", until_killed)

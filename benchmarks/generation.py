@@ -1,0 +1,318 @@
+"""Generation under a projection: slots on the folded twin against the ways with hooks, and against plain `generate`."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+import spd_lens as spd
+from benchmarks import machine, subjects
+from benchmarks.measure import Sample, in_turn, ratios, settle, timed
+from benchmarks.table import Row
+from spd_lens import slots
+from spd_lens.decoding import Decoding, Job, stop_tokens
+from spd_lens.engines import twin_engine
+from spd_lens.models.weights import twin_hook
+from spd_lens.projection import projected
+from spd_lens.sampling import Sampling
+
+BATCH = 16
+PROMPT_TOKENS = 64
+NEW_TOKENS = 48
+GREEDY = Sampling(0.0, 1.0, None)
+
+
+def rows(models: list[str], quick: bool) -> Iterator[Row]:
+    """Rows of every model and dtype."""
+    for name in models:
+        for dtype in ("float32", "bfloat16"):
+            subject = subjects.subject(name, dtype)
+            subspace = _subspace(subject.pair)
+            yield from _fixed_lengths(subject, subspace, quick)
+            del subject
+            settle()
+    if "smollm2" in models:
+        yield from _mixed_lengths(quick)
+        yield from _few_shot(quick)
+
+
+def _subspace(pair: spd.ModelPair) -> spd.Subspace:
+    """Half of the directions at the paper's layers: which ones does not matter for speed."""
+    examples = subjects.task().calibration(4, seed=0)
+    return spd.extract(pair, examples, engine="twin", progress=False).subspace(rank=0.5)
+
+
+def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:
+    """Prompts of one length, as many new tokens for each: what every engine can do without padding."""
+    pair = subject.pair
+    jobs = _jobs(pair, BATCH, cut=PROMPT_TOKENS)
+    tokens = torch.tensor([job.prompt_ids for job in jobs], device=pair.device)
+    decoding = Decoding(GREEDY, 0, NEW_TOKENS, ())
+    plain = {
+        "max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False,
+    }  # fmt: skip
+
+    def ours(_: int) -> list[list[int]]:
+        return _in_slots(pair, decoding, jobs, subspace)
+
+    def lens_batch(_: int) -> list[list[int]]:
+        with projected(pair.lens, subspace):
+            return _new(pair.lens.generate(tokens, **plain))
+
+    def twin_hooks(_: int) -> list[list[int]]:
+        with _TwinHooks(pair, subspace):
+            return _new(_hf_generate(pair, tokens, None, NEW_TOKENS, ()))
+
+    ways: dict[str, Callable[[int], Any]] = {"ours": ours, "lens": lens_batch, "twin": twin_hooks}
+    samples = in_turn(ways, 1 if quick else 3, warm_up=lambda: _in_slots(pair, decoding, jobs[:2], subspace))
+    n = BATCH * NEW_TOKENS
+    target = {"smollm2": 4.0, "qwen2.5-0.5b-shape": 6.0}[subject.name]
+    lens_name = type(pair.lens).__name__
+    row = _speed(subject, f"{lens_name}.generate under hooks, batch {BATCH}", samples, "lens", n, target)
+    bound = _matrix_seconds(pair) / statistics.median(sample.seconds for sample in samples["lens"])
+    yield replace(row, bound=f"{1 / bound:.2f} (matrix products alone)")
+    yield _speed(subject, f"transformers' generate under hooks on the twin, batch {BATCH}", samples, "twin", n, None)
+    yield _same(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
+    yield from _one_at_a_time(subject, subspace, quick)
+    yield from _bridge(subject, subspace, samples["ours"], tokens, plain)
+
+
+def _matrix_seconds(pair: spd.ModelPair) -> float:
+    """Seconds of nothing but the matrix products that the prompts and the steps need, at the rate of this moment."""
+    linears = [module for module in pair.hf.modules() if isinstance(module, torch.nn.Linear)]
+    shapes = Counter((linear.in_features, linear.out_features) for linear in linears)
+    head = pair.hf.get_output_embeddings()
+    prompts = {shape: n for shape, n in shapes.items() if shape != (head.in_features, head.out_features)}
+    device = pair.device
+    reading = sum(
+        n * machine.matrix_seconds([(BATCH * PROMPT_TOKENS, *shape)], pair.dtype, device)
+        for shape, n in prompts.items()
+    )
+    step = sum(n * machine.matrix_seconds([(BATCH, *shape)], pair.dtype, device) for shape, n in shapes.items())
+    return reading + NEW_TOKENS * step
+
+
+def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:
+    """A corpus' prompts at their own lengths: ours at its own batch size against loops on the lens model."""
+    pair, lens = subject.pair, subject.pair.lens
+    jobs, decoding = _jobs(pair, 8 if quick else 32), Decoding(GREEDY, 0, NEW_TOKENS, ())
+    samples = [timed(lambda: _in_slots(pair, decoding, jobs, subspace, None)) for _ in range(1 if quick else 3)]
+    rates = sorted(len(jobs) * NEW_TOKENS / sample.seconds for sample in samples)
+    n_new = 2 if quick else NEW_TOKENS // 4
+    target = {"smollm2": 50.0, "qwen2.5-0.5b-shape": 80.0}[subject.name]
+
+    def loop(job: Job) -> None:
+        ids = list(job.prompt_ids)
+        for _ in range(n_new):
+            with torch.no_grad():
+                logits = lens(torch.tensor([ids], device=pair.device), prepend_bos=False)
+            ids.append(int(logits[0, -1].argmax()))
+
+    def with_cache(job: Job) -> None:
+        tokens = torch.tensor([job.prompt_ids], device=pair.device)
+        lens.generate(tokens, max_new_tokens=n_new, do_sample=False, stop_at_eos=False, verbose=False)
+
+    ways: tuple[tuple[Callable[[Job], None], str, float | None], ...] = (
+        (loop, "a loop of forward passes under hooks, one prompt at a time", target),
+        (with_cache, f"{type(lens).__name__}.generate under hooks, one prompt at a time", None),
+    )
+    for way, what, wanted in ways:
+        with projected(lens, subspace):
+            theirs = [n_new / timed(partial(way, job)).seconds for job in jobs[: 1 if quick else 3]]
+        each = sorted(rates[len(rates) // 2] / rate for rate in theirs)
+        yield Row(
+            "generation", subject.name, subject.dtype, what, each[len(each) // 2], each[0], each[-1], wanted,
+            ours=f"{rates[len(rates) // 2]:.0f} tok/s", peer=f"{sum(theirs) / len(theirs):.1f} tok/s",
+            note=f"prompts of {_range(jobs)} tokens, ours {len(jobs)} at a time",
+        )  # fmt: skip
+
+
+def _bridge(
+    subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample], tokens: torch.Tensor, options: dict[str, Any]
+) -> Iterator[Row]:
+    """TransformerBridge, where the lens model is a HookedTransformer."""
+    if subject.pair.backend == "bridge":
+        return
+    pair = spd.ModelPair(subject.pair.hf, subject.pair.tokenizer, backend="bridge")
+    with projected(pair.lens, subspace):
+        pair.lens.generate(tokens[:1], **{**options, "max_new_tokens": 2})
+        peer = timed(lambda: pair.lens.generate(tokens, **options))
+    n = BATCH * NEW_TOKENS
+    samples = {"ours": ours[-1:], "bridge": [peer]}
+    yield _speed(subject, f"TransformerBridge.generate under hooks, batch {BATCH}", samples, "bridge", n, None)
+
+
+def _mixed_lengths(quick: bool) -> Iterator[Row]:
+    """Prompts as they come and answers as long as the model makes them: all of a run's corpus, start to end."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        subject = subjects.subject("smollm2", dtype)
+        jobs, samples = _corpus(subject, quick)
+        found[dtype] = samples
+        lengths = [len(ids) for ids in samples["ours"][0].result]
+        row = _speed(
+            subject, "plain generate on the folded twin, arrival order, mixed lengths", samples, "plain",
+            sum(lengths), 1.5,
+        )  # fmt: skip
+        yield replace(row, note=f"{len(jobs)} prompts of {_range(jobs)} tokens, {min(lengths)}-{max(lengths)} new")
+        yield _same(subject, "plain generate", samples["ours"][0].result, samples["plain"][0].result)
+        settle()
+    ours16, plain32 = found["bfloat16"]["ours"], found["float32"]["plain"]
+    rates = [sum(map(len, run[0].result)) / run[0].seconds for run in (ours16, plain32)]
+    yield Row(
+        "generation", "smollm2", "bfloat16 / float32", "the same, ours in the default dtype", rates[0] / rates[1],
+        rates[0] / rates[1], rates[0] / rates[1], 3.0, ours=f"{rates[0]:.0f} tok/s", peer=f"{rates[1]:.0f} tok/s",
+    )  # fmt: skip
+
+
+def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str, list[Sample]]]:
+    """The same corpus by `spd_lens.generate` and by batches in order of arrival."""
+    n, new = (16, 24) if quick else (96, 200)
+    pair, subspace = subject.pair, _subspace(subject.pair)
+    prompts, jobs, stops = subjects.task().train(n=n, seed=0), _jobs(pair, n), stop_tokens(pair)
+
+    def ours(_: int) -> list[list[int]]:
+        corpus = spd.generate(pair, prompts, subspace=subspace, temperature=0.0, max_new_tokens=new, progress=False)
+        return [list(record.completion_ids) for record in corpus]
+
+    def plain(_: int) -> list[list[int]]:
+        return _arrival_order(pair, jobs, subspace, new, stops)
+
+    def warm_up() -> None:
+        _in_slots(pair, Decoding(GREEDY, 0, 4, ()), jobs[:2], subspace)
+
+    return jobs, in_turn({"ours": ours, "plain": plain}, 1, warm_up)
+
+
+def _few_shot(quick: bool) -> Iterator[Row]:
+    """Prompts behind the same worked examples, with that prefix read once and with it read every time."""
+    subject = subjects.subject("smollm2", "float32")
+    pair, task = subject.pair, subjects.task()
+    shots = "\n\n".join(f"{example.prompt}\n{example.completion}" for example in task.calibration(4, seed=1))
+    n = 8 if quick else 24
+    texts = [f"{shots}\n\n{example.prompt}" for example in task.train(n=n, seed=0)]
+    jobs = [
+        Job(example, 0, pair.prompt_ids(example))
+        for example in (spd.Example(text, id=str(i)) for i, text in enumerate(texts))
+    ]
+    decoding = Decoding(GREEDY, 0, 16, ())
+
+    def shared(_: int) -> list[list[int]]:
+        return _in_slots(pair, decoding, jobs, None)
+
+    def not_shared(_: int) -> list[list[int]]:
+        least, slots.MIN_PREFIX = slots.MIN_PREFIX, 10**9
+        try:
+            return _in_slots(pair, decoding, jobs, None)
+        finally:
+            slots.MIN_PREFIX = least
+
+    samples = in_turn({"ours": shared, "plain": not_shared}, 1 if quick else 3, warm_up=lambda: shared(0))
+    row = _speed(subject, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
+    yield replace(row, note=f"4 shots, prompts of {_range(jobs)} tokens, 16 new")
+    yield _same(subject, "the same without sharing", samples["ours"][0].result, samples["plain"][0].result)
+
+
+def _jobs(pair: spd.ModelPair, n: int, cut: int | None = None) -> list[Job]:
+    return [Job(example, 0, pair.prompt_ids(example)[:cut]) for example in subjects.task().train(n=n, seed=0)]
+
+
+def _in_slots(
+    pair: spd.ModelPair,
+    decoding: Decoding,
+    jobs: Sequence[Job],
+    subspace: spd.Subspace | None,
+    batch_size: int | None = BATCH,
+) -> list[list[int]]:
+    with twin_engine(pair, decoding, subspace, 1.0, None, batch_size) as run:
+        made = {job.key: ids for completions in run(jobs) for job, ids in completions}
+    return [made[job.key] for job in jobs]
+
+
+def _arrival_order(
+    pair: spd.ModelPair, jobs: Sequence[Job], subspace: spd.Subspace, new: int, stops: tuple[int, ...]
+) -> list[list[int]]:
+    """Batches of 32 as the prompts come, padded on the left, each as long as its longest answer."""
+    made: list[list[int]] = []
+    with spd.folded(pair.hf, subspace):
+        for start in range(0, len(jobs), 32):
+            batch = [job.prompt_ids for job in jobs[start : start + 32]]
+            longest = max(map(len, batch))
+            pad = pair.tokenizer.pad_token_id
+            tokens = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch], device=pair.device)
+            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=pair.device)
+            for ids in _new(_hf_generate(pair, tokens, mask, new, stops), longest):
+                end = next((i for i, token in enumerate(ids) if token in stops), len(ids) - 1)
+                made.append(ids[: end + 1])
+    return made
+
+
+def _hf_generate(
+    pair: spd.ModelPair, tokens: torch.Tensor, mask: torch.Tensor | None, new: int, stops: tuple[int, ...]
+) -> torch.Tensor:
+    own, pair.hf.generation_config = pair.hf.generation_config, GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pair.tokenizer.pad_token_id
+    )  # fmt: skip
+    try:
+        mask = torch.ones_like(tokens) if mask is None else mask
+        return pair.hf.generate(input_ids=tokens, attention_mask=mask)
+    finally:
+        pair.hf.generation_config = own
+
+
+class _TwinHooks:
+    """The projection as hooks on the twin."""
+
+    def __init__(self, pair: spd.ModelPair, subspace: spd.Subspace) -> None:
+        self.pair, self.subspace = pair, subspace
+
+    def __enter__(self) -> None:
+        self.handles = []
+        for site in self.subspace.sites:
+            n_heads, d_head = self.pair.fingerprint.heads_at(site)
+
+            def project(x: torch.Tensor, site: spd.Site = site, n: int = n_heads, d: int = d_head) -> torch.Tensor:
+                return self.subspace(x.unflatten(-1, (n, d)), site).flatten(-2)
+
+            self.handles.append(twin_hook(self.pair.hf, site, project))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _new(sequences: torch.Tensor, prompt: int = PROMPT_TOKENS) -> list[list[int]]:
+    return sequences[:, prompt:].tolist()
+
+
+def _range(jobs: Sequence[Job]) -> str:
+    lengths = [len(job.prompt_ids) for job in jobs]
+    return f"{min(lengths)}-{max(lengths)}"
+
+
+def _speed(
+    subject: subjects.Subject, peer: str, samples: dict[str, list[Sample]], way: str, n: int, target: float | None
+) -> Row:
+    value, low, high = ratios(samples["ours"], samples[way])
+    speeds = [n / sorted(s.seconds for s in samples[name])[len(samples[name]) // 2] for name in ("ours", way)]
+    return Row(
+        "generation", subject.name, subject.dtype, peer, value, low, high, target,
+        ours=f"{speeds[0]:.0f} tok/s", peer=f"{speeds[1]:.1f} tok/s",
+    )  # fmt: skip
+
+
+def _same(subject: subjects.Subject, peer: str, ours: list[list[int]], theirs: list[list[int]]) -> Row:
+    """The share of completions with the very tokens of the peer; promised in float32 alone."""
+    share = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    target = 1.0 if subject.dtype == "float32" else None
+    return Row(
+        "generation", subject.name, subject.dtype, f"same greedy tokens as {peer}", share, share, share, target,
+        unit="of completions",
+    )  # fmt: skip
