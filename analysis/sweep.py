@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from spd_lens.capture import batches_by_length
 from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
@@ -32,6 +31,8 @@ from .prefix import Prefix, PrefixPolicy
 from .sweep_cells import MEASURES, Measured, Store, Values
 
 log = logging.getLogger(__name__)
+
+_TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def sweep(
     folder: str | Path | None = None,
     strength: float = 1.0,
     center: bool = False,
-    chunk: int = 6,
+    chunk: int | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Aligned loss, completion loss and KL from base of every cell of a grid, teacher-forced on held-out items.
@@ -135,7 +136,8 @@ def sweep(
         folder: Keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
         strength: Of the projections.
         center: Project around the mean activation.
-        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed.
+        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
+            many as make 24 subspaces.
         progress: Show a progress bar.
 
     Raises:
@@ -148,16 +150,58 @@ def sweep(
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
         store.check(bench.settings())
         todo = [cell for cell in cells if not store.has(cell)]
-        if not store.has_base:
-            store.put_base(measure(pair, items, [Policy("base")], batch_tokens=grid.batch_tokens)["base"])
         prefix = bench.prefix(todo)
         done = len(cells) - len(todo)
+        chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
             for start in range(0, len(todo), chunk):
-                for measured in bench.cells(todo[start : start + chunk], prefix):
+                base, found = bench.cells(todo[start : start + chunk], prefix)
+                if not store.has_base:
+                    store.put_base(base)
+                for measured in found:
                     store.put(measured)
                     bar.update()
         return Sweep(store.base, [store.get(cell) for cell in cells])
+
+
+def proxies(
+    pair: ModelPair, items: Sequence[Example], subspaces: Mapping[str, Subspace], *, batch_tokens: int = 1024
+) -> dict[str, Values]:
+    """The measures of a sweep without its controls: to choose what to look at, not to claim anything.
+
+    All subspaces share encodings, batches, one pass of the base model and what it computes below their first layers.
+
+    Args:
+        pair: The model.
+        items: Gold completions with spans.
+        subspaces: By name, for instance `{str(cell): cell.subspace(moments) for cell in grid.cells(moments)}`.
+        batch_tokens: Padded tokens per batch.
+
+    Returns:
+        For each name, and for `"base"`, one number per measure and item.
+    """
+    first_layers = {min(site.layer for site in subspace.sites) for subspace in subspaces.values()}
+    prefix = exact_prefix(pair, items, first_layers)
+    policies = [PrefixPolicy(name, subspace, prefix=prefix) for name, subspace in subspaces.items()]
+    return measure(pair, items, [Policy("base"), *policies], prefix=prefix, batch_tokens=batch_tokens)
+
+
+def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
+    """A prefix for some first layers, if this architecture's blocks let a pass begin in the middle exactly."""
+    above = set(layers) - {0}
+    if not above:
+        return None
+    try:
+        prefix = Prefix(pair.hf, above)
+    except SPDError:  # blocks that are not one list
+        return None
+    shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
+    batch = ForcedBatch.of(shortest, pair)
+    with torch.no_grad():
+        exact = prefix.agrees(lambda: forced_logits(pair, pair.hf, batch))
+    if not exact:
+        log.info("every cell runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
+    return prefix if exact else None
 
 
 @dataclass(frozen=True)
@@ -171,39 +215,26 @@ class _Bench:
     strength: float
     center: bool
 
-    def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> list[Measured]:
-        """Some cells with their controls, on the same batches and against the same logits of the base model."""
+    def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
+        """The base model, and some cells with their controls, on the same batches and against the same logits."""
         subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
-        policies = [
+        policies: list[Policy] = [
             PrefixPolicy(f"{cell.name}/{name}", subspace, self.strength, prefix=prefix)
             for cell, own in zip(cells, subspaces, strict=True)
             for name, subspace in enumerate([own, *controls(own, self.grid)])
         ]
+        policies.insert(0, Policy("base"))
         found = measure(self.pair, self.items, policies, prefix=prefix, batch_tokens=self.grid.batch_tokens)
         measured = []
         for cell, own in zip(cells, subspaces, strict=True):
             values = [found[f"{cell.name}/{i}"] for i in range(1 + self.grid.n_random)]
             ranks = tuple(rank for site in own.sites for rank in own.ranks[site])
             measured.append(Measured(cell, ranks, values[0], values[1:]))
-        return measured
+        return found["base"], measured
 
     def prefix(self, cells: Sequence[Cell]) -> Prefix | None:
-        """A prefix for the cells' first layers, if this architecture's blocks let one begin in the middle exactly."""
-        layers = {cell.first_layer for cell in cells} - {0}
-        if not layers:
-            return None
-        try:
-            prefix = Prefix(self.pair.hf, layers)
-        except SPDError:  # blocks that are not one list
-            return None
-        encoded = [self.pair.encode(item) for item in self.items]
-        last = batches_by_length([len(e.ids) for e in encoded], self.grid.batch_tokens)[-1]
-        batch = ForcedBatch.of([encoded[i] for i in last], self.pair)
-        with torch.no_grad():
-            exact = prefix.agrees(lambda: forced_logits(self.pair, self.pair.hf, batch))
-        if not exact:
-            log.info("every cell runs all layers: those of %s cannot begin in the middle", type(self.pair.hf).__name__)
-        return prefix if exact else None
+        """For the cells' first layers."""
+        return exact_prefix(self.pair, self.items, {cell.first_layer for cell in cells})
 
     def settings(self) -> dict[str, Any]:
         """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""

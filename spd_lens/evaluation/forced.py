@@ -93,8 +93,10 @@ def teacher_forced(
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
             for policy in policies:
-                with policy.applied(pair) as model:
-                    logits = forced_logits(pair, model, batch)
+                logits = None
+                if not policy.is_base:
+                    with policy.applied(pair) as model:
+                        logits = forced_logits(pair, model, batch)
                 losses, kl, right = _compare(base, logits, batch.target)
                 for i, index in enumerate(indices):
                     mine = batch.row == i
@@ -110,16 +112,20 @@ def teacher_forced(
 
 
 def _compare(
-    base: Float[Tensor, "n d_vocab"], logits: Float[Tensor, "n d_vocab"], target: Int[Tensor, " n"], rows: int = 32
+    base: Float[Tensor, "n d_vocab"],
+    logits: Float[Tensor, "n d_vocab"] | None,
+    target: Int[Tensor, " n"],
+    rows: int = 32,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Loss, KL(base || policy) and whether the target is the most probable token, from the base's log-probabilities.
 
-    A few rows at a time: a vocabulary's worth of temporaries then stays in the processor's cache, which on a CPU is
+    `logits` None: the policy is the base. A few rows at a time: a vocabulary's worth of temporaries then stays in the processor's cache, which on a CPU is
     several times faster.
     """
     parts = []
-    for log_p, some, wanted in zip(base.split(rows), logits.split(rows), target.split(rows), strict=True):
-        log_q = some.log_softmax(dim=-1)
+    policy = base if logits is None else logits
+    for log_p, some, wanted in zip(base.split(rows), policy.split(rows), target.split(rows), strict=True):
+        log_q = log_p if logits is None else some.log_softmax(dim=-1)
         # rounding can leave a sum of positive and negative terms a hair below zero
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
         loss = -log_q.gather(1, wanted[:, None])[:, 0]

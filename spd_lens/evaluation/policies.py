@@ -24,6 +24,11 @@ class Policy:
     strength: float = 1.0
     adapter: str | Path | None = None
 
+    @property
+    def is_base(self) -> bool:
+        """Whether it changes nothing."""
+        return self.adapter is None and (self.subspace is None or self.strength == 0.0)
+
     @contextlib.contextmanager
     def applied(self, pair: ModelPair) -> Iterator[nn.Module]:
         """The twin under this policy; as it was afterwards."""

@@ -13,7 +13,7 @@ from spd_lens.analysis.contrast import contrasts
 from spd_lens.analysis.grid import Grid
 from spd_lens.analysis.inputs import Subject
 from spd_lens.analysis.prefix import Prefix, PrefixPolicy
-from spd_lens.analysis.sweep import measure, sweep
+from spd_lens.analysis.sweep import measure, proxies, sweep
 from spd_lens.analysis.sweep_cells import MEASURES, Store
 from spd_lens.analysis.sweep_report import default_cell, report
 from spd_lens.errors import SPDError
@@ -278,3 +278,42 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
     assert report("rank_sweep", subject, grid, generate=False) == advice  # from what was kept
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
+
+
+def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
+    """Encodings, batches, the base model's pass and the layers below are shared; numbers are not touched by that."""
+    cells = Grid(ranks=[1, 2, 3, 4, 5, 6], layers=["0", "1", "2", "3"]).cells(moments)
+    assert len(cells) == 24
+    together = proxies(tiny_pair, EXAMPLES, {cell.name: cell.subspace(moments) for cell in cells}, batch_tokens=100)
+    base = measure(tiny_pair, EXAMPLES, [Policy("base")], batch_tokens=100)["base"]
+    for cell in cells:
+        one_layer = extract(tiny_pair, EXAMPLES, layers=[cell.first_layer], shards=2, progress=False)
+        alone = measure(tiny_pair, EXAMPLES, [Policy("alone", cell.subspace(one_layer))], batch_tokens=100)["alone"]
+        for name in MEASURES:
+            np.testing.assert_allclose(together[cell.name][name], alone[name], rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(together["base"][name], base[name])
+        same = measure(tiny_pair, EXAMPLES, [Policy("same", cell.subspace(moments))], batch_tokens=100)["same"]
+        for name in MEASURES:
+            np.testing.assert_array_equal(together[cell.name][name], same[name])
+    assert len({values["kl"][0] for values in together.values()}) == 25
+
+
+def test_a_grid_runs_the_base_model_once(tiny_pair, moments):
+    cells = Grid(ranks=[1, 2, 4], layers=["2", "3"]).cells(moments)
+    subspaces = {cell.name: cell.subspace(moments) for cell in cells}
+    tokens = [0] * 4
+    handles = []
+    for layer, block in enumerate(tiny_pair.hf.model.layers):
+
+        def count(_module, _args, output, layer=layer):
+            tokens[layer] += output.shape[0] * output.shape[1]
+
+        handles.append(block.mlp.register_forward_hook(count))
+    try:
+        proxies(tiny_pair, EXAMPLES, subspaces, batch_tokens=10_000)
+    finally:
+        for handle in handles:
+            handle.remove()
+    batch = len(EXAMPLES) * max(len(tiny_pair.encode(example).ids) for example in EXAMPLES)
+    check = 2 * sorted(len(tiny_pair.encode(example).ids) for example in EXAMPLES)[1]  # of the prefix: two short items
+    assert tokens == [batch + check, batch + check, 4 * batch + 2 * check, 7 * batch + 3 * check]
