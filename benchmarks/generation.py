@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,16 +86,15 @@ def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
 def _matrix_seconds(pair: spd.ModelPair) -> float:
     """Seconds of nothing but the matrix products that the prompts and the steps need, at the rate of this moment."""
     linears = [module for module in pair.hf.modules() if isinstance(module, torch.nn.Linear)]
-    shapes = Counter((linear.in_features, linear.out_features) for linear in linears)
     head = pair.hf.get_output_embeddings()
-    prompts = {shape: n for shape, n in shapes.items() if shape != (head.in_features, head.out_features)}
-    device = pair.device
-    reading = sum(
-        n * machine.matrix_seconds([(BATCH * PROMPT_TOKENS, *shape)], pair.dtype, device)
-        for shape, n in prompts.items()
-    )
-    step = sum(n * machine.matrix_seconds([(BATCH, *shape)], pair.dtype, device) for shape, n in shapes.items())
-    return reading + NEW_TOKENS * step
+
+    def products(n: int, layers: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        widths = {layer.in_features for layer in layers}
+        inputs = {width: torch.randn(n, width, dtype=pair.dtype, device=pair.device) for width in widths}
+        return [(inputs[layer.in_features], layer.weight.T) for layer in layers]
+
+    reading = machine.matrix_seconds(products(BATCH * PROMPT_TOKENS, [m for m in linears if m is not head]))
+    return reading + NEW_TOKENS * machine.matrix_seconds(products(BATCH, linears))
 
 
 def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:
@@ -174,7 +172,7 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
 
 def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str, list[Sample]]]:
     """The same corpus by `spd_lens.generate` and by batches in order of arrival."""
-    n, new = (16, 24) if quick else (96, 200)
+    n, new = (16, 24) if quick else (64, 160)
     pair, subspace = subject.pair, _subspace(subject.pair)
     prompts, jobs, stops = subjects.task().train(n=n, seed=0), _jobs(pair, n), stop_tokens(pair)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +19,7 @@ from spd_lens.models import ModelPair
 from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import ARCHITECTURES
 from spd_lens.models.backends import lens_logits
+from spd_lens.models.memory import free_memory
 from spd_lens.projection import folded, projected
 from spd_lens.sampling import Sampler
 from spd_lens.slots import Slots
@@ -70,9 +70,8 @@ def fitting(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> int:
     longest = max(len(job.prompt_ids) for job in jobs) + decoding.max_new_tokens
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * longest * pair.dtype.itemsize
     logits = 4 * pair.hf.get_input_embeddings().weight.shape[0] * torch.float32.itemsize
-    free = torch.cuda.mem_get_info(pair.device)[0] if pair.device.type == "cuda" else psutil.virtual_memory().available
     most = MOST_AT_A_TIME.get(pair.device.type, MOST_AT_A_TIME["cpu"])
-    return max(1, min(most, int(_SHARE * free / (cache + logits))))
+    return max(1, min(most, int(_SHARE * free_memory(pair.device) / (cache + logits))))
 
 
 def _as_memory_allows(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int) -> Iterator[Completions]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spd_lens.capture import batches_by_length, extract, token_losses
+from spd_lens.capture import batches_by_length, extract, fitting_tokens, token_losses
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -231,3 +231,31 @@ def test_batches_hold_each_example_once_and_at_most_so_many_padded_tokens():
     assert batches[0] == [5], "the longest comes first, alone where it exceeds the limit"
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 18 for batch in batches)
     assert len(batches) < 6
+
+
+def test_the_last_block_runs_only_where_a_scored_token_is_predicted(tiny_pair):
+    scored = sum(len(tiny_pair.encode(example).scored) for example in EXAMPLES)
+    tokens = sum(len(tiny_pair.encode(example).ids) for example in EXAMPLES)
+    *_, before, last = tiny_pair.hf.model.layers
+    seen: dict[str, int] = {}
+
+    def count(name):
+        return lambda module, args, out: seen.update({name: seen.get(name, 0) + out.shape[:-1].numel()})
+
+    layers = {"q": last.self_attn.q_proj, "o": last.self_attn.o_proj, "down": last.mlp.down_proj}
+    layers |= {"k": last.self_attn.k_proj, "before": before.mlp.down_proj}
+    for kinds in (("k", "v"), ("k", "v", "z")):
+        seen.clear()
+        handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+        extract(tiny_pair, EXAMPLES, kinds=kinds, engine="twin", batch_tokens=1, progress=False)
+        for handle in handles:
+            handle.remove()
+        inside = scored if kinds == ("k", "v") else tokens  # z's own activations are wanted everywhere
+        assert seen == {"q": inside, "o": inside, "down": inside, "k": tokens, "before": tokens}
+
+
+def test_batches_fit_the_free_memory(tiny_pair, monkeypatch):
+    per_token = 34 * 2 * tiny_pair.fingerprint.d_model * 4
+    for tokens, expected in ((0.2, 1), (100.5, 100), (1e9, 1024)):
+        monkeypatch.setattr("spd_lens.capture.free_memory", lambda device, t=tokens: 2 * t * per_token)
+        assert fitting_tokens(tiny_pair, 2) == expected

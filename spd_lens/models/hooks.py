@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -52,3 +53,33 @@ def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, 
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def run_only(
+    modules: Iterable[nn.Module], row: Int[Tensor, " n"], position: Int[Tensor, " n"], n_positions: int
+) -> Iterator[None]:
+    """Let modules that work on each position by itself see only some; at all others their output is zero.
+
+    Exact where nothing that matters depends on the other positions' outputs, as in the last block, of which only the
+    keys and values of a position reach another.
+    """
+
+    shapes: dict[nn.Module, torch.Size] = {}
+    # transformers flattens batch and position in front of some layers
+    flat = row * n_positions + position
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shapes[module] = args[0].shape[:-1]
+        picked = args[0].flatten(0, -2)[flat]
+        return (picked.view(*[1] * (args[0].ndim - 2), *picked.shape), *args[1:])
+
+    def scatter(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(shapes[module].numel(), output.shape[-1])
+        return whole.index_copy(0, flat, output.flatten(0, -2)).view(*shapes[module], -1)
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(select).remove)
+            stack.callback(module.register_forward_hook(scatter).remove)
+        yield

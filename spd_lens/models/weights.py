@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +76,28 @@ def twin_hook(model: nn.Module, site: Site, function: Callable[[Tensor], Tensor]
         return output.index_copy(-1, features, function(output[..., features]))
 
     return layer.module.register_forward_hook(at_output)
+
+
+def positionwise_in_last_block(model: nn.Module) -> list[nn.Module]:
+    """The parts of the last block that work on each position by itself, other than the layers that write K and V.
+
+    The largest such modules: a whole MLP, and in the attention the projection of the queries (unless keys or values
+    come out of the same layer) and that of the output.
+    """
+    layout = architecture(model)
+    last = Fingerprint.of(model).n_layers - 1
+    writers = {site_layer(model, Site(last, kind)).module for kind in ("k", "v")}
+    [block] = [
+        m for name, m in model.named_modules() if re.search(rf"(?:^|\.){re.escape(layout.blocks)}\.{last}$", name)
+    ]
+    return list(_without(block, writers))
+
+
+def _without(module: nn.Module, excluded: set[Any]) -> Iterator[nn.Module]:
+    """Outermost submodules with a linear layer and without the excluded ones."""
+    for child in module.children():
+        inside = set(child.modules())
+        if inside & excluded:
+            yield from _without(child, excluded)
+        elif any(isinstance(part, (nn.Linear, Conv1D)) for part in inside):
+            yield child
