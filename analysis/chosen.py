@@ -66,7 +66,7 @@ def write(
     seed: int = 0,
     data_seed: int = 42,
     strength: float = 1.0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     batch_tokens: int = 1024,
     folder: str | Path | None = None,
     progress: bool = True,

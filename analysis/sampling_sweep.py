@@ -56,7 +56,7 @@ def sampled(
     samples: int = 4,
     max_new_tokens: int = 256,
     seed: int = 42,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Setting, Corpus]:
@@ -71,7 +71,7 @@ def sampled(
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
         seed: Of the noise, the same everywhere: policies differ by what they do with it.
-        batch_size: Completions at once.
+        batch_size: Completions at once. None: as many as memory allows.
         folder: Keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
 

@@ -54,7 +54,7 @@ class SPDConfig(BaseModel):
     temperature: float | None = Field(None, ge=0, description="Sampling temperature; else the model's own, else 0.7.")
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus mass; else the model's own, else 0.95.")
     top_k: int | None = Field(None, ge=0, description="Tokens kept; else the model's own, else all (0).")
-    generation_batch_size: int = Field(32, ge=1, description="Completions at once.")
+    generation_batch_size: int | None = Field(None, ge=1, description="Completions at once; else what memory holds.")
     # training
     method: Literal["lora", "full"] = Field("lora", description="LoRA adapter or full fine-tuning.")
     epochs: int = Field(5, ge=1, description="Passes over the corpus.")

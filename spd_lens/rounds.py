@@ -188,6 +188,10 @@ class _Weights(Policy):
 
     model: PreTrainedModel | None = None
 
+    @property
+    def is_base(self) -> bool:
+        return False
+
     @contextlib.contextmanager
     def applied(self, pair: ModelPair) -> Iterator[nn.Module]:
         assert self.model is not None

@@ -119,8 +119,8 @@ def _compare(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Loss, KL(base || policy) and whether the target is the most probable token, from the base's log-probabilities.
 
-    `logits` None: the policy is the base. A few rows at a time: a vocabulary's worth of temporaries then stays in the processor's cache, which on a CPU is
-    several times faster.
+    `logits` None: the policy is the base. A few rows at a time: a vocabulary's worth of temporaries then stays in the
+    processor's cache, which on a CPU is several times faster.
     """
     parts = []
     policy = base if logits is None else logits

@@ -26,7 +26,7 @@ def evaluate(
     strength: float = 1.0,
     seed: int = 42,
     max_new_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     name: str | None = None,
     forced: Sequence[ForcedItem] | None = None,
     path: str | Path | None = None,
@@ -43,7 +43,7 @@ def evaluate(
         strength: Of the projection, from 0 to 1.
         seed: Of the draw of items. Completions are greedy and need none.
         max_new_tokens: Token limit; the task's own by default.
-        batch_size: Completions at once.
+        batch_size: Completions at once. None: as many as memory allows.
         name: What to call this policy; by default `base`, `projected`, `tuned` or `tuned+projected`.
         forced: What `teacher_forced` found for this policy on these items, where that is known already.
         path: Keep completions in this JSONL file as they come, so that an interrupted evaluation goes on.

@@ -96,6 +96,8 @@ def positionwise_in_last_block(model: nn.Module) -> list[nn.Module]:
 def _without(module: nn.Module, excluded: set[Any]) -> Iterator[nn.Module]:
     """Outermost submodules with a linear layer and without the excluded ones."""
     for child in module.children():
+        if child in excluded:  # with all inside, which under an adapter is the layer itself
+            continue
         inside = set(child.modules())
         if inside & excluded:
             yield from _without(child, excluded)

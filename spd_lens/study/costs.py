@@ -114,7 +114,7 @@ class Costs:
     def generate(self, task: str, config: SPDConfig) -> Cost:
         """One completion per training prompt (Eq. 13)."""
         prompt = self.lengths(task)[0]
-        return self._generation(config.n_train, prompt, config.max_new_tokens, config.generation_batch_size)
+        return self._generation(config.n_train, prompt, config.max_new_tokens, config.generation_batch_size or 32)
 
     def score(self, n: int, task: str, max_new_tokens: int, batch_size: int = 32) -> Cost:
         """One greedy completion per test item."""
