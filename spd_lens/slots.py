@@ -15,18 +15,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spd_lens.decoding import Completions, Decoding, Job
+from spd_lens.graphs import CudaGraphs
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.sampling import choose, row_uniforms
 
 MIN_PREFIX = 64
 """Shared tokens from which on it pays to compute a common prefix once."""
-_COLUMNS = 64
-"""Attention reads the cache in steps of this many columns: rounding then hardly depends on the other rows' lengths."""
+_COLUMNS = {"cpu": 64, "cuda": 256}
+"""Attention reads the cache in steps of this many columns: rounding then hardly depends on the other rows' lengths, and
+on CUDA few lengths need few graphs."""
 _FREE = 1 / 8
 """Share of the slots that must be free before new prompts are read: a few together are read faster."""
-_TOKENS_AT_ONCE = 1024
-"""Padded tokens of prompts that are read in one pass."""
+_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
+"""Padded tokens of prompts that are read in one pass: enough that arithmetic limits, not reading the weights."""
 _SIMILAR = 0.9
 """A prompt of less than this share of the longest is not read with it."""
 
@@ -93,6 +95,8 @@ class Slots:
     def __init__(self, model: Any, decoding: Decoding, n_slots: int) -> None:
         """`n_slots` completions at a time of a transformers causal language model, which is left as it is."""
         self.model, self.decoding, self.n_slots = model, decoding, n_slots
+        self._device: torch.device = model.device
+        self._on = "cuda" if self._device.type == "cuda" else "cpu"
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> Iterator[Completions]:
@@ -102,8 +106,10 @@ class Slots:
         prefix = _common_prefix([job.prompt_ids for job in waiting])
         self._prefix = self._read([prefix], None)[0] if len(prefix) >= MIN_PREFIX and len(waiting) > 1 else None
         self._cache: SlotCache | None = None
-        self._capacity = _rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
+        self._capacity = self._rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
         self._noise = torch.zeros(self.n_slots, self.decoding.max_new_tokens, dtype=torch.float64)
+        self._tokens, self._positions = torch.zeros(2, self.n_slots, dtype=torch.long, device=self._device)
+        self._forward = CudaGraphs(self._logits) if self._on == "cuda" else self._logits
         rows: list[_Row] = []
         while waiting or rows:
             ended: Completions = []
@@ -125,7 +131,7 @@ class Slots:
     def _admit(self, jobs: Sequence[Job], first: int) -> list[_Row]:
         """Read prompts into the slots from `first` on, and draw their first tokens."""
         rows: list[_Row] = []
-        for group in _groups(jobs):
+        for group in _groups(jobs, _TOKENS_AT_ONCE[self._on]):
             prompts = [list(ids) for ids in dict.fromkeys(tuple(job.prompt_ids) for job in group)]  # samples share one
             read, logits = self._read(prompts, self._prefix)
             if self._cache is None:
@@ -149,7 +155,7 @@ class Slots:
             for layer, shared in enumerate(prefix.layers):
                 cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (shared.keys, shared.values)), layer)
             start = cache.get_seq_length()
-        device = self.model.device
+        device = self._device
         tokens, mask = right_pad([ids[start:] for ids in prompts], 0, device)
         last = mask.sum(dim=1) - 1
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(len(prompts), -1)
@@ -159,27 +165,36 @@ class Slots:
 
     def _step(self, rows: list[_Row]) -> None:
         """One new token for every row."""
-        assert self._cache is not None  # there is a row, so a prompt was read
-        device = self.model.device
-        positions = torch.tensor([row.position for row in rows])
-        length = min(_rounded(int(positions.max()) + 1), self._capacity)
-        self._cache.place.positions, self._cache.place.length = positions.to(device), length
-        tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
-        logits = (
-            self.model(
-                input_ids=tokens,
-                attention_mask=step_mask(self.model, positions.to(device), length),
-                position_ids=positions.to(device)[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        self._tokens[: len(rows)] = torch.tensor([row.ids[-1] for row in rows])
+        self._positions[: len(rows)] = torch.tensor([row.position for row in rows])
+        length = min(self._rounded(max(row.position for row in rows) + 1), self._capacity)
+        logits = self._forward(self._n_computed(len(rows)), length)[: len(rows)]
         steps = [len(row.ids) for row in rows]
         noise = self._noise[torch.arange(len(rows)), steps]
         for row, token in zip(rows, choose(logits, self.decoding.sampling, noise, steps).tolist(), strict=True):
             row.ids.append(token)
+
+    def _n_computed(self, n: int) -> int:
+        """On CUDA powers of two, since a graph has one size; what empty slots compute is never read."""
+        return n if self._on == "cpu" else min(self.n_slots, 1 << (n - 1).bit_length())
+
+    def _logits(self, n: int, length: int) -> Float[Tensor, "row d_vocab"]:
+        """The first `n` slots' tokens through the model, with `length` columns of the cache in reach."""
+        assert self._cache is not None  # there is a row, so a prompt was read
+        positions = self._positions[:n]
+        self._cache.place.positions, self._cache.place.length = positions, length
+        output = self.model(
+            input_ids=self._tokens[:n, None],
+            attention_mask=step_mask(self.model, positions, length),
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1].float()
+
+    def _rounded(self, length: int) -> int:
+        step = _COLUMNS[self._on]
+        return -(-length // step) * step
 
     def _vacate(self, rows: list[_Row], slot: int) -> None:
         """Take a row out; the last row moves into its slot, so that the rows in use stay together."""
@@ -250,13 +265,13 @@ def _as_the_attention_takes_it(model: Any, mask: Bool[Tensor, "row 1 1 column"])
     )
 
 
-def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+def _groups(jobs: Sequence[Job], at_once: int) -> Iterator[list[Job]]:
     """Neighbours that are read in one pass: of similar length, so many tokens together that the weights are read in
     vain no more."""
     group: list[Job] = []
     for job in jobs:  # longest first
         if group and (
-            len(group[0].prompt_ids) * (len(group) + 1) > _TOKENS_AT_ONCE
+            len(group[0].prompt_ids) * (len(group) + 1) > at_once
             or len(job.prompt_ids) < _SIMILAR * len(group[0].prompt_ids)
         ):
             yield group
@@ -271,7 +286,3 @@ def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     limit = min(map(len, prompts)) - 1
     n = next((i for i in range(limit) if low[i] != high[i]), limit)
     return low[: max(n, 0)]
-
-
-def _rounded(length: int) -> int:
-    return -(-length // _COLUMNS) * _COLUMNS

@@ -39,7 +39,8 @@ def recomputed(model, job: Job, decoding: Decoding) -> list[int]:
     ids = list(job.prompt_ids)
     while len(ids) - len(job.prompt_ids) < decoding.max_new_tokens:
         with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            tokens = torch.tensor([ids], device=model.device)
+            ids.append(int(model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()))
         if ids[-1] in decoding.stop_ids:
             break
     return ids[len(job.prompt_ids) :]
