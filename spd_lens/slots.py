@@ -29,8 +29,8 @@ _FREE = 1 / 8
 """Share of the slots that must be free before new prompts are read: a few together are read faster."""
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 """Padded tokens of prompts that are read in one pass: enough that arithmetic limits, not reading the weights."""
-_SIMILAR = 0.9
-"""A prompt of less than this share of the longest is not read with it."""
+_SIMILAR = {"cpu": 0.9, "cuda": 0.5}
+"""A prompt of less than this share of the longest is not read with it: on CUDA a pass takes longer than padding."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Slots:
     def _admit(self, jobs: Sequence[Job], first: int) -> list[_Row]:
         """Read prompts into the slots from `first` on, and draw their first tokens."""
         rows: list[_Row] = []
-        for group in _groups(jobs, _TOKENS_AT_ONCE[self._on]):
+        for group in _groups(jobs, _TOKENS_AT_ONCE[self._on], _SIMILAR[self._on]):
             prompts = [list(ids) for ids in dict.fromkeys(tuple(job.prompt_ids) for job in group)]  # samples share one
             read, logits = self._read(prompts, self._prefix)
             if self._cache is None:
@@ -265,14 +265,14 @@ def _as_the_attention_takes_it(model: Any, mask: Bool[Tensor, "row 1 1 column"])
     )
 
 
-def _groups(jobs: Sequence[Job], at_once: int) -> Iterator[list[Job]]:
+def _groups(jobs: Sequence[Job], at_once: int, similar: float) -> Iterator[list[Job]]:
     """Neighbours that are read in one pass: of similar length, so many tokens together that the weights are read in
     vain no more."""
     group: list[Job] = []
     for job in jobs:  # longest first
         if group and (
             len(group[0].prompt_ids) * (len(group) + 1) > at_once
-            or len(job.prompt_ids) < _SIMILAR * len(group[0].prompt_ids)
+            or len(job.prompt_ids) < similar * len(group[0].prompt_ids)
         ):
             yield group
             group = []
