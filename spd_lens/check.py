@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
-from spd_lens.projection import folded, projected
+from spd_lens.models.probe import probe
+from spd_lens.moments import GradientMoments
+from spd_lens.projection import folded, projected, projected_twin
+from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 
 EXAMPLES = (
@@ -53,6 +56,32 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
     The projections are onto random half-rank subspaces per head at the given layers, so nothing needs data.
     """
     return [_guarded(name, check, pair, layers) for name, check in _CHECKS.items()]
+
+
+def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str | Sequence[str]) -> None:
+    """What a run relies on, on the twin alone and in about a second: run before each.
+
+    Heads are where the table of architectures says, hooks do what folded weights do, and a gradient reaches every
+    site. The lens model is compared with the twin whenever it is built.
+
+    Raises:
+        SPDError: one of them does not hold.
+    """
+    sites = pair.sites(layers, kinds)
+    probe(pair.hf, pair.tokenizer, sites)
+    subspace = _random(pair, sites)
+    with projected_twin(pair.hf, subspace):
+        hooked = pair.check_logits(pair.hf)
+    with folded(pair.hf, subspace):
+        found = Parity.between(pair.check_logits(pair.hf), hooked)
+    if not found.within(pair.dtype):
+        raise SPDError(
+            f"hooks and folded weights disagree for {pair.name} (logits by {found.logits:.2g} of their spread); "
+            "use dtype='float32', or report this architecture"
+        )
+    moments = extract(pair, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False)
+    if silent := _silent(moments):
+        raise SPDError(f"no gradient reaches {', '.join(silent)} in {pair.name}; choose other layers or kinds")
 
 
 def _guarded(
@@ -103,7 +132,7 @@ def _lens(pair: ModelPair, layers: str) -> tuple[bool, str]:
 
 def _hook(pair: ModelPair, layers: str) -> tuple[bool, str]:
     """Hooks on the lens model against folded weights of the twin."""
-    subspace = _random(pair, layers)
+    subspace = _random(pair, pair.sites(layers))
     plain = pair.check_logits(pair.hf)
     with projected(pair.lens, subspace) as projection:
         hooked = pair.check_logits(pair.lens)
@@ -119,11 +148,16 @@ def _hook(pair: ModelPair, layers: str) -> tuple[bool, str]:
     )
 
 
+def _heads(pair: ModelPair, layers: str) -> tuple[bool, str]:
+    """Heads as the table of architectures has them, against the model's own cache of keys and values."""
+    found = probe(pair.hf, pair.tokenizer, pair.sites("all"))
+    return True, f"keys and values of all {pair.n_layers} layers within {max(found.values()):.2g} of the cached ones"
+
+
 def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
     """Every site gets a gradient, the same on lens and twin."""
     lens, twin = (extract(pair, EXAMPLES, layers="all", engine=engine, progress=False) for engine in ("lens", "twin"))
-    silent = [str(site) for site in twin.sites if not twin.gradient[site].sum(0).trace() > 0]
-    if silent:
+    if silent := _silent(twin):
         return False, f"no gradient reaches {', '.join(silent)}"
     errors = [_relative(lens.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites]
     says = f"all {len(twin.sites)} sites; lens and twin differ by up to {max(errors):.2g} of the moments' norm"
@@ -143,7 +177,7 @@ def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
     longest = max(map(len, rows))
     tokens = torch.tensor([[pair.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    with folded(pair.hf, _random(pair, layers)), torch.no_grad():
+    with folded(pair.hf, _random(pair, pair.sites(layers))), torch.no_grad():
         made: Any = pair.hf.generate(
             input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), do_sample=False, num_beams=1,
             min_new_tokens=N_NEW_TOKENS, max_new_tokens=N_NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
@@ -168,13 +202,17 @@ def _logits(pair: ModelPair, rows: list[list[int]]) -> Float[Tensor, "token d_vo
     return pair.hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()].double().cpu()
 
 
-def _random(pair: ModelPair, layers: str) -> Subspace:
+def _random(pair: ModelPair, sites: list[Site]) -> Subspace:
     bases, ranks = {}, {}
-    for site in pair.sites(layers, ("k", "v")):
+    for site in sites:
         n_heads, d_head = pair.fingerprint.heads_at(site)
         bases[site] = torch.zeros(n_heads, d_head, max(d_head // 2, 1), dtype=torch.float64)
         ranks[site] = (bases[site].shape[2],) * n_heads
     return Subspace(bases, ranks, fingerprint=pair.fingerprint).random_like(0)
+
+
+def _silent(moments: GradientMoments) -> list[str]:
+    return [str(site) for site in moments.sites if not moments.gradient[site].sum(0).trace() > 0]
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
@@ -193,6 +231,7 @@ _CHECKS: dict[str, _Checker] = {
     "special tokens": _tokens,
     "answer spans": _spans,
     "lens = twin": _lens,
+    "heads = cache": _heads,
     "hook = fold": _hook,
     "gradients": _gradients,
     "batched = single": _right,

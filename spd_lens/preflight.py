@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spd_lens.check import require_core
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.generation import check_room
@@ -42,6 +43,7 @@ def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
 def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mapping[str, Task]) -> None:
     """Refuse settings and texts that this model cannot take: layers, ranks, LoRA targets, prompts beyond its context.
 
+    And refuse a model for which hooks, folding and gradients are not what a run takes them for (`require_core`).
     Everything is tokenised once for this: a prompt that is too long should not come to light after the training.
     """
     check_subspace(config, pair)
@@ -60,3 +62,4 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
         for item in items:
             if item.spans:
                 pair.encode(item)
+    require_core(pair, config.layers, config.kinds)

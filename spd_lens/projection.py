@@ -113,6 +113,21 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
         yield hf
 
 
+@contextlib.contextmanager
+def projected_twin(hf: nn.Module, subspace: Subspace, strength: float = 1.0) -> Iterator[nn.Module]:
+    """The projection as hooks on the twin: what `folded` is compared with where there is no lens model.
+
+    Raises:
+        SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
+    """
+    check_strength(strength)
+    subspace.check(hf)
+    with contextlib.ExitStack() as stack:
+        for site in subspace.sites:
+            stack.callback(_hooked_site(hf, subspace, site, strength).remove)
+        yield hf
+
+
 def foldable(subspace: Subspace, site: Site) -> bool:
     """Whether the projection at a site can be written into one linear layer.
 

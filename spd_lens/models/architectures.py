@@ -92,11 +92,17 @@ def n_kv_heads(config: Any) -> int:
     return int(config.num_attention_heads)
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether a transformers model's architecture is in the table."""
+    config: Any = model.config
+    return config.get_text_config().model_type in ARCHITECTURES
+
+
 def architecture(model: nn.Module) -> Architecture:
     """That of a transformers model, with or without an adapter on it.
 
-    An architecture that is not in the table is taken to be built like Llama, as most are; whether that holds is what
-    the comparison of hooks with folded weights finds out before a run.
+    An architecture that is not in the table is taken to be built like Llama, as most are; whether that holds, `probe`
+    finds out when a pair is made.
 
     Raises:
         SPDError: the architecture has no K and V to project.

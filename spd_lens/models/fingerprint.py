@@ -79,7 +79,12 @@ def _shape(model: Any) -> tuple[int, int, int, int, int]:
     if cfg is not None:  # both TransformerLens backends
         return cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
     config = model.config.get_text_config()
-    n_heads = config.num_attention_heads
+    n_heads = getattr(config, "num_attention_heads", None)
+    if not n_heads:
+        raise SPDError(
+            f"the configuration of {type(model).__name__} names no attention heads, so there are no keys and values to "
+            "project; choose a transformer with attention"
+        )
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads(config), d_head
 

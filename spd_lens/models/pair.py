@@ -18,6 +18,7 @@ from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity
 from spd_lens.models.backends import Backend, choose_backend, lens_logits
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
 from spd_lens.models.tokenizer import read_tokenizer
 from spd_lens.sites import Site, resolve_sites
@@ -44,7 +45,11 @@ class ModelPair:
         prompt_format: str = "auto",
         system: str | None = None,
     ) -> None:
-        """From a transformers model in memory, for instance one that was just edited or fine-tuned."""
+        """From a transformers model in memory, for instance one that was just edited or fine-tuned.
+
+        Raises:
+            SPDError: its architecture is not in the table, and its heads are not where Llama has them.
+        """
         self._backend: Backend = choose_backend(backend)
         self._lens: nn.Module | None = None
         self.format = PromptFormat.choose(tokenizer, prompt_format, system)
@@ -55,6 +60,7 @@ class ModelPair:
         """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
         self.tokenizer = tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        probe_unknown(self.hf, tokenizer, self.sites())
 
     def __repr__(self) -> str:
         return f"ModelPair({self.name!r}, {self.backend}, {_name(self.dtype)}, {self.device})"
