@@ -60,11 +60,11 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
                 "or choose another model"
             ) from error
     found = {question.site: question.error(cache) for question in asked}
-    for site, error in found.items():
-        if not error <= _TOLERANCE:  # so that NaN is refused too
+    for site, gap in found.items():
+        if not gap <= _TOLERANCE:  # so that NaN is refused too
             raise SPDError(
                 f"the {site.kind} of layer {site.layer} in {type(twin).__name__} is not where spd_lens looks for it: "
-                f"what its attention computes with differs by {error:.2g} of its size from heads, weight and bias as "
+                f"what its attention computes with differs by {gap:.2g} of its size from heads, weight and bias as "
                 "spd_lens reads them; choose another model, or report this architecture"
             )
     return found
