@@ -17,9 +17,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
-
-IGNORED = -100
-"""Label of a position without loss, by PyTorch's convention."""
+from spd_lens.training.loss import IGNORED, NextTokenLoss
+from spd_lens.training.passes import passes
 
 COMPLETE = "complete"
 """An empty file, written into a checkpoint once all else is there."""
@@ -70,7 +69,7 @@ class Collator:
 
 
 class CorpusTrainer(Trainer):
-    """`Trainer` that writes safetensors alone and shows one progress bar or nothing."""
+    """`Trainer` that runs a batch in passes of similar length, writes safetensors alone and shows one bar or nothing."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments, rows: TokenRows, pad_id: int, progress: bool) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_id))
@@ -78,6 +77,28 @@ class CorpusTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(_Guard())
         self.add_callback(_Bar(progress))
+        self.model_accepts_loss_kwargs = True  # that is: count the scored tokens of a step, and do not scale again
+        self._next_token_loss = NextTokenLoss(model)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forth and back, pass by pass: none is left when the next begins."""
+        losses = []
+        for part in passes(inputs):
+            losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """What a pass adds to the step's mean over all of its scored tokens."""
+        assert num_items_in_batch is not None
+        return self._next_token_loss(model, inputs["input_ids"], inputs["labels"]) / num_items_in_batch
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         save_weights(self.model, Path(output_dir or self.args.output_dir))

@@ -1,0 +1,40 @@
+"""A step's sequences in passes of similar length, and whether their activations fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spd_lens.models.memory import free_memory
+
+_PASS_COSTS = {"cpu": 48, "cuda": 1024}
+"""Tokens that take as long as starting one more pass: a GPU is not busy with fewer."""
+
+
+def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
+    """Indices in groups, such that padded tokens plus `pass_cost` per group are fewest; longest first.
+
+    It depends on the lengths alone, so that the same seed always means the same arithmetic.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best, cut = [0], [0]
+    for end in range(1, len(order) + 1):
+        costs = [best[start] + (end - start) * lengths[order[start]] + pass_cost for start in range(end)]
+        best.append(min(costs))
+        cut.append(costs.index(best[end]))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        groups.append(sorted(order[cut[end] : end]))
+        end = cut[end]
+    return groups[::-1]
+
+
+def passes(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A padded batch as several, each cut to its longest row."""
+    lengths: list[int] = batch["attention_mask"].sum(1).tolist()
+    cost = _PASS_COSTS.get(batch["input_ids"].device.type, 0)
+    groups = split_by_length(lengths, cost)
+    return [{name: value[group, : max(lengths[i] for i in group)] for name, value in batch.items()} for group in groups]
