@@ -25,6 +25,7 @@ from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
+from spd_lens.products import FastProducts
 from spd_lens.sites import Site
 
 ENGINES = ("lens", "twin")
@@ -137,7 +138,7 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
     tokens, mask = right_pad([e.ids for e in batch], pair.tokenizer.pad_token_id, pair.device)
     row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
     target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
-    with torch.enable_grad(), tap.tapped() as activations:
+    with torch.enable_grad(), FastProducts(), tap.tapped() as activations:
         logits = tap.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
         losses = token_losses(logits, tokens[row, target])
         sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)

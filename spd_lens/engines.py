@@ -20,6 +20,7 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import ARCHITECTURES
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory
+from spd_lens.products import packed
 from spd_lens.projection import folded, projected
 from spd_lens.sampling import Sampler
 from spd_lens.slots import Slots
@@ -53,6 +54,7 @@ def twin_engine(
         adapted(pair.hf, adapter),
         folded(pair.hf, subspace, strength),  # after the adapter, so that what it adds is projected too
         _contiguous_unembed(pair),
+        packed(pair.hf),
     ):
         yield lambda jobs: _as_memory_allows(pair, decoding, jobs, batch_size or fitting(pair, decoding, jobs))
 

@@ -1,0 +1,126 @@
+"""Matrix products of weights in float32 on x86 processors, by oneDNN.
+
+PyTorch gives float32 products to MKL, which on processors that Intel did not make is half as fast as they are. oneDNN,
+which PyTorch has too and uses for bfloat16, is not. Both sum in float32 and err alike against float64.
+`torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spd_lens.models.memory import free_memory
+
+
+def available() -> bool:
+    """Whether this machine's PyTorch has the product, which is what `torch.compile` calls, and it is worth calling."""
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class FastProducts(TorchFunctionMode):
+    """While open, products with frozen float32 weights on the CPU go to oneDNN, forth and back; all else is as it was.
+
+    For passes over many tokens: every call of a torch function costs a microsecond or two more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._available = available()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._available and not kwargs:
+            if func is F.linear and _fits(*args):
+                return _linear(*args)
+            if func is torch.addmm and _fits(args[1], args[2], args[0]) and args[0].ndim == 1:
+                bias, rows, weight = args
+                return _linear(rows, weight.t(), bias)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For gradient checkpointing (`context_fn`): the backward pass, where no mode is open, must compute again what
+        was computed first."""
+        return contextlib.nullcontext(), FastProducts()
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Linear layers multiply with copies of their weights in the order in which oneDNN reads them.
+
+    For passes over a few tokens, in which that order is worth half of the time in float32 and a third in bfloat16. The
+    weights must stay as they are meanwhile, and nothing has a gradient. Where memory is short nothing changes.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in (torch.float32, torch.bfloat16)]
+    layers = [m for m in layers if m.weight.device.type == "cpu"]
+    size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
+    if not available() or size > free_memory(torch.device("cpu")) / 2:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            weight = torch.ops.mkldnn._reorder_linear_weight(_readable(layer.weight.detach()), None)
+            layer.forward = partial(onednn_product, weight=weight, bias=layer.bias)  # type: ignore[method-assign]
+            stack.callback(vars(layer).pop, "forward")
+        yield
+
+
+def _fits(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return (
+        weight.dtype == rows.dtype == torch.float32
+        and weight.device.type == rows.device.type == "cpu"
+        and weight.ndim == 2
+        and rows.numel() > 0
+        and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
+    )
+
+
+def _linear(
+    rows: Float[Tensor, "*row inner"], weight: Float[Tensor, "outer inner"], bias: Float[Tensor, " outer"] | None = None
+) -> Float[Tensor, "*row outer"]:
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _Linear.apply(rows, weight, bias)
+    return onednn_product(rows, _readable(weight), bias)
+
+
+class _Linear(torch.autograd.Function):
+    """With a gradient for the rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return onednn_product(rows, _readable(weight), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return onednn_product(gradients[0], _readable(ctx.weight.t()), None), None, None
+
+
+def onednn_product(
+    rows: Float[Tensor, "*row inner"], weight: Float[Tensor, "outer inner"], bias: Float[Tensor, " outer"] | None
+) -> Float[Tensor, "*row outer"]:
+    """`rows @ weight.T + bias`, without a gradient; the weight contiguous, or packed by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """oneDNN asks for the weight as if to write it, which would end the sharing of copy-on-write storage."""
+    weight = weight.contiguous()
+    is_shared = getattr(torch._C, "_is_cow_tensor", lambda _: True)
+    return weight.clone() if is_shared(weight) else weight
