@@ -19,17 +19,16 @@ CHECK_TEXTS = (
 )
 """Two short texts of unequal length, so that right padding is part of what is compared."""
 
-# Largest allowed difference of logits, relative to their spread, and mean KL in nats. Between HookedTransformer, the
-# bridge and transformers we saw 7e-6 and 9e-12 in float32, 0.11 and 2e-3 in bfloat16 (SmolLM2-135M, CPU).
-# In bfloat16 it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and a
-# mixture of experts sends a token to another expert where two are all but equal (a tiny random Qwen3-MoE: 1.8 spreads
-# at a KL of 2e-3).
+# Largest allowed difference of logits, relative to their spread, and mean KL in nats. What we saw, for SmolLM2-135M and
+# for tiny random models of every architecture, is in docs/models.md, written from the tests' results.
+# In half precision it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and
+# a mixture of experts sends a token to another expert where two are all but equal, and then all its logits are others.
 # In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
-_TOLERANCE = {
+TOLERANCE = {
     torch.float64: (1e-4, 1e-7),
     torch.float32: (1e-3, 1e-5),
-    torch.float16: (0.1, 5e-3),
-    torch.bfloat16: (3.0, 2e-2),
+    torch.float16: (2.0, 5e-3),
+    torch.bfloat16: (8.0, 2e-2),
 }
 
 Logits = Float[Tensor, "... d_vocab"]
@@ -53,7 +52,7 @@ class Parity:
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
     def within(self, dtype: torch.dtype) -> bool:
-        logits, kl = _TOLERANCE[dtype]
+        logits, kl = TOLERANCE[dtype]
         return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
 
 
@@ -76,7 +75,7 @@ def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -
 def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
     """Raise `SPDError` unless the two models agree within the dtype's tolerance."""
     if not parity.within(dtype):
-        logits, kl = _TOLERANCE[dtype]
+        logits, kl = TOLERANCE[dtype]
         raise SPDError(
             f"{what} disagree: logits differ by {parity.logits:.2g} of their spread (allowed in {_short(dtype)}: "
             f"{logits:g}) and by a KL of {parity.kl:.2g} nats (allowed: {kl:g}); {instead}"

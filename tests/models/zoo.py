@@ -33,7 +33,7 @@ class Member:
     hooked: bool = True
     """Whether transformer-lens 3.9 converts it to a HookedTransformer."""
     bridge: bool = True
-    hooked_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    hooked_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Those in which HookedTransformer runs."""
     without: tuple[str, ...] = ()
     """Standard settings that its configuration does not have."""
@@ -94,7 +94,13 @@ def build_twin(name: str, dtype: torch.dtype = torch.float32) -> Any:
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes, **member.options
     )
     model = getattr(transformers, member.model or f"{member.family}ForCausalLM")(config)
-    return randomise(model, std=0.15).to(dtype)
+    randomise(model, std=0.15)
+    if member.family.startswith("Gemma"):  # whose norms multiply by 1 + weight
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key:
+                    parameter.sub_(1.0)
+    return model.to(dtype)
 
 
 def build_pair(name: str, backend: str, dtype: torch.dtype = torch.float32) -> ModelPair:
