@@ -33,7 +33,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench notebooks constraints system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench notebooks model-table constraints system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,11 @@ bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generati
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py
+
+model-table: setup-test  ## run the matrix of models in both lanes and write what it found into docs/models.md
+	-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/models/test_matrix.py --junit-xml=.cache/matrix-hooked.xml
+	-OMP_NUM_THREADS=1 .venv-bridge/bin/python -m pytest -q tests/models/test_matrix.py --junit-xml=.cache/matrix-bridge.xml
+	.venv/bin/python scripts/model_table.py .cache/matrix-hooked.xml .cache/matrix-bridge.xml
 
 constraints: $(HOOKED)/dev $(BRIDGE)/test  ## pin what the two environments hold now
 	scripts/freeze.sh .venv > .cache/constraints && mv .cache/constraints constraints.txt

@@ -30,8 +30,9 @@ from spd_lens.sites import Site
 
 ENGINES = ("lens", "twin")
 
-# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly
-_HALF_SCALE = 2.0**12
+# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. More would
+# overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
+_HALF_SCALE = 2.0**10
 
 _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
@@ -146,6 +147,11 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
         per_example = per_example.index_add(0, row, losses / sizes[row])  # mean over S (Eq. 6)
         scale = _HALF_SCALE if pair.dtype == torch.float16 else 1.0
         gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
+    if not all(g.isfinite().all() for g in gradients):
+        raise SPDError(
+            f"gradients are not finite in {str(pair.dtype).removeprefix('torch.')} for example "
+            f"{indices[0]} or one of its batch; load the model with dtype='float32' or 'bfloat16'"
+        )
     for i, (index, e, value) in enumerate(zip(indices, batch, per_example.tolist(), strict=True)):
         length = len(e.ids)  # what follows is padding
         yield TokenGradients(
