@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity
 from spd_lens.models.backends import Backend, choose_backend, lens_logits
+from spd_lens.models.checkpoint import check_whole, read_checkpoint
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
@@ -48,8 +49,10 @@ class ModelPair:
         """From a transformers model in memory, for instance one that was just edited or fine-tuned.
 
         Raises:
-            SPDError: its architecture is not in the table, and its heads are not where Llama has them.
+            SPDError: its weights are quantised or lie on several devices; or its architecture is not in the table, and
+                its heads are not where Llama has them.
         """
+        check_whole(hf)
         self._backend: Backend = choose_backend(backend)
         self._lens: nn.Module | None = None
         self.format = PromptFormat.choose(tokenizer, prompt_format, system)
@@ -132,16 +135,22 @@ class ModelPair:
     def encode(self, example: Example, loss: Loss = "aligned") -> Encoded:
         """Token ids, completion start and scored positions of an example; refused if it exceeds the context."""
         encoded = self.format.encode(example, loss)
-        self._check_length(encoded.ids, example)
+        self._check_ids(encoded.ids, example)
         return encoded
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of an example's prompt; refused if it leaves no room in the context."""
         ids = self.format.prompt_ids(example.prompt)
-        self._check_length([*ids, 0], example)
+        self._check_ids([*ids, 0], example)
         return ids
 
-    def _check_length(self, ids: list[int], example: Example) -> None:
+    def _check_ids(self, ids: list[int], example: Example) -> None:
+        rows = self.hf.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            raise SPDError(
+                f"example {example.id or example.prompt[:40]!r} has the token {self.tokenizer.decode([max(ids)])!r} "
+                f"({max(ids)}), but the embedding of {self.name} has {rows} rows: the tokenizer is not this model's"
+            )
         if len(ids) > self.n_ctx:
             raise SPDError(
                 f"example {example.id or example.prompt[:40]!r} has {len(ids)} tokens, more than the context of "
@@ -234,7 +243,7 @@ def load(
 
     Args:
         model: Hub name, local directory (safetensors, one GGUF file, or a PEFT adapter, which is merged into its base
-            in float32), or a `.gguf` file.
+            in float32), or a `.gguf` file. GGUF and bitsandbytes weights are de-quantised.
         backend: `"hooked"` (HookedTransformer, transformer-lens 3.9), `"bridge"` (TransformerBridge) or `"auto"`.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware multiplies it, else
             float32. Exact identities (hook = fold, batched = single) are promised in float32.
@@ -252,38 +261,12 @@ def load(
     kind = resolve_dtype(dtype, place)
     choose_backend(backend)  # a wrong backend is refused before the model is read
     directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
-    twin = _read_twin(directory, kind, trust_remote_code)
+    twin = read_checkpoint(directory, kind, trust_remote_code)
     tokenizer = read_tokenizer(directory, trust_remote_code)
     # adapters name their base by this: what the user can load again, not where a cache happens to lie
     name = str(Path(model).resolve()) if Path(model).exists() else model
     twin.config._name_or_path = twin.name_or_path = name
     return ModelPair(twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system)
-
-
-def _read_twin(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn."""
-    if (directory / "adapter_config.json").exists():
-        base = hub.local_directory(adapters.adapter_base(directory))
-        twin = _read_twin(base, torch.float32, trust_remote_code)
-        return adapters.merged_copy(twin, directory).to(dtype)
-    try:
-        twin, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
-    if report["missing_keys"]:  # transformers would make these up at random, with a warning
-        missing = min(report["missing_keys"])
-        raise SPDError(
-            f"the model in {directory} cannot be loaded: its files lack {missing} "
-            f"({len(report['missing_keys'])} weights in all); get a complete copy"
-        )
-    return twin
 
 
 def resolve_device(name: str) -> torch.device:

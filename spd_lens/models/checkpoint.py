@@ -1,0 +1,117 @@
+"""From a local directory to a transformers model whose weights are whole: de-quantised, merged, on one device."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spd_lens.errors import SPDError
+from spd_lens.models import adapters, hub
+
+
+def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn."""
+    if (directory / "adapter_config.json").exists():
+        base = hub.local_directory(adapters.adapter_base(directory))
+        twin = read_checkpoint(base, torch.float32, trust_remote_code)
+        return _cast(adapters.merged_copy(twin, directory), dtype)
+    quantised = _quantisation(directory)
+    try:
+        twin, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
+        reason = " ".join(str(error).split())[:300]
+        raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
+    if report["missing_keys"]:  # transformers would make these up at random, with a warning
+        missing = min(report["missing_keys"])
+        raise SPDError(
+            f"the model in {directory} cannot be loaded: its files lack {missing} "
+            f"({len(report['missing_keys'])} weights in all); get a complete copy"
+        )
+    return _dequantised(twin, dtype) if quantised else twin
+
+
+def check_whole(twin: nn.Module) -> None:
+    """Refuse a model whose weights cannot be read and written in place.
+
+    Raises:
+        SPDError: they are quantised; or spread over several devices, in part on the disk for instance; or there is an
+            adapter on them.
+    """
+    if getattr(twin, "is_quantized", False):
+        raise SPDError(
+            f"the weights of {type(twin).__name__} are quantised, so no projection can be written into them; load it "
+            "by name or directory with spd_lens.load, which de-quantises bitsandbytes and GGUF weights"
+        )
+    places = {str(place) for place in getattr(twin, "hf_device_map", {}).values()}
+    if len(places) > 1 or places & {"disk", "meta"} or any(p.is_meta for p in twin.parameters()):
+        raise SPDError(
+            f"{type(twin).__name__} is spread over several devices ({', '.join(sorted(places)) or 'meta'}), which "
+            "spd_lens has not been tried with; load it on one (spd_lens.load(..., device='cuda') or device='cpu')"
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in twin.modules()):
+        raise SPDError(
+            f"{type(twin).__name__} carries a PEFT adapter; merge it (model.merge_and_unload()), load the adapter's "
+            "directory with spd_lens.load, or give the model without it and pass adapter= where you want it"
+        )
+
+
+def _quantisation(directory: Path) -> bool:
+    """Whether a checkpoint's weights are bitsandbytes'; any other quantisation is refused, before a weight is read."""
+    try:
+        settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return False  # transformers says what is wrong with it
+    if not settings:
+        return False
+    method = settings.get("quant_method", "an unnamed method")
+    if method != "bitsandbytes":
+        raise SPDError(
+            f"the weights in {directory} are quantised with {method}, which spd_lens has not been tried with: whether "
+            "gradients are right and how a projection is folded into them is not known; give the unquantised model, or "
+            "one in GGUF or bitsandbytes"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SPDError(
+            f"the weights in {directory} are quantised with bitsandbytes, which is needed to de-quantise them and is "
+            "not installed; pip install bitsandbytes, or give the unquantised model"
+        )
+    return True
+
+
+def _dequantised(quantised: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The same numbers in a model that was never quantised: nothing of the quantiser stays on it."""
+    wide = quantised.dequantize()
+    config = copy.deepcopy(wide.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    twin: PreTrainedModel = type(wide)(config).to(torch.float32)
+    state = wide.state_dict()
+    for name, module in twin.named_modules():
+        if isinstance(module, Conv1D) and isinstance(wide.get_submodule(name), nn.Linear):
+            state[f"{name}.weight"] = state[f"{name}.weight"].T
+    twin.load_state_dict(state)
+    twin.generation_config = wide.generation_config
+    return _cast(twin, dtype)
+
+
+def _cast(twin: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """In another dtype, as transformers reads it: rotary frequencies are buffers and stay float32, unlike in `to`."""
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype)
+    twin.config.dtype = dtype
+    return twin
