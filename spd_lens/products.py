@@ -109,13 +109,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return onednn_product(gradients[0], _readable(ctx.weight.t()), None), None, None
+        return onednn_product(gradients[0], _readable(ctx.weight).t(), None), None, None  # strides are as good as a copy
 
 
 def onednn_product(
     rows: Float[Tensor, "*row inner"], weight: Float[Tensor, "outer inner"], bias: Float[Tensor, " outer"] | None
 ) -> Float[Tensor, "*row outer"]:
-    """`rows @ weight.T + bias`, without a gradient; the weight contiguous, or packed by oneDNN."""
+    """`rows @ weight.T + bias`, without a gradient; the weight dense, or packed by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
 
 

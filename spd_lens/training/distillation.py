@@ -22,6 +22,7 @@ from spd_lens.digests import corpus_digest, weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.products import FastProducts
 from spd_lens.training.place import TrainingPlace, default_place
 from spd_lens.training.restoring import as_it_was, isolated_random, on_device
 from spd_lens.training.targets import ATTENTION, resolve_targets
@@ -160,7 +161,7 @@ def finetune(
         with _trainable(pair, settings, checkpointing) as model:
             args = _arguments(pair, settings, len(rows), place, save_steps)
             trainer = CorpusTrainer(model, args, rows, pair.tokenizer.pad_token_id, progress)
-            with _explained(place):
+            with _explained(place), FastProducts():
                 trainer.train(resume_from_checkpoint=place.latest_checkpoint())
                 save_weights(model, place.result)
                 if method == "full":
@@ -263,7 +264,7 @@ def _trainable(pair: ModelPair, settings: TrainingSettings, checkpointing: bool)
 def _checkpoint_gradients(model: Any, on: bool) -> None:
     if on:  # the newer name first: the older one warns where both exist
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": FastProducts.recomputed})
 
 
 def _lasting_name(name: str) -> str:

@@ -1,22 +1,25 @@
-"""A step's sequences in passes of similar length, and whether their activations fit into memory."""
+"""A step's sequences in passes of similar length, each by the fastest kernels that give the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from spd_lens.models.memory import free_memory
+from torch import Tensor
 
 _PASS_COSTS = {"cpu": 48, "cuda": 1024}
 """Tokens that take as long as starting one more pass: a GPU is not busy with fewer."""
+
+_SHORT = 512
+"""Tokens up to which attention weights are small beside the other activations."""
 
 
 def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
     """Indices in groups, such that padded tokens plus `pass_cost` per group are fewest; longest first.
 
-    It depends on the lengths alone, so that the same seed always means the same arithmetic.
+    It depends on the lengths alone, so that a seed always means the same arithmetic.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     best, cut = [0], [0]
@@ -35,6 +38,22 @@ def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
 def passes(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """A padded batch as several, each cut to its longest row."""
     lengths: list[int] = batch["attention_mask"].sum(1).tolist()
-    cost = _PASS_COSTS.get(batch["input_ids"].device.type, 0)
-    groups = split_by_length(lengths, cost)
+    groups = split_by_length(lengths, _PASS_COSTS.get(batch["input_ids"].device.type, 0))
     return [{name: value[group, : max(lengths[i] for i in group)] for name, value in batch.items()} for group in groups]
+
+
+@contextlib.contextmanager
+def fastest_attention(model: Any, length: int) -> Iterator[None]:
+    """In bfloat16 on a CPU plain matrix products: torch's kernel takes 2.5 times as long there, forth and back.
+
+    They keep all attention weights for the backward pass, so not where sequences are long.
+    """
+    own = model.config._attn_implementation
+    if own != "sdpa" or model.dtype != torch.bfloat16 or model.device.type != "cpu" or length > _SHORT:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)

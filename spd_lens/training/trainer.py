@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
 from spd_lens.training.loss import IGNORED, NextTokenLoss
-from spd_lens.training.passes import passes
+from spd_lens.training.passes import fastest_attention, passes
 
 COMPLETE = "complete"
 """An empty file, written into a checkpoint once all else is there."""
@@ -69,7 +69,7 @@ class Collator:
 
 
 class CorpusTrainer(Trainer):
-    """`Trainer` that runs a batch in passes of similar length, writes safetensors alone and shows one bar or nothing."""
+    """`Trainer` that runs batches in passes of similar length, writes safetensors alone and shows one bar or nothing."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments, rows: TokenRows, pad_id: int, progress: bool) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_id))
@@ -78,7 +78,8 @@ class CorpusTrainer(Trainer):
         self.add_callback(_Guard())
         self.add_callback(_Bar(progress))
         self.model_accepts_loss_kwargs = True  # that is: count the scored tokens of a step, and do not scale again
-        self._next_token_loss = NextTokenLoss(model)
+        self._inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._next_token_loss = NextTokenLoss(self._inner)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -86,7 +87,8 @@ class CorpusTrainer(Trainer):
         """Forth and back, pass by pass: none is left when the next begins."""
         losses = []
         for part in passes(inputs):
-            losses.append(super().training_step(model, part, num_items_in_batch))
+            with fastest_attention(self._inner, part["input_ids"].shape[1]):
+                losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def compute_loss(
