@@ -26,17 +26,26 @@ BATCH = 16
 PROMPT_TOKENS = 64
 NEW_TOKENS = 48
 GREEDY = Sampling(0.0, 1.0, None)
+_TARGETS = {"smollm2": 4.0, "qwen2.5-0.5b-shape": 6.0}
+"""Against a lens model's own `generate`."""
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
     """Rows of every model and dtype."""
     for name in models:
+        found: dict[str, dict[str, list[Sample]]] = {}
         for dtype in ("float32", "bfloat16"):
             subject = subjects.subject(name, dtype)
             subspace = _subspace(subject.pair)
-            yield from _fixed_lengths(subject, subspace, quick)
+            found[dtype] = _fixed_lengths(subject, subspace, quick)
+            yield from _fixed_rows(subject, found[dtype])
+            yield from _one_at_a_time(subject, subspace, quick)
+            yield from _bridge(subject, subspace, found[dtype]["ours"])
             del subject
             settle()
+        both = {"ours": found["bfloat16"]["ours"], "lens": found["float32"]["lens"]}
+        what = f"the lens model's generate in float32, ours in the default dtype, batch {BATCH}"
+        yield _speed(name, "bfloat16 / float32", what, both, "lens", BATCH * NEW_TOKENS, _TARGETS[name])
     if "smollm2" in models:
         yield from _mixed_lengths(quick)
         yield from _few_shot(quick)
@@ -48,15 +57,11 @@ def _subspace(pair: spd.ModelPair) -> spd.Subspace:
     return spd.extract(pair, examples, engine="twin", progress=False).subspace(rank=0.5)
 
 
-def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:
+def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> dict[str, list[Sample]]:
     """Prompts of one length, as many new tokens for each: what every engine can do without padding."""
     pair = subject.pair
-    jobs = _jobs(pair, BATCH, cut=PROMPT_TOKENS)
-    tokens = torch.tensor([job.prompt_ids for job in jobs], device=pair.device)
+    jobs, tokens, plain = _fixed(pair)
     decoding = Decoding(GREEDY, 0, NEW_TOKENS, ())
-    plain = {
-        "max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False,
-    }  # fmt: skip
 
     def ours(_: int) -> list[list[int]]:
         return _in_slots(pair, decoding, jobs, subspace)
@@ -70,17 +75,32 @@ def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
             return _new(_hf_generate(pair, tokens, None, NEW_TOKENS, ()))
 
     ways: dict[str, Callable[[int], Any]] = {"ours": ours, "lens": lens_batch, "twin": twin_hooks}
-    samples = in_turn(ways, 1 if quick else 3, warm_up=lambda: _in_slots(pair, decoding, jobs[:2], subspace))
-    n = BATCH * NEW_TOKENS
-    target = {"smollm2": 4.0, "qwen2.5-0.5b-shape": 6.0}[subject.name]
-    lens_name = type(pair.lens).__name__
-    row = _speed(subject, f"{lens_name}.generate under hooks, batch {BATCH}", samples, "lens", n, target)
-    bound = _matrix_seconds(pair) / statistics.median(sample.seconds for sample in samples["lens"])
-    yield replace(row, bound=f"{1 / bound:.2f} (matrix products alone)")
-    yield _speed(subject, f"transformers' generate under hooks on the twin, batch {BATCH}", samples, "twin", n, None)
+    return in_turn(ways, 1 if quick else 3, warm_up=lambda: _in_slots(pair, decoding, jobs[:2], subspace))
+
+
+def _fixed(pair: spd.ModelPair) -> tuple[list[Job], torch.Tensor, dict[str, Any]]:
+    """Prompts cut to one length, and a lens model's settings for greedy completions of one length."""
+    jobs = _jobs(pair, BATCH, cut=PROMPT_TOKENS)
+    tokens = torch.tensor([job.prompt_ids for job in jobs], device=pair.device)
+    return jobs, tokens, {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False}
+
+
+def _fixed_rows(subject: subjects.Subject, samples: dict[str, list[Sample]]) -> Iterator[Row]:
+    lens_name, n = type(subject.pair.lens).__name__, BATCH * NEW_TOKENS
+    what = f"{lens_name}.generate under hooks, batch {BATCH}"
+    row = _speed(subject.name, subject.dtype, what, samples, "lens", n, _TARGETS[subject.name])
+    bound = statistics.median(sample.seconds for sample in samples["lens"]) / _matrix_seconds(subject.pair)
+    yield replace(row, bound=f"{bound:.2f} (matrix products alone)")
+    yield _speed(
+        subject.name,
+        subject.dtype,
+        f"transformers' generate under hooks on the twin, batch {BATCH}",
+        samples,
+        "twin",
+        n,
+        None,
+    )
     yield _same(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
-    yield from _one_at_a_time(subject, subspace, quick)
-    yield from _bridge(subject, subspace, samples["ours"], tokens, plain)
 
 
 def _matrix_seconds(pair: spd.ModelPair) -> float:
@@ -132,19 +152,26 @@ def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
         )  # fmt: skip
 
 
-def _bridge(
-    subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample], tokens: torch.Tensor, options: dict[str, Any]
-) -> Iterator[Row]:
+def _bridge(subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample]) -> Iterator[Row]:
     """TransformerBridge, where the lens model is a HookedTransformer."""
     if subject.pair.backend == "bridge":
         return
     pair = spd.ModelPair(subject.pair.hf, subject.pair.tokenizer, backend="bridge")
+    _, tokens, plain = _fixed(pair)
     with projected(pair.lens, subspace):
-        pair.lens.generate(tokens[:1], **{**options, "max_new_tokens": 2})
-        peer = timed(lambda: pair.lens.generate(tokens, **options))
+        pair.lens.generate(tokens[:1], **{**plain, "max_new_tokens": 2})
+        peer = timed(lambda: pair.lens.generate(tokens, **plain))
     n = BATCH * NEW_TOKENS
     samples = {"ours": ours[-1:], "bridge": [peer]}
-    yield _speed(subject, f"TransformerBridge.generate under hooks, batch {BATCH}", samples, "bridge", n, None)
+    yield _speed(
+        subject.name,
+        subject.dtype,
+        f"TransformerBridge.generate under hooks, batch {BATCH}",
+        samples,
+        "bridge",
+        n,
+        None,
+    )
 
 
 def _mixed_lengths(quick: bool) -> Iterator[Row]:
@@ -156,7 +183,7 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
         found[dtype] = samples
         lengths = [len(ids) for ids in samples["ours"][0].result]
         row = _speed(
-            subject, "plain generate on the folded twin, arrival order, mixed lengths", samples, "plain",
+            subject.name, dtype, "plain generate on the folded twin, arrival order, mixed lengths", samples, "plain",
             sum(lengths), 1.5,
         )  # fmt: skip
         yield replace(row, note=f"{len(jobs)} prompts of {_range(jobs)} tokens, {min(lengths)}-{max(lengths)} new")
@@ -217,7 +244,7 @@ def _few_shot(quick: bool) -> Iterator[Row]:
             slots.MIN_PREFIX = least
 
     samples = in_turn({"ours": shared, "plain": not_shared}, 1 if quick else 3, warm_up=lambda: shared(0))
-    row = _speed(subject, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
+    row = _speed(subject.name, subject.dtype, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
     yield replace(row, note=f"4 shots, prompts of {_range(jobs)} tokens, 16 new")
     yield _same(subject, "the same without sharing", samples["ours"][0].result, samples["plain"][0].result)
 
@@ -300,12 +327,12 @@ def _range(jobs: Sequence[Job]) -> str:
 
 
 def _speed(
-    subject: subjects.Subject, peer: str, samples: dict[str, list[Sample]], way: str, n: int, target: float | None
+    model: str, dtype: str, peer: str, samples: dict[str, list[Sample]], way: str, n: int, target: float | None
 ) -> Row:
     value, low, high = ratios(samples["ours"], samples[way])
     speeds = [n / sorted(s.seconds for s in samples[name])[len(samples[name]) // 2] for name in ("ours", way)]
     return Row(
-        "generation", subject.name, subject.dtype, peer, value, low, high, target,
+        "generation", model, dtype, peer, value, low, high, target,
         ours=f"{speeds[0]:.0f} tok/s", peer=f"{speeds[1]:.1f} tok/s",
     )  # fmt: skip
 
