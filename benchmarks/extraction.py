@@ -239,12 +239,13 @@ def _sum(samples: list[Sample]) -> spd.GradientMoments:
 
 
 def _memory(name: str, pair: spd.ModelPair, examples: Sequence[spd.Example]) -> Row:
-    """Peak of a whole extraction over that of its largest batch alone."""
+    """Peak of a whole extraction over that of its largest batch alone, by padded tokens; each with its own moments."""
     lengths = [len(pair.encode(e).ids) for e in examples]
-    batch = [examples[i] for i in batches_by_length(lengths, 1024)[0]]
-    one = timed(lambda: spd.extract(pair, batch, engine="twin", progress=False))
-    whole = timed(lambda: spd.extract(pair, examples, engine="twin", progress=False))
+    largest = max(batches_by_length(lengths, TOKENS_AT_ONCE), key=lambda batch: len(batch) * lengths[batch[0]])
+    one = timed(lambda: _ours(pair, [examples[i] for i in largest]))
+    whole = timed(lambda: _ours(pair, examples))
     ratio = whole.peak / one.peak
+    n_tokens = len(largest) * lengths[largest[0]]
     return Row(
         "extraction",
         name,
@@ -257,4 +258,5 @@ def _memory(name: str, pair: spd.ModelPair, examples: Sequence[spd.Example]) -> 
         at_least=False,
         ours=f"{whole.peak / 2**20:.0f} MiB",
         peer=f"{one.peak / 2**20:.0f} MiB",
+        note=f"{len(examples)} examples; the batch has {n_tokens} tokens",
     )

@@ -80,6 +80,12 @@ def settle() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def held() -> int:
+    """Bytes held now, freed memory given back: the process's resident memory, or what CUDA's allocator gave."""
+    settle()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
 class _PeakMemory:
     """Largest resident memory while open, sampled by a thread; on CUDA the allocator's peak."""
 
