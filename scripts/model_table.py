@@ -114,6 +114,7 @@ def written(document: str, tables: dict[str, str]) -> str:
 
 
 def main(hooked: str, bridge: str) -> None:
+    """From the two lanes' JUnit reports into the document."""
     results = Results()
     results.read("hooked", Path(hooked))
     results.read("bridge", Path(bridge))
