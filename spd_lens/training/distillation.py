@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
@@ -23,6 +23,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.products import FastProducts
+from spd_lens.training.passes import needs_checkpointing
 from spd_lens.training.place import TrainingPlace, default_place
 from spd_lens.training.restoring import as_it_was, isolated_random, on_device
 from spd_lens.training.targets import ATTENTION, resolve_targets
@@ -108,7 +109,8 @@ def finetune(
         batch_size: Sequences per forward pass.
         gradient_accumulation: Forward passes per step; their tokens count as one batch.
         loss_on: `"all"`: prompt and completion, as in the paper; `"completion"`: the completion alone.
-        gradient_checkpointing: Less memory for a third more time, and the same result. None: on CUDA only.
+        gradient_checkpointing: Less memory for a third more time, and the same result. None: if a batch of the longest
+            sequences would otherwise take more than half of the free memory.
         seed: Of LoRA's first weights, the order of sequences and dropout.
         resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
@@ -155,10 +157,14 @@ def finetune(
     place = TrainingPlace(default_place(corpus) if out is None else Path(out))
     if resume and place.finished(identity):
         return place.directory
-    checkpointing = pair.device.type == "cuda" if gradient_checkpointing is None else gradient_checkpointing
     with place.working(identity, resume), isolated_random(pair.device, seed), on_device(pair.device):
         start = time.monotonic()
-        with _trainable(pair, settings, checkpointing) as model:
+        with _trainable(pair, settings) as model:
+            if gradient_checkpointing is None:
+                n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+                gradient_checkpointing = needs_checkpointing(pair, batch_size * rows.longest, n_trained)
+            if gradient_checkpointing:
+                _checkpoint_gradients(model)
             args = _arguments(pair, settings, len(rows), place, save_steps)
             trainer = CorpusTrainer(model, args, rows, pair.tokenizer.pad_token_id, progress)
             with _explained(place), FastProducts():
@@ -238,12 +244,11 @@ def _arguments(
 
 
 @contextlib.contextmanager
-def _trainable(pair: ModelPair, settings: TrainingSettings, checkpointing: bool) -> Iterator[nn.Module]:
+def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Module]:
     """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained."""
     if settings.method == "full":
         # float32, since steps of 1e-5 vanish in bfloat16 weights
         model = copy.deepcopy(pair.hf).to(torch.float32).requires_grad_(True)
-        _checkpoint_gradients(model, checkpointing)
         yield model.train()
         return
     config = LoraConfig(
@@ -255,16 +260,16 @@ def _trainable(pair: ModelPair, settings: TrainingSettings, checkpointing: bool)
         target_modules=list(settings.targets),
     )
     with as_it_was(pair.hf):
-        _checkpoint_gradients(pair.hf, checkpointing)
         model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
         model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
         yield model.train()
 
 
-def _checkpoint_gradients(model: Any, on: bool) -> None:
-    if on:  # the newer name first: the older one warns where both exist
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": FastProducts.recomputed})
+def _checkpoint_gradients(model: Any) -> None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # the newer name first: the older one warns where both exist
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": FastProducts.recomputed})
 
 
 def _lasting_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A step's sequences in passes of similar length, each by the fastest kernels that give the same."""
+"""A step's sequences in passes of similar length; the fastest attention; whether activations fit into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from spd_lens.models import ModelPair
+from spd_lens.models.memory import free_memory
 
 _PASS_COSTS = {"cpu": 48, "cuda": 1024}
 """Tokens that take as long as starting one more pass: a GPU is not busy with fewer."""
@@ -57,3 +60,13 @@ def fastest_attention(model: Any, length: int) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(own)
+
+
+def needs_checkpointing(pair: ModelPair, n_tokens: int, n_trained: int) -> bool:
+    """Whether a pass of `n_tokens` that keeps all activations would take more than half of what memory is left.
+
+    A layer keeps at most about 34 values per token and unit of `d_model` (Korthikanti et al. 2022, section 4). AdamW
+    keeps 12 bytes, gradient included, per weight that it trains.
+    """
+    activations = 34 * pair.n_layers * pair.fingerprint.d_model * pair.dtype.itemsize * n_tokens
+    return activations > (free_memory(pair.device) - 12 * n_trained) / 2

@@ -43,6 +43,11 @@ class TokenRows(Dataset[dict[str, list[int]]]):
         return self._rows[index]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row["input_ids"]) for row in self._rows)
+
+    @property
     def n_scored(self) -> int:
         """Tokens with a loss, over all rows."""
         return sum(label != IGNORED for row in self._rows for label in row["labels"])
@@ -69,7 +74,7 @@ class Collator:
 
 
 class CorpusTrainer(Trainer):
-    """`Trainer` that runs batches in passes of similar length, writes safetensors alone and shows one bar or nothing."""
+    """`Trainer` that runs batches in passes of similar length, writes safetensors alone, shows one bar or nothing."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments, rows: TokenRows, pad_id: int, progress: bool) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_id))
