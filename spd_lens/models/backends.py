@@ -28,6 +28,9 @@ BACKENDS = ("auto", "hooked", "bridge")
 _COMPUTED = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 # TransformerLens picks an architecture by name for paths that hold one of these words, and then misreads the config.
 _MISLEADING = ("llama", "gemma", "medgemma")
+# Where torch's operations tell reading from writing. On MPS some write through a pointer that they took for reading
+# (pytorch#150569), which copy-on-write storage does not notice.
+_SHARING = ("cpu", "cuda")
 
 
 class Backend(ABC):
@@ -65,8 +68,11 @@ def choose_backend(name: str) -> Backend:
 def lazy_copy(weight: Tensor) -> Tensor:
     """A copy that takes memory only when it or the original is written to; of a view as of a whole tensor.
 
-    Torch's copy-on-write storage: who writes gets a storage of its own, so that neither ever sees the other's edits.
+    Torch's copy-on-write storage: who writes gets a storage of its own, so that neither ever sees the other's edits. On
+    CUDA, edit weights on the stream that they were loaded on (the default one), with which torch orders that copy.
     """
+    if weight.device.type not in _SHARING:
+        return weight.detach().clone()
     try:
         return torch._lazy_clone(weight.detach())
     except (AttributeError, RuntimeError):  # a private function of torch's; not for storage that torch does not manage
@@ -76,11 +82,12 @@ def lazy_copy(weight: Tensor) -> Tensor:
 def own_memory(model: nn.Module) -> None:
     """Read weights that lie in a mapped file, as safetensors leaves them, into memory that `lazy_copy` can share."""
     for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            continue
         try:
             torch._lazy_clone(parameter.detach())
         except RuntimeError:
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.detach().clone()
+            parameter.data = parameter.detach().clone()
         except AttributeError:  # a torch without it
             return
 

@@ -177,6 +177,14 @@ def test_memory_that_torch_does_not_manage_is_copied():
     assert torch.equal(copied, torch.zeros(4))
 
 
+def test_where_torch_does_not_notice_writes_nothing_is_shared():
+    """As on MPS; `meta` is another such device, and here."""
+    weight = torch.empty(4, device="meta")
+    assert torch._C._is_cow_tensor(torch._lazy_clone(weight)), "it would be shared"
+    assert not torch._C._is_cow_tensor(lazy_copy(torch.empty(4, device="meta")))
+    assert torch._C._is_cow_tensor(lazy_copy(torch.empty(4)))
+
+
 def test_drop_lens_gives_its_memory_back(backend):
     """A model of 64 MiB, whose lens model was edited everywhere."""
     tokenizer = build_tokenizer(chat=False)
