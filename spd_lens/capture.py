@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,9 +29,12 @@ from spd_lens.sites import Site
 
 ENGINES = ("lens", "twin")
 
-# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. More would
-# overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
+# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. A larger
+# one would overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
 _HALF_SCALE = 2.0**10
+
+_ROWS = 32
+"""Rows of the vocabulary in float64 at a time."""
 
 _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
@@ -166,9 +168,30 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
 
 
 def token_losses(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """`-log p(z_t | z_<t)` in nats, in float32 or better."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), targets, reduction="none")
+    """`-log p(z_t | z_<t)` in nats, in float64: in float32 the sum over a vocabulary is the largest error of a gradient
+    (1e-4 for SmolLM2, of which 1e-5 are left)."""
+    return _TokenLosses.apply(logits, targets)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """A few rows at a time, so that float64 takes no more memory than float32 does otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        losses, slopes = [], []
+        for some, wanted in zip(logits.split(_ROWS), targets[:, None].split(_ROWS), strict=True):
+            log_p = some.double().log_softmax(dim=-1)
+            losses.append(-log_p.gather(1, wanted)[:, 0])
+            slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+            slopes.append(slope.to(torch.promote_types(logits.dtype, torch.float32)))
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (slopes,) = ctx.saved_tensors
+        return (gradients[0][:, None].to(slopes.dtype) * slopes).to(ctx.dtype), None
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

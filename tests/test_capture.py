@@ -217,11 +217,25 @@ def test_float16_gradients_do_not_underflow(pair_of):
         assert relative_error(half.gradient[site].sum(0), exact.gradient[site].sum(0)) < 0.1, site
 
 
-def test_losses_are_in_nats_and_single_precision_at_least():
+def test_losses_are_in_nats_and_double_precision():
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=torch.bfloat16)
     losses = token_losses(logits, torch.tensor([1, 0]))
-    assert losses.dtype == torch.float32
-    assert losses.tolist() == pytest.approx([0.693147, 0.126928], rel=1e-5)
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx([0.6931471805599453, 0.1269280110429725], rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slopes_of_losses_are_those_of_autograd_in_float64(dtype):
+    """In more rows than are taken at a time, over a vocabulary so large that float32 sums would show."""
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(70, 50_000)).to(dtype)
+    targets = logits.argmax(dim=-1).where(torch.arange(70) % 2 == 0, torch.arange(70))
+    weights = torch.rand(70, dtype=torch.float64)
+    wide, own = logits.clone().double().requires_grad_(), logits.clone().requires_grad_()
+    (torch.nn.functional.cross_entropy(wide, targets, reduction="none") * weights).sum().backward()
+    (token_losses(own, targets) * weights).sum().backward()
+    assert own.grad.dtype == dtype
+    assert relative_error(own.grad.double(), wide.grad) < 2 * torch.finfo(dtype).eps
 
 
 def test_batches_hold_each_example_once_and_at_most_so_many_padded_tokens():
