@@ -146,10 +146,14 @@ def corpus_of(lengths=LENGTHS):
 def plain_training(model, corpus, *, loss_on, lr, steps):
     """AdamW, cosine to 0, gradients clipped to norm 1; one unpadded sequence after the other; the loss of each step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    still = [p for name, p in model.named_parameters() if p.requires_grad and ("norm" in name or "bias" in name)]
+    decaying = [p for p in trained if not any(p is other for other in still)]
+    # norms and biases do not decay, as is the custom
+    optimizer = torch.optim.AdamW([{"params": decaying}, {"params": still, "weight_decay": 0.0}], lr, weight_decay=0.01)
     losses = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         starts = [len(r.prompt_ids) if loss_on == "completion" else 1 for r in corpus]
         rows = [[*r.prompt_ids, *r.completion_ids] for r in corpus]
