@@ -88,7 +88,7 @@ def _quantisation(directory: Path) -> bool:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SPDError(
             f"the weights in {directory} are quantised with bitsandbytes, which is needed to de-quantise them and is "
-            "not installed; pip install bitsandbytes, or give the unquantised model"
+            "not installed; pip install 'spd-lens[quantised]', or give the unquantised model"
         )
     return True
 

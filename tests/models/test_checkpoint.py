@@ -166,7 +166,7 @@ def test_bitsandbytes_has_to_be_installed(tmp_path, monkeypatch):
     directory = saved(build_twin("llama"), tmp_path / "quantised")
     edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with refused("quantised", "pip install bitsandbytes"):
+    with refused("quantised", "spd-lens[quantised]"):
         read(directory)
 
 
