@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.models.attention import fastest_attention
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.memory import free_memory
@@ -24,7 +25,7 @@ from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
-from spd_lens.products import FastProducts
+from spd_lens.products import fast_products
 from spd_lens.sites import Site
 
 ENGINES = ("lens", "twin")
@@ -35,9 +36,6 @@ _HALF_SCALE = 2.0**10
 
 _ROWS = 32
 """Rows of the vocabulary in float64 at a time."""
-
-_SHORT = 512
-"""Tokens up to which attention weights are small beside the other activations."""
 
 
 def extract(
@@ -141,7 +139,7 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
     tokens, mask = right_pad([e.ids for e in batch], pair.tokenizer.pad_token_id, pair.device)
     row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
     target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
-    with torch.enable_grad(), FastProducts(), tap.tapped() as activations:
+    with torch.enable_grad(), fast_products(pair.device, pair.dtype), tap.tapped() as activations:
         logits = tap.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
         losses = token_losses(logits, tokens[row, target])
         sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)
@@ -287,22 +285,5 @@ class TwinTap(Tap):
 
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
         # no mask: padding on the right is behind all that a real token attends to, and causal kernels are faster
-        with self._fastest_attention(tokens.shape[1]):
+        with fastest_attention(self.model, tokens.shape[1]):
             return self.model(input_ids=tokens, use_cache=False).logits
-
-    @contextlib.contextmanager
-    def _fastest_attention(self, length: int) -> Iterator[None]:
-        """In bfloat16 on a CPU plain matrix products: torch's kernel takes 2.5 times as long there, forth and back.
-
-        They keep all attention weights for the backward pass, so not where sequences are long.
-        """
-        model: Any = self.model
-        own = model.config._attn_implementation
-        if own != "sdpa" or model.dtype != torch.bfloat16 or model.device.type != "cpu" or length > _SHORT:
-            yield
-            return
-        model.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(own)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -33,30 +33,32 @@ def available() -> bool:
     )
 
 
-class FastProducts(TorchFunctionMode):
+def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """While open, products with frozen float32 weights on the CPU go to oneDNN, forth and back; all else is as it was.
 
-    For passes over many tokens: every call of a torch function costs a microsecond or two more.
+    For passes over many tokens: every call of a torch function costs a microsecond or two more. The backward pass
+    computes checkpointed activations again outside of it: see `recomputed_alike`.
     """
+    fitting = device.type == "cpu" and dtype == torch.float32 and available()
+    return _FastProducts() if fitting else contextlib.nullcontext()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._available = available()
 
+def recomputed_alike(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
+    """`context_fn` for gradient checkpointing under `fast_products`: what is computed again is computed as it was."""
+    return lambda: (contextlib.nullcontext(), fast_products(device, dtype))
+
+
+class _FastProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._available and not kwargs:
+        if not kwargs:
             if func is F.linear and _fits(*args):
                 return _linear(*args)
             if func is torch.addmm and _fits(args[1], args[2], args[0]) and args[0].ndim == 1:
                 bias, rows, weight = args
                 return _linear(rows, weight.t(), bias)
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For gradient checkpointing (`context_fn`): the backward pass, where no mode is open, must compute again what
-        was computed first."""
-        return contextlib.nullcontext(), FastProducts()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spd_lens.products import FastProducts, available, packed
+from spd_lens.products import available, fast_products, packed, recomputed_alike
+
+HERE = (torch.device("cpu"), torch.float32)
 
 pytestmark = pytest.mark.skipif(not available(), reason="PyTorch has no oneDNN product for this processor")
 
@@ -41,7 +43,7 @@ def test_forth_and_back_are_those_of_float64(calls, bias, shape):
     linear = layer(bias)
     rows = torch.randn(*shape, 24, requires_grad=True)
     wide, exact = copy.deepcopy(linear).double(), rows.detach().double().requires_grad_()
-    with FastProducts():
+    with fast_products(*HERE):
         found = linear(rows)
     upstream = torch.randn_like(found)
     found.backward(upstream)
@@ -53,14 +55,14 @@ def test_forth_and_back_are_those_of_float64(calls, bias, shape):
 
 def test_rows_that_lie_scattered_in_memory(calls):
     linear, rows = layer(), torch.randn(5, 24, 6).transpose(1, 2)
-    with FastProducts():
+    with fast_products(*HERE):
         found = linear(rows[:, -2:])
     assert calls and relative(found, copy.deepcopy(linear).double()(rows[:, -2:].double())) < 1e-6
 
 
 def test_addmm_as_gpt2_and_the_lens_call_it(calls):
     bias, rows, weight = torch.randn(9), torch.randn(5, 3, requires_grad=True), torch.randn(3, 9)
-    with FastProducts():
+    with fast_products(*HERE):
         found = torch.addmm(bias, rows, weight)
     found.sum().backward()
     assert len(calls) == 2
@@ -71,7 +73,7 @@ def test_addmm_as_gpt2_and_the_lens_call_it(calls):
 def test_weights_in_training_other_types_and_scaled_products_take_the_usual_way(calls):
     trained = layer().requires_grad_(True)
     rows = torch.randn(4, 24)
-    with FastProducts():
+    with fast_products(*HERE):
         trained(rows).sum().backward()
         layer(dtype=torch.float64)(rows.double())
         layer(dtype=torch.bfloat16)(rows.bfloat16())
@@ -86,8 +88,8 @@ def test_weights_in_training_other_types_and_scaled_products_take_the_usual_way(
 
 def test_recomputed_passes_have_the_same_gradient(calls):
     linear, rows = layer(), torch.randn(4, 24, requires_grad=True)
-    with FastProducts():
-        made = checkpoint(lambda x: linear(x).relu(), rows, use_reentrant=False, context_fn=FastProducts.recomputed)
+    with fast_products(*HERE):
+        made = checkpoint(lambda x: linear(x).relu(), rows, use_reentrant=False, context_fn=recomputed_alike(*HERE))
         made.sum().backward()
     exact = rows.detach().double().requires_grad_()
     copy.deepcopy(linear).double()(exact).relu().sum().backward()
@@ -97,7 +99,7 @@ def test_recomputed_passes_have_the_same_gradient(calls):
 def test_turned_off_with_oneDNN(calls):
     torch._C._set_mkldnn_enabled(False)
     try:
-        with FastProducts():
+        with fast_products(*HERE):
             layer()(torch.randn(3, 24))
     finally:
         torch._C._set_mkldnn_enabled(True)
@@ -136,7 +138,7 @@ def test_copy_on_write_weights_stay_shared(way):
         with torch.no_grad(), packed(linear):
             linear(rows)
     else:
-        with FastProducts():
+        with fast_products(*HERE):
             made = linear(rows) if way == "linear" else torch.addmm(torch.zeros(24), linear(rows), linear.weight)
         made.sum().backward()
     assert torch._C._is_cow_tensor(linear.weight)

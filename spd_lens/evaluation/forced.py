@@ -21,7 +21,7 @@ from spd_lens.models import ModelPair
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded
-from spd_lens.products import FastProducts
+from spd_lens.products import fast_products
 
 
 @dataclass(frozen=True)
@@ -137,5 +137,8 @@ def _compare(
 
 def forced_logits(pair: ModelPair, model: nn.Module, batch: ForcedBatch) -> Float[Tensor, "n d_vocab"]:
     """Float32 logits that predict the completion tokens; `model` is the pair's twin under some policy."""
-    with FastProducts(), unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position):
+    with (
+        fast_products(pair.device, pair.dtype),
+        unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position),
+    ):
         return model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()

@@ -22,7 +22,7 @@ from spd_lens.digests import corpus_digest, weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.products import FastProducts
+from spd_lens.products import fast_products, recomputed_alike
 from spd_lens.training.passes import needs_checkpointing
 from spd_lens.training.place import TrainingPlace, default_place
 from spd_lens.training.restoring import as_it_was, isolated_random, on_device
@@ -167,7 +167,7 @@ def finetune(
                 _checkpoint_gradients(model)
             args = _arguments(pair, settings, len(rows), place, save_steps)
             trainer = CorpusTrainer(model, args, rows, pair.tokenizer.pad_token_id, progress)
-            with _explained(place), FastProducts():
+            with _explained(place), fast_products(pair.device, pair.dtype):
                 trainer.train(resume_from_checkpoint=place.latest_checkpoint())
                 save_weights(model, place.result)
                 if method == "full":
@@ -269,7 +269,7 @@ def _checkpoint_gradients(model: Any) -> None:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # the newer name first: the older one warns where both exist
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": FastProducts.recomputed})
+    enable({"use_reentrant": False, "context_fn": recomputed_alike(inner.device, inner.dtype)})
 
 
 def _lasting_name(name: str) -> str:

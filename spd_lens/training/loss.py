@@ -15,7 +15,7 @@ from spd_lens.models.hooks import unembed_only
 IGNORED = -100
 """Label of a position without loss, by PyTorch's convention."""
 
-_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
+_CHUNK_BYTES = 2**27
 """Size of the float32 logits that are there at once."""
 _N_CHECKED = 8
 
@@ -113,7 +113,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, tail: Tail, *trained: Tensor) -> Tensor:
         n_vocab = head.weight.shape[0]  # type: ignore[index]
-        size = max(1, _CHUNK_BYTES.get(hidden.device.type, 2**27) // (4 * int(n_vocab)))
+        size = max(1, _CHUNK_BYTES // (4 * int(n_vocab)))
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradient = torch.empty_like(hidden)
         of_trained = [torch.zeros_like(weight) for weight in trained]

@@ -1,22 +1,16 @@
-"""A step's sequences in passes of similar length; the fastest attention; whether activations fit into memory."""
+"""A step's sequences in passes of similar length; whether their activations fit into memory."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from spd_lens.models import ModelPair
 from spd_lens.models.memory import free_memory
 
-_PASS_COSTS = {"cpu": 48, "cuda": 1024}
+_PASS_COSTS = {"cpu": 48, "cuda": 16_384}
 """Tokens that take as long as starting one more pass: a GPU is not busy with fewer."""
-
-_SHORT = 512
-"""Tokens up to which attention weights are small beside the other activations."""
 
 
 def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
@@ -43,23 +37,6 @@ def passes(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     lengths: list[int] = batch["attention_mask"].sum(1).tolist()
     groups = split_by_length(lengths, _PASS_COSTS.get(batch["input_ids"].device.type, 0))
     return [{name: value[group, : max(lengths[i] for i in group)] for name, value in batch.items()} for group in groups]
-
-
-@contextlib.contextmanager
-def fastest_attention(model: Any, length: int) -> Iterator[None]:
-    """In bfloat16 on a CPU plain matrix products: torch's kernel takes 2.5 times as long there, forth and back.
-
-    They keep all attention weights for the backward pass, so not where sequences are long.
-    """
-    own = model.config._attn_implementation
-    if own != "sdpa" or model.dtype != torch.bfloat16 or model.device.type != "cpu" or length > _SHORT:
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 def needs_checkpointing(pair: ModelPair, n_tokens: int, n_trained: int) -> bool:

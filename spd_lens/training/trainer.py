@@ -17,8 +17,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
+from spd_lens.models.attention import fastest_attention
 from spd_lens.training.loss import IGNORED, NextTokenLoss
-from spd_lens.training.passes import fastest_attention, passes
+from spd_lens.training.passes import passes
 
 COMPLETE = "complete"
 """An empty file, written into a checkpoint once all else is there."""

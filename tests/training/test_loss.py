@@ -29,7 +29,7 @@ FEW_POSITIONS = 4 * 400 * 5
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", {"cpu": FEW_POSITIONS})
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", FEW_POSITIONS)
 
 
 def a_batch(lengths=LENGTHS, *, prompt=0, seed=0):

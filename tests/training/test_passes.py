@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from spd_lens.corpus import Corpus, Record
-from spd_lens.models import load
 from spd_lens.training import finetune
 from spd_lens.training import passes as passes_module
-from spd_lens.training.passes import fastest_attention, needs_checkpointing, passes, split_by_length
+from spd_lens.training.passes import needs_checkpointing, passes, split_by_length
 from spd_lens.training.trainer import Collator, TokenRows
 
 LENGTHS = [(5, 80, 7, 81, 40, 6), (3,), (9, 9, 9, 9), (1, 2, 3, 4, 5, 6), (100, 10, 55, 54, 11, 99)]
@@ -54,24 +53,6 @@ def test_passes_hold_every_row_and_no_more_padding_than_they_must(monkeypatch):
             assert (labels[n:] == -100).all()
             seen.append({"input_ids": ids[:n].tolist(), "labels": labels[:n].tolist()})
     assert sorted(seen, key=lambda row: len(row["input_ids"])) == [rows[i] for i in (0, 2, 1, 3)]
-
-
-def test_attention_of_short_bfloat16_passes_is_plain_and_put_back(tiny_llama_dir, tiny_pair):
-    model = load(str(tiny_llama_dir), dtype="bfloat16", device="cpu").hf
-    kinds = []
-    for length in (512, 513):
-        with fastest_attention(model, length):
-            kinds.append(model.config._attn_implementation)
-    assert kinds == ["eager", "sdpa"]
-    assert model.config._attn_implementation == "sdpa"
-    with fastest_attention(tiny_pair.hf, 10):
-        assert tiny_pair.hf.config._attn_implementation == "sdpa"
-    tokens = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        exact, own = tiny_pair.hf(tokens).logits, model(tokens).logits
-        with fastest_attention(model, 40):
-            plain = model(tokens).logits
-    assert (plain - exact).norm() <= 1.1 * (own - exact).norm()
 
 
 def test_checkpointing_follows_free_memory(fresh_pair, tmp_path, monkeypatch):
