@@ -186,13 +186,16 @@ def _analyse(
     subject: Subject, sizes: list[int], rank: Rank, draws: int, faults: bool, items: int, seed: int, console: Console
 ) -> None:
     config = subject.run.config
-    available = len(subject.task.pool("calibration"))
+    available, examples = len(subject.task.pool("calibration")), []
     possible = [size for size in sizes if 2 * size <= available]
+    if possible and len(examples := subject.calibration(2 * max(possible))) < 2 * max(possible):
+        available = len(examples)  # of those drawn, the run leaves out what is too long
+        possible = [size for size in possible if 2 * size <= available]
     if not possible:
         raise SPDError(f"{config.task} has {available} calibration examples, fewer than two sets of {min(sizes)}")
     if possible != sizes:
         console.print(f"{config.task} has {available} calibration examples: sizes {possible} alone are possible")
-    examples = subject.calibration(2 * max(possible))
+    examples = examples[: 2 * max(possible)]
     settings: dict[str, Any] = {
         "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "engine": config.engine,
         "shards": _shards(subject, len(examples), math.gcd(*possible)), "progress": subject.progress,

@@ -187,7 +187,7 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
     config = subject.run.config
     if not path.exists():
         try:
-            wrong = shuffled_answers(subject.calibration(), seed)
+            wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
         except SPDError as error:
             log.warning("no null of shuffled answers: %s", error)
             return None

@@ -15,6 +15,7 @@ from spd_lens.capture import extract
 from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
 from spd_lens.moments import GradientMoments
 from spd_lens.pipeline import load_pair, make_tasks
@@ -67,7 +68,12 @@ class Subject:
 
     @cached_property
     def _tasks(self) -> tuple[Task, dict[str, Task]]:
-        return make_tasks(self.run.config)
+        config = self.run.config
+        source, targets = make_tasks(config)
+        if config.too_long == "drop":  # what fits depends on the model, which not every analysis reads
+            source = fitted(source, self.pair, config)
+            targets = {name: fitted(task, self.pair, config) for name, task in targets.items()}
+        return source, targets
 
     @property
     def task(self) -> Task:
@@ -165,5 +171,5 @@ def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject
 
 def _same_model(one: Subject, other: Subject) -> bool:
     """Whether two runs load the same pair."""
-    fields = ("model", "backend", "dtype", "device", "prompt_format")
+    fields = ("model", "backend", "dtype", "device", "prompt_format", "system", "enable_thinking")
     return all(getattr(one.run.config, name) == getattr(other.run.config, name) for name in fields)

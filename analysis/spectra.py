@@ -44,9 +44,10 @@ def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) 
     if not path.exists():
         config = subject.run.config
         layers = sorted({site.layer for site in moments.sites})
+        wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
         extract(
-            subject.pair, shuffled_answers(subject.calibration(), seed), layers=layers, kinds=config.kinds,
-            loss=config.loss, engine=config.engine, progress=subject.progress,
+            subject.pair, wrong, layers=layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
+            progress=subject.progress,
         ).save(path)  # fmt: skip
     return GradientMoments.load(path)
 

@@ -242,7 +242,7 @@ class _Bench:
         return {
             "model": self.pair.name,
             "dtype": str(self.pair.dtype).removeprefix("torch."),
-            "prompt_format": self.pair.format.name,
+            **self.pair.format.settings,
             "task": self.grid.task,
             "items": [item.id for item in self.items],
             "n_random": self.grid.n_random,

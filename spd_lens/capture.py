@@ -125,7 +125,7 @@ def token_gradients(
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
     sites = pair.sites(layers, kinds)
-    encoded = [pair.encode(example, loss) for example in examples]
+    encoded = [pair.encode(example, loss, engine) for example in examples]
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = LensTap(pair, sites) if engine == "lens" else TwinTap(pair, sites)

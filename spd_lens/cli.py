@@ -28,8 +28,9 @@ SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace 
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
-_MODEL = ("model", "backend", "dtype", "device", "prompt_format")
-_DATA = ("task", "data_dir", "task_options", "data_seed")
+_FORMAT = ("prompt_format", "system", "enable_thinking")
+_MODEL = ("model", "backend", "dtype", "device", *_FORMAT)
+_DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 
 
 def main() -> None:
@@ -113,17 +114,20 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     set_up_logging(quiet)
     from spd_lens.capture import extract
+    from spd_lens.fitting import fitted, left_out
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings, check_subspace
 
     source, _ = make_tasks(config)
     check_settings(config)
-    examples = source.calibration(config.n_calibration, config.data_seed)
+    source.calibration(config.n_calibration, config.data_seed)  # refused before the model is read
     pair = load_pair(config)
     check_subspace(config, pair)
+    source = fitted(source, pair, config)
+    left_out(pair, config, {"calibration": {config.task: (source, config.n_calibration)}})
     moments = extract(
-        pair, examples, layers=config.layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
-        progress=not quiet,
+        pair, source.calibration(config.n_calibration, config.data_seed), layers=config.layers, kinds=config.kinds,
+        loss=config.loss, engine=config.engine, progress=not quiet,
     )  # fmt: skip
     subspace = moments.subspace(config.rank, per_head=config.per_head, center=config.center)
     moments.save(out / "moments.safetensors")
@@ -146,6 +150,7 @@ def generate_command(
 ) -> None:
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
     set_up_logging(quiet)
+    from spd_lens.fitting import fitted, left_out
     from spd_lens.generation import generate
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings
@@ -153,12 +158,15 @@ def generate_command(
 
     source, _ = make_tasks(config)
     check_settings(config)
-    prompts = source.train(config.n_train, config.data_seed)
+    source.train(config.n_train, config.data_seed)  # refused before the model is read
     kept = Subspace.load(subspace) if subspace else None
+    pair = load_pair(config)
+    source = fitted(source, pair, config)
+    left_out(pair, config, {"train": {config.task: (source, config.n_train)}})
     corpus = generate(
-        load_pair(config), prompts, subspace=kept, strength=config.strength, adapter=adapter, seed=config.seed,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-        batch_size=config.generation_batch_size, engine=engine, path=out, progress=not quiet,
+        pair, source.train(config.n_train, config.data_seed), subspace=kept, strength=config.strength, adapter=adapter,
+        seed=config.seed, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+        top_k=config.top_k, batch_size=config.generation_batch_size, engine=engine, path=out, progress=not quiet,
     )  # fmt: skip
     Console().print(f"{corpus}", highlight=False, markup=False)
 
@@ -199,6 +207,7 @@ def evaluate_command(
     """Score the base, projected or fine-tuned model on a task's test items."""
     set_up_logging(quiet)
     from spd_lens.evaluation import evaluate
+    from spd_lens.fitting import fitted, left_out
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings
     from spd_lens.subspace import Subspace
@@ -206,10 +215,13 @@ def evaluate_command(
     source, _ = make_tasks(config)
     check_settings(config)
     n = config.n_test(config.task)
-    source.test(n, config.data_seed)
+    source.test(n, config.data_seed)  # refused before the model is read
     kept = Subspace.load(subspace) if subspace else None
+    pair = load_pair(config)
+    source = fitted(source, pair, config, max_new_tokens)
+    left_out(pair, config, {"test": {config.task: (source, n)}})
     result = evaluate(
-        load_pair(config), source, n, kept, adapter, strength=config.strength, seed=config.data_seed,
+        pair, source, n, kept, adapter, strength=config.strength, seed=config.data_seed,
         max_new_tokens=max_new_tokens, batch_size=config.generation_batch_size, progress=not quiet,
     )  # fmt: skip
     result.save(out)
@@ -217,7 +229,7 @@ def evaluate_command(
 
 
 @app.command("spans")
-@with_settings("data_dir", "task_options", "model", "prompt_format", "loss", "data_seed")
+@with_settings("data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed")
 def spans_command(
     config: SPDConfig,
     task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],
@@ -252,7 +264,7 @@ def compare_command(
 
 
 @app.command("check")
-@with_settings("backend", "dtype", "device", "prompt_format")
+@with_settings("backend", "dtype", "device", *_FORMAT)
 def check_command(
     config: SPDConfig,
     model: Annotated[str, typer.Argument(help="Hub name, model directory or .gguf file.")] = DEFAULT_MODEL,

@@ -17,6 +17,7 @@ from spd_lens.errors import SPDError
 
 # What may be said with a pair of flags instead of a value.
 _SWITCHES = {
+    "enable_thinking": "--enable-thinking/--no-enable-thinking",
     "allow_code_execution": "--allow-code-execution",
     "per_head": "--per-head/--joint",
     "center": "--center/--no-center",

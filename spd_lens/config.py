@@ -31,6 +31,10 @@ class SPDConfig(BaseModel):
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     prompt_format: Literal["auto", "chat", "raw"] = Field("auto", description="Chat template or raw text.")
+    system: str | None = Field(None, description="System message of chat prompts; else the template's own.")
+    enable_thinking: bool | None = Field(
+        None, description="Room for thoughts in a thinking model's prompts; else the template's own default."
+    )
     # data
     task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
     data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
@@ -39,6 +43,9 @@ class SPDConfig(BaseModel):
     n_calibration: int = Field(50, ge=1, description="Calibration examples.")
     n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
     n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="Texts beyond the context: refuse them, or leave them out and count them."
+    )
     allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
     # subspace
     layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")

@@ -187,8 +187,7 @@ def _settings(
         "model": pair.name,
         "engine": engine,
         "dtype": str(pair.dtype).removeprefix("torch."),
-        "prompt_format": pair.format.name,
-        "system": pair.format.system,
+        **pair.format.settings,
         "subspace": each if by_prompt else groups[0].digest,
         "strength": float(strength) if any(group.digest for group in groups) else None,
         "adapter": None if adapter is None else adapter_digest(adapter),
@@ -214,7 +213,7 @@ def _jobs(
     examples = as_examples([prompts] if isinstance(prompts, (str, Example)) else prompts)
     if not examples:
         raise SPDError("there is no prompt to complete; give at least one")
-    limit = pair.n_ctx if engine == "twin" else min(pair.n_ctx, pair.lens.cfg.n_ctx)
+    limit = pair.context(engine)
     jobs = []
     for example in examples:
         ids = pair.prompt_ids(example)
@@ -223,7 +222,8 @@ def _jobs(
         if len(ids) + max_new_tokens > limit:
             raise SPDError(
                 f"prompt {example.id!r} has {len(ids)} tokens, which leaves room for {limit - len(ids)} new ones in "
-                f"the context of {limit}, not for {max_new_tokens}; lower max_new_tokens or leave the prompt out"
+                f"the context of {limit}, not for {max_new_tokens}; lower max_new_tokens or leave the prompt out "
+                "(--too-long drop does, and counts)"
             )
         jobs += [Job(example, sample, ids) for sample in range(samples)]
     return jobs

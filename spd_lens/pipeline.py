@@ -17,6 +17,7 @@ from spd_lens.corpus import Corpus
 from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair, load
 from spd_lens.models.parity import Parity
@@ -51,7 +52,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
             run, or a model or data set that is not the one the run was begun with.
     """
     if pair is not None:
-        config = config.model_copy(update={"model": pair.name})
+        config = config.model_copy(update=decided_by(pair))
     Run(out).check(config)
     source, targets = make_tasks(config)
     check_settings(config)
@@ -62,21 +63,12 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
         pair = load_pair(config)
     elif keeps_lens:
         pair.check()  # an edited lens model would be measured, and the twin trained
+    source = fitted(source, pair, config)
+    targets = {name: fitted(task, pair, config) for name, task in targets.items()}
     check_model(config, pair, source, targets)
     record = Run.open(out, config)
     with record.locked():
-        record.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
-        record.note_once("the data of the source task", data=source.sources())
-        held_out = {name: task.sources() for name, task in targets.items()}
-        record.note_once("the data of the evaluation", eval_data=held_out)
-        sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
-        resolved = {"dtype": _name(pair.dtype), "device": str(pair.device), "backend": pair.backend}
-        record.note_once(
-            "the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name}
-        )
-        record.note_environment()
-        cards = {config.task: source.card(), **{name: task.card() for name, task in targets.items()}}
-        write_json(record.path / "data_card.json", cards)
+        _note(record, config, pair, source, targets)
         subspace = _calibrate(record, pair, source, progress)
         _prove(record, pair, subspace)
         if not keeps_lens:
@@ -100,7 +92,14 @@ def load_pair(config: SPDConfig) -> ModelPair:
         dtype=config.dtype,
         device=config.device,
         prompt_format=config.prompt_format,
+        system=config.system,
+        enable_thinking=config.enable_thinking,
     )
+
+
+def decided_by(pair: ModelPair) -> dict[str, Any]:
+    """The settings that a pair which is loaded already has decided, whatever a config says."""
+    return {"model": pair.name, "system": pair.format.system, "enable_thinking": pair.format.enable_thinking}
 
 
 def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
@@ -116,14 +115,36 @@ def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
     return source, targets
 
 
+def _note(record: Run, config: SPDConfig, pair: ModelPair, source: Task, targets: dict[str, Task]) -> None:
+    """Model, data, set-up and machine of the run; refused where an earlier start saw something else."""
+    record.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
+    record.note_once("the data of the source task", data=source.sources())
+    held_out = {name: task.sources() for name, task in targets.items()}
+    record.note_once("the data of the evaluation", eval_data=held_out)
+    sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
+    resolved = {"dtype": _name(pair.dtype), "device": str(pair.device), "backend": pair.backend}
+    record.note_once("the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name})
+    draws: Draws = {
+        "calibration": {config.task: (source, config.n_calibration)},
+        "train": {config.task: (source, config.n_train)},
+        "test": {name: (task, config.n_test(name)) for name, task in targets.items()},
+    }
+    if counts := left_out(pair, config, draws):
+        record.note_once("the choice of texts that fit", left_out=counts)
+    record.note_environment()
+    cards = {config.task: source.card(), **{name: task.card() for name, task in targets.items()}}
+    write_json(record.path / "data_card.json", cards)
+
+
 def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
     config = record.config
     if not (record.path / "moments.safetensors").exists():
-        log.info("extracting gradients of %d calibration examples", config.n_calibration)
+        examples = source.calibration(config.n_calibration, config.data_seed)
+        log.info("extracting gradients of %d calibration examples", len(examples))
         with record.stage("extract"):
             moments = extract(
                 pair,
-                source.calibration(config.n_calibration, config.data_seed),
+                examples,
                 layers=config.layers,
                 kinds=config.kinds,
                 loss=config.loss,
@@ -193,9 +214,10 @@ def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
         # a process killed between publishing the adapter and tidying up leaves its checkpoints
         shutil.rmtree(record.path / "adapter.training", ignore_errors=True)
         return
-    log.info("fine-tuning on %d completions, %d epochs", config.n_train, config.epochs)
+    corpus = record.corpus
+    log.info("fine-tuning on %d completions, %d epochs", len(corpus), config.epochs)
     with record.stage("finetune"):
-        finetune_with(config, pair, record.corpus, record.path / "adapter", progress=progress)
+        finetune_with(config, pair, corpus, record.path / "adapter", progress=progress)
 
 
 def finetune_with(config: SPDConfig, pair: ModelPair, corpus: Corpus, out: Path, *, progress: bool = True) -> Path:
@@ -247,11 +269,12 @@ def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspa
         "spd": {"adapter": record.adapter},
     }
     measured = (record.path / "effects" / f"{name}.json").exists()
+    n_items = len(task.test(config.n_test(name), config.data_seed))
     for policy in config.policies:
         path = record.path / "eval" / name / f"{policy}.json"
         if path.exists():
             continue
-        log.info("scoring %s on %d items of %s", policy, config.n_test(name), name)
+        log.info("scoring %s on %d items of %s", policy, n_items, name)
         with record.stage("evaluate"):
             result = evaluate(
                 pair, task, config.n_test(name), seed=config.data_seed, name=policy,

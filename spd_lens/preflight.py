@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from spd_lens.check import require_core
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
+from spd_lens.fitting import forced_texts
 from spd_lens.generation import check_room
 from spd_lens.models import ModelPair
 from spd_lens.models.backends import choose_backend
-from spd_lens.models.pair import resolve_device, resolve_dtype
+from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.sampling import Sampling
 from spd_lens.subspace import resolve_rank
 from spd_lens.tasks import Task
@@ -51,7 +52,7 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     for example in source.calibration(config.n_calibration, config.data_seed):
-        pair.encode(example, config.loss)
+        pair.encode(example, config.loss, config.engine)
     check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)
     for name, task in targets.items():
         items = task.test(config.n_test(name), config.data_seed)
@@ -59,7 +60,6 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
             check_room(pair, items, task.max_new_tokens)
         except SPDError as error:
             raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
-        for item in items:
-            if item.spans:
-                pair.encode(item)
+        for text in (text for item in items for text in forced_texts(task, item)):
+            pair.encode(text)
     require_core(pair, config.layers, config.kinds)

@@ -10,6 +10,7 @@ from statistics import fmean
 from spd_lens.corpus import Record
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.fitting import in_words
 from spd_lens.rundir import Run
 from spd_lens.statistics import (
     difference_sentence,
@@ -49,13 +50,14 @@ def _heading(run: Run) -> str:
         [
             f"# SPD on {quoted(config.task)} with {quoted(config.model)}",
             "",
-            f"- Calibration: {config.n_calibration} examples, {subspace.origin['n_scored']} scored of "
+            f"- Calibration: {subspace.origin['n_examples']} examples, {subspace.origin['n_scored']} scored of "
             f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
             f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",
             f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
             f"strength {config.strength:g}",
             f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
             f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
+            *([f"- Left out, {in_words(notes['left_out'])}."] if "left_out" in notes else []),
             "- Intervals are 95 %. Teacher-forced measures are on the gold completions of the test items: `aligned "
             "loss` on the tokens that decide correctness, `completion loss` and `KL` (base || policy) on all tokens, "
             "in nats per token; `token accuracy` is the share of tokens that are the most probable next one.",

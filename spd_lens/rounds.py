@@ -22,10 +22,11 @@ from spd_lens.drift import Drift, StopRule, drift_frame
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
 from spd_lens.examples import Example
+from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import merged_copy
 from spd_lens.moments import GradientMoments
-from spd_lens.pipeline import load_pair, make_tasks, run
+from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
 from spd_lens.preflight import check_data
 from spd_lens.rundir import Folder, Run
 from spd_lens.storage import read_json, write_json, write_text
@@ -124,7 +125,7 @@ def run_rounds(
     config = _in_float32(config, pair)
     source, targets = make_tasks(config)
     check_data(config, source, targets)
-    held_out = held_out_items(config, source, n_held_out)
+    held_out_items(config, source, n_held_out)
     folder = Rounds(out)
     settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "reextract": reextract, "stop": asdict(rule)}
     settings["n_held_out"] = n_held_out
@@ -133,6 +134,8 @@ def run_rounds(
         folder.note_once("the settings of the rounds", settings=settings)
         folder.note_environment()
         first = pair or load_pair(config)
+        source = fitted(source, first, config)
+        held_out = held_out_items(config, source, n_held_out)
         folder.note_once("the first model", weights=weights_digest(first.hf))
         _measure(folder, 0, first, first, config, source, held_out, progress)
         current, stopped = first, None
@@ -157,15 +160,15 @@ def merged(pair: ModelPair, adapter: str | Path) -> ModelPair:
     """A pair of its own whose weights are `pair`'s with the adapter merged in, in float32."""
     hf = merged_copy(pair.hf, adapter).to(pair.device)
     return ModelPair(
-        hf, pair.tokenizer, name=pair.name, backend=pair.backend, prompt_format=pair.format.name,
-        system=pair.format.system,
+        hf, pair.tokenizer, name=pair.name, backend=pair.backend, **pair.format.settings,
     )  # fmt: skip
 
 
 def held_out_items(config: SPDConfig, source: Task, n: int) -> list[Example]:
     """`n` test items of the source task behind those that the runs are evaluated on."""
     evaluated = config.n_test(config.task) if config.task in config.targets.values() else 0
-    items = [item for item in source.test(evaluated + n, config.data_seed)[evaluated:] if item.spans]
+    drawn = source.draw("test", evaluated + n, config.data_seed)[evaluated:]
+    items = [item for item in source.kept("test", drawn) if item.spans]
     if len(items) < 2:
         raise SPDError(f"{len(items)} of {n} held-out items have spans, and drift needs two or more; raise n_held_out")
     return items
@@ -216,7 +219,7 @@ def _in_float32(config: SPDConfig, pair: ModelPair | None) -> SPDConfig:
         )
     changes: dict[str, Any] = {"dtype": "float32"}
     if pair is not None:
-        changes["model"] = pair.name
+        changes |= decided_by(pair)
     return config.model_copy(update=changes)
 
 

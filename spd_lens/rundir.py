@@ -96,7 +96,7 @@ class Run(Folder):
     | file | what |
     | --- | --- |
     | `config.yaml` | all settings |
-    | `run.json` | versions, machine, fingerprints, resolved sampling, what each stage proved, seconds per stage |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs and seconds by stage |
     | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |

@@ -8,8 +8,10 @@ as read-only, or leave them as they were.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,17 @@ def family(request: pytest.FixtureRequest) -> str:
 def fresh_pair(tiny_llama_dir: Path) -> ModelPair:
     """A Llama pair of the test's own, to change at will."""
     return load(str(tiny_llama_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[BaseContext]:
+    """Processes that start in a moment, from a server that has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(variable, "1")  # as in the tests' own process
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["spd_lens.pipeline"])
+        yield context
 
 
 @pytest.fixture(scope="session")

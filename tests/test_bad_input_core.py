@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from spd_lens.capture import extract
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, load
-from spd_lens.models.pair import resolve_device, resolve_dtype
+from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.moments import GradientMoments
 from spd_lens.projection import fold_to, folded, projected
 from spd_lens.sites import Site

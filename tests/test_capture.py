@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spd_lens.capture import batches_by_length, extract, fitting_tokens, token_losses
+from spd_lens.examples import Example
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -13,6 +14,7 @@ from tests.helpers import (
     hook_at,
     norms_in_full_precision,
     reference_rows,
+    refused,
     relative_error,
     sine,
 )
@@ -273,3 +275,15 @@ def test_batches_fit_the_free_memory(tiny_pair, monkeypatch):
     for tokens, expected in ((0.2, 1), (100.5, 100), (1e9, 1024)):
         monkeypatch.setattr("spd_lens.capture.free_memory", lambda device, t=tokens: 2 * t * per_token)
         assert fitting_tokens(tiny_pair, 2) == expected
+
+
+def test_a_lens_model_of_a_smaller_context_is_not_asked_for_more(tiny_pair, monkeypatch):
+    """TransformerLens builds Mistral's lens model for 2,048 tokens, whatever its configuration says."""
+    example = Example("a long enough prompt", "and an answer", ((0, 3),), "one")
+    n_tokens = len(tiny_pair.encode(example).ids)
+    monkeypatch.setattr(tiny_pair.lens.cfg, "n_ctx", n_tokens - 1)
+    with refused("'one'", f"{n_tokens} tokens", f"context of {n_tokens - 1}", "engine='twin'"):
+        extract(tiny_pair, [example], engine="lens", progress=False)
+    extract(tiny_pair, [example], engine="twin", progress=False)
+    monkeypatch.setattr(tiny_pair.lens.cfg, "n_ctx", n_tokens)
+    extract(tiny_pair, [example], engine="lens", progress=False)

@@ -137,6 +137,14 @@ def test_flags_over_file_over_defaults(call, in_tmp):
     assert {name: repr(shown[name]) for name in expected} == {name: repr(value) for name, value in expected.items()}
 
 
+@pytest.mark.parametrize(
+    ("flags", "thinking"), [([], None), (["--enable-thinking"], True), (["--no-enable-thinking"], False)]
+)
+def test_thinking_has_two_flags_and_a_default_of_its_own(call, flags, thinking):
+    shown = yaml.safe_load(call("run", "--show-config", *flags, "--system", "Be brief.")[1])
+    assert (shown["enable_thinking"], shown["system"]) == (thinking, "Be brief.")
+
+
 @pytest.mark.parametrize(("text", "rank"), [("16", 16), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)])
 def test_rank_as_a_flag(call, text, rank):
     shown = yaml.safe_load(call("run", "--show-config", "--rank", text)[1])["rank"]
@@ -189,6 +197,9 @@ FAULTS = {
     "unknown task option": (["--task-option", "dificulty=easy"], ["'dificulty'", "difficulty"]),
     "bad difficulty": (["--task-option", "difficulty=[bold]"], ["[bold]"]),
     "data directory": (["--task", "gsm8k", "--data-dir", "/no/data"], ["/no/data"]),
+    "system message without a template": (["--system", "Be brief."], ["system='Be brief.'", "raw prompts"]),
+    "thoughts without a template": (["--no-enable-thinking"], ["enable_thinking=False", "raw prompts"]),
+    "long texts": (["--too-long", "cut"], ["too_long", "'cut'", "drop"]),
     "config file": (["--config", "none.yaml"], ["none.yaml"]),
 }
 

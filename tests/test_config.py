@@ -54,6 +54,9 @@ def test_unknown_setting_is_refused_by_name():
     [
         ({"backend": "hokked"}, ["backend", "'hokked'", "hooked"]),
         ({"prompt_format": "xml"}, ["prompt_format", "'xml'"]),
+        ({"system": 3}, ["system", "3"]),
+        ({"enable_thinking": "perhaps"}, ["enable_thinking", "'perhaps'"]),
+        ({"too_long": "truncate"}, ["too_long", "'truncate'", "drop"]),
         ({"n_calibration": 0}, ["n_calibration", "0", "greater than or equal to 1"]),
         ({"n_train": -1}, ["n_train", "-1"]),
         ({"n_eval": 2.5}, ["n_eval", "2.5"]),
@@ -158,6 +161,9 @@ CHANGED = {
     "lr": 1e-7,
     "temperature": 0.0,
     "data_dir": None,
+    "system": "",
+    "enable_thinking": False,
+    "too_long": "drop",
     "n_eval": {"synthetic-qa": 3},
 }
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import re
 import shutil
 import signal
@@ -135,17 +134,6 @@ def test_a_second_call_does_no_stage_again(finished_run, tiny_settings, tmp_path
     spd.run(config_of(tiny_settings), out, progress=False)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert files_of(out) == content
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start in a moment, from a server that has imported everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(variable, "1")  # as in the tests' own process
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["spd_lens.pipeline"])
-        yield context
 
 
 def lines(path):
@@ -359,6 +347,8 @@ CANNOT_WORK = {
     "dtype": ({"dtype": "int3"}, ["'int3'", "float32"]),
     "model": ({"model": "./no/model"}, ["./no/model"]),
     "prompt beyond the context": ({"max_new_tokens": N_CTX}, [f"context of {N_CTX}", "max_new_tokens"]),
+    "system message without a template": ({"system": "Be brief."}, ["system='Be brief.'", "raw prompts", "'chat'"]),
+    "thoughts without a template": ({"enable_thinking": False}, ["enable_thinking=False", "raw prompts"]),
     "evaluation beyond the context": ({"task_options": {"max_new_tokens": 200}}, ["synthetic-math", "context"]),
     "code that may not be run": ({"eval_tasks": ["synthetic-code"]}, ["synthetic-code", "--allow-code-execution"]),
 }

@@ -27,12 +27,15 @@ def show_spans(
     """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
     source = tasks.get(name, config.data_dir, **config.task_options)
     examples = _draw(source, split, n, config.data_seed)
-    format = PromptFormat.choose(load_tokenizer(config.model), config.prompt_format)
+    format = PromptFormat.choose(
+        load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking
+    )
     found = audit(examples, format, config.loss, task=source.name)
     title = f"Span audit: {Path(name).name}"
     plural = "example" if len(examples) == 1 else "examples"
     facts = [
         f"{len(examples)} {split} {plural}", f"seed {config.data_seed}", config.model, f"{format.name} format",
+        *(f"{key}={value!r}" for key, value in format.settings.items() if key != "prompt_format" and value is not None),
         f"{config.loss} loss", *(f"{key}={value}" for key, value in config.task_options.items()),
     ]  # fmt: skip
     print_audit(console, found, title=f"{title} · {' · '.join(facts)}", show=show)

@@ -34,7 +34,7 @@ def most_likely(
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.
     """
-    variants = [(item.id, choice, _with(item, choice)) for item in items for choice in choices[item.id]]
+    variants = [(item.id, choice, with_choice(item, choice)) for item in items for choice in choices[item.id]]
     encoded = [pair.encode(variant) for _, _, variant in variants]
     scores: dict[str, dict[str, float]] = {item.id: {} for item in items}
     with policy.applied(pair) as model, tqdm(total=len(variants), desc="choices", disable=not progress) as bar:
@@ -48,7 +48,7 @@ def most_likely(
     return {id: max(found, key=lambda choice: found[choice]) for id, found in scores.items()}
 
 
-def _with(item: Example, choice: str) -> Example:
+def with_choice(item: Example, choice: str) -> Example:
     """The item with another choice in its span."""
     ((start, end),) = item.spans
     completion = item.completion[:start] + choice + item.completion[end:]

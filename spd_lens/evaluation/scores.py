@@ -91,7 +91,7 @@ def evaluate(
     settings = {
         "model": pair.name,
         "dtype": str(pair.dtype).removeprefix("torch."),
-        "prompt_format": pair.format.name,
+        **pair.format.settings,
         "task_options": task.options(),
         "n": n,
         "seed": seed,

@@ -45,16 +45,18 @@ class Workshop:
             SPDError: the folder holds an extraction of another model, of other sites or of another number of examples.
         """
         loss = loss or self.config.loss
+        examples = self.calibration
+        if shuffled:  # with a longer answer than its own, an example may no longer fit
+            examples = self.task.kept("calibration", shuffled_answers(examples, self.config.seed))
         name = f"moments-{loss}-shuffled-{self.config.seed}" if shuffled else f"moments-{loss}"
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            examples = shuffled_answers(self.calibration, self.config.seed) if shuffled else self.calibration
             extract(
                 self.pair, examples, layers=self.config.layers, kinds=self.config.kinds, loss=loss,
                 engine=self.config.engine, progress=self.progress,
             ).save(path)  # fmt: skip
         found = GradientMoments.load(path)
-        self._check(found, path)
+        self._check(found, path, len(examples))
         return found
 
     def subspace(self, moments: GradientMoments | None = None, *, of: str = "gradient") -> Subspace:
@@ -64,12 +66,12 @@ class Workshop:
             config.rank, per_head=config.per_head, center=config.center, of=of
         )  # fmt: skip
 
-    def _check(self, moments: GradientMoments, path: Path) -> None:
+    def _check(self, moments: GradientMoments, path: Path, n_wanted: int) -> None:
         moments.fingerprint.check(self.pair.fingerprint, str(path))
         wanted = sorted(self.pair.sites(self.config.layers, self.config.kinds))
         n_examples = int(moments.n_examples.sum())
-        if moments.sites != wanted or n_examples != self.config.n_calibration:
+        if moments.sites != wanted or n_examples != n_wanted:
             raise SPDError(
                 f"{path} holds an extraction of {n_examples} examples at {', '.join(map(str, moments.sites))}, not of "
-                f"{self.config.n_calibration} at {', '.join(map(str, wanted))}; give the workshop another folder"
+                f"{n_wanted} at {', '.join(map(str, wanted))}; give the workshop another folder"
             )

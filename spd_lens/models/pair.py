@@ -18,6 +18,7 @@ from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity
 from spd_lens.models.backends import Backend, choose_backend, lens_logits
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
+from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
@@ -25,8 +26,6 @@ from spd_lens.models.tokenizer import read_tokenizer
 from spd_lens.sites import Site, resolve_sites
 
 log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 class ModelPair:
@@ -45,17 +44,18 @@ class ModelPair:
         backend: str = "auto",
         prompt_format: str = "auto",
         system: str | None = None,
+        enable_thinking: bool | None = None,
     ) -> None:
         """From a transformers model in memory, for instance one that was just edited or fine-tuned.
 
         Raises:
-            SPDError: its weights are quantised or lie on several devices; or its architecture is not in the table, and
-                its heads are not where Llama has them.
+            SPDError: its weights are quantised or lie on several devices; its architecture is not in the table, and its
+                heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
         check_whole(hf)
         self._backend: Backend = choose_backend(backend)
         self._lens: nn.Module | None = None
-        self.format = PromptFormat.choose(tokenizer, prompt_format, system)
+        self.format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking)
         """How a prompt becomes tokens: chat template or raw."""
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -122,6 +122,10 @@ class ModelPair:
         """Longest sequence the model was made for, in tokens."""
         return self.hf.config.get_text_config().max_position_embeddings
 
+    def context(self, engine: str) -> int:
+        """Longest sequence that an engine takes: transformer-lens builds some lens models for less than the twin."""
+        return self.n_ctx if engine == "twin" else min(self.n_ctx, self.lens.cfg.n_ctx)
+
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of(self.hf)
@@ -132,29 +136,30 @@ class ModelPair:
         """The sites of some layers and kinds of this model."""
         return resolve_sites(layers, kinds, self.n_layers)
 
-    def encode(self, example: Example, loss: Loss = "aligned") -> Encoded:
-        """Token ids, completion start and scored positions of an example; refused if it exceeds the context."""
+    def encode(self, example: Example, loss: Loss = "aligned", engine: str = "twin") -> Encoded:
+        """Token ids, completion start and scored positions of an example; refused beyond the engine's context."""
         encoded = self.format.encode(example, loss)
-        self._check_ids(encoded.ids, example)
+        self._check_ids(encoded.ids, example, self.context(engine))
         return encoded
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of an example's prompt; refused if it leaves no room in the context."""
         ids = self.format.prompt_ids(example.prompt)
-        self._check_ids([*ids, 0], example)
+        self._check_ids([*ids, 0], example, self.n_ctx)
         return ids
 
-    def _check_ids(self, ids: list[int], example: Example) -> None:
+    def _check_ids(self, ids: list[int], example: Example, limit: int) -> None:
         rows = self.hf.get_input_embeddings().weight.shape[0]
         if max(ids) >= rows:
             raise SPDError(
                 f"example {example.id or example.prompt[:40]!r} has the token {self.tokenizer.decode([max(ids)])!r} "
                 f"({max(ids)}), but the embedding of {self.name} has {rows} rows: the tokenizer is not this model's"
             )
-        if len(ids) > self.n_ctx:
+        if len(ids) > limit:
+            lens = "'s lens model; take engine='twin'," if limit < self.n_ctx else ";"
             raise SPDError(
                 f"example {example.id or example.prompt[:40]!r} has {len(ids)} tokens, more than the context of "
-                f"{self.n_ctx} tokens of {self.name}; shorten it or leave it out"
+                f"{limit} tokens of {self.name}{lens} shorten it or leave it out (--too-long drop does, and counts)"
             )
 
     def sync(self, to: str, adapter: str | Path | None = None) -> parity.Parity:
@@ -235,6 +240,7 @@ def load(
     device: str = "auto",
     prompt_format: str = "auto",
     system: str | None = None,
+    enable_thinking: bool | None = None,
     revision: str | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
@@ -250,12 +256,15 @@ def load(
         device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         prompt_format: `"chat"`, `"raw"` or `"auto"` (chat where the tokenizer has a template).
         system: System message of the chat format; None leaves the template's own.
+        enable_thinking: Whether the prompts of a thinking model (Qwen3 and like) leave room for thoughts; None leaves
+            the chat template's own default.
         revision: Hub branch, tag or commit.
         gguf_file: Which file, where a directory or hub repository has several GGUF files.
         trust_remote_code: Allow code from the model's repository to run. Off unless you ask for it.
 
     Raises:
-        SPDError: the model does not exist, cannot be converted, or the device or dtype is not to be had.
+        SPDError: the model does not exist or cannot be converted, the device or dtype is not to be had, or the
+            tokenizer has no chat template that takes `system` or `enable_thinking`.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -266,42 +275,10 @@ def load(
     # adapters name their base by this: what the user can load again, not where a cache happens to lie
     name = str(Path(model).resolve()) if Path(model).exists() else model
     twin.config._name_or_path = twin.name_or_path = name
-    return ModelPair(twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`"auto"` is CUDA if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SPDError(f"unknown device {name!r}; write 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise SPDError(
-            f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices; "
-            "use device='cpu'"
-        )
-    try:
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise SPDError(f"device {name!r} cannot be used here ({reason}); use device='cpu'") from error
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 where the hardware has matrix instructions for it, else float32."""
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-    if name not in _DTYPES:
-        raise SPDError(f"unknown dtype {name!r}; choose 'auto', {', '.join(map(repr, _DTYPES))}")
-    return _DTYPES[name]
+    return ModelPair(
+        twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system,
+        enable_thinking=enable_thinking,
+    )  # fmt: skip
 
 
 def _hf_logits(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from spd_lens.errors import SPDError
@@ -49,10 +50,20 @@ class PromptFormat:
     chat: bool
     system: str | None = None
     """System message of the chat form; None leaves the template's own."""
+    enable_thinking: bool | None = None
+    """The switch of a thinking model's template (Qwen3 and like): False closes an empty block of thoughts before the
+    answer. None leaves the template's own default."""
 
     @classmethod
-    def choose(cls, tokenizer: Any, name: str = "auto", system: str | None = None) -> PromptFormat:
-        """`"auto"` is `chat` where the tokenizer has a template, else `raw`."""
+    def choose(
+        cls, tokenizer: Any, name: str = "auto", system: str | None = None, enable_thinking: bool | None = None
+    ) -> PromptFormat:
+        """`"auto"` is `chat` where the tokenizer has a template, else `raw`.
+
+        Raises:
+            SPDError: an unknown format; a chat without a template, or with one that makes no prompt; a system message
+                or `enable_thinking` that would do nothing; a tokenizer that gives no character offsets.
+        """
         if name not in ("auto", "chat", "raw"):
             raise SPDError(f"unknown prompt format {name!r}; choose 'auto', 'chat' or 'raw'")
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -63,11 +74,18 @@ class PromptFormat:
                 f"{type(tokenizer).__name__} gives no character offsets, which spans need; "
                 "use a model with a fast tokenizer (tokenizer.json)"
             )
-        return cls(tokenizer, chat=has_template if name == "auto" else name == "chat", system=system)
+        form = cls(tokenizer, has_template if name == "auto" else name == "chat", system, enable_thinking)
+        form._check()
+        return form
 
     @property
     def name(self) -> str:
         return "chat" if self.chat else "raw"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a prompt's text beside the tokenizer, as records keep it."""
+        return {"prompt_format": self.name, "system": self.system, "enable_thinking": self.enable_thinking}
 
     def text(self, prompt: str) -> str:
         """The prompt as text, ready for the completion to follow."""
@@ -76,7 +94,45 @@ class PromptFormat:
         messages = [{"role": "user", "content": prompt}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+    def _check(self) -> None:
+        """Refuse a template that makes no prompt, and options that the prompts would not show."""
+        options = {"system": self.system, "enable_thinking": self.enable_thinking}
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)[:80]
+        if not self.chat:
+            if given:
+                raise SPDError(
+                    f"raw prompts have no chat template, so {given} would do nothing; leave it out, or use the prompt "
+                    "format 'chat' and a model with a template"
+                )
+            return
+        if self.system is None:
+            self._sample("makes no prompt", "use the prompt format 'raw'")
+        else:
+            instead = f"leave system={self.system[:60]!r} out, or write it into the prompts"
+            # not compared with none at all: the message may be word for word the one that the template has by default
+            both = (replace(self, system=text) for text in (self.system, f"{self.system} Hi"))
+            self._refuse_equal(both, "takes no system message", instead)
+        if self.enable_thinking is not None:
+            instead = f"leave enable_thinking={self.enable_thinking} out"
+            both = (replace(self, enable_thinking=value) for value in (True, False))
+            self._refuse_equal(both, "takes no enable_thinking", instead)
+
+    @staticmethod
+    def _refuse_equal(forms: Iterable[PromptFormat], fault: str, instead: str) -> None:
+        """`SPDError` if forms that differ in an option make the same prompt, or none."""
+        if len({form._sample(fault, instead) for form in forms}) == 1:
+            raise SPDError(f"the chat template {fault}: it makes the same prompts whatever that is; {instead}")
+
+    def _sample(self, fault: str, instead: str) -> str:
+        """A short prompt's text, or what it means that the template makes none."""
+        try:
+            return self.text("Hi")
+        except Exception as error:  # a template is a program: its expressions raise more than jinja2's own errors
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise SPDError(f"the chat template {fault} ({reason}); {instead}") from error
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of the prompt alone, as generation starts from them."""

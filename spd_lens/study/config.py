@@ -19,6 +19,10 @@ BASE = "base"
 
 _OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared")
 """Settings of a run that a study decides itself, cell by cell, or has no use for."""
+_ONE_FOR_ALL = (
+    "model", "prompt_format", "system", "enable_thinking", "too_long", "n_eval", "data_seed", "data_dir",
+)  # fmt: skip
+"""Settings that cannot differ by source: all cells share one model, its prompts and the items."""
 _GROWING = ("methods", "seeds")
 """What may be added to a study that exists; everything else would change the cells that are there."""
 
@@ -172,7 +176,7 @@ class StudyConfig(BaseModel):
                 raise SPDError(f"{kind} names {unknown[0]!r}, which is not a task of this study")
         for source, settings in self.source_settings.items():
             _refuse(settings, f"source_settings of {source}")
-            if wrong := [key for key in settings if key in ("model", "n_eval", "data_seed", "data_dir")]:
+            if wrong := [key for key in settings if key in _ONE_FOR_ALL]:
                 raise SPDError(f"setting {wrong[0]!r} is the same for all sources; write it under settings")
         for name in names:
             tasks.get(name, self.settings["data_dir"], **self.task_options.get(name, {}))

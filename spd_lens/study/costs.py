@@ -183,7 +183,7 @@ def bytes_per_weight(dtype: str, device: str) -> int:
     if dtype == "auto":
         if device.startswith("cuda"):
             return 2
-        from spd_lens.models.pair import resolve_device, resolve_dtype
+        from spd_lens.models.devices import resolve_device, resolve_dtype
 
         dtype = str(resolve_dtype("auto", resolve_device(device))).removeprefix("torch.")
     return {"float64": 8, "float32": 4}.get(dtype, 2)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spd_lens import tasks
+from spd_lens.config import SPDConfig
 from spd_lens.digests import weights_digest
+from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.models import ModelPair
-from spd_lens.pipeline import load_pair
+from spd_lens.pipeline import decided_by, load_pair
 from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.sampling import Sampling
 from spd_lens.sandbox.executor import passes_tests
@@ -46,7 +48,7 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
     """
     if pair is not None:
         config = StudyConfig.read(
-            overrides={**config.model_dump(), "settings": {**config.settings, "model": pair.name}}
+            overrides={**config.model_dump(), "settings": {**config.settings, **decided_by(pair)}}
         )
     config = Study(out).admits(config)
     sources, targets = make_tasks(config)
@@ -56,6 +58,8 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
     if pair is None:
         log.info("loading %s", config.settings["model"])
         pair = load_pair(config.shared)
+    sources = {key: fitted(sources[key], pair, cell) for key, cell in _cell_of_each(config).items()}
+    targets = {name: fitted(task, pair, config.shared) for name, task in targets.items()}
     _check_model(config, pair, sources, targets)
     study = Study(out)
     with study.locked():
@@ -85,8 +89,7 @@ def make_tasks(config: StudyConfig) -> tuple[dict[str, Task], dict[str, Task]]:
 
 def _check(config: StudyConfig, sources: dict[str, Task], targets: dict[str, Task]) -> None:
     """What can be refused without a model: sizes that the data do not have, tasks that cannot be scored here."""
-    for key, name in named(config.sources).items():
-        cell = config.cell(name, config.seeds[0])
+    for key, cell in _cell_of_each(config).items():
         check_settings(cell)
         check_data(cell, sources[key], targets)
     for name, task in targets.items():
@@ -98,13 +101,18 @@ def _check_model(config: StudyConfig, pair: ModelPair, sources: dict[str, Task],
     if pair.has_lens:
         pair.check()  # an edited lens model would be measured, and the twin trained
     left = targets
-    for key, name in named(config.sources).items():
-        check_model(config.cell(name, config.seeds[0]), pair, sources[key], left)
+    for key, cell in _cell_of_each(config).items():
+        check_model(cell, pair, sources[key], left)
         left = {}  # the targets are the same for all sources
     for name, task in targets.items():
         for item in task.test(config.n_measured(name), config.shared.data_seed):
             if item.spans:
                 pair.encode(item)
+
+
+def _cell_of_each(config: StudyConfig) -> dict[str, SPDConfig]:
+    """By source, what its cells have in common (those of the first seed)."""
+    return {key: config.cell(name, config.seeds[0]) for key, name in named(config.sources).items()}
 
 
 def _note(
@@ -123,7 +131,22 @@ def _note(
         "format": pair.format.name,
     }
     study.note_once("the set-up", resolved=resolved)
+    if counts := left_out(pair, shared, _draws(config, sources, targets)):
+        study.note_once("the choice of texts that fit", left_out=counts)
     study.note_environment()
+
+
+def _draws(config: StudyConfig, sources: dict[str, Task], targets: dict[str, Task]) -> Draws:
+    cells = _cell_of_each(config)
+    return {
+        "calibration": {key: (sources[key], cell.n_calibration) for key, cell in cells.items()},
+        "train": {key: (sources[key], cell.n_train) for key, cell in cells.items()},
+        "test": {
+            # a larger draw begins with a smaller one
+            name: (task, max(config.n_measured(name), config.n_scored(name)))
+            for name, task in targets.items()
+        },
+    }
 
 
 def _work(bench: Bench, keeps_lens: bool) -> None:

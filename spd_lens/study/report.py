@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spd_lens import methods
+from spd_lens.fitting import in_words
 from spd_lens.report import quoted
 from spd_lens.storage import write_text
 from spd_lens.study.contrasts import (
@@ -244,7 +245,8 @@ def _setup(evidence: Evidence) -> str:
     facts = evidence.facts
     stages = {name: f"{entry['seconds']:.0f} s" for name, entry in (facts.get("measured") or {}).items()}
     shown = {"Weights": facts.get("weights"), "Machine": facts.get("machine"), "Versions": facts.get("versions")}
-    known_facts = {**shown, "Time": stages}
+    left_out = in_words(facts["left_out"]) if "left_out" in facts else None
+    known_facts = {**shown, "Left out": left_out, "Time": stages}
     lines += ["", *(f"- {name}: {_cell(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
     return "\n".join(lines).strip()
 

@@ -24,6 +24,8 @@ _SILENT = (
     "prompt_format", "per_head", "temperature", "top_p", "top_k", "max_new_tokens", "train_batch_size", "dtype",
 )  # fmt: skip
 """What the paper does not say."""
+_SILENT_AND_RARE = ("system", "enable_thinking", "too_long")
+"""And of that, what is listed only where a study sets it."""
 
 
 def backbone(model: str) -> str | None:
@@ -62,7 +64,8 @@ def differences_from_paper(evidence: Evidence) -> list[tuple[str, str, str]]:
         rows.append(("seeds", "1 (42)", f"{len(seeds)} ({', '.join(seeds)})"))
     rows += [(name, _text(value), _text(settings[name])) for name, value in _PAPER.items() if settings[name] != value]
     resolved = {**settings, **_resolved(evidence.facts)}
-    return rows + [(name, "not stated", _text(resolved[name])) for name in _SILENT]
+    silent = [*_SILENT, *(name for name in _SILENT_AND_RARE if settings[name] != defaults[name])]
+    return rows + [(name, "not stated", _text(resolved[name])) for name in silent]
 
 
 def _n_eval(n_eval: Any, target: str) -> Any:

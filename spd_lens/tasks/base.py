@@ -7,6 +7,7 @@ a seed only decides which examples of a side are drawn, and in which order.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import unicodedata
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
@@ -49,6 +50,7 @@ class Task(ABC):
     duplicates_removed: int = field(default=0, init=False)
     """Examples left out of the training side, since they repeat another one or a test problem."""
     _pools: Pools | None = field(default=None, init=False, repr=False)
+    _fits: Callable[[Split, Example], bool] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -80,15 +82,35 @@ class Task(ABC):
 
     def calibration(self, n: int | None, seed: int = 42) -> list[Example]:
         """`n` examples (`None`: all) for extracting the subspace, with spans. They may lie inside the training set."""
-        return self.draw("calibration", n, seed)
+        return self.kept("calibration", self.draw("calibration", n, seed))
 
     def train(self, n: int | None, seed: int = 42) -> list[Example]:
         """`n` examples (`None`: all) whose prompts the model answers itself; it never sees their completions."""
-        return self.draw("train", n, seed)
+        return self.kept("train", self.draw("train", n, seed))
 
     def test(self, n: int | None, seed: int = 42) -> list[Example]:
         """`n` examples (`None`: all) for evaluation. None of their problems is in the other two draws, at any seed."""
-        return self.draw("test", n, seed)
+        return self.kept("test", self.draw("test", n, seed))
+
+    def that_fits(self, fits: Callable[[Split, Example], bool]) -> Self:
+        """The same task, whose `calibration`, `train` and `test` leave out what `fits` refuses: they then give fewer
+        than `n`. `draw` gives all."""
+        other = copy.copy(self)
+        other._fits = fits
+        return other
+
+    def kept(self, split: Split, examples: list[Example]) -> list[Example]:
+        """Those of some examples that fit (see `that_fits`); `SPDError` if that leaves none."""
+        fits = self._fits
+        if fits is None:
+            return examples
+        found = [example for example in examples if fits(split, example)]
+        if examples and not found:
+            raise SPDError(
+                f"none of {len(examples)} {split} examples of {self.name} fits the model's context; use a model with a "
+                "longer one, a lower max_new_tokens, or shorter texts"
+            )
+        return found
 
     def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` in the order that `seed` gives: a larger draw begins with a smaller one."""

@@ -60,6 +60,12 @@ def test_split_seed_and_format(spans):
     assert first.split("Scored tokens")[0] != second.split("Scored tokens")[0]
 
 
+def test_a_system_message_is_among_the_facts(spans):
+    _, out, _ = spans("synthetic-qa", "--n", 1, "--system", "Be brief.")
+    assert "system='Be brief.'" in out and "Be brief." in out.split("Scored tokens")[1]
+    assert "system" not in spans("synthetic-qa", "--n", 1)[1].split("Scored tokens")[0]
+
+
 def test_the_full_loss(spans):
     _, aligned, _ = spans("synthetic-qa", "--n", 1)
     _, full, _ = spans("synthetic-qa", "--n", 1, "--loss", "full")
@@ -77,6 +83,8 @@ def test_the_full_loss(spans):
         (["missing.jsonl"], ["missing.jsonl"]),
         (["synthetic-math", "--loss", "partial"], ["loss", "partial"]),
         (["synthetic-math", "--prompt-format", "fancy"], ["prompt_format", "fancy"]),
+        (["synthetic-math", "--prompt-format", "raw", "--system", "Be brief."], ["system='Be brief.'", "raw prompts"]),
+        (["synthetic-math", "--no-enable-thinking"], ["takes no enable_thinking"]),
         (["synthetic-math", "--task-option", "colour=red"], ["no option 'colour'"]),
         (["synthetic-math", "--html", "OWN/page.html"], ["page.html", "cannot be written"]),
     ],

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from spd_lens.models import load
 from spd_lens.models.attention import fastest_attention
+from tests.models.zoo import ZOO, build_twin
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_no_architecture_is_asked_for_what_it_cannot_do(name, caplog):
+    model = build_twin(name).bfloat16()
+    own, seen = model.config._attn_implementation, []
+    with fastest_attention(model, 10):
+        seen.append(model.config._attn_implementation)
+    assert seen == ["eager" if model._can_set_attn_implementation() else own]
+    assert model.config._attn_implementation == own
+    assert not caplog.records
 
 
 def test_attention_of_short_bfloat16_passes_is_plain_and_put_back(tiny_llama_dir, tiny_pair):

@@ -58,6 +58,8 @@ def test_a_cell_has_its_sources_settings_and_its_seed():
         ({"source_settings": {"gsm8k": {"epochs": 0}}}, ("setting epochs = 0 is not possible",)),
         ({"source_settings": {"mbpp": {"epochs": 2}}}, ("source_settings names 'mbpp'",)),
         ({"source_settings": {"gsm8k": {"model": "other"}}}, ("setting 'model' is the same for all sources",)),
+        ({"source_settings": {"gsm8k": {"too_long": "drop"}}}, ("setting 'too_long' is the same for all sources",)),
+        ({"source_settings": {"gsm8k": {"system": "Hi"}}}, ("setting 'system' is the same for all sources",)),
         ({"task_options": {"mbpp": {}}}, ("task_options names 'mbpp'",)),
         ({"task_options": {"gsm8k": {"colour": 1}}}, ("gsm8k has no option 'colour'",)),
         ({"seeds": [1, 1]}, ("setting seeds = [1, 1] is not possible", "twice")),

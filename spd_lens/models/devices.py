@@ -1,0 +1,44 @@
+"""Which device and dtype a model is loaded to, from their names."""
+
+from __future__ import annotations
+
+import torch
+
+from spd_lens.errors import SPDError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`"auto"` is CUDA if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SPDError(f"unknown device {name!r}; write 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise SPDError(
+            f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use device='cpu'"
+        )
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise SPDError(f"device {name!r} cannot be used here ({reason}); use device='cpu'") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`"auto"` is bfloat16 where the hardware has matrix instructions for it, else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    if name not in _DTYPES:
+        raise SPDError(f"unknown dtype {name!r}; choose 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]
