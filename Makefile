@@ -14,8 +14,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX_URL ?=
 TEST_ARGS ?=
 LANES ?= hooked bridge
-# Test processes per lane. 0: one process with all cores. More share the cores, and each imports torch anew.
-WORKERS ?= 0
+# Test processes per lane, with one torch thread each.
+WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 

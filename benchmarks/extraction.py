@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 
 import spd_lens as spd
 from benchmarks import machine, subjects
-from benchmarks.measure import Sample, in_turn, settle, timed, total_seconds
+from benchmarks.measure import Sample, in_fresh_process, in_turn, settle, timed
 from benchmarks.table import Row
 from spd_lens.capture import batches_by_length
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.weights import site_layer
 
-ROUNDS = 5
+ROUNDS = {"smollm2": 5, "qwen2.5-0.5b-shape": 3}
+N_EXAMPLES = 50
 TOKENS_AT_ONCE = 1024
 GOALS = {
     ("float32", "plain"): 3.0,
@@ -27,49 +29,112 @@ GOALS = {
     ("bfloat16", "plain"): 7.0,
     ("bfloat16", "notebook"): 12.0,
 }
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class Timings:
+    """What every way took in every round."""
+
+    samples: dict[str, list[Sample]]
+    tokens: dict[str, list[int]]
+    """Tokens that it worked on."""
+
+    def rates(self, way: str) -> list[float]:
+        """Tokens per second, round by round."""
+        return [n / s.seconds for n, s in zip(self.tokens[way], self.samples[way], strict=True)]
+
+    def row(self, model: str, way: str, peer: str, what: str, **options: Any) -> Row:
+        """How many times faster than another way, round by round."""
+        ours, theirs = self.rates(way), self.rates(peer)
+        each = [a / b for a, b in zip(ours, theirs, strict=True)]
+        return Row(
+            "extraction", model, way, what, statistics.median(each), min(each), max(each),
+            ours=f"{statistics.median(ours):.0f} tok/s", peer=f"{statistics.median(theirs):.0f} tok/s", **options,
+        )  # fmt: skip
+
+    def inverse(self, model: str, way: str, peer: str, what: str, **options: Any) -> Row:
+        """How many times as long as another way."""
+        row = self.row(model, way, peer, what, at_least=False, **options)
+        return replace(row, value=1 / row.value, low=1 / row.high, high=1 / row.low)
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
-    """Rows of every model: float32 beside its peers, then bfloat16 against the peers' float32."""
+    """Rows of every model: ours in both dtypes against the peers in float32."""
     for name in models:
-        yield from _model(name, quick)
+        n = 10 if quick else N_EXAMPLES
+        yield from _model(name, subjects.task().calibration(n, seed=42), 1 if quick else ROUNDS[name])
         settle()
+        yield in_fresh_process(_memory, name, n)
 
 
-def _model(name: str, quick: bool) -> Iterator[Row]:
-    # the notebook's way takes minutes on the larger model: there it does a part of the examples
-    n, share = (10, 5) if quick else (50, {"smollm2": 1, "qwen2.5-0.5b-shape": 5}[name])
-    rounds = 1 if quick else ROUNDS
-    examples = subjects.task().calibration(n, seed=42)
-    parts = [examples[i::rounds] for i in range(rounds)]
+def _model(name: str, examples: list[spd.Example], rounds: int) -> Iterator[Row]:
     pair = subjects.subject(name, "float32").pair
     narrow = spd.ModelPair(copy.deepcopy(pair.hf).to(torch.bfloat16), pair.tokenizer, name=pair.name)
-    sites = pair.sites()
-    samples = in_turn(
-        {
-            "float32": lambda i: _ours(pair, parts[i]),
-            "bfloat16": lambda i: _ours(narrow, parts[i]),
-            "plain": lambda i: plain_way(pair, sites, parts[i]),
-        },
-        rounds,
-        warm_up=lambda: (_ours(pair, parts[0][:2]), _ours(narrow, parts[0][:2])),
-    )
-    tokens = [_n_tokens(pair, part) for part in parts]
-    for dtype in ("float32", "bfloat16"):
-        what = "the plain way on the twin, float32"
-        yield _speed(name, dtype, what, samples[dtype], samples["plain"], tokens, tokens, GOALS[dtype, "plain"])
-    yield _bound(name, pair, examples, samples["float32"])
-    yield _bound(name, narrow, examples, samples["bfloat16"])
+    lens = type(pair.lens).__name__  # built before it is timed
+    timings = _timings({"float32": pair, "bfloat16": narrow}, examples, rounds, few=name != "smollm2")
+    for dtype in DTYPES:
+        for way, what in (("plain", "the plain way on the twin"), ("notebook", f"the notebook's way on {lens}")):
+            yield timings.row(name, dtype, way, f"{what}, float32", target=GOALS[dtype, way])
+    for dtype in DTYPES:
+        what = "time over that of its matrix products alone"
+        yield timings.inverse(name, dtype, f"products, {dtype}", what, target=1.3)
     yield _exact(name, pair, examples[:2])
-    yield from _angles(name, samples)
-    yield _memory(name, pair, examples)
-    lens = pair.lens  # built before it is timed
-    parts = [part[: max(1, len(part) // share)] for part in parts]
-    notebook = [timed(partial(notebook_way, pair, sites, part)) for part in parts]
-    lens_tokens = [_n_tokens(pair, part) for part in parts]
-    for dtype in ("float32", "bfloat16"):
-        what = f"the notebook's way on {type(lens).__name__}, float32"
-        yield _speed(name, dtype, what, samples[dtype], notebook, tokens, lens_tokens, GOALS[dtype, "notebook"])
+    yield from _angles(name, *(_sum(timings.samples[dtype][:2]) for dtype in DTYPES))
+
+
+def _timings(pairs: dict[str, spd.ModelPair], examples: list[spd.Example], rounds: int, few: bool) -> Timings:
+    """Ours on halves of the examples in turn, the slow ways on a part per round, and products; all in each round.
+
+    `few`: the notebook's way, which takes minutes, on a fifth of its parts.
+    """
+    pair = pairs["float32"]
+    halves = [examples[i % 2 :: 2] for i in range(rounds)]
+    parts = [examples[i::rounds] for i in range(rounds)]
+    short = [part[: max(1, len(part) // 5)] for part in parts] if few else parts
+    sites = pair.sites()
+    ways: dict[str, Callable[[int], Any]] = {
+        "plain": lambda i: plain_way(pair, sites, parts[i]),
+        "notebook": lambda i: notebook_way(pair, sites, short[i]),
+    }
+    tokens = {way: [_n_tokens(pair, part) for part in given] for way, given in (("plain", parts), ("notebook", short))}
+    for dtype, own in pairs.items():
+        multiply = machine.fastest(_products(own))
+        ways[dtype] = partial(lambda own, i: _ours(own, halves[i]), own)
+        ways[f"products, {dtype}"] = partial(lambda multiply, _: multiply(), multiply)
+        tokens[dtype] = [_n_tokens(own, half) for half in halves]
+        tokens[f"products, {dtype}"] = [round(TOKENS_AT_ONCE / _attention(own, examples))] * rounds
+    samples = in_turn(ways, rounds, warm_up=lambda: [_ours(own, examples[:2]) for own in pairs.values()])
+    return Timings(samples, tokens)
+
+
+def _products(pair: spd.ModelPair) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The products that cannot be avoided, of `TOKENS_AT_ONCE` tokens.
+
+    Forward through all linear layers, and the gradient of activations through the layers above the first target.
+    """
+    first = min(site.layer for site in pair.sites())
+    products: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer, block in enumerate(pair.hf.model.layers):
+        for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+            products.append((_noise(linear.in_features, pair), linear.weight.T))
+            if layer > first:
+                products.append((_noise(linear.out_features, pair), linear.weight))
+    return products
+
+
+def _attention(pair: spd.ModelPair, examples: Sequence[spd.Example]) -> float:
+    """By how much the products inside attention add to the multiplications, if they ran at the same rate.
+
+    Two products over what a causal mask leaves, half of all pairs; four for the gradient.
+    """
+    first = min(site.layer for site in pair.sites())
+    lengths = [len(pair.encode(example).ids) for example in examples]
+    passes = pair.n_layers + 2 * (pair.n_layers - 1 - first)
+    shape = pair.fingerprint
+    inside = passes * sum(n * n for n in lengths) * shape.n_heads * shape.d_head
+    linear = sum(left.shape[1] * right.shape[1] for left, right in _products(pair)) * sum(lengths)
+    return 1 + inside / linear
 
 
 def _ours(pair: spd.ModelPair, part: Sequence[spd.Example]) -> spd.GradientMoments:
@@ -142,55 +207,6 @@ def _decomposed(stacked: dict[spd.Site, list[torch.Tensor]]) -> dict[spd.Site, t
     return found
 
 
-def _speed(
-    name: str,
-    dtype: str,
-    what: str,
-    ours: list[Sample],
-    peer: list[Sample],
-    tokens: list[int],
-    peer_tokens: list[int],
-    target: float,
-) -> Row:
-    rates = [[n / s.seconds for n, s in zip(t, run, strict=True)] for t, run in ((tokens, ours), (peer_tokens, peer))]
-    each = [a / b for a, b in zip(*rates, strict=True)]
-    return Row(
-        "extraction",
-        name,
-        dtype,
-        what,
-        statistics.median(each),
-        min(each),
-        max(each),
-        target,
-        ours=f"{statistics.median(rates[0]):.0f} tok/s",
-        peer=f"{statistics.median(rates[1]):.0f} tok/s",
-    )
-
-
-def _bound(name: str, pair: spd.ModelPair, examples: Sequence[spd.Example], samples: list[Sample]) -> Row:
-    """Time beside that of the matrix products that cannot be avoided, at the rate measured now.
-
-    Forward through all linear layers, and the gradient of activations through the layers above the first target.
-    """
-    lengths = [len(pair.encode(example).ids) for example in examples]
-    first = min(site.layer for site in pair.sites())
-    products: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer, block in enumerate(pair.hf.model.layers):
-        for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
-            products.append((_noise(linear.in_features, pair), linear.weight.T))
-            if layer > first:
-                products.append((_noise(linear.out_features, pair), linear.weight))
-    bound = machine.matrix_seconds(products) * sum(lengths) / TOKENS_AT_ONCE
-    ours = total_seconds(samples)
-    dtype = str(pair.dtype).removeprefix("torch.")
-    ratio = ours / bound
-    return Row(
-        "extraction", name, dtype, "time over that of its matrix products alone", ratio, ratio, ratio, 1.3,
-        at_least=False, ours=f"{ours:.1f} s", peer=f"{bound:.1f} s",
-    )  # fmt: skip
-
-
 def _noise(width: int, pair: spd.ModelPair) -> torch.Tensor:
     return torch.randn(TOKENS_AT_ONCE, width, dtype=pair.dtype, device=pair.device)
 
@@ -216,21 +232,14 @@ def _off(found: dict[spd.Site, torch.Tensor], wanted: dict[spd.Site, torch.Tenso
     return [((found[s].cpu() - wanted[s].cpu()).norm() / wanted[s].cpu().norm()).item() for s in wanted]
 
 
-def _angles(name: str, samples: dict[str, list[Sample]]) -> Iterator[Row]:
+def _angles(name: str, wide: spd.GradientMoments, narrow: spd.GradientMoments) -> Iterator[Row]:
     """What bfloat16 does to the subspace at half rank: principal angles to that of float32, per head."""
-    wide, narrow = (_sum(samples[dtype]) for dtype in ("float32", "bfloat16"))
     a, b = wide.subspace(rank=0.5), narrow.subspace(rank=0.5)
     cosines = torch.cat([torch.linalg.svdvals(a.bases[s].mT @ b.bases[s]).flatten() for s in a.sites])
     squared = cosines.square()
+    what = "mean squared cosine to float32's subspace, half rank, per head"
     yield Row(
-        "extraction",
-        name,
-        "bfloat16",
-        "mean squared cosine to float32's subspace, half rank, per head",
-        squared.mean().item(),
-        squared.min().item(),
-        squared.max().item(),
-        unit="",
+        "extraction", name, "bfloat16", what, squared.mean().item(), squared.min().item(), squared.max().item(), unit=""
     )
     angle = cosines.clamp(max=1).arccos().max().item()
     yield Row(
@@ -246,25 +255,15 @@ def _sum(samples: list[Sample]) -> spd.GradientMoments:
     return total
 
 
-def _memory(name: str, pair: spd.ModelPair, examples: Sequence[spd.Example]) -> Row:
+def _memory(name: str, n: int) -> Row:
     """Peak of a whole extraction over that of its largest batch alone, by padded tokens; each with its own moments."""
+    pair, examples = subjects.subject(name, "float32").pair, subjects.task().calibration(n, seed=42)
     lengths = [len(pair.encode(e).ids) for e in examples]
     largest = max(batches_by_length(lengths, TOKENS_AT_ONCE), key=lambda batch: len(batch) * lengths[batch[0]])
-    one = timed(lambda: _ours(pair, [examples[i] for i in largest]))
-    whole = timed(lambda: _ours(pair, examples))
-    ratio = whole.peak / one.peak
-    n_tokens = len(largest) * lengths[largest[0]]
+    one = timed(lambda: _ours(pair, [examples[i] for i in largest])).peak
+    whole = timed(lambda: _ours(pair, examples)).peak
+    note = f"{n} examples; the batch has {len(largest) * lengths[largest[0]]} tokens"
     return Row(
-        "extraction",
-        name,
-        "float32",
-        "peak memory of all examples over that of one batch",
-        ratio,
-        ratio,
-        ratio,
-        1.3,
-        at_least=False,
-        ours=f"{whole.peak / 2**20:.0f} MiB",
-        peer=f"{one.peak / 2**20:.0f} MiB",
-        note=f"{len(examples)} examples; the batch has {n_tokens} tokens",
-    )
+        "extraction", name, "float32", "peak memory of all examples over that of one batch", whole / one, whole / one,
+        whole / one, 1.3, at_least=False, ours=f"{whole / 2**20:.0f} MiB", peer=f"{one / 2**20:.0f} MiB", note=note,
+    )  # fmt: skip

@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -48,26 +49,39 @@ def _version(package: str) -> str | None:
         return None
 
 
-def matrix_seconds(products: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Seconds of matrix products alone, one after the other, so that weights come from memory; median of three.
+Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Left and right factors."""
 
-    On a CPU the faster of PyTorch's own way and oneDNN's with packed weights counts.
+
+def fastest(products: Products) -> Callable[[], None]:
+    """Nothing but matrix products, one after the other, so that weights come from memory; to be timed.
+
+    On a CPU the faster of PyTorch's own way and oneDNN's with packed weights.
     """
-    ways = [_seconds(torch.mm, products)]
+    ways = [partial(_multiply, torch.mm, products)]
     if available() and products[0][0].device.type == "cpu" and products[0][0].dtype in (torch.float32, torch.bfloat16):
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(left, pack(right.t().contiguous(), None)) for left, right in products]
-        ways.append(_seconds(lambda left, right: onednn_product(left, right, None), packed))
-    return min(ways)
+        ways.append(partial(_multiply, partial(onednn_product, bias=None), packed))
+    return min(ways, key=_seconds)
 
 
-def _seconds(multiply: Callable[..., Any], products: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def matrix_seconds(products: Products) -> float:
+    """Seconds of `fastest`: median of three."""
+    return _seconds(fastest(products))
+
+
+def _multiply(multiply: Callable[..., Any], products: Products) -> None:
+    for left, right in products:
+        multiply(left, right)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _seconds(call: Callable[[], None]) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        for left, right in products:
-            multiply(left, right)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        call()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,9 +68,10 @@ def ratios(ours: list[Sample], peer: list[Sample]) -> tuple[float, float, float]
     return statistics.median(each), min(each), max(each)
 
 
-def total_seconds(samples: list[Sample]) -> float:
-    """Of all rounds."""
-    return sum(sample.seconds for sample in samples)
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a module's function in a process of its own: what a heap has been through shows in its peaks."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def settle() -> None:

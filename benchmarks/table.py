@@ -18,7 +18,7 @@ class Row:
     """One comparison. `value` is a ratio unless its unit says otherwise."""
 
     stage: str
-    """`"extraction"`, `"generation"`, `"training"`, `"sweep"` or `"memory"`."""
+    """One of `benchmarks.run.STAGES`."""
     model: str
     dtype: str
     """Ours, or `ours / the peer's` where they differ."""

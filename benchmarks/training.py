@@ -67,7 +67,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
 
 
 def _training(subject: subjects.Subject, quick: bool) -> Iterator[Row]:
-    corpus = _corpus(subject.pair, n=BATCH * _n_steps(subject, quick))
+    corpus = made_corpus(subject.pair, n=BATCH * _n_steps(subject, quick))
     ways: dict[str, Callable[[], Training]] = {
         "ours": partial(ours, subject.pair, corpus),
         "default": partial(theirs, subject.pair, corpus),
@@ -95,7 +95,7 @@ def _n_steps(subject: subjects.Subject, quick: bool) -> int:
     return {"smollm2": 6, "qwen2.5-0.5b-shape": 3}[subject.name]
 
 
-def _corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:
+def made_corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:
     """GSM8K's prompts with their gold answers, in the prompt format of the model."""
     records = []
     for example in subjects.task().train(n=n, seed=0):

@@ -2,13 +2,13 @@
 # Lint, then the tests once per lane. Every step runs; the exit code says whether all of them passed.
 #   LANES      hooked (TransformerLens 3.9), bridge (4.x), or both
 #   TEST_ARGS  further arguments for pytest
-#   WORKERS    test processes; 0: one
+#   WORKERS    test processes
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 logs=.cache/test-logs
 mkdir -p "$logs"
-workers=${WORKERS:-0}
+workers=${WORKERS:-1}
 # One thread: tiny models gain nothing from more, and a run and its resumption are compared bit for bit, which only the
 # same number of threads gives. tests/conftest.py sets the same for the tests' own process.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

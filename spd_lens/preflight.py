@@ -51,6 +51,7 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
+    require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
     for example in source.calibration(config.n_calibration, config.data_seed):
         pair.encode(example, config.loss, config.engine)
     check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)
@@ -62,4 +63,3 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
             raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
         for text in (text for item in items for text in forced_texts(task, item)):
             pair.encode(text)
-    require_core(pair, config.layers, config.kinds)
