@@ -75,7 +75,11 @@ def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
             return _new(_hf_generate(pair, tokens, None, NEW_TOKENS, ()))
 
     ways: dict[str, Callable[[int], Any]] = {"ours": ours, "lens": lens_batch, "twin": twin_hooks}
-    return in_turn(ways, 1 if quick else 3, warm_up=lambda: _in_slots(pair, decoding, jobs[:2], subspace))
+    return in_turn(ways, _rounds(subject, quick), warm_up=lambda: [way(0) for way in ways.values()])
+
+
+def _rounds(subject: subjects.Subject, quick: bool) -> int:
+    return 1 if quick else {"smollm2": 3, "qwen2.5-0.5b-shape": 2}[subject.name]
 
 
 def _fixed(pair: spd.ModelPair) -> tuple[list[Job], torch.Tensor, dict[str, Any]]:
@@ -121,7 +125,10 @@ def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
     """A corpus' prompts at their own lengths: ours at its own batch size against loops on the lens model."""
     pair, lens = subject.pair, subject.pair.lens
     jobs, decoding = _jobs(pair, 8 if quick else 32), Decoding(GREEDY, 0, NEW_TOKENS, ())
-    samples = [timed(lambda: _in_slots(pair, decoding, jobs, subspace, None)) for _ in range(1 if quick else 3)]
+    samples = [
+        timed(lambda: _in_slots(pair, decoding, jobs, subspace, None), settled=False)
+        for _ in range(_rounds(subject, quick))
+    ]
     rates = sorted(len(jobs) * NEW_TOKENS / sample.seconds for sample in samples)
     n_new = 2 if quick else NEW_TOKENS // 4
     target = {"smollm2": 50.0, "qwen2.5-0.5b-shape": 80.0}[subject.name]
@@ -143,7 +150,9 @@ def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
     )
     for way, what, wanted in ways:
         with projected(lens, subspace):
-            theirs = [n_new / timed(partial(way, job)).seconds for job in jobs[: 1 if quick else 3]]
+            theirs = [
+                n_new / timed(partial(way, job), settled=False).seconds for job in jobs[: _rounds(subject, quick)]
+            ]
         each = sorted(rates[len(rates) // 2] / rate for rate in theirs)
         yield Row(
             "generation", subject.name, subject.dtype, what, each[len(each) // 2], each[0], each[-1], wanted,
@@ -160,7 +169,7 @@ def _bridge(subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample
     _, tokens, plain = _fixed(pair)
     with projected(pair.lens, subspace):
         pair.lens.generate(tokens[:1], **{**plain, "max_new_tokens": 2})
-        peer = timed(lambda: pair.lens.generate(tokens, **plain))
+        peer = timed(lambda: pair.lens.generate(tokens, **plain), settled=False)
     n = BATCH * NEW_TOKENS
     samples = {"ours": ours[-1:], "bridge": [peer]}
     yield _speed(
@@ -203,7 +212,7 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
 
 def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str, list[Sample]]]:
     """The same corpus by `spd_lens.generate` and by batches in order of arrival."""
-    n, new = (16, 24) if quick else (48, 128)
+    n, new = (16, 24) if quick else (48, 96)
     pair, subspace = subject.pair, _subspace(subject.pair)
     prompts, jobs, stops = subjects.task().train(n=n, seed=0), _jobs(pair, n), stop_tokens(pair)
 
@@ -225,7 +234,7 @@ def _few_shot(quick: bool) -> Iterator[Row]:
     subject = subjects.subject("smollm2", "float32")
     pair, task = subject.pair, subjects.task()
     shots = "\n\n".join(f"{example.prompt}\n{example.completion}" for example in task.calibration(4, seed=1))
-    n = 8 if quick else 24
+    n = 8 if quick else 16
     texts = [f"{shots}\n\n{example.prompt}" for example in task.train(n=n, seed=0)]
     jobs = [
         Job(example, 0, pair.prompt_ids(example))
@@ -243,7 +252,7 @@ def _few_shot(quick: bool) -> Iterator[Row]:
         finally:
             slots.MIN_PREFIX = least
 
-    samples = in_turn({"ours": shared, "plain": not_shared}, 1 if quick else 3, warm_up=lambda: shared(0))
+    samples = in_turn({"ours": shared, "plain": not_shared}, 1 if quick else 2, warm_up=lambda: shared(0))
     row = _speed(subject.name, subject.dtype, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
     yield replace(row, note=f"4 shots, prompts of {_range(jobs)} tokens, 16 new")
     yield _same(subject, "the same without sharing", samples["ours"][0].result, samples["plain"][0].result)

@@ -13,7 +13,7 @@ from benchmarks.table import Row
 from spd_lens.errors import SPDError
 from spd_lens.models.backends import choose_backend
 
-N_EXAMPLES, ROUNDS = 9, 3
+N_EXAMPLES, ROUNDS = {"smollm2": 9, "qwen2.5-0.5b-shape": 5}, 2
 DTYPES = ("float32", "bfloat16")
 GOAL = 2.0
 """At most so many times the twin engine's time."""
@@ -39,7 +39,7 @@ def backends() -> list[str]:
 
 def _engine(name: str, dtype: str, backend: str, quick: bool) -> Iterator[Row]:
     rounds = 1 if quick else ROUNDS
-    examples = subjects.task().calibration(4 if quick else N_EXAMPLES, seed=42)
+    examples = subjects.task().calibration(4 if quick else N_EXAMPLES[name], seed=42)
     pair = subjects.subject(name, dtype, backend=backend).pair
     what = type(pair.lens).__name__  # built before it is timed
 
@@ -51,7 +51,7 @@ def _engine(name: str, dtype: str, backend: str, quick: bool) -> Iterator[Row]:
             run(engine, examples[:1])
 
     ways = {engine: partial(lambda engine, _: run(engine, examples), engine) for engine in ("twin", "lens")}
-    samples = in_turn(ways, rounds, warm_up)
+    samples = in_turn(ways, rounds, warm_up, settled=True)
     middle, low, high = ratios(samples["twin"], samples["lens"])
     n_tokens = sum(len(pair.encode(example).ids) for example in examples)
     rates = {way: statistics.median(n_tokens / s.seconds for s in found) for way, found in samples.items()}

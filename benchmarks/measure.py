@@ -31,9 +31,13 @@ class Sample:
     result: Any
 
 
-def timed(call: Callable[[], Any]) -> Sample:
-    """Run a call once; its result is kept, so that results can be compared."""
-    settle()
+def timed(call: Callable[[], Any], settled: bool = True) -> Sample:
+    """Run a call once; its result is kept, so that results can be compared.
+
+    `settled`: give freed memory back before, which the peak asks for; getting it again costs the call time.
+    """
+    if settled:
+        settle()
     with _PeakMemory() as memory:
         start = time.perf_counter()
         result = call()
@@ -44,7 +48,10 @@ def timed(call: Callable[[], Any]) -> Sample:
 
 
 def in_turn(
-    ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: Callable[[], Any] | None = None
+    ways: Mapping[str, Callable[[int], Any]],
+    rounds: int,
+    warm_up: Callable[[], Any] | None = None,
+    settled: bool = False,
 ) -> dict[str, list[Sample]]:
     """A B C A B C ...: each way does round `n` right after the other ways did, so that a drifting machine spares none.
 
@@ -52,13 +59,14 @@ def in_turn(
         ways: Each is told the number of the round, which may choose its inputs.
         rounds: Timed calls of each way.
         warm_up: Run once before and not timed.
+        settled: As in `timed`.
     """
     if warm_up is not None:
         warm_up()
     samples: dict[str, list[Sample]] = {name: [] for name in ways}
     for n in range(rounds):
         for name, way in ways.items():
-            samples[name].append(timed(partial(way, n)))
+            samples[name].append(timed(partial(way, n), settled))
     return samples
 
 

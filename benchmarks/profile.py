@@ -29,7 +29,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
     for name in models:
         for dtype in DTYPES[-1:] if quick else DTYPES:
             subject = subjects.subject(name, dtype)
-            for stage, call in _stages(subject, 4 if quick else 16).items():
+            for stage, call in _stages(subject, 4 if quick else 8).items():
                 call()  # a warm-up
                 yield _shares(subject, stage, call)
             settle()

@@ -17,8 +17,8 @@ from spd_lens.analysis.sweep import measure, proxies
 from spd_lens.evaluation import Policy
 
 RANKS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4]
-N_EXAMPLES, N_ITEMS, ROUNDS = 12, 6, 2
-"""A quarter of what a sweep takes (50 calibration examples, 24 held-out items): the ratio is the same."""
+N_EXAMPLES, N_ITEMS, ROUNDS = 8, 4, 2
+"""A sixth of what a sweep takes (50 calibration examples, 24 held-out items): the ratio is the same."""
 DTYPES = {"smollm2": ("float32", "bfloat16"), "qwen2.5-0.5b-shape": ("bfloat16",)}
 GOAL = 3.0
 

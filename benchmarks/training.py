@@ -92,7 +92,7 @@ def _n_steps(subject: subjects.Subject, quick: bool) -> int:
         return 2
     if subject.pair.device.type == "cuda":
         return 24
-    return {"smollm2": 6, "qwen2.5-0.5b-shape": 3}[subject.name]
+    return {"smollm2": 4, "qwen2.5-0.5b-shape": 3}[subject.name]
 
 
 def made_corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:

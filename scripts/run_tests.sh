@@ -19,7 +19,11 @@ eval "pytest_args=(${TEST_ARGS:-})" # so that quotes work: TEST_ARGS='-k "a or b
 failed=0
 summary=()
 
-step() { # step NAME COMMAND…: run it, keep its last line
+closing() { # the line that says how it went: pytest's, behind which libraries may still write, or else the last one
+  grep -E '^=+ .*(passed|failed|error|no tests).* =+$' "$1" | tail -n 1 | grep . || grep . "$1" | tail -n 1
+}
+
+step() { # step NAME COMMAND…: run it, keep its closing line
   local name=$1 start=$SECONDS verdict=passed
   shift
   printf '\n== %s\n' "$name"
@@ -27,7 +31,7 @@ step() { # step NAME COMMAND…: run it, keep its last line
     verdict=FAILED
     failed=1
   fi
-  summary+=("$(printf '%-7s %-12s %4d s  %s' "$verdict" "$name" $((SECONDS - start)) "$(grep . "$logs/$name.log" | tail -n 1)")")
+  summary+=("$(printf '%-7s %-12s %4d s  %s' "$verdict" "$name" $((SECONDS - start)) "$(closing "$logs/$name.log")")")
 }
 
 step lint scripts/lint.sh

@@ -193,7 +193,8 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped by similar length, longest first (so that a lack of memory shows at once).
+    """Indices grouped by similar length; the largest batch first, so that a lack of memory shows at once and what it
+    needed is there for the others.
 
     A batch holds at most `batch_tokens` tokens counting padding, and at least one row.
     """
@@ -203,7 +204,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[in
             batches[-1].append(index)
         else:
             batches.append([index])
-    return batches
+    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
 
 
 def fitting_tokens(pair: ModelPair, n_layers: int) -> int:
