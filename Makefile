@@ -33,7 +33,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench notebooks model-table constraints system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench speed-table notebooks model-table constraints system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ format: $(HOOKED)/dev  ## write what ruff can mend
 
 bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generation --quick'
 	.venv/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md from benchmarks/results/
+	PYTHONPATH=. .venv/bin/python scripts/speed_table.py
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py

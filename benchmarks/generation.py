@@ -212,7 +212,7 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
 
 def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str, list[Sample]]]:
     """The same corpus by `spd_lens.generate` and by batches in order of arrival."""
-    n, new = (16, 24) if quick else (48, 96)
+    n, new = (16, 24) if quick else (48, 256)  # as long as a run's own
     pair, subspace = subject.pair, _subspace(subject.pair)
     prompts, jobs, stops = subjects.task().train(n=n, seed=0), _jobs(pair, n), stop_tokens(pair)
 
@@ -226,7 +226,7 @@ def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str
     def warm_up() -> None:
         _in_slots(pair, Decoding(GREEDY, 0, 4, ()), jobs[:2], subspace)
 
-    return jobs, in_turn({"ours": ours, "plain": plain}, 1 if quick else 2, warm_up)
+    return jobs, in_turn({"ours": ours, "plain": plain}, 1, warm_up)
 
 
 def _few_shot(quick: bool) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """Write the tables of docs/speed.md from the JSON that `make bench` left in benchmarks/results/.
 
-    python scripts/speed_table.py
+    make speed-table
 
 Each `<!-- NAME -->` ... `<!-- end of NAME -->` in the page becomes the table of `benchmarks/results/NAME.json`.
 """
@@ -15,6 +15,7 @@ from benchmarks.table import Row
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "speed.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table(record: dict[str, object], rows: list[Row]) -> str:
@@ -45,16 +46,21 @@ def table(record: dict[str, object], rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """All tables of the page."""
-    text = DOCUMENT.read_text(encoding="utf-8")
+def written(text: str, results: Path) -> str:
+    """The page with all of its tables as the JSON files have them."""
     for name in re.findall(r"<!-- end of ([\w-]+) -->", text):
-        record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        record = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
         rows = [Row(**{key: value for key, value in row.items() if key != "met"}) for row in record["rows"]]
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{table(record, rows)}\n{end}{rest.split(end)[1]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    """All tables of the page."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(written(text, RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The tables of docs/speed.md: those of the committed results, a tick only where a goal was met."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.table import Row
+
+SPEC = importlib.util.spec_from_file_location("speed_table", Path(__file__).parents[1] / "scripts" / "speed_table.py")
+speed_table = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = speed_table
+SPEC.loader.exec_module(speed_table)
+
+FACTS = {
+    "date": "2026-01-02",
+    "gpu": None,
+    "machine": "a processor",
+    "cores": 2,
+    "versions": {"torch": "2", "trl": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "at_least", "mark"),
+    [
+        (3.0, 3.0, True, "✓"),
+        (2.9, 3.0, True, "short"),
+        (1.3, 1.3, False, "✓"),
+        (1.4, 1.3, False, "short"),
+        (1, None, True, ""),
+    ],
+)
+def test_a_tick_where_the_goal_is_met(tmp_path, value, target, at_least, mark):
+    row = Row("training", "m", "float32", "a peer", value, value, 7.0, target, at_least)
+    (tmp_path / "here.json").write_text(json.dumps({**FACTS, "rows": [{**asdict(row), "met": row.met}]}))
+    page = speed_table.written("before\n<!-- here -->\nold\n<!-- end of here -->\nafter", tmp_path)
+    assert page.startswith("before\n<!-- here -->\nMeasured 2026-01-02 on a processor, 2 cores; torch 2.\n")
+    assert page.endswith("<!-- end of here -->\nafter") and "old" not in page
+    assert [line.split("|")[1].strip() for line in page.splitlines() if "a peer" in line] == [mark]
+
+
+def test_the_page_has_the_committed_results():
+    page = speed_table.DOCUMENT.read_text(encoding="utf-8")
+    assert "<!-- end of " in page
+    assert speed_table.written(page, speed_table.RESULTS) == page
