@@ -51,12 +51,12 @@ def _stages(subject: subjects.Subject, n: int) -> dict[str, Callable[[], Any]]:
 
 def _shares(subject: subjects.Subject, stage: str, call: Callable[[], Any]) -> Row:
     cuda = torch.cuda.is_available()
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        start = time.perf_counter()  # the profiler's own beginning and end are not the stage's
         call()
         if cuda:
             torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     spent = dict.fromkeys((*KINDS, "other operations"), 0.0)
     for event in found.key_averages():
         spent[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6

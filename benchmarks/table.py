@@ -55,7 +55,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     marks = {True: Text("met", "green"), False: Text("short", "bold red"), None: Text("-")}
     for row in rows:
         target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
-        value = f"{row.value:.2f}{'' if row.unit == 'x' else ' ' + row.unit} [{row.low:.2f}, {row.high:.2f}]"
+        value = f"{row.value:.2f}{'' if row.unit in ('x', '') else ' ' + row.unit} [{row.low:.2f}, {row.high:.2f}]"
         what = f"{row.what} ({row.note})" if row.note else row.what
         table.add_row(
             marks[row.met], row.stage, row.model, row.dtype, what, value, target, row.bound, row.ours, row.peer

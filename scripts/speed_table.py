@@ -38,7 +38,7 @@ def table(record: dict[str, object], rows: list[Row]) -> str:
         mark = {True: "✓", False: "short", None: ""}[row.met]
         goal = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
         digits = ".2f" if abs(row.value) >= 0.1 else ".1e"
-        value = f"{row.value:{digits}}{'' if row.unit == 'x' else ' ' + row.unit}"
+        value = f"{row.value:{digits}}{'' if row.unit in ('x', '') else ' ' + row.unit}"
         spread = "" if row.low == row.high else f" [{row.low:{digits}}, {row.high:{digits}}]"
         what = f"{row.what} ({row.note})" if row.note else row.what
         cells = (mark, row.model, row.dtype, what, value + spread, goal, row.bound, row.ours, row.peer)
