@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 import spd_lens as spd
 from benchmarks import machine, subjects
-from benchmarks.measure import Sample, in_turn, ratios, settle, timed
+from benchmarks.completions import (
+    arrival_order,
+    hf_generate,
+    in_slots,
+    jobs_of,
+    new_tokens,
+    prompt_range,
+    same_tokens_row,
+    speed_row,
+)
+from benchmarks.measure import Sample, in_turn, settle, timed
 from benchmarks.table import Row
 from spd_lens import slots
 from spd_lens.decoding import Decoding, Job, stop_tokens
-from spd_lens.engines import twin_engine
-from spd_lens.models.weights import twin_hook
-from spd_lens.projection import projected
+from spd_lens.projection import projected, projected_twin
 from spd_lens.sampling import Sampling
 
 BATCH = 16
@@ -45,7 +52,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
             settle()
         both = {"ours": found["bfloat16"]["ours"], "lens": found["float32"]["lens"]}
         what = f"the lens model's generate in float32, ours in the default dtype, batch {BATCH}"
-        yield _speed(name, "bfloat16 / float32", what, both, "lens", BATCH * NEW_TOKENS, _TARGETS[name])
+        yield speed_row(name, "bfloat16 / float32", what, both, "lens", BATCH * NEW_TOKENS, _TARGETS[name])
     if "smollm2" in models:
         yield from _mixed_lengths(quick)
         yield from _few_shot(quick)
@@ -64,15 +71,15 @@ def _fixed_lengths(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
     decoding = Decoding(GREEDY, 0, NEW_TOKENS, ())
 
     def ours(_: int) -> list[list[int]]:
-        return _in_slots(pair, decoding, jobs, subspace)
+        return in_slots(pair, decoding, jobs, subspace, BATCH)
 
     def lens_batch(_: int) -> list[list[int]]:
         with projected(pair.lens, subspace):
-            return _new(pair.lens.generate(tokens, **plain))
+            return new_tokens(pair.lens.generate(tokens, **plain), PROMPT_TOKENS)
 
     def twin_hooks(_: int) -> list[list[int]]:
-        with _TwinHooks(pair, subspace):
-            return _new(_hf_generate(pair, tokens, None, NEW_TOKENS, ()))
+        with projected_twin(pair.hf, subspace):
+            return new_tokens(hf_generate(pair, tokens, None, NEW_TOKENS, ()), PROMPT_TOKENS)
 
     ways: dict[str, Callable[[int], Any]] = {"ours": ours, "lens": lens_batch, "twin": twin_hooks}
     return in_turn(ways, _rounds(subject, quick), warm_up=lambda: [way(0) for way in ways.values()])
@@ -84,7 +91,7 @@ def _rounds(subject: subjects.Subject, quick: bool) -> int:
 
 def _fixed(pair: spd.ModelPair) -> tuple[list[Job], torch.Tensor, dict[str, Any]]:
     """Prompts cut to one length, and a lens model's settings for greedy completions of one length."""
-    jobs = _jobs(pair, BATCH, cut=PROMPT_TOKENS)
+    jobs = jobs_of(pair, BATCH, cut=PROMPT_TOKENS)
     tokens = torch.tensor([job.prompt_ids for job in jobs], device=pair.device)
     return jobs, tokens, {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False}
 
@@ -92,10 +99,10 @@ def _fixed(pair: spd.ModelPair) -> tuple[list[Job], torch.Tensor, dict[str, Any]
 def _fixed_rows(subject: subjects.Subject, samples: dict[str, list[Sample]]) -> Iterator[Row]:
     lens_name, n = type(subject.pair.lens).__name__, BATCH * NEW_TOKENS
     what = f"{lens_name}.generate under hooks, batch {BATCH}"
-    row = _speed(subject.name, subject.dtype, what, samples, "lens", n, _TARGETS[subject.name])
+    row = speed_row(subject.name, subject.dtype, what, samples, "lens", n, _TARGETS[subject.name])
     bound = statistics.median(sample.seconds for sample in samples["lens"]) / _matrix_seconds(subject.pair)
     yield replace(row, bound=f"{bound:.2f} (matrix products alone)")
-    yield _speed(
+    yield speed_row(
         subject.name,
         subject.dtype,
         f"transformers' generate under hooks on the twin, batch {BATCH}",
@@ -104,7 +111,7 @@ def _fixed_rows(subject: subjects.Subject, samples: dict[str, list[Sample]]) -> 
         n,
         None,
     )
-    yield _same(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
+    yield same_tokens_row(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
 
 
 def _matrix_seconds(pair: spd.ModelPair) -> float:
@@ -124,9 +131,9 @@ def _matrix_seconds(pair: spd.ModelPair) -> float:
 def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:
     """A corpus' prompts at their own lengths: ours at its own batch size against loops on the lens model."""
     pair, lens = subject.pair, subject.pair.lens
-    jobs, decoding = _jobs(pair, 8 if quick else 32), Decoding(GREEDY, 0, NEW_TOKENS, ())
+    jobs, decoding = jobs_of(pair, 8 if quick else 32), Decoding(GREEDY, 0, NEW_TOKENS, ())
     samples = [
-        timed(lambda: _in_slots(pair, decoding, jobs, subspace, None), settled=False)
+        timed(lambda: in_slots(pair, decoding, jobs, subspace, None), settled=False)
         for _ in range(_rounds(subject, quick))
     ]
     rates = sorted(len(jobs) * NEW_TOKENS / sample.seconds for sample in samples)
@@ -157,7 +164,7 @@ def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
         yield Row(
             "generation", subject.name, subject.dtype, what, each[len(each) // 2], each[0], each[-1], wanted,
             ours=f"{rates[len(rates) // 2]:.0f} tok/s", peer=f"{sum(theirs) / len(theirs):.1f} tok/s",
-            note=f"prompts of {_range(jobs)} tokens, ours {len(jobs)} at a time",
+            note=f"prompts of {prompt_range(jobs)} tokens, ours {len(jobs)} at a time",
         )  # fmt: skip
 
 
@@ -172,7 +179,7 @@ def _bridge(subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample
         peer = timed(lambda: pair.lens.generate(tokens, **plain), settled=False)
     n = BATCH * NEW_TOKENS
     samples = {"ours": ours[-1:], "bridge": [peer]}
-    yield _speed(
+    yield speed_row(
         subject.name,
         subject.dtype,
         f"TransformerBridge.generate under hooks, batch {BATCH}",
@@ -191,12 +198,14 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
         jobs, samples = _corpus(subject, quick)
         found[dtype] = samples
         lengths = [len(ids) for ids in samples["ours"][0].result]
-        row = _speed(
+        row = speed_row(
             subject.name, dtype, "plain generate on the folded twin, arrival order, mixed lengths", samples, "plain",
             sum(lengths), 1.5,
         )  # fmt: skip
-        yield replace(row, note=f"{len(jobs)} prompts of {_range(jobs)} tokens, {min(lengths)}-{max(lengths)} new")
-        yield _same(subject, "plain generate", samples["ours"][0].result, samples["plain"][0].result)
+        yield replace(
+            row, note=f"{len(jobs)} prompts of {prompt_range(jobs)} tokens, {min(lengths)}-{max(lengths)} new"
+        )
+        yield same_tokens_row(subject, "plain generate", samples["ours"][0].result, samples["plain"][0].result)
         settle()
     rates = [
         [sum(map(len, sample.result)) / sample.seconds for sample in found[dtype][way]]
@@ -214,17 +223,17 @@ def _corpus(subject: subjects.Subject, quick: bool) -> tuple[list[Job], dict[str
     """The same corpus by `spd_lens.generate` and by batches in order of arrival."""
     n, new = (16, 24) if quick else (48, 256)  # as long as a run's own
     pair, subspace = subject.pair, _subspace(subject.pair)
-    prompts, jobs, stops = subjects.task().train(n=n, seed=0), _jobs(pair, n), stop_tokens(pair)
+    prompts, jobs, stops = subjects.task().train(n=n, seed=0), jobs_of(pair, n), stop_tokens(pair)
 
     def ours(_: int) -> list[list[int]]:
         corpus = spd.generate(pair, prompts, subspace=subspace, temperature=0.0, max_new_tokens=new, progress=False)
         return [list(record.completion_ids) for record in corpus]
 
     def plain(_: int) -> list[list[int]]:
-        return _arrival_order(pair, jobs, subspace, new, stops)
+        return arrival_order(pair, jobs, subspace, new, stops)
 
     def warm_up() -> None:
-        _in_slots(pair, Decoding(GREEDY, 0, 4, ()), jobs[:2], subspace)
+        in_slots(pair, Decoding(GREEDY, 0, 4, ()), jobs[:2], subspace, BATCH)
 
     return jobs, in_turn({"ours": ours, "plain": plain}, 1, warm_up)
 
@@ -243,114 +252,16 @@ def _few_shot(quick: bool) -> Iterator[Row]:
     decoding = Decoding(GREEDY, 0, 16, ())
 
     def shared(_: int) -> list[list[int]]:
-        return _in_slots(pair, decoding, jobs, None)
+        return in_slots(pair, decoding, jobs, None, BATCH)
 
     def not_shared(_: int) -> list[list[int]]:
         least, slots.MIN_PREFIX = slots.MIN_PREFIX, 10**9
         try:
-            return _in_slots(pair, decoding, jobs, None)
+            return in_slots(pair, decoding, jobs, None, BATCH)
         finally:
             slots.MIN_PREFIX = least
 
     samples = in_turn({"ours": shared, "plain": not_shared}, 1 if quick else 2, warm_up=lambda: shared(0))
-    row = _speed(subject.name, subject.dtype, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
-    yield replace(row, note=f"4 shots, prompts of {_range(jobs)} tokens, 16 new")
-    yield _same(subject, "the same without sharing", samples["ours"][0].result, samples["plain"][0].result)
-
-
-def _jobs(pair: spd.ModelPair, n: int, cut: int | None = None) -> list[Job]:
-    return [Job(example, 0, pair.prompt_ids(example)[:cut]) for example in subjects.task().train(n=n, seed=0)]
-
-
-def _in_slots(
-    pair: spd.ModelPair,
-    decoding: Decoding,
-    jobs: Sequence[Job],
-    subspace: spd.Subspace | None,
-    batch_size: int | None = BATCH,
-) -> list[list[int]]:
-    with twin_engine(pair, decoding, subspace, 1.0, None, batch_size) as run:
-        made = {job.key: ids for completions in run(jobs) for job, ids in completions}
-    return [made[job.key] for job in jobs]
-
-
-def _arrival_order(
-    pair: spd.ModelPair, jobs: Sequence[Job], subspace: spd.Subspace, new: int, stops: tuple[int, ...]
-) -> list[list[int]]:
-    """Batches of 32 as the prompts come, padded on the left, each as long as its longest answer."""
-    made: list[list[int]] = []
-    with spd.folded(pair.hf, subspace):
-        for start in range(0, len(jobs), 32):
-            batch = [job.prompt_ids for job in jobs[start : start + 32]]
-            longest = max(map(len, batch))
-            pad = pair.tokenizer.pad_token_id
-            tokens = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch], device=pair.device)
-            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=pair.device)
-            for ids in _new(_hf_generate(pair, tokens, mask, new, stops), longest):
-                end = next((i for i, token in enumerate(ids) if token in stops), len(ids) - 1)
-                made.append(ids[: end + 1])
-    return made
-
-
-def _hf_generate(
-    pair: spd.ModelPair, tokens: torch.Tensor, mask: torch.Tensor | None, new: int, stops: tuple[int, ...]
-) -> torch.Tensor:
-    own, pair.hf.generation_config = pair.hf.generation_config, GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pair.tokenizer.pad_token_id
-    )  # fmt: skip
-    try:
-        mask = torch.ones_like(tokens) if mask is None else mask
-        return pair.hf.generate(input_ids=tokens, attention_mask=mask)
-    finally:
-        pair.hf.generation_config = own
-
-
-class _TwinHooks:
-    """The projection as hooks on the twin."""
-
-    def __init__(self, pair: spd.ModelPair, subspace: spd.Subspace) -> None:
-        self.pair, self.subspace = pair, subspace
-
-    def __enter__(self) -> None:
-        self.handles = []
-        for site in self.subspace.sites:
-            n_heads, d_head = self.pair.fingerprint.heads_at(site)
-
-            def project(x: torch.Tensor, site: spd.Site = site, n: int = n_heads, d: int = d_head) -> torch.Tensor:
-                return self.subspace(x.unflatten(-1, (n, d)), site).flatten(-2)
-
-            self.handles.append(twin_hook(self.pair.hf, site, project))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _new(sequences: torch.Tensor, prompt: int = PROMPT_TOKENS) -> list[list[int]]:
-    return sequences[:, prompt:].tolist()
-
-
-def _range(jobs: Sequence[Job]) -> str:
-    lengths = [len(job.prompt_ids) for job in jobs]
-    return f"{min(lengths)}-{max(lengths)}"
-
-
-def _speed(
-    model: str, dtype: str, peer: str, samples: dict[str, list[Sample]], way: str, n: int, target: float | None
-) -> Row:
-    value, low, high = ratios(samples["ours"], samples[way])
-    speeds = [n / sorted(s.seconds for s in samples[name])[len(samples[name]) // 2] for name in ("ours", way)]
-    return Row(
-        "generation", model, dtype, peer, value, low, high, target,
-        ours=f"{speeds[0]:.0f} tok/s", peer=f"{speeds[1]:.1f} tok/s",
-    )  # fmt: skip
-
-
-def _same(subject: subjects.Subject, peer: str, ours: list[list[int]], theirs: list[list[int]]) -> Row:
-    """The share of completions with the very tokens of the peer; promised in float32 alone."""
-    share = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
-    target = 1.0 if subject.dtype == "float32" else None
-    return Row(
-        "generation", subject.name, subject.dtype, f"same greedy tokens as {peer}", share, share, share, target,
-        unit="of completions",
-    )  # fmt: skip
+    row = speed_row(subject.name, subject.dtype, "without sharing the few-shot prefix", samples, "plain", n * 16, None)
+    yield replace(row, note=f"4 shots, prompts of {prompt_range(jobs)} tokens, 16 new")
+    yield same_tokens_row(subject, "the same without sharing", samples["ours"][0].result, samples["plain"][0].result)
