@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spd_lens.decoding import Completions, Decoding, Job
 from spd_lens.graphs import CudaGraphs
+from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.sampling import choose, row_uniforms
@@ -110,6 +112,10 @@ class Slots:
         self._noise = torch.zeros(self.n_slots, self.decoding.max_new_tokens, dtype=torch.float64)
         self._tokens, self._positions = torch.zeros(2, self.n_slots, dtype=torch.long, device=self._device)
         self._forward = CudaGraphs(self._logits) if self._on == "cuda" else self._logits
+        with _buffers_stay_ordinary(self.model):
+            yield from self._until_all_ended(waiting)
+
+    def _until_all_ended(self, waiting: deque[Job]) -> Iterator[Completions]:
         rows: list[_Row] = []
         while waiting or rows:
             ended: Completions = []
@@ -159,7 +165,10 @@ class Slots:
         tokens, mask = right_pad([ids[start:] for ids in prompts], 0, device)
         last = mask.sum(dim=1) - 1
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(len(prompts), -1)
-        with unembed_only(self.model.get_output_embeddings(), torch.arange(len(prompts), device=device), last):
+        with (
+            fastest_attention(self.model, start + tokens.shape[1]),
+            unembed_only(self.model.get_output_embeddings(), torch.arange(len(prompts), device=device), last),
+        ):
             logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
         return cache, logits[0].float()
 
@@ -183,14 +192,19 @@ class Slots:
         assert self._cache is not None  # there is a row, so a prompt was read
         positions = self._positions[:n]
         self._cache.place.positions, self._cache.place.length = positions, length
-        output = self.model(
-            input_ids=self._tokens[:n, None],
-            attention_mask=step_mask(self.model, positions, length),
-            position_ids=positions[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with one_query_at_a_time(self.model) as added, self._unrecorded():
+            output = self.model(
+                input_ids=self._tokens[:n, None],
+                attention_mask=step_mask(self.model, positions, length, added),
+                position_ids=positions[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         return output.logits[:, -1].float()
+
+    def _unrecorded(self) -> contextlib.AbstractContextManager[Any]:
+        """Autograd's bookkeeping is a twentieth of a small model's step on a CPU; a CUDA graph has none anyway."""
+        return torch.inference_mode() if self._on == "cpu" else contextlib.nullcontext()
 
     def _rounded(self, length: int) -> int:
         step = _COLUMNS[self._on]
@@ -205,6 +219,19 @@ class Slots:
             self._noise[slot] = self._noise[last]
             rows[slot] = rows[last]
         rows.pop()
+
+
+@contextlib.contextmanager
+def _buffers_stay_ordinary(model: Any) -> Iterator[None]:
+    """Copy what inference mode made: rotary frequencies that depend on the length are set anew while generating, and an
+    inference tensor could not be trained with."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            made = {name: x for name, x in module.named_buffers(recurse=False) if x.is_inference()}
+            for name, buffer in made.items():
+                module._buffers[name] = buffer.clone()
 
 
 class SlotCache(Cache):
@@ -238,31 +265,31 @@ class SlotCache(Cache):
             layer.values[target] = layer.values[source]
 
 
-def step_mask(model: Any, positions: Int[Tensor, " row"], length: int) -> Any:
+def step_mask(model: Any, positions: Int[Tensor, " row"], length: int, added: bool) -> Any:
     """Which columns each row's one query may read, `[row, 1, 1, column]`; by kind of layer where kinds differ.
 
-    True where `column <= position`, and in a layer with a sliding window `column > position - window`. Eager attention
-    adds its mask: there 0 where True.
+    True where `column <= position`, and in a layer with a sliding window `column > position - window`. A mask that is
+    `added` to scores, as eager attention's is, has 0 there and the lowest number elsewhere.
     """
+    added = added or model.config._attn_implementation == "eager"
+
+    def wanted(mask: Bool[Tensor, "row 1 1 column"]) -> Tensor:
+        if not added:
+            return mask
+        zeros = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+        return zeros.masked_fill(~mask, torch.finfo(model.dtype).min)
+
     config = model.config.get_text_config()
     columns = torch.arange(length, device=positions.device)
     full = (columns <= positions[:, None])[:, None, None]
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or length <= window or kinds == {"full_attention"}:
-        return _as_the_attention_takes_it(model, full)
-    sliding = _as_the_attention_takes_it(model, full & (columns > positions[:, None] - window)[:, None, None])
+        return wanted(full)
+    sliding = wanted(full & (columns > positions[:, None] - window)[:, None, None])
     if kinds == {"sliding_attention"}:
         return sliding
-    return {"full_attention": _as_the_attention_takes_it(model, full), "sliding_attention": sliding}
-
-
-def _as_the_attention_takes_it(model: Any, mask: Bool[Tensor, "row 1 1 column"]) -> Tensor:
-    if model.config._attn_implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(model.dtype).min
-    )
+    return {"full_attention": wanted(full), "sliding_attention": sliding}
 
 
 def _groups(jobs: Sequence[Job], at_once: int, similar: float) -> Iterator[list[Job]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from spd_lens.decoding import Decoding, Job
 from spd_lens.engines import complete, fitting, plain_batch
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair
+from spd_lens.models import ModelPair, attention
 from spd_lens.sampling import Sampling
 from spd_lens.slots import MIN_PREFIX, Slots
 from tests.conftest import build_tokenizer
@@ -52,7 +53,9 @@ def by_id(runs) -> dict[str, list[int]]:
     return dict(found)
 
 
-def test_every_architecture_makes_the_tokens_of_plain_recomputation(member):
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_every_architecture_makes_the_tokens_of_plain_recomputation(member, large, monkeypatch):
+    monkeypatch.setattr(attention, "_LARGE", large)  # elements of a cache from which on a CPU multiplies by itself
     # beyond the window of those that have one (16), which some rows reach before others; more jobs than slots
     jobs = jobs_of(member, [3, 30, 11, 19, 7])
     decoding = Decoding(GREEDY, 0, 14, ())
@@ -133,3 +136,21 @@ def test_as_many_as_memory_holds(tiny_pair, monkeypatch):
     for rows, expected in ((0.5, 1), (7.5, 7), (1e6, 32)):
         monkeypatch.setattr("psutil.virtual_memory", lambda rows=rows: type("M", (), {"available": 2 * rows * row}))
         assert fitting(tiny_pair, decoding, jobs) == expected
+
+
+def test_frequencies_that_are_set_while_generating_can_be_trained_with():
+    model = build_twin("llama")
+    config = copy.deepcopy(model.config)
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = type(model)(config).eval()
+    pair = ModelPair(model, build_tokenizer(chat=False))
+    own = {name: x.clone() for name, x in model.named_buffers()}
+    for _ in Slots(model, Decoding(GREEDY, 0, 14, ()), 2).run(jobs_of(pair, [12, 9])):
+        pass
+    assert any(not torch.equal(x, own[name]) for name, x in model.named_buffers() if name in own)
+    assert not any(x.is_inference() for x in model.buffers())
+    # a gradient that needs the buffer itself
+    scale = torch.ones(1, requires_grad=True)
+    sum((scale * x).sum() for x in model.buffers()).backward()
+    assert scale.grad.isfinite()
