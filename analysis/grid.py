@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
-from spd_lens.config import read_yaml, validated
+from spd_lens.config import Settings, read_yaml, validated
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import KINDS, Site, resolve_layers
@@ -18,7 +18,7 @@ PROJECTORS = ("per_head", "joint")
 THIRDS = ("first_third", "middle_third", "last_third")
 
 
-class Grid(BaseModel):
+class Grid(Settings):
     """What to sweep: all combinations of the lists. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

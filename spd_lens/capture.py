@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example
+from spd_lens.examples import Example, worked_examples
 from spd_lens.models.attention import fastest_attention
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
@@ -25,6 +25,7 @@ from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
+from spd_lens.numbers import whole
 from spd_lens.products import fast_products
 from spd_lens.sites import Site
 
@@ -73,8 +74,8 @@ def extract(
     Raises:
         SPDError: no examples, an example without span or completion or beyond the context, an unknown layer or kind.
     """
-    if shards < 1:
-        raise SPDError(f"shards = {shards} is not possible; give at least 1")
+    shards = whole("shards", shards)
+    examples = worked_examples(examples, "calibration examples")
     sites = pair.sites(layers, kinds)
     settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
@@ -122,6 +123,9 @@ def token_gradients(
     """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
     if engine not in ENGINES:
         raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    examples = worked_examples(examples, "calibration examples")
+    if batch_tokens is not None:
+        batch_tokens = whole("batch_tokens", batch_tokens)
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
     sites = pair.sites(layers, kinds)

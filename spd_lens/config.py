@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError
+from spd_lens.numbers import plain
 from spd_lens.sites import KINDS
 from spd_lens.tasks import PRESETS
 
@@ -20,7 +22,30 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class SPDConfig(BaseModel):
+class Settings(BaseModel):
+    """Settings whose numbers may be numpy's or torch's, and in which true and false are no numbers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_numbers(cls, given: Any) -> Any:
+        return plain(dict(given)) if isinstance(given, dict) else given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        kinds = get_args(kind := cls.model_fields[str(info.field_name)].annotation) or (kind,)
+        numbers = int in kinds or float in kinds
+        if numbers and bool not in kinds and any(type(part) is bool for part in (value, *_parts(value))):
+            raise ValueError("true and false are no numbers")
+        return value
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else list(value.values()) if isinstance(value, dict) else ()
+
+
+class SPDConfig(Settings):
     """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spd_lens.errors import SPDError
+from spd_lens.numbers import plain
 
 Span = tuple[int, int]
+
+_AS_EXAMPLES = 'write [Example(row["question"], row["answer"]) for row in rows], with the names of your own columns'
 
 
 @dataclass(frozen=True)
@@ -22,29 +27,75 @@ class Example:
     spans: tuple[Span, ...] = ()
     """Character ranges `(start, end)` **in the completion** that decide correctness (paper A.1, table 6)."""
     id: str = ""
-    """Names the example in results and seeds its sampling noise: unique within a task."""
+    """Names the example in results and seeds its sampling noise: unique within a task. Whole numbers and UUIDs are
+    kept as their text, so that `7` and `"7"` are one id; None is no id."""
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What a task's scorer needs beside the completion: tests, subject, choices."""
 
     def __post_init__(self) -> None:
-        spans = tuple((int(start), int(end)) for start, end in self.spans)
-        object.__setattr__(self, "spans", spans)  # the dataclass is frozen; lists from JSON become tuples here
-        for start, end in spans:
-            if not 0 <= start < end <= len(self.completion):
-                raise SPDError(
-                    f"span ({start}, {end}) of example {self.id or self.prompt[:40]!r} does not lie in its completion "
-                    f"of {len(self.completion)} characters; give character positions 0 <= start < end <= length"
-                )
+        # the dataclass is frozen; numpy's texts and numbers, and lists from JSON, become Python's own here
+        object.__setattr__(self, "id", id_text(self.id))
+        for name in ("prompt", "completion"):
+            object.__setattr__(self, name, self._text(name))
+        object.__setattr__(self, "spans", tuple(self._span(span) for span in self._spans()))
+
+    @property
+    def name(self) -> str:
+        """What a message calls it: the id, or how the prompt begins."""
+        return f"example {self.id or self.prompt[:40]!r}"
+
+    def _text(self, name: str) -> str:
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            raise SPDError(
+                f"the {name} of example {self.id or '(no id)'!r} is {_shown(value)}, not a text; {_AS_EXAMPLES}"
+            )
+        return str(value)
+
+    def _spans(self) -> Sequence[Any]:
+        spans: Any = plain(self.spans)
+        if not isinstance(spans, list | tuple):
+            raise SPDError(f"the spans of {self.name} are {_shown(spans)}; give pairs, as in spans=[(6, 7)]")
+        if len(spans) == 2 and all(type(end) is int for end in spans):
+            raise SPDError(f"the spans of {self.name} are {tuple(spans)}; one span is written spans=[{tuple(spans)}]")
+        return spans
+
+    def _span(self, span: Any) -> Span:
+        if not isinstance(span, list | tuple) or len(span) != 2 or any(type(end) is not int for end in span):
+            raise SPDError(f"{self.name} has the span {_shown(span)}; a span is a pair of whole numbers, as in (6, 7)")
+        start, end = span
+        if not 0 <= start < end <= len(self.completion):
+            raise SPDError(
+                f"span ({start}, {end}) of {self.name} does not lie in its completion "
+                f"of {len(self.completion)} characters; give character positions 0 <= start < end <= length"
+            )
+        return start, end
 
 
-def as_examples(prompts: Iterable[str | Example]) -> Sequence[Example]:
+def id_text(value: Any) -> str:
+    """An id as the text under which it is kept; `""` for None.
+
+    Raises:
+        SPDError: it is neither a text, a whole number nor a UUID, or holds half a character.
+    """
+    id = plain(value)
+    if id is None:
+        return ""
+    if not isinstance(id, str | uuid.UUID) and type(id) is not int:
+        raise SPDError(f"the id {_shown(id)} is neither a text nor a whole number; write id=str(...)")
+    return whole_characters(str(id), f"the id {str(id)[:40]!r}")
+
+
+def as_examples(prompts: Iterable[str | Example] | str | Example) -> list[Example]:
     """Prompts as records: a plain string gets its position as id.
 
-    Raises `SPDError` if two records share an id, since ids name results and seed the sampling noise.
+    Raises:
+        SPDError: something that is neither a text nor an `Example`; or two records share an id, since ids name results
+            and seed the sampling noise.
     """
     records = [
-        prompt if isinstance(prompt, Example) and prompt.id else _with_id(prompt, str(position))
-        for position, prompt in enumerate(prompts)
+        prompt if isinstance(prompt, Example) and prompt.id else _with_id(prompt, position)
+        for position, prompt in enumerate(_elements(prompts, "prompts"))
     ]
     seen: set[str] = set()
     for record in records:
@@ -54,7 +105,62 @@ def as_examples(prompts: Iterable[str | Example]) -> Sequence[Example]:
     return records
 
 
-def _with_id(prompt: str | Example, id: str) -> Example:
-    if isinstance(prompt, Example):
-        return Example(prompt.prompt, prompt.completion, prompt.spans, id, prompt.meta)
-    return Example(prompt, id=id)
+def worked_examples(examples: Iterable[Example] | Example, what: str = "examples") -> list[Example]:
+    """Examples where texts alone would not do, since gold completions are needed; `what` is what a message calls them.
+
+    Raises:
+        SPDError: something that is no `Example`.
+    """
+    found = _elements(examples, what)
+    for position, example in enumerate(found):
+        if not isinstance(example, Example):
+            raise SPDError(
+                f"{what}[{position}] is a text alone, {_shown(example)}; "
+                "write Example(prompt, completion, spans=[(start, end)])"
+            )
+    return found
+
+
+def _elements(given: Any, what: str) -> list[Any]:
+    """The texts and examples in what was given, in order; one that is given alone is a list of one."""
+    if isinstance(given, str | Example):
+        return [given]
+    if isinstance(given, Mapping | AbstractSet | bytes | bytearray) or hasattr(given, "columns"):
+        # iterated over, these give keys, columns, numbers, or the same texts in another order each time
+        raise SPDError(f"{what} is a {type(given).__name__}, not a list of texts or Examples; {_AS_EXAMPLES}")
+    try:
+        elements = list(given)
+    except TypeError as error:
+        raise SPDError(f"{what} is {_shown(given)}, not a list of texts or Examples; {_AS_EXAMPLES}") from error
+    for position, element in enumerate(elements):
+        if isinstance(element, Mapping) and "role" in element:
+            raise SPDError(
+                f"{what}[{position}] is a message of a chat; give the user's text alone, as one prompt: the chat "
+                "template is applied here, and a system message is an option of load"
+            )
+        if not isinstance(element, str | Example):
+            raise SPDError(f"{what}[{position}] is {_shown(element)}, neither a text nor an Example; {_AS_EXAMPLES}")
+    return elements
+
+
+def _with_id(prompt: str | Example, position: int) -> Example:
+    return replace(prompt, id=position) if isinstance(prompt, Example) else Example(prompt, id=str(position))
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: its type, and what it is as far as that is short."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return text if value is None else f"the {type(value).__name__} {text}"
+
+
+def whole_characters(text: str, what: str) -> str:
+    """The text; `SPDError` if it holds half a character, which JSON can spell and no encoding takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SPDError(
+            f"{what} holds half a character ({text[error.start]!r}), which no tokenizer reads and no file holds; mend "
+            "or leave out the record"
+        ) from error
+    return text

@@ -15,8 +15,9 @@ from spd_lens.decoding import Decoding, Job, stop_tokens
 from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
 from spd_lens.engines import lens_engine, twin_engine
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example, as_examples
+from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.models import ModelPair
+from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
 from spd_lens.sampling import Sampling
 from spd_lens.subspace import Subspace
@@ -81,9 +82,10 @@ def generate(
             `path` from other settings; a full disk (what was written is kept).
     """
     sampling = Sampling.resolve(pair, temperature, top_p, top_k)
-    _check_counts(max_new_tokens=max_new_tokens, samples_per_prompt=samples_per_prompt)
-    if batch_size is not None:
-        _check_counts(batch_size=batch_size)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens)
+    samples_per_prompt = whole("samples_per_prompt", samples_per_prompt)
+    batch_size = None if batch_size is None else whole("batch_size", batch_size)
+    seed = whole("seed", seed, least=None)
     if engine not in ENGINES:
         raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
     if engine == "lens" and adapter is not None:
@@ -91,7 +93,7 @@ def generate(
             "the lens engine runs the lens model's own weights; bring the adapter there with "
             "pair.sync(to='lens', adapter=...) and leave adapter out, or use engine='twin'"
         )
-    check_strength(strength)
+    strength = check_strength(strength)
     jobs = _jobs(pair, prompts, samples_per_prompt, max_new_tokens, engine)
     groups = _groups(jobs, subspace)
     for group in groups:
@@ -126,7 +128,7 @@ def generate(
 
 def check_room(pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int) -> None:
     """Raise `SPDError` where `generate` would: a prompt that leaves no room for `max_new_tokens` in the context."""
-    _jobs(pair, prompts, 1, max_new_tokens, "twin")
+    _jobs(pair, prompts, 1, whole("max_new_tokens", max_new_tokens), "twin")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class _Group:
 
 def _groups(jobs: Sequence[Job], subspace: Subspace | PerPrompt | None) -> list[_Group]:
     """Jobs by the subspace that they are done under, in order of first use."""
+    if isinstance(subspace, Mapping):
+        subspace = {id_text(id): each for id, each in subspace.items()}
     chosen = {job.example.id: job.example for job in jobs}
     subspaces = {name: _choice(subspace, example) for name, example in chosen.items()}  # asked once for all samples
     # each object is hashed once: thousands of prompts share a few
@@ -201,16 +205,10 @@ def _settings(
     }
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise SPDError(f"{name} is {count!r}; it must be a whole number of at least 1")
-
-
 def _jobs(
     pair: ModelPair, prompts: Iterable[str | Example], samples: int, max_new_tokens: int, engine: str
 ) -> list[Job]:
-    examples = as_examples([prompts] if isinstance(prompts, (str, Example)) else prompts)
+    examples = as_examples(prompts)
     if not examples:
         raise SPDError("there is no prompt to complete; give at least one")
     limit = pair.context(engine)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.numbers import plain, whole
 from spd_lens.sites import Site
 from spd_lens.storage import load_tensors, reading, save_tensors
 from spd_lens.subspace import Rank, Subspace, resolve_rank
@@ -124,7 +125,7 @@ class GradientMoments:
 
     def shards(self, chosen: Sequence[int]) -> GradientMoments:
         """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
-        index = torch.tensor(list(chosen), dtype=torch.long)
+        index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
         if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
             raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
         parts: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SHARD}
@@ -179,6 +180,7 @@ class GradientMoments:
         """
         if not int(self.n_examples.sum()):
             raise SPDError("there are no examples in these moments, so there is no subspace")
+        rank = plain(rank)
         chosen = self.sites if sites is None else sorted(sites)
         dtype = self.settings.get("dtype", "float32")
         bases, ranks, values = {}, {}, {}

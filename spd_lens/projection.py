@@ -21,6 +21,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.weights import SiteLayer, site_layer, twin_hook
+from spd_lens.numbers import plain
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 
@@ -62,7 +63,7 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
     Warns:
         UserWarning: no forward pass went through one of the sites.
     """
-    check_strength(strength)
+    strength = check_strength(strength)
     subspace.check(lens)
     projection = Projection(subspace, strength)
     hooks: list[LensHook] = []
@@ -97,7 +98,7 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
     Raises:
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
     """
-    check_strength(strength)
+    strength = check_strength(strength)
     if subspace is None or strength == 0.0:
         if subspace is not None:
             subspace.check(hf)
@@ -120,7 +121,7 @@ def projected_twin(hf: nn.Module, subspace: Subspace, strength: float = 1.0) -> 
     Raises:
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
     """
-    check_strength(strength)
+    strength = check_strength(strength)
     subspace.check(hf)
     with contextlib.ExitStack() as stack:
         for site in subspace.sites:
@@ -184,10 +185,12 @@ def fold_to(
     return directory
 
 
-def check_strength(strength: float) -> None:
-    """Raise `SPDError` unless `strength` is a number from 0 to 1."""
+def check_strength(strength: float) -> float:
+    """The strength as Python's own number; `SPDError` unless it is one from 0 to 1."""
+    strength = plain(strength)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= 1.0:
         raise SPDError(f"strength {strength!r} is not between 0 (identity) and 1 (full projection)")
+    return strength
 
 
 def _hooked_site(hf: nn.Module, subspace: Subspace, site: Site, strength: float) -> Any:

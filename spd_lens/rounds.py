@@ -26,6 +26,7 @@ from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import merged_copy
 from spd_lens.moments import GradientMoments
+from spd_lens.numbers import whole
 from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
 from spd_lens.preflight import check_data
 from spd_lens.rundir import Folder, Run
@@ -118,8 +119,7 @@ def run_rounds(
         SPDError: another dtype; too few test items; a folder of other settings; what `run` refuses.
     """
     rule = StopRule() if stop is None else stop
-    if isinstance(n_rounds, bool) or not isinstance(n_rounds, int) or n_rounds < 1:
-        raise SPDError(f"n_rounds is {n_rounds!r}; it must be a whole number of at least 1")
+    n_rounds, n_held_out = whole("n_rounds", n_rounds), whole("n_held_out", n_held_out)
     if reextract not in ("current", "first"):
         raise SPDError(f"reextract is {reextract!r}; it must be 'current' or 'first'")
     config = _in_float32(config, pair)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.numbers import whole
 
 if TYPE_CHECKING:
     from spd_lens.models import ModelPair
@@ -67,7 +68,7 @@ class Sampling:
         given = cls(  # checked before greedy forgets the others
             float(_first(temperature, own.temperature, DEFAULT_TEMPERATURE)),
             float(_first(top_p, own.top_p, DEFAULT_TOP_P)),
-            int(_first(top_k, own.top_k, 0)) or None,
+            whole("top_k", _first(top_k, own.top_k, 0), least=None) or None,
         )
         return cls(0.0, 1.0, None) if given.greedy else given
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spd_lens.errors import SPDError
+from spd_lens.numbers import plain
 
 KINDS: tuple[str, ...] = ("k", "v", "q", "z", "resid")
 """The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12); queries, the heads'
@@ -65,7 +67,8 @@ def resolve_layers(layers: str | int | Iterable[int], n_layers: int) -> list[int
         if not all(part.isdigit() for part in parts):
             raise SPDError(f"unknown layers {layers!r}; write 'last_mid', 'all' or block indices such as '14,29'")
         layers = [int(part) for part in parts]
-    chosen = [layers] if isinstance(layers, int) else list(layers)
+    chosen: Any = plain(list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else layers)
+    chosen = chosen if isinstance(chosen, list) else [chosen]
     if not chosen:
         raise SPDError("no layer was chosen; write 'last_mid', 'all' or at least one block index")
     for layer in chosen:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spd_lens.algebra import complement, intersection, union
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.numbers import plain, whole
 from spd_lens.sites import Site
 from spd_lens.storage import load_tensors, reading, save_tensors
 
@@ -75,6 +76,7 @@ class Subspace:
 
         Computed in at least float32 and returned in the activation's dtype. Strength 0 returns the activation itself.
         """
+        strength = plain(strength)
         if strength == 0.0:
             return activation
         basis = self.bases[site]
@@ -99,6 +101,7 @@ class Subspace:
         self, site: Site, strength: float = 1.0
     ) -> tuple[Float[Tensor, "block width width"], Float[Tensor, "block width"]]:
         """The map `x -> x M + c`, float64: `M = (1 - s) I + s P`, which is symmetric, and `c = s μ (I - P)`."""
+        strength = plain(strength)
         projector = self.projector(site)
         identity = torch.eye(projector.shape[-1], dtype=projector.dtype).expand_as(projector)
         mean = self.offset.get(site, torch.zeros(projector.shape[:2], dtype=projector.dtype)).double()
@@ -114,6 +117,7 @@ class Subspace:
     def truncate(self, rank: Rank) -> Subspace:
         """The leading directions alone: an integer per block or a fraction of its width; never more than it has."""
         bases, ranks = {}, {}
+        rank = plain(rank)
         for site, basis in self.bases.items():
             limit = resolve_rank(rank, basis.shape[1])
             ranks[site] = tuple(min(limit, own) for own in self.ranks[site])
@@ -135,6 +139,7 @@ class Subspace:
 
     def random_like(self, seed: int) -> Subspace:
         """Uniformly random directions with the same blocks and ranks: the control that any claim needs beside it."""
+        seed = whole("seed", seed, least=None)
         generator = torch.Generator().manual_seed(seed)
         bases = {}
         for site in self.sites:  # in a fixed order, so that a seed names one subspace
@@ -215,6 +220,7 @@ def resolve_rank(rank: Rank, width: int) -> int:
 
     Raises `SPDError` for 0, a negative number, or more than the width.
     """
+    rank = plain(rank)
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise SPDError(f"rank {rank!r} is neither an integer nor a fraction")
     if isinstance(rank, float):

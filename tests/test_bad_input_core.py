@@ -51,7 +51,7 @@ def untouched(tiny_pair, state_of):
         ({"kinds": ()}, ["no kind"]),
         ({"loss": "cosine"}, ["'cosine'", "aligned", "full"]),
         ({"engine": "vllm"}, ["'vllm'", "lens", "twin"]),
-        ({"shards": 0}, ["shards = 0"]),
+        ({"shards": 0}, ["shards is 0"]),
         ({"examples": []}, ["no calibration examples"]),
         ({"examples": [EXAMPLES[0], Example("q", "x", id="bare")]}, ["'bare'", "no correctness span"]),
         ({"examples": [Example("q", id="open")], "loss": "full"}, ["'open'", "no completion"]),

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from spd_lens.capture import batches_by_length
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.policies import Policy
-from spd_lens.examples import Example
+from spd_lens.examples import Example, worked_examples
 from spd_lens.models import ModelPair
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded
+from spd_lens.numbers import whole
 from spd_lens.products import fast_products
 
 
@@ -82,6 +83,7 @@ def teacher_forced(
     Returns:
         For each policy's name, one item per example, in the order of `examples`.
     """
+    examples, batch_tokens = worked_examples(examples), whole("batch_tokens", batch_tokens)
     if not examples:
         raise SPDError("there are no items to evaluate; give at least one")
     names = [policy.name for policy in policies]

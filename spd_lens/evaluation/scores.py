@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_lens import tasks
+from spd_lens.errors import SPDError
 from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
 from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.generation import check_room, generate
 from spd_lens.models import ModelPair
+from spd_lens.numbers import whole
+from spd_lens.projection import check_strength
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -50,10 +53,16 @@ def evaluate(
         progress: Show progress bars.
     """
     task = tasks.get(task) if isinstance(task, str) else task
+    if not isinstance(task, Task):
+        raise SPDError(
+            f"evaluate takes a task or the name of one, not a {type(task).__name__}; data of your own is a task as "
+            "tasks.get('items.jsonl')"
+        )
+    n, seed, strength = whole("n", n), whole("seed", seed, least=None), check_strength(strength)
     items = task.test(n, seed)
     task.check_scorable()
     policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)
-    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    limit = task.max_new_tokens if max_new_tokens is None else whole("max_new_tokens", max_new_tokens)
     check_room(pair, items, limit)
     if forced is None:
         # items without spans (prompts of one's own) have no gold tokens to measure on

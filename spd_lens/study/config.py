@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import SPDConfig, read_yaml, validated
+from spd_lens.config import Settings, SPDConfig, read_yaml, validated
 from spd_lens.errors import SPDError
 
 BASE = "base"
@@ -27,7 +27,7 @@ _GROWING = ("methods", "seeds")
 """What may be added to a study that exists; everything else would change the cells that are there."""
 
 
-class StudyConfig(BaseModel):
+class StudyConfig(Settings):
     """Settings of a study. Unknown keys are refused; `make` and `read` give a sentence instead of a traceback."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

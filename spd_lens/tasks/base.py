@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.numbers import plain, whole
 from spd_lens.tasks.sources import Source
 
 Split = Literal["calibration", "train", "test"]
@@ -53,8 +54,10 @@ class Task(ABC):
     _fits: Callable[[Split, Example], bool] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise SPDError(f"max_new_tokens of {self.name} must be a whole number above 0, not {self.max_new_tokens!r}")
+        for option in fields(self):
+            if option.init:
+                setattr(self, option.name, plain(getattr(self, option.name)))
+        self.max_new_tokens = whole(f"max_new_tokens of {self.name}", self.max_new_tokens)
 
     @abstractmethod
     def load(self) -> Pools:
@@ -115,9 +118,7 @@ class Task(ABC):
     def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` in the order that `seed` gives: a larger draw begins with a smaller one."""
         pool = self.pool(split)
-        if n is None:
-            n = len(pool)
-        check_count(self.name, split, n, len(pool))
+        n, seed = check_count(self.name, split, n, len(pool)), whole("seed", seed, least=None)
         ordered = shuffled(pool, f"{self.name}|{split}|{seed}", key=lambda example: example.id)
         if (group := self.group) is not None:
             ordered = round_robin(ordered, by=lambda example: example.meta[group])
@@ -208,12 +209,14 @@ class PublishedTask(Task):
         return dict(self.source.digests)
 
 
-def check_count(task: str, split: str, n: int, available: int | None) -> None:
-    """Refuse to draw nothing, or more than there is."""
+def check_count(task: str, split: str, n: int | None, available: int | None) -> int:
+    """How many examples to draw, `n` None being all there are; refused where that is nothing, or more than there is."""
+    n = whole("n", available if n is None else n, least=None)
     if n < 1:
         raise SPDError(f"{n} {split} examples of {task} make no sense; ask for at least 1")
     if available is not None and n > available:
         raise SPDError(f"{n} {split} examples of {task} were asked for, and there are {available}; ask for fewer")
+    return n
 
 
 def digest(text: str) -> str:

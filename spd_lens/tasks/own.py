@@ -46,7 +46,8 @@ class OwnData(Task):
         if self.path is None:
             raise SPDError("own data needs a path: a .jsonl file, or a directory with train.jsonl")
         self.path = Path(self.path).expanduser()
-        if not isinstance(self.test_share, int | float) or not 0 <= self.test_share < 1:
+        share = self.test_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise SPDError(f"test_share must be at least 0 and below 1, not {self.test_share!r}")
         if self.pattern is not None:
             if not isinstance(self.pattern, str):
@@ -79,7 +80,7 @@ class OwnData(Task):
         if split == "train":
             return super().draw(split, n, seed)
         worked = [example for example in pool if example.completion]
-        n = len(worked) if n is None else n
+        n = check_count(self.label, split, len(worked) if n is None else n, None)  # a number, before it is compared
         if n > len(worked) and len(worked) < len(pool):
             raise SPDError(
                 f"{n} {split} examples of {self.label} were asked for, and {len(worked)} of its {len(pool)} records "

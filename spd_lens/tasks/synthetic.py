@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.numbers import whole
 from spd_lens.tasks.base import Pools, Split, Task, check_count, digest
 
 _SHARES: dict[Split, range] = {"calibration": range(0, 20), "train": range(20, 70), "test": range(70, 100)}
@@ -50,7 +51,7 @@ class SyntheticTask(Task):
     def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
         if n is None:
             raise SPDError(f"{self.name} makes as many {split} examples as are wanted; say how many")
-        check_count(self.name, split, n, None)
+        n, seed = check_count(self.name, split, n, None), whole("seed", seed, least=None)
         rng = random.Random(f"{self.name}|{self.difficulty}|{split}|{seed}")  # a string seeds alike in every process
         drawn: dict[str, Example] = {}
         misses = 0

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from spd_lens.digests import corpus_digest, weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.numbers import plain, whole
 from spd_lens.products import fast_products, recomputed_alike
 from spd_lens.training.passes import needs_checkpointing
 from spd_lens.training.place import TrainingPlace, default_place
@@ -48,6 +49,9 @@ class TrainingSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))  # JSON takes no numbers of numpy
+
         def require(holds: bool, name: str, rule: str) -> None:
             if not holds:
                 raise SPDError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
@@ -55,8 +59,11 @@ class TrainingSettings:
         require(self.method in ("lora", "full"), "method", "'lora' or 'full'")
         require(self.loss_on in ("all", "completion"), "loss_on", "'all' (prompt and completion) or 'completion'")
         for name in ("rank", "epochs", "batch_size", "gradient_accumulation"):
+            whole(name, getattr(self, name))
+        require(0 <= whole("seed", self.seed, least=None) < 2**32, "seed", "from 0 to 4294967295")
+        for name in ("alpha", "dropout", "lr", "weight_decay"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+            require(isinstance(value, int | float) and not isinstance(value, bool), name, "a number")
         require(self.alpha > 0, "alpha", "above 0")
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0")
@@ -125,8 +132,7 @@ def finetune(
             does not have; other settings in `out`; a loss that is no number; memory or disk full.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if save_steps is not None and (not isinstance(save_steps, int) or save_steps < 1):
-        raise SPDError(f"save_steps is {save_steps!r}; it must be a whole number of at least 1, or None")
+    save_steps = None if save_steps is None else whole("save_steps", save_steps)
     settings = TrainingSettings(
         method,
         rank,
@@ -141,7 +147,7 @@ def finetune(
         loss_on,
         seed,
     )
-    rows = _rows(pair, corpus, loss_on)
+    rows = _rows(pair, corpus, settings.loss_on)
     if pair.has_lens:
         pair.check()
     if method == "lora":
@@ -157,12 +163,12 @@ def finetune(
     place = TrainingPlace(default_place(corpus) if out is None else Path(out))
     if resume and place.finished(identity):
         return place.directory
-    with place.working(identity, resume), isolated_random(pair.device, seed), on_device(pair.device):
+    with place.working(identity, resume), isolated_random(pair.device, settings.seed), on_device(pair.device):
         start = time.monotonic()
         with _trainable(pair, settings) as model:
             if gradient_checkpointing is None:
                 n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-                gradient_checkpointing = needs_checkpointing(pair, batch_size * rows.longest, n_trained)
+                gradient_checkpointing = needs_checkpointing(pair, settings.batch_size * rows.longest, n_trained)
             if gradient_checkpointing:
                 _checkpoint_gradients(model)
             args = _arguments(pair, settings, len(rows), place, save_steps)
@@ -187,6 +193,10 @@ def finetune(
 
 def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
     """The corpus as training sees it, or `SPDError` if it is not one for this model."""
+    if not isinstance(corpus, Corpus):
+        raise SPDError(
+            f"finetune takes a Corpus, which generate makes and Corpus.load(path) reads, not a {type(corpus).__name__}"
+        )
     if not len(corpus):
         raise SPDError("the corpus is empty, so there is nothing to train on; generate completions first")
     if not getattr(corpus, "complete", True):

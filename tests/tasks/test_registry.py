@@ -19,7 +19,7 @@ def test_unknown_names_list_what_there_is(tmp_path):
         tasks.get("gsm8k", span="word")
     with pytest.raises(SPDError, match="not a directory; gsm8k needs one with train.jsonl and test.jsonl"):
         tasks.get("gsm8k", path=tmp_path / "nowhere")
-    with pytest.raises(SPDError, match="whole number above 0"):
+    with pytest.raises(SPDError, match="whole number of at least 1"):
         tasks.get("gsm8k", path=tmp_path, max_new_tokens=0)
 
 
