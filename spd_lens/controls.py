@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example
+from spd_lens.examples import Example, worked_examples
 
 
 def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -20,6 +20,7 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
         SPDError: fewer than two examples, an example without spans, or one answer that more than half of them share,
             so that no such exchange exists.
     """
+    examples = worked_examples(examples)
     answers = [tuple(e.completion[start:end] for start, end in e.spans) for e in examples]
     if not all(answers):
         raise SPDError("answers can be shuffled only between examples that all have correctness spans")

@@ -144,7 +144,7 @@ def _elements(given: Any, what: str) -> list[Any]:
 
 
 def _with_id(prompt: str | Example, position: int) -> Example:
-    return replace(prompt, id=position) if isinstance(prompt, Example) else Example(prompt, id=str(position))
+    return replace(prompt, id=str(position)) if isinstance(prompt, Example) else Example(prompt, id=str(position))
 
 
 def _shown(value: Any) -> str:

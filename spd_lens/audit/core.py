@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example
+from spd_lens.examples import Example, worked_examples
 
 if TYPE_CHECKING:
     from spd_lens.models.prompts import JointText, Loss, PromptFormat
@@ -181,7 +181,7 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """
     if loss not in ("aligned", "full"):
         raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
-    return Audit(tuple(_audited(example, format, loss) for example in examples), loss, format.name, task)
+    return Audit(tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, format.name, task)
 
 
 def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExample:
