@@ -61,14 +61,19 @@ class Attention:
 def attention_patterns(
     pair: ModelPair, ids: Sequence[int], layers: Sequence[int]
 ) -> Float[Tensor, "layer head dest source"]:
-    """The lens model's attention patterns (`hook_pattern`) on one sequence, float32 on the CPU."""
+    """The lens model's attention patterns (`hook_pattern`) on one sequence, float32 on the CPU.
+
+    Raises:
+        SPDError: no lens model agrees with the twin at that length, or it has no such hook points.
+    """
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
+    lens = pair.lens_at(len(ids))
     for name in names:
-        if name not in pair.lens.hook_dict:
+        if name not in lens.hook_dict:
             raise SPDError(f"the lens model has no hook point {name}, so its attention cannot be shown")
     tokens = torch.tensor([list(ids)], device=pair.device)
     with torch.no_grad():
-        _, cache = pair.lens.run_with_cache(tokens, names_filter=lambda name: name in names)
+        _, cache = lens.run_with_cache(tokens, names_filter=lambda name: name in names)
     return torch.stack([cache[name][0].float().cpu() for name in names])
 
 

@@ -11,7 +11,7 @@ from benchmarks import subjects
 from benchmarks.measure import in_turn, ratios, settle
 from benchmarks.table import Row
 from spd_lens.errors import SPDError
-from spd_lens.models.backends import choose_backend
+from spd_lens.models.backends import choose_backends
 
 N_EXAMPLES, ROUNDS = {"smollm2": 9, "qwen2.5-0.5b-shape": 5}, 2
 DTYPES = ("float32", "bfloat16")
@@ -31,7 +31,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
 def backends() -> list[str]:
     """Before transformer-lens 4 both, then the bridge alone."""
     try:
-        choose_backend("hooked")
+        choose_backends("hooked")
     except SPDError:
         return ["bridge"]
     return ["hooked", "bridge"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from spd_lens.models.memory import free_memory
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
+from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
 from spd_lens.products import fast_products
 from spd_lens.sites import Site
+
+log = logging.getLogger(__name__)
 
 ENGINES = ("lens", "twin")
 
@@ -64,7 +68,9 @@ def extract(
         kinds: Activations to take, of `sites.KINDS`.
         loss: `"aligned"` scores the tokens of the spans (Eq. 6); `"full"` every token of the completion (table 5).
         engine: `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the Hugging
-            Face model, which saves holding the weights twice. Both give the same moments.
+            Face model, which saves holding the weights twice. Both give the same moments: the lens model is compared
+            with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures
+            on the twin, which is logged, and any other backend is an error.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
             numbers per shard and site.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
@@ -132,11 +138,20 @@ def token_gradients(
     encoded = [pair.encode(example, loss, engine) for example in examples]
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
-    tap = LensTap(pair, sites) if engine == "lens" else TwinTap(pair, sites)
+    tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
         for batch in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
             yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
+
+
+def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> Tap:
+    """The engine asked for; the twin where `backend="auto"` finds no lens model that agrees with it on such a text."""
+    if engine == "lens":
+        if pair.lens_if_any(longest) is not None:
+            return LensTap(pair, sites)
+        log.warning("no lens model of %s agrees with the twin: gradients are captured on the twin", pair.name)
+    return TwinTap(pair, sites)
 
 
 def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
@@ -291,4 +306,4 @@ class TwinTap(Tap):
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
         # no mask: padding on the right is behind all that a real token attends to, and causal kernels are faster
         with fastest_attention(self.model, tokens.shape[1]):
-            return self.model(input_ids=tokens, use_cache=False).logits
+            return run_twin(self.model, tokens, use_cache=False).logits

@@ -17,9 +17,9 @@ from spd_lens.decoding import Completions, Decoding, Job
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import adapted
-from spd_lens.models.architectures import ARCHITECTURES
+from spd_lens.models.architectures import takes_slots
 from spd_lens.models.backends import lens_logits
-from spd_lens.models.memory import free_memory
+from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.products import packed
 from spd_lens.projection import folded, projected
 from spd_lens.sampling import Sampler
@@ -103,8 +103,8 @@ def _as_memory_allows(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], 
 def _until_out_of_memory(pair: ModelPair, decoding: Decoding, jobs: list[Job], size: int) -> Iterator[Completions]:
     try:
         yield from complete(pair, decoding, jobs, size)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
     # out here the exception, and the tensors that its traceback held, are gone
     if torch.cuda.is_available():
@@ -114,10 +114,9 @@ def _until_out_of_memory(pair: ModelPair, decoding: Decoding, jobs: list[Job], s
 def complete(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int) -> Iterator[Completions]:
     """Complete jobs on the twin as it is, in slots; one batch after the other where slots are not known to be right.
 
-    Slots rely on how an architecture takes masks and positions, which tests show for those in `ARCHITECTURES`.
+    Slots rely on how an architecture takes masks and positions, which tests show for those of the table.
     """
-    known = pair.hf.config.get_text_config().model_type in ARCHITECTURES
-    if known and pair.hf.config._attn_implementation in ("sdpa", "eager"):
+    if takes_slots(pair.hf) and pair.hf.config._attn_implementation in ("sdpa", "eager"):
         yield from Slots(pair.hf, decoding, size).run(jobs)
         return
     ordered = sorted(jobs, key=lambda job: -len(job.prompt_ids))

@@ -66,7 +66,8 @@ def generate(
         top_k: None: the model's own generation config, else all tokens. 0: all tokens.
         seed: Of the sampling noise.
         engine: `"twin"`: batched on the Hugging Face twin, the projection folded into its weights. `"lens"`: the lens
-            model under hooks, one prompt at a time and slow, with the same tokens in float32.
+            model under hooks, one prompt at a time and slow, with the same tokens in float32; compared with the twin at
+            the length of the longest prompt and its completion first.
         batch_size: Completions at a time (twin engine); as one ends, the next prompt takes its place. None: as many as
             memory allows, at most 32 on a CPU and 256 on CUDA. Halved by itself where memory runs out.
         samples_per_prompt: How many completions of each prompt.
@@ -95,6 +96,8 @@ def generate(
         )
     strength = check_strength(strength)
     jobs = _jobs(pair, prompts, samples_per_prompt, max_new_tokens, engine)
+    if engine == "lens":  # before its weights are recorded
+        pair.lens_at(max(len(job.prompt_ids) for job in jobs) + max_new_tokens)
     groups = _groups(jobs, subspace)
     for group in groups:
         if group.subspace is not None:

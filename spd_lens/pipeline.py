@@ -161,7 +161,8 @@ def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Su
 
 def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
     """Hooks and folded weights do the same: the lens model under hooks against the folded twin, firings counted."""
-    if "hooks" in record.notes or record.config.engine == "twin":  # without the lens engine no lens model is built
+    # without the lens engine no lens model is built, and of some models there is none
+    if "hooks" in record.notes or record.config.engine == "twin" or pair.backend == "none":
         return
     with record.stage("extract"):
         with projected(pair.lens, subspace, record.config.strength) as projection:

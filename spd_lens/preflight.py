@@ -10,7 +10,7 @@ from spd_lens.errors import SPDError
 from spd_lens.fitting import forced_texts
 from spd_lens.generation import check_room
 from spd_lens.models import ModelPair
-from spd_lens.models.backends import choose_backend
+from spd_lens.models.backends import choose_backends
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.sampling import Sampling
 from spd_lens.subspace import resolve_rank
@@ -20,7 +20,7 @@ from spd_lens.training import resolve_targets
 
 def check_settings(config: SPDConfig) -> None:
     """Refuse what is wrong whatever the model: needs no model."""
-    choose_backend(config.backend)
+    choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
 
 
@@ -52,8 +52,10 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
-    for example in source.calibration(config.n_calibration, config.data_seed):
-        pair.encode(example, config.loss, config.engine)
+    texts = source.calibration(config.n_calibration, config.data_seed)
+    longest = max(len(pair.encode(example, config.loss, config.engine).ids) for example in texts)
+    if config.engine == "lens":
+        pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
     check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)
     for name, task in targets.items():
         items = task.test(config.n_test(name), config.data_seed)

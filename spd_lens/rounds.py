@@ -160,7 +160,7 @@ def merged(pair: ModelPair, adapter: str | Path) -> ModelPair:
     """A pair of its own whose weights are `pair`'s with the adapter merged in, in float32."""
     hf = merged_copy(pair.hf, adapter).to(pair.device)
     return ModelPair(
-        hf, pair.tokenizer, name=pair.name, backend=pair.backend, **pair.format.settings,
+        hf, pair.tokenizer, name=pair.name, backend=pair.asked_backend, **pair.format.settings,
     )  # fmt: skip
 
 

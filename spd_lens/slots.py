@@ -20,6 +20,7 @@ from spd_lens.graphs import CudaGraphs
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
+from spd_lens.models.twin import run_twin
 from spd_lens.sampling import choose, row_uniforms
 
 MIN_PREFIX = 64
@@ -169,7 +170,9 @@ class Slots:
             fastest_attention(self.model, start + tokens.shape[1]),
             unembed_only(self.model.get_output_embeddings(), torch.arange(len(prompts), device=device), last),
         ):
-            logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            logits = run_twin(
+                self.model, tokens, position_ids=positions, past_key_values=cache, use_cache=True
+            ).logits  # fmt: skip
         return cache, logits[0].float()
 
     def _step(self, rows: list[_Row]) -> None:
@@ -193,8 +196,9 @@ class Slots:
         positions = self._positions[:n]
         self._cache.place.positions, self._cache.place.length = positions, length
         with one_query_at_a_time(self.model) as added, self._unrecorded():
-            output = self.model(
-                input_ids=self._tokens[:n, None],
+            output = run_twin(
+                self.model,
+                self._tokens[:n, None],
                 attention_mask=step_mask(self.model, positions, length, added),
                 position_ids=positions[:, None],
                 past_key_values=self._cache,

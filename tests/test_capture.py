@@ -5,6 +5,7 @@ import torch
 
 from spd_lens.capture import batches_by_length, extract, fitting_tokens, token_losses
 from spd_lens.examples import Example
+from spd_lens.models import ModelPair
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -277,8 +278,9 @@ def test_batches_fit_the_free_memory(tiny_pair, monkeypatch):
         assert fitting_tokens(tiny_pair, 2) == expected
 
 
-def test_a_lens_model_of_a_smaller_context_is_not_asked_for_more(tiny_pair, monkeypatch):
+def test_a_lens_model_of_a_smaller_context_is_not_asked_for_more(pair_of, backend, caplog, monkeypatch):
     """TransformerLens builds Mistral's lens model for 2,048 tokens, whatever its configuration says."""
+    tiny_pair = pair_of("llama", backend)
     example = Example("a long enough prompt", "and an answer", ((0, 3),), "one")
     n_tokens = len(tiny_pair.encode(example).ids)
     monkeypatch.setattr(tiny_pair.lens.cfg, "n_ctx", n_tokens - 1)
@@ -287,3 +289,8 @@ def test_a_lens_model_of_a_smaller_context_is_not_asked_for_more(tiny_pair, monk
     extract(tiny_pair, [example], engine="twin", progress=False)
     monkeypatch.setattr(tiny_pair.lens.cfg, "n_ctx", n_tokens)
     extract(tiny_pair, [example], engine="lens", progress=False)
+    any_lens = ModelPair(tiny_pair.hf, tiny_pair.tokenizer)
+    monkeypatch.setattr(any_lens.lens.cfg, "n_ctx", n_tokens - 1)
+    extract(any_lens, [example], progress=False)
+    assert any_lens.backend == "bridge"
+    assert f"takes {n_tokens - 1} tokens, not {n_tokens}" in caplog.text or "captured on the twin" in caplog.text

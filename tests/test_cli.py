@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import spd_lens as spd
 from spd_lens.cli import app, main
-from spd_lens.models.backends import choose_backend
+from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
@@ -232,7 +232,7 @@ def test_hooked_with_transformer_lens_4(call, in_tmp, flags):
 
 
 def test_backend_of_this_lane():
-    assert choose_backend("auto").name == BACKENDS[0]
+    assert choose_backends("auto")[0].name == BACKENDS[0]
 
 
 def test_unknown_key_in_a_file(call, in_tmp, flags):

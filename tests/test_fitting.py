@@ -177,7 +177,8 @@ def test_every_answer_that_may_stand_in_an_item_must_fit(tiny_pair):
         fitted(of[fits + 1], tiny_pair, DROP).test(1)
 
 
-def test_the_lens_model_has_a_context_of_its_own(task, tiny_pair, monkeypatch):
+def test_the_lens_model_has_a_context_of_its_own(task, pair_of, backend, monkeypatch):
+    tiny_pair = pair_of("llama", backend)
     monkeypatch.setattr(tiny_pair.lens.cfg, "n_ctx", 100)
     lens = fitted(task, tiny_pair, DROP.model_copy(update={"engine": "lens"}))
     draws = {"calibration": {"own": (lens, 7)}, "test": {"own": (lens, 9)}}

@@ -305,7 +305,7 @@ def test_an_empty_directory_is_taken_and_a_foreign_one_is_not(tiny_pair, corpus,
 
 def test_a_lens_that_has_left_the_twin_stops_the_training(fresh_pair, corpus, tmp_path):
     trained(fresh_pair, corpus, tmp_path / "a")  # no lens yet, none built
-    assert fresh_pair._lens is None
+    assert not fresh_pair.has_lens
     with torch.no_grad():
         next(p for name, p in fresh_pair.lens.named_parameters() if "embed" in name).mul_(1.5)
     with refused("disagree", "sync"):

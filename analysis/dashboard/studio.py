@@ -18,6 +18,7 @@ from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair
 from spd_lens.models.parity import kl_divergence
+from spd_lens.models.twin import run_twin
 from spd_lens.moments import GradientMoments
 from spd_lens.sampling import Sampling
 from spd_lens.sites import Site
@@ -175,7 +176,7 @@ class Studio:
     def _next_logits(self, policy: Policy, prompt: Example) -> Float[Tensor, " d_vocab"]:
         ids = torch.tensor([self.pair.prompt_ids(prompt)], device=self.pair.device)
         with policy.applied(self.pair) as model:
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+            logits: Tensor = run_twin(model, ids, use_cache=False).logits[0, -1]
         return logits.double().cpu()
 
     @property

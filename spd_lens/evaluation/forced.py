@@ -21,6 +21,7 @@ from spd_lens.models import ModelPair
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded
+from spd_lens.models.twin import run_twin
 from spd_lens.numbers import whole
 from spd_lens.products import fast_products
 
@@ -143,4 +144,4 @@ def forced_logits(pair: ModelPair, model: nn.Module, batch: ForcedBatch) -> Floa
         fast_products(pair.device, pair.dtype),
         unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position),
     ):
-        return model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()
+        return run_twin(model, batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()

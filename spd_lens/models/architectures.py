@@ -36,6 +36,8 @@ class Architecture:
     """None: k, v and q have a layer of their own each."""
     refused: str = ""
     """Why there is nothing to project."""
+    slots: bool = True
+    """Whether tests show that it takes the masks and positions of `slots` as they are meant."""
 
     def features(self, kind: str, n_heads: int, n_kv_heads: int, d_head: int) -> Int[Tensor, " feature"] | None:
         """Which output features of the layer are this kind's, in the order `head, d_head`; None for all."""
@@ -82,6 +84,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By the configuration's `model_type`. Tests run each of them in every TransformerLens backend that knows it."""
 
 
+# A whole text may be longer than what these count where positions are relative, but nothing was trained there.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence that a configuration says the model was made for, in tokens; None where it does not say."""
+    config = config.get_text_config()
+    found = (getattr(config, name, None) for name in _CONTEXT)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+
+
 def n_kv_heads(config: Any) -> int:
     """Key/value heads, under the names that configurations have for them."""
     if config.model_type == "falcon" and not config.new_decoder_architecture:
@@ -96,6 +109,11 @@ def is_known(model: nn.Module) -> bool:
     """Whether a transformers model's architecture is in the table."""
     config: Any = model.config
     return config.get_text_config().model_type in ARCHITECTURES
+
+
+def takes_slots(model: nn.Module) -> bool:
+    """Whether its completions may be made in slots: tests show that for the architectures of the table."""
+    return is_known(model) and architecture(model).slots
 
 
 def architecture(model: nn.Module) -> Architecture:

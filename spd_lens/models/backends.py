@@ -33,10 +33,23 @@ _MISLEADING = ("llama", "gemma", "medgemma")
 _SHARING = ("cpu", "cuda")
 
 
+class NoLens(SPDError):
+    """TransformerLens has no lens model that says what the twin says."""
+
+    def __init__(self, reason: str, instead: str) -> None:
+        super().__init__(f"{reason}; {instead}")
+        self.reason = reason
+        """Without what to do about it."""
+
+
 class Backend(ABC):
     """What the library needs of a TransformerLens generation."""
 
     name: str
+    lens_class: str
+    """What its lens models are called."""
+    instead: str
+    """What to do where it does not take a model."""
 
     @abstractmethod
     def build(self, twin: PreTrainedModel, tokenizer: Any) -> nn.Module:
@@ -51,8 +64,9 @@ class Backend(ABC):
         """The lens model's weights under the twin's parameter names and in its shapes."""
 
 
-def choose_backend(name: str) -> Backend:
-    """`"auto"`: HookedTransformer where transformer-lens still has it (before 4.0), else TransformerBridge."""
+def choose_backends(name: str) -> list[Backend]:
+    """Those to try, in turn. `"auto"`: HookedTransformer where transformer-lens still has it (before 4.0), then
+    TransformerBridge."""
     if name not in BACKENDS:
         raise SPDError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     version = Version(importlib.metadata.version("transformer-lens"))
@@ -62,7 +76,9 @@ def choose_backend(name: str) -> Backend:
             f"backend 'hooked' needs HookedTransformer, which transformer-lens {version} no longer has; "
             "install the extra 'hooked' (pip install 'transformer-lens>=3.9,<4') or use backend='bridge'"
         )
-    return HookedBackend() if name == "hooked" or (name == "auto" and has_hooked) else BridgeBackend()
+    if name == "auto":
+        return [HookedBackend(), BridgeBackend()] if has_hooked else [BridgeBackend()]
+    return [HookedBackend() if name == "hooked" else BridgeBackend()]
 
 
 def lazy_copy(weight: Tensor) -> Tensor:
@@ -103,6 +119,8 @@ class HookedBackend(Backend):
     """`HookedTransformer` (transformer-lens 3.9)."""
 
     name = "hooked"
+    lens_class = "HookedTransformer"
+    instead = "use backend='bridge' or engine='twin'"
 
     def build(self, twin: PreTrainedModel, tokenizer: Any) -> Any:
         from transformer_lens import HookedTransformer
@@ -129,9 +147,10 @@ class HookedBackend(Backend):
         wrong = [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]
         wrong += [key for key in state if key not in shapes]
         if wrong:
-            raise SPDError(
+            raise NoLens(
                 f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
-                f"{type(twin).__name__} (e.g. {wrong[0]}); use backend='bridge'"
+                f"{type(twin).__name__} (e.g. {wrong[0]})",
+                self.instead,
             )
         _give(lens.state_dict(keep_vars=True), state)
 
@@ -149,9 +168,10 @@ class HookedBackend(Backend):
                     directory, dtype=twin.dtype, device=str(twin.device), fold_ln=False
                 )
             except (NotImplementedError, KeyError, AttributeError, TypeError) as error:
-                raise SPDError(
+                raise NoLens(
                     f"transformer-lens {importlib.metadata.version('transformer-lens')} cannot convert "
-                    f"{type(twin).__name__} to a HookedTransformer ({error}); use backend='bridge'"
+                    f"{type(twin).__name__} to a HookedTransformer ({' '.join(str(error).split())[:100]})",
+                    self.instead,
                 ) from error
 
     def _converted(self, twin: PreTrainedModel, cfg: Any) -> dict[str, Tensor]:
@@ -165,6 +185,8 @@ class BridgeBackend(Backend):
     """`TransformerBridge` (transformer-lens 3.9 and 4): wraps a Hugging Face model of its own."""
 
     name = "bridge"
+    lens_class = "TransformerBridge"
+    instead = "work on the twin alone (engine='twin', folded)"
 
     def build(self, twin: PreTrainedModel, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
@@ -174,6 +196,8 @@ class BridgeBackend(Backend):
         weights = {id(p): nn.Parameter(lazy_copy(p), requires_grad=False) for p in twin.parameters()}
         inner = copy.deepcopy(twin, weights)
         inner.config.architectures = [type(twin).__name__]  # a model made in memory does not name it
+        inner.config.return_dict = True  # as in `run_twin`
+        inner.config.output_attentions = inner.config.output_hidden_states = False
         name = getattr(twin.config, "_name_or_path", "") or type(twin).__name__
         try:
             with _quiet(), _readable(tokenizer) as own:
@@ -181,9 +205,10 @@ class BridgeBackend(Backend):
                     name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
                 )
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise SPDError(
+            raise NoLens(
                 f"transformer-lens {importlib.metadata.version('transformer-lens')} has no TransformerBridge for "
-                f"{type(twin).__name__} ({str(error)[:100]}); work on the twin alone (engine='twin', folded)"
+                f"{type(twin).__name__} ({' '.join(str(error).split())[:100]})",
+                self.instead,
             ) from error
         lens.eval()
         for parameter in lens.original_model.parameters():

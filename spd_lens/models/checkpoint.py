@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spd_lens.errors import SPDError
 from spd_lens.models import adapters, hub
+from spd_lens.models.twin import cast
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -23,7 +24,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
     if (directory / "adapter_config.json").exists():
         base = hub.local_directory(adapters.adapter_base(directory))
         twin = read_checkpoint(base, torch.float32, trust_remote_code)
-        return _cast(adapters.merged_copy(twin, directory), dtype)
+        return cast(adapters.merged_copy(twin, directory), dtype)
     quantised = _quantisation(directory)
     try:
         twin, report = AutoModelForCausalLM.from_pretrained(
@@ -106,12 +107,4 @@ def _dequantised(quantised: Any, dtype: torch.dtype) -> PreTrainedModel:
             state[f"{name}.weight"] = state[f"{name}.weight"].T
     twin.load_state_dict(state)
     twin.generation_config = wide.generation_config
-    return _cast(twin, dtype)
-
-
-def _cast(twin: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """In another dtype, as transformers reads it: rotary frequencies are buffers and stay float32, unlike in `to`."""
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
-    twin.config.dtype = dtype
-    return twin
+    return cast(twin, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity
-from spd_lens.models.backends import Backend, choose_backend, lens_logits
+from spd_lens.models.architectures import context_length
+from spd_lens.models.backends import NoLens, choose_backends
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.lens import ProvenLens
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
 from spd_lens.models.tokenizer import read_tokenizer
@@ -53,8 +54,7 @@ class ModelPair:
                 heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
         check_whole(hf)
-        self._backend: Backend = choose_backend(backend)
-        self._lens: nn.Module | None = None
+        backends = choose_backends(backend)
         self.format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking)
         """How a prompt becomes tokens: chat template or raw."""
         if tokenizer.pad_token_id is None:
@@ -63,6 +63,9 @@ class ModelPair:
         """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
         self.tokenizer = tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        self.asked_backend = backend
+        """As it was given: `"auto"` may stand for either backend."""
+        self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
         probe_unknown(self.hf, tokenizer, self.sites())
 
     def __repr__(self) -> str:
@@ -70,40 +73,43 @@ class ModelPair:
 
     @property
     def lens(self) -> Any:
-        """The lens model, built on first use and compared with the twin: an error if their logits disagree."""
-        if self._lens is None:
-            lens = self._backend.build(self.hf, self.tokenizer)
-            try:
-                logits = self.check_logits(lens)
-            except RuntimeError as error:
-                if "dtype" not in str(error):
-                    raise
-                raise SPDError(
-                    f"transformer-lens cannot run {type(self.hf).__name__} in {_name(self.dtype)} with backend "
-                    f"{self.backend!r} ({str(error).splitlines()[0]}); use another backend or dtype='float32'"
-                ) from error
-            parity.require(
-                parity.Parity.between(self.check_logits(self.hf), logits),
-                self.dtype,
-                f"lens model and twin of {self.name}",
-                "this architecture is not converted faithfully: try the other backend or float32",
-            )
-            self._lens = lens
-        return self._lens
+        """The lens model, built on first use and compared with the twin on short texts, and beyond each window and rope
+        regime that the configuration names and the context holds: an error if their logits disagree."""
+        return self._lens.at(0)
+
+    def lens_at(self, length: int) -> Any:
+        """The lens model, compared with the twin on texts of that many tokens too. `backend="auto"` goes on to the
+        bridge where a HookedTransformer does not agree; an error where none does."""
+        return self._lens.at(length)
+
+    def lens_if_any(self, length: int) -> Any | None:
+        """As `lens_at`, and None where `backend="auto"` finds no lens model that agrees with the twin."""
+        try:
+            return self.lens_at(length)
+        except NoLens:
+            if self.asked_backend != "auto":
+                raise
+            return None
+
+    @property
+    def proven_length(self) -> int:
+        """Longest text in tokens on which the lens model that is here was compared with the twin; 0 for none."""
+        return self._lens.proven
 
     @property
     def has_lens(self) -> bool:
         """Whether the lens model has been built."""
-        return self._lens is not None
+        return self._lens.model is not None
 
     def drop_lens(self) -> None:
         """Let go of the lens model's memory; the next use builds it again from the twin."""
-        self._lens = None
+        self._lens.drop()
 
     @property
     def backend(self) -> str:
-        """`"hooked"` or `"bridge"`."""
-        return self._backend.name
+        """`"hooked"` or `"bridge"`: that of the lens model, or of the one that would be built first. `"none"` where
+        every one was tried and none agrees with the twin."""
+        return "none" if self._lens.found_none else self._lens.backend.name
 
     @property
     def device(self) -> torch.device:
@@ -120,11 +126,14 @@ class ModelPair:
     @property
     def n_ctx(self) -> int:
         """Longest sequence the model was made for, in tokens."""
-        return self.hf.config.get_text_config().max_position_embeddings
+        return context_length(self.hf.config) or 0
 
     def context(self, engine: str) -> int:
-        """Longest sequence that an engine takes: transformer-lens builds some lens models for less than the twin."""
-        return self.n_ctx if engine == "twin" else min(self.n_ctx, self.lens.cfg.n_ctx)
+        """Longest sequence that an engine takes: a HookedTransformer is sometimes built for less than the twin, and
+        `backend="auto"` then takes another lens model."""
+        if engine == "twin" or self.asked_backend == "auto":
+            return self.n_ctx
+        return min(self.n_ctx, self.lens.cfg.n_ctx)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -197,18 +206,18 @@ class ModelPair:
     def _sync_to_lens(self, adapter: str | Path | None) -> parity.Parity:
         lens = self.lens
         if adapter is None:
-            self._backend.write(lens, self.hf)
+            self._lens.backend.write(lens, self.hf)
             return self.check()
         base = self.check_logits(self.hf)
         with adapters.adapted(self.hf, adapter) as tuned:
             target = self.check_logits(tuned)
-        self._backend.write(lens, adapters.merged_copy(self.hf, adapter))
+        self._lens.backend.write(lens, adapters.merged_copy(self.hf, adapter))
         result = parity.Parity.between(target, self.check_logits(lens))
         effect = parity.Parity.between(target, base)
         # Merged twin and lens agree even when rounding swallowed the adapter; the unmerged adapter tells.
         swallowed = effect.kl > 0 and result.kl > effect.kl / 2
         if swallowed or not result.within(self.dtype):
-            self._backend.write(lens, self.hf)
+            self._lens.backend.write(lens, self.hf)
             raise SPDError(
                 f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} nats, "
                 f"but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
@@ -217,7 +226,7 @@ class ModelPair:
         return result
 
     def _sync_to_twin(self) -> parity.Parity:
-        weights = self._backend.read(self.lens, self.hf)
+        weights = self._lens.backend.read(self.lens, self.hf)
         saved = {name: parameter.detach().clone() for name, parameter in self.hf.named_parameters()}
         _assign(self.hf, weights)
         try:
@@ -227,9 +236,8 @@ class ModelPair:
             raise
 
     def check_logits(self, model: nn.Module) -> torch.Tensor:
-        is_lens = hasattr(model, "hook_dict")
-        forward = partial(lens_logits, model) if is_lens else partial(_hf_logits, model)
-        return parity.check_logits(forward, self.tokenizer, self.device)
+        """Logits of the twin or the lens model on two short texts, in float64 on the CPU."""
+        return self._lens.check_logits(model)
 
 
 def load(
@@ -250,7 +258,8 @@ def load(
     Args:
         model: Hub name, local directory (safetensors, one GGUF file, or a PEFT adapter, which is merged into its base
             in float32), or a `.gguf` file. GGUF and bitsandbytes weights are de-quantised.
-        backend: `"hooked"` (HookedTransformer, transformer-lens 3.9), `"bridge"` (TransformerBridge) or `"auto"`.
+        backend: `"hooked"` (HookedTransformer, transformer-lens 3.9), `"bridge"` (TransformerBridge) or `"auto"`: the
+            first of them that takes the model and says what the twin says.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware multiplies it, else
             float32. Exact identities (hook = fold, batched = single) are promised in float32.
         device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
@@ -268,7 +277,7 @@ def load(
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    choose_backend(backend)  # a wrong backend is refused before the model is read
+    choose_backends(backend)  # a wrong backend is refused before the model is read
     directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
     twin = read_checkpoint(directory, kind, trust_remote_code)
     tokenizer = read_tokenizer(directory, trust_remote_code)
@@ -279,10 +288,6 @@ def load(
         twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system,
         enable_thinking=enable_thinking,
     )  # fmt: skip
-
-
-def _hf_logits(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
 
 
 def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:

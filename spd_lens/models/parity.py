@@ -24,12 +24,16 @@ CHECK_TEXTS = (
 # In half precision it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and
 # a mixture of experts sends a token to another expert where two are all but equal, and then all its logits are others.
 # In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
-TOLERANCE = {
+Tolerance = tuple[float, float]
+TOLERANCE: dict[torch.dtype, Tolerance] = {
     torch.float64: (1e-4, 1e-7),
     torch.float32: (1e-3, 1e-5),
     torch.float16: (2.0, 5e-3),
     torch.bfloat16: (8.0, 2e-2),
 }
+
+WIDENED: Tolerance = (0.1, 1e-5)
+"""For copies in float32 of models in half precision, whose rotary frequencies may have been rounded with them."""
 
 Logits = Float[Tensor, "... d_vocab"]
 Forward = Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_vocab"]]
@@ -51,9 +55,23 @@ class Parity:
         gap = (reference - model).abs().max() / reference.std()
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
-    def within(self, dtype: torch.dtype) -> bool:
-        logits, kl = TOLERANCE[dtype]
+    def within(self, allowed: torch.dtype | Tolerance) -> bool:
+        """Whether both are within a tolerance, or that of a dtype."""
+        logits, kl = _tolerance(allowed)
         return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
+
+    def against(self, allowed: torch.dtype | Tolerance) -> str:
+        """What was found, beside what is allowed."""
+        logits, kl = _tolerance(allowed)
+        where = f" in {str(allowed).removeprefix('torch.')}" if isinstance(allowed, torch.dtype) else ""
+        return (
+            f"logits differ by {self.logits:.2g} of their spread (allowed{where}: {logits:g}) and by a KL of "
+            f"{self.kl:.2g} nats (allowed: {kl:g})"
+        )
+
+
+def _tolerance(allowed: torch.dtype | Tolerance) -> Tolerance:
+    return TOLERANCE[allowed] if isinstance(allowed, torch.dtype) else allowed
 
 
 def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
@@ -75,11 +93,7 @@ def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -
 def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
     """Raise `SPDError` unless the two models agree within the dtype's tolerance."""
     if not parity.within(dtype):
-        logits, kl = TOLERANCE[dtype]
-        raise SPDError(
-            f"{what} disagree: logits differ by {parity.logits:.2g} of their spread (allowed in {_short(dtype)}: "
-            f"{logits:g}) and by a KL of {parity.kl:.2g} nats (allowed: {kl:g}); {instead}"
-        )
+        raise SPDError(f"{what} disagree: {parity.against(dtype)}; {instead}")
 
 
 def right_pad(
@@ -93,7 +107,3 @@ def right_pad(
         tokens[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
     return tokens.to(device), mask.to(device)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

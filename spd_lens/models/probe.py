@@ -16,6 +16,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models.architectures import is_known
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS
+from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import UnknownLayer, site_layer, twin_hook
 from spd_lens.sites import Site
 
@@ -52,7 +53,7 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
         for question in asked:
             stack.enter_context(question.put())
         try:
-            cache = twin(input_ids=tokens, use_cache=True).past_key_values
+            cache = run_twin(twin, tokens, use_cache=True).past_key_values
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SPDError(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spd_lens.models.hooks import unembed_only
+from spd_lens.models.twin import run_twin
 
 IGNORED = -100
 """Label of a position without loss, by PyTorch's convention."""
@@ -49,7 +50,7 @@ class NextTokenLoss:
         targets = labels[row, position + 1]
         if not self._tail_is_known:
             with unembed_only(self._head, row, position):
-                return _cross_entropy(model(input_ids=tokens, use_cache=False).logits[0], targets)
+                return _cross_entropy(run_twin(model, tokens, use_cache=False).logits[0], targets)
         hidden = self._hidden(model, tokens)[row, position]
         trained = [weight for weight in self._head.parameters() if weight.requires_grad]
         return _HeadLoss.apply(hidden, targets, self._head, self._tail, *trained)
@@ -64,7 +65,7 @@ class NextTokenLoss:
 
         handle = self._head.register_forward_pre_hook(take)
         try:
-            model(input_ids=tokens, use_cache=False)
+            run_twin(model, tokens, use_cache=False)
         finally:
             handle.remove()
         return kept[0]
@@ -76,7 +77,7 @@ class NextTokenLoss:
         tokens = torch.arange(_N_CHECKED, device=self._head.weight.device)[None]  # type: ignore[arg-type]
         handle = self._head.register_forward_hook(lambda module, args, output: raw.append(output))
         try:
-            logits = model(input_ids=tokens, use_cache=False).logits
+            logits = run_twin(model, tokens, use_cache=False).logits
         finally:
             handle.remove()
         tolerance = 8 * torch.finfo(raw[0].dtype).eps

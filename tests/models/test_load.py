@@ -134,9 +134,9 @@ def test_hook_points_hold_what_the_projections_put_out(pair_of, family, backend)
 
 def test_the_lens_is_built_when_first_used_and_can_be_let_go(fresh_pair, monkeypatch):
     built = []
-    build = type(fresh_pair._backend).build
+    build = type(fresh_pair._lens.backend).build
     monkeypatch.setattr(
-        type(fresh_pair._backend), "build", lambda self, *args: built.append(1) or build(self, *args)
+        type(fresh_pair._lens.backend), "build", lambda self, *args: built.append(1) or build(self, *args)
     )  # counts, and builds
     extract(fresh_pair, EXAMPLES[:1], engine="twin", progress=False)
     assert fresh_pair.device.type == "cpu"
@@ -154,7 +154,7 @@ def test_the_lens_is_built_when_first_used_and_can_be_let_go(fresh_pair, monkeyp
 def test_a_lens_that_is_not_the_twin_is_an_error(tiny_llama_dir, monkeypatch, backend_name):
     """Two heads of one layer change places in the conversion, as happens when a layout is misread."""
     pair = load(str(tiny_llama_dir), backend=backend_name, dtype="float32", device="cpu")
-    build = type(pair._backend).build
+    build = type(pair._lens.backend).build
 
     def swap_two_heads(self, twin, tokenizer):
         crooked = copy.deepcopy(twin)
@@ -162,16 +162,16 @@ def test_a_lens_that_is_not_the_twin_is_an_error(tiny_llama_dir, monkeypatch, ba
         weight[:] = weight.view(4, 8, 32)[[2, 1, 0, 3]].view(32, 32)
         return build(self, crooked, tokenizer)
 
-    monkeypatch.setattr(type(pair._backend), "build", swap_two_heads)
+    monkeypatch.setattr(type(pair._lens.backend), "build", swap_two_heads)
     with refused("lens model and twin", "disagree", "float32", "KL"):
         pair.lens  # noqa: B018 (building is what is tested)
-    assert pair._lens is None, "a wrong lens model must not be kept"
+    assert not pair.has_lens, "a wrong lens model must not be kept"
     monkeypatch.undo()
     assert lens_matches_twin(pair) < 1e-4
 
 
 @pytest.mark.skipif("hooked" not in BACKENDS, reason="HookedTransformer needs transformer-lens 3.9")
-def test_a_wrong_conversion_is_an_error(fresh_pair, monkeypatch):
+def test_a_wrong_conversion_is_an_error_and_auto_goes_on_to_the_bridge(fresh_pair, monkeypatch, caplog):
     convert = HookedBackend._converted
 
     def swap_two_heads(self, twin, cfg):
@@ -179,8 +179,11 @@ def test_a_wrong_conversion_is_an_error(fresh_pair, monkeypatch):
         return state | {"blocks.0.attn.W_O": state["blocks.0.attn.W_O"][[1, 0, 2, 3]]}
 
     monkeypatch.setattr(HookedBackend, "_converted", swap_two_heads)
-    with refused("disagree"):
-        fresh_pair.lens  # noqa: B018 (building is what is tested)
+    with refused("disagree", "backend='bridge'"):
+        ModelPair(fresh_pair.hf, fresh_pair.tokenizer, backend="hooked").lens  # noqa: B018 (building is what is tested)
+    assert lens_matches_twin(fresh_pair) < 1e-4
+    assert fresh_pair.backend == "bridge"
+    assert "disagree" in caplog.text and "the lens model is a TransformerBridge" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["Llama-mine", "my gemma", "gemma_LLAMA-2"])

@@ -1,0 +1,32 @@
+"""How the library runs a transformers model: the same outputs whatever settings were left on its configuration."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
+    """One forward pass with named outputs, without attention weights and hidden states."""
+    return model(
+        input_ids=tokens, return_dict=True, output_attentions=False, output_hidden_states=False, **options
+    )  # fmt: skip
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in another dtype, as transformers reads it: rotary frequencies are buffers and stay float32, unlike in
+    `to`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float32."""
+    return cast(copy.deepcopy(model), torch.float32)
