@@ -104,7 +104,7 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
 
 def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
     """The source task, and the tasks to evaluate on by the names that their results are kept under."""
-    source = tasks.get(config.task, config.data_dir, **config.task_options)
+    source = tasks.configured(config.task, config.data_dir, config.task_options)
     targets = {
         key: source if name == config.task else tasks.get(name, config.data_dir) for key, name in config.targets.items()
     }

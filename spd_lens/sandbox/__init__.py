@@ -18,6 +18,7 @@ What remains:
 - `assert f(x)` holds for any truthy answer, and where both sides of a comparison call the program, it answers both.
 - The kernel is shared: a hole in it is a hole in this. Users with such worries use a virtual machine around it all.
 - A program can waste what its limits allow, can time itself, and has a hand in every result but a pass.
+- Time is limited as CPU time; a program that only sleeps is ended much later (`WALL_FACTOR`).
 - The data set is trusted: its tests run in the judge's sandbox, but what they assert is what counts.
 
 And the price: only plain data crosses (numbers, strings, bytes, containers, iterators, dates, `Decimal`, `Fraction`).
@@ -38,6 +39,9 @@ from spd_lens.sandbox.names import names_of
 from spd_lens.sandbox.trial import SandboxResult, Trial
 
 __all__ = ["SandboxResult", "available", "run_python", "unavailable"]
+
+WALL_FACTOR = 8
+"""Wall time that a program may take by default, in terms of its CPU time."""
 
 _PROBE = """
 import os
@@ -62,7 +66,8 @@ def run_python(
     *,
     setup: str = "",
     functions: Iterable[str] | None = None,
-    timeout_s: float = 10.0,
+    timeout_s: float = 15.0,
+    wall_s: float | None = None,
     memory_mb: int = 512,
     processes: int = 1,
     scratch_mb: int = 16,
@@ -72,12 +77,15 @@ def run_python(
     """Runs a hostile program, and trusted tests of its functions.
 
     Args:
-        program: Python source, run as `__main__` with an empty standard input.
+        program: Python source, run as if it were imported (`__name__` is not `__main__`), with an empty standard input.
         tests: Statements with asserts, from the data set; run one after the other, up to the first that fails.
         setup: Statements that precede them (imports, objects that the tests share); may use the program's classes.
         functions: Names that the tests take from the program. By default, whatever name they use without defining or
             importing it; if there is none, the builtin that every test calls, which the program then redefines.
-        timeout_s: Wall time, and CPU time.
+        timeout_s: CPU time of each process, so that a verdict does not depend on what else the machine is doing. Counted
+            in whole seconds, rounded up.
+        wall_s: Wall time, for programs that sleep. None: `WALL_FACTOR` times `timeout_s`, with which a program that
+            works gets all of its CPU time on a machine with as many others for each core.
         memory_mb: Address space of each process. The scratch directory comes on top.
         processes: Processes and threads that the program may have, itself included.
         scratch_mb: Size of the scratch directory.
@@ -90,21 +98,21 @@ def run_python(
     """
     if not isinstance(program, str):
         raise SPDError(f"program must be Python source as a string, but is a {type(program).__name__}")
-    _check_limits(
-        timeout_s=timeout_s, memory_mb=memory_mb, processes=processes, scratch_mb=scratch_mb, output_kb=output_kb
-    )
+    wall_s = timeout_s * WALL_FACTOR if wall_s is None else wall_s
+    times = {"timeout_s": timeout_s, "wall_s": wall_s}
+    _check_limits(**times, memory_mb=memory_mb, processes=processes, scratch_mb=scratch_mb, output_kb=output_kb)
     asked, modules = names_of(tests, setup, functions) if tests else ([], [])
     mechanism = _choose(mechanism)
     limits = {
         "RLIMIT_AS": memory_mb * 2**20,
         "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": math.ceil(timeout_s) + 1,
+        "RLIMIT_CPU": math.ceil(timeout_s),
         "RLIMIT_FSIZE": scratch_mb * 2**20,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_NOFILE": 32,
         "RLIMIT_NPROC": processes + mechanisms.KEEPERS[mechanism],
     }
-    with Trial(mechanism, limits, timeout_s, scratch_mb, output_kb * 1024) as trial:
+    with Trial(mechanism, limits, wall_s, scratch_mb, output_kb * 1024) as trial:
         return trial.run(program, tests, setup, asked, modules)
 
 
@@ -146,7 +154,7 @@ def _choose(mechanism: str | None) -> str:
 
 def _check_limits(**limits: float) -> None:
     for name, value in limits.items():
-        whole = name != "timeout_s"
+        whole = not name.endswith("_s")
         if isinstance(value, bool) or not (isinstance(value, int) if whole else isinstance(value, int | float)):
             raise SPDError(f"{name} must be a {'whole ' if whole else ''}number, but is {value!r}")
         if not 0 < value < math.inf:

@@ -110,9 +110,14 @@ def decode(data: Any, fetch: Callable[[int], Any]) -> Any:
 
 
 def run(order: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
-    """Runs the program, then answers calls of its functions until nobody asks any more."""
-    module = type(sys)("__main__")
-    sys.modules["__main__"] = module
+    """Runs the program, then answers calls of its functions until nobody asks any more.
+
+    It is a module that is imported, not a script: what stands under `if __name__ == "__main__"` does not run.
+    """
+    module = type(sys)("program")
+    module.__file__ = "/scratch/program.py"
+    sys.argv = [module.__file__]
+    sys.modules |= {"program": module, "__main__": module}  # for what looks classes up by their module's name
     exec(compile(order["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
     kept: list[Any] = []
 
@@ -165,16 +170,20 @@ class Program:
     def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
         self.requests, self.answers = requests, answers
         self.objects: dict[int, Remote] = {}
+        self.gone = False
 
     def ask(self, *request: Any) -> Any:
-        """The program's answer as plain data; its exceptions are raised as the builtin exceptions they derive from."""
+        """The program's answer as plain data; its exceptions are raised as the builtin exceptions they derive from, but
+        for those that end a loop: as in a generator they are `RuntimeError`s."""
+        question = json.dumps(encode(request, _own)).encode() + b"\n"
         try:
-            self.requests.write(json.dumps(encode(request, _own)).encode() + b"\n")
+            self.requests.write(question)
             self.requests.flush()
+            line = self.answers.readline(MAX_ANSWER)
         except BrokenPipeError:
-            raise Gone from None
-        line = self.answers.readline(MAX_ANSWER)
+            line = b""
         if not line:
+            self.gone = True
             raise Gone
         if not line.endswith(b"\n"):
             raise ValueError("the program's answer is too long, or broken off")
@@ -190,6 +199,8 @@ class Program:
 
 
 def _exception(cls: Any, message: str) -> Exception:
+    if issubclass(cls, StopIteration | StopAsyncIteration):  # would end the loops of a test as if all had been compared
+        return RuntimeError(message)
     try:
         return cls(message)
     except TypeError:  # UnicodeDecodeError and the like want more arguments
@@ -237,6 +248,8 @@ def judge(order: dict[str, Any], program: Program) -> dict[str, Any]:
         exec(compile(order["setup"], "<setup>", "exec", dont_inherit=True), names)
         for test in order["tests"]:
             exec(compile(test, "<test>", "exec", dont_inherit=True), names)
+            if program.gone:  # and the test has a bare `except`
+                raise Gone
             passed += 1
         return {"reason": "passed", "passed": passed, "detail": ""}
     except Gone:
@@ -269,20 +282,24 @@ def main() -> None:
     order = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds an end, and the order's file can't be written to
     for name, value in order["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        hard = value + 1 if name == "RLIMIT_CPU" else value  # at the first the kernel says why, at the second it kills
+        resource.setrlimit(getattr(resource, name), (value, hard))
     reader, writer = os.fdopen(order["read"], "rb"), os.fdopen(order["write"], "wb")
     if order["role"] == "program":
         refuse_calls(bytes.fromhex(order["filter"]))
         writer.write(b"ready\n")
         writer.flush()
-        run(order, reader, writer)
+        if not order["tested"] or reader.readline(16) == b"go\n":
+            run(order, reader, writer)
         return
     verdict = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a test prints is no verdict
     if reader.readline(16) != b"ready\n":
         return
     verdict.write(b"ready\n")
-    verdict.flush()
+    verdict.flush()  # fails if the caller is gone, and then the program need not start
+    writer.write(b"go\n")
+    writer.flush()
     result = judge(order, Program(writer, reader))
     verdict.write(json.dumps(result).encode() + b"\n")
     verdict.flush()

@@ -32,14 +32,26 @@ NAMES = ("bubblewrap", "unshare")
 KEEPERS = {"bubblewrap": 1, "unshare": 2}
 """Processes of its own that a mechanism has in the program's user name space, which count as the program's."""
 
-_DEPTH = {"bubblewrap": 1, "unshare": 2}
-"""How far below the process that we start stands the first one of the program's process name space."""
-
 _SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _SEARCH, "LANG": "C.UTF-8"}
 _INSIDE = {"HOME": "/scratch", "TMPDIR": "/scratch", "LD_LIBRARY_PATH": "/python/lib"}
 _MOUNT_POINTS = ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var")
 """Directories that a private mount name space can cover without anybody noticing."""
+
+_DIE_WITH_CALLER = ("setpriv", "--pdeathsig", "KILL")
+"""Should whoever starts a command be killed, the kernel kills it, and with it the sandbox whose first part it is."""
+
+_MOUNTS_AS_ROOT = ("unshare", "--mount", "--propagation", "private", "--")
+_MOUNTS_AS_USER = ("unshare", "--map-root-user", *_MOUNTS_AS_ROOT[1:])
+
+# $1: a directory to cover with a scratch directory, $2: its bytes; then the command. bubblewrap's own has no limit on
+# the number of files, whose names and attributes take memory that nothing else counts.
+_MOUNT_SCRATCH = """
+set -e
+mount -t tmpfs -o "size=$2,nr_inodes=1k,mode=777,nosuid,nodev" tmpfs "$1"
+shift 2
+exec "$@"
+"""
 
 # Root becomes nobody: limits on processes do not bind root, and what is shut in should own nothing.
 # $1: Python's prefix, $2: where to mount it, since nobody may be unable to reach a Python in root's home; then the
@@ -48,7 +60,7 @@ _GIVE_UP_ROOT = """
 set -e
 mount --bind "$1" "$2"
 shift 2
-exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all -- "$@"
+exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all --pdeathsig KILL -- "$@"
 """
 
 # $1: new root, $2: Python's prefix, $3: bytes of scratch; then the command.
@@ -102,28 +114,30 @@ class Interpreter:
     """The executable's path in the sandbox."""
 
 
-def command(mechanism: str, arguments: Sequence[str], *, seconds: float, scratch_mb: int) -> list[str]:
-    """The command that runs Python with `arguments` inside a sandbox, and ends with it."""
+def command(mechanism: str, arguments: Sequence[str], *, scratch_mb: int) -> list[str]:
+    """The command that runs Python with `arguments` inside a sandbox, and ends with it and with who started it."""
     python = _interpreter()
     covers = [point for point in _MOUNT_POINTS if _can_cover(point, python.prefix)]
-    root = os.geteuid() == 0
-    prefix, outside = python.prefix, []
+    root, prefix, size = os.geteuid() == 0, python.prefix, str(scratch_mb * 2**20)
+    outside, scratch = list(_DIE_WITH_CALLER), ""
+    if root or (mechanism == "bubblewrap" and covers and _may_mount(covers[0])):
+        outside += _MOUNTS_AS_ROOT if root else _MOUNTS_AS_USER
+        if mechanism == "bubblewrap":
+            scratch = covers.pop(0)
+            outside += ["sh", "-c", _MOUNT_SCRATCH, "sh", scratch, size]
     if root:
-        source = str(python.prefix or "/usr")
-        prefix = Path(covers.pop(0)) if python.prefix else None
-        outside = ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _GIVE_UP_ROOT, "sh"]
-        outside += [source, str(prefix or covers.pop(0))]
+        source = str(prefix or "/usr")
+        place = covers.pop(0)
+        prefix = Path(place) if prefix else None
+        outside += ["sh", "-c", _GIVE_UP_ROOT, "sh", source, place]
     inner = [python.inside, "-I", "-S", "-B", "-u", *arguments]
-    size = scratch_mb * 2**20
     if mechanism == "bubblewrap":
-        return [*outside, *_bubblewrap(prefix, size), "--", *inner]
+        return [*outside, *_bubblewrap(prefix, scratch, size), "--", *inner]
     given = [f"{name}={value}" for name, value in _INSIDE.items()]
-    # `timeout`: should the caller be killed, this ends on its own; bubblewrap has --die-with-parent.
     return [
         *outside,
-        *("timeout", "--signal=KILL", f"{seconds:g}"),
         *("unshare", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--kill-child"),
-        *("--", "sh", "-c", _BUILD_ROOT, "sh", covers.pop(0), str(prefix or ""), str(size)),
+        *("--", "sh", "-c", _BUILD_ROOT, "sh", covers.pop(0), str(prefix or ""), size),
         *("env", *given, *inner),
     ]
 
@@ -142,20 +156,19 @@ def start(arguments: Sequence[str], stdin: IO[bytes], pass_fds: Sequence[int]) -
     )
 
 
-def kill(mechanism: str, process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     """Ends everything in a sandbox. Its outer part then ends by itself, if its output is read meanwhile.
 
-    The first process of the name space is killed, and the kernel kills all others in it. Were it the outermost one,
-    its children would be left to the machine's init, and in many a container that reaps nothing.
+    The first process of the name space, a child of the one that we started, is killed, and the kernel kills all others
+    in it. Were it the outermost one, its children would be left to the machine's init, and in many a container that
+    reaps nothing.
     """
-    pid = process.pid
     with suppress(OSError, IndexError, ValueError):  # it is just starting, or ending: the caller kills the rest
-        for _ in range(_DEPTH[mechanism]):
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-        os.kill(pid, signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
 
 
-def _bubblewrap(prefix: Path | None, size: int) -> list[str]:
+def _bubblewrap(prefix: Path | None, scratch: str, size: str) -> list[str]:
     options = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if "--disable-userns" in _bubblewrap_help():
         options.append("--disable-userns")
@@ -170,10 +183,18 @@ def _bubblewrap(prefix: Path | None, size: int) -> list[str]:
         options += ["--ro-bind", str(prefix), "/python"]
     for name in ("null", "zero", "random", "urandom"):
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    options += ["--perms", "0700", "--size", str(size), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+    made = ["--bind", scratch] if scratch else ["--perms", "0700", "--size", size, "--tmpfs"]
+    options += [*made, "/scratch", "--chdir", "/scratch"]
     for name, value in {**_ENVIRONMENT, **_INSIDE}.items():
         options += ["--setenv", name, value]
     return [*options, "--remount-ro", "/"]
+
+
+@cache
+def _may_mount(point: str) -> bool:
+    """Whether this user may mount in a name space of its own, which some systems allow bubblewrap alone."""
+    trial = [*_MOUNTS_AS_USER, "sh", "-c", _MOUNT_SCRATCH, "sh", point, "4k", "true"]
+    return subprocess.run(trial, capture_output=True, env=_ENVIRONMENT, cwd="/", check=False).returncode == 0
 
 
 @cache
@@ -210,7 +231,10 @@ def missing(mechanism: str) -> str:
         return f"it needs Linux, and this is {sys.platform}"
     if not seccomp.supported():
         return f"it knows the system calls of x86_64 and aarch64, and this is {platform.machine()}"
-    needed = {"bubblewrap": ["bwrap"], "unshare": ["timeout", "unshare", "mount", "umount", "pivot_root", "setpriv"]}
+    needed = {
+        "bubblewrap": ["bwrap", "setpriv"],
+        "unshare": ["unshare", "mount", "umount", "pivot_root", "setpriv"],
+    }
     tools = [*needed[mechanism], *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
     absent = sorted({tool for tool in tools if shutil.which(tool, path=_SEARCH) is None})
     if absent:

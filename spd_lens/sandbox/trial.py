@@ -23,7 +23,7 @@ from spd_lens.sandbox.seccomp import blocking_filter
 
 _START_SECONDS = 60.0
 """For the sandbox to come up on a busy machine. A program's own time counts from then on."""
-_END_SECONDS = 2.0
+_END_SECONDS = 10.0
 """For a program that has ended to be cleared away, so that its exit code is known."""
 _GRACE_SECONDS = 0.3
 """For a program to end by itself once the tests are over, before it is killed."""
@@ -42,7 +42,7 @@ class SandboxResult:
     reason: str
     """`passed`: every assert ran and held. `finished`: no tests were given, and it ended without an error. Otherwise
     `failed` (an assert did not hold), `error` (an exception), `exited` (it ended before it had answered every test),
-    `timeout`, `memory`, `output` (too much of it)."""
+    `timeout` (CPU or wall time), `memory`, `output` (too much of it)."""
     passed: int
     """Tests that held, in order, before the first that did not."""
     detail: str
@@ -66,9 +66,9 @@ class Trial:
     """The processes and pipes of one run. A context manager: nothing of it outlives the `with`."""
 
     def __init__(
-        self, mechanism: str, limits: Mapping[str, int], timeout_s: float, scratch_mb: int, max_output: int
+        self, mechanism: str, limits: Mapping[str, int], wall_s: float, scratch_mb: int, max_output: int
     ) -> None:
-        self.mechanism, self.limits, self.timeout_s = mechanism, dict(limits), timeout_s
+        self.mechanism, self.limits, self.wall_s = mechanism, dict(limits), wall_s
         self.scratch_mb, self.max_output = scratch_mb, max_output
         self._stack = ExitStack()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -109,7 +109,7 @@ class Trial:
         self._watch("verdict", verdict)
         self._await_start()
         began = time.monotonic()
-        end_reason = self._drain(began + self.timeout_s, "verdict" if tests else None)
+        end_reason = self._drain(began + self.wall_s, "verdict" if tests else None)
         seconds = time.monotonic() - began
         reason, passed, detail = end_reason, 0, ""
         if not reason and tests:
@@ -127,9 +127,7 @@ class Trial:
 
     def _start(self, role: str, reader: IO[bytes], writer: IO[bytes], order: dict[str, Any]) -> None:
         order |= {"role": role, "limits": self.limits, "read": reader.fileno(), "write": writer.fileno()}
-        lifetime = _START_SECONDS + self.timeout_s + _END_SECONDS
-        arguments = ["-c", _inside()]
-        command = mechanisms.command(self.mechanism, arguments, seconds=lifetime, scratch_mb=self.scratch_mb)
+        command = mechanisms.command(self.mechanism, ["-c", _inside()], scratch_mb=self.scratch_mb)
         with tempfile.TemporaryFile() as stdin:  # a pipe would block on a long program
             stdin.write(json.dumps(order).encode())
             stdin.seek(0)
@@ -209,6 +207,8 @@ class Trial:
         code = self._processes["program"].returncode
         if code == 0 and not tested:
             return "finished", ""
+        if code == 128 + signal.SIGXCPU:
+            return "timeout", ""
         last = (_text(self._read["program stderr"]).strip().splitlines() or [""])[-1]
         if last.startswith("MemoryError"):
             return "memory", last
@@ -219,7 +219,7 @@ class Trial:
     def _kill(self) -> None:
         running = [process for process in self._processes.values() if process.poll() is None]
         for process in running:
-            mechanisms.kill(self.mechanism, process)
+            mechanisms.kill(process)
         deadline = time.monotonic() + _END_SECONDS
         while self._open() and self._step(deadline):
             pass  # reads the rest, so that nothing waits for a full pipe

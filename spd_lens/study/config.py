@@ -179,7 +179,7 @@ class StudyConfig(Settings):
             if wrong := [key for key in settings if key in _ONE_FOR_ALL]:
                 raise SPDError(f"setting {wrong[0]!r} is the same for all sources; write it under settings")
         for name in names:
-            tasks.get(name, self.settings["data_dir"], **self.task_options.get(name, {}))
+            tasks.configured(name, self.settings["data_dir"], self.task_options.get(name, {}))
         for target in self.shared.targets:
             self.n_scored(target), self.n_measured(target)
         if BASE in named(self.sources):

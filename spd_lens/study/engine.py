@@ -79,7 +79,7 @@ def make_tasks(config: StudyConfig) -> tuple[dict[str, Task], dict[str, Task]]:
     shared = config.shared
     made: dict[str, Task] = {}
     for name in dict.fromkeys([*config.sources, *config.targets]):
-        task = tasks.get(name, shared.data_dir, **config.task_options.get(name, {}))
+        task = tasks.configured(name, shared.data_dir, config.task_options.get(name, {}))
         if shared.allow_code_execution and isinstance(task, CodeTask):
             task.executor = passes_tests
         made[name] = task

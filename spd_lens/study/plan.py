@@ -104,7 +104,7 @@ def unit_costs(config: StudyConfig, shape: Shape, machine: Machine) -> dict[Unit
     targets = config.shared.targets
     lookup: dict[str, Callable[[Unit], Cost]] = {}
     known = {
-        name: tasks.get(name, config.settings["data_dir"], **config.task_options.get(name, {}))
+        name: tasks.configured(name, config.settings["data_dir"], config.task_options.get(name, {}))
         for name in {*config.sources, *config.targets}
     }
     costs = Costs(shape, machine, config.shared)

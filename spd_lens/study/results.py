@@ -50,7 +50,7 @@ def results_frame(folder: str | Path) -> pd.DataFrame:
 
 
 def _task(config: StudyConfig, name: str) -> Task:
-    return tasks.get(name, config.settings["data_dir"], **config.task_options.get(name, {}))
+    return tasks.configured(name, config.settings["data_dir"], config.task_options.get(name, {}))
 
 
 def _rows(cell: Cell, known: Mapping[str, Task]) -> Iterator[tuple[Any, ...]]:

@@ -1,11 +1,11 @@
 """Tasks: published benchmarks, synthetic domains and anyone's own data, as prompts, gold completions and scores.
 
-`get(name)` makes a task; `names()` lists them; `PRESETS["paper"]` has the paper's sizes. Nothing in here knows of
-models.
+`get(name)` makes a task, `configured` one from settings; `names()` lists them; `PRESETS["paper"]` has the paper's sizes.
+Nothing in here knows of models.
 """
 
 from spd_lens.tasks.base import Task
 from spd_lens.tasks.code import CodeTask
-from spd_lens.tasks.registry import PRESETS, get, names, register
+from spd_lens.tasks.registry import PRESETS, configured, get, names, register
 
-__all__ = ["PRESETS", "CodeTask", "Task", "get", "names", "register"]
+__all__ = ["PRESETS", "CodeTask", "Task", "configured", "get", "names", "register"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,9 @@ from spd_lens.tasks.synthetic_qa import SyntheticQA
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 
 _TASKS: dict[str, type[Task]] = {}
+
+_SETTINGS = {"path": "data_dir", "executor": "allow_code_execution"}
+"""Fields of tasks that are no options where a task is made from settings, and the settings in their place."""
 
 PRESETS: dict[str, dict[str, dict[str, int]]] = {
     "paper": {
@@ -62,15 +65,30 @@ def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
     """
     if name.endswith(".jsonl"):
         name, path = OwnData.name, name
+    make: Callable[..., Task] = _known(name, options, hidden=("path",))
+    return make(path=path, **options)
+
+
+def configured(name: str, data_dir: str | Path | None, options: Mapping[str, Any]) -> Task:
+    """The task that settings describe, in which options can be written down: none is an object of Python's."""
+    for option, setting in _SETTINGS.items():
+        if option in options:
+            raise SPDError(f"{name} takes no option {option!r} from settings; the setting {setting} says it")
+    _known(OwnData.name if name.endswith(".jsonl") else name, options, hidden=tuple(_SETTINGS))
+    return get(name, data_dir, **options)
+
+
+def _known(name: str, options: Mapping[str, Any], hidden: Collection[str]) -> type[Task]:
+    """The task's class; refuses a name that there is not, and options that the task does not have."""
     if name not in _TASKS:
         raise SPDError(f"there is no task {name!r}{_did_you_mean(name, names())}; there are {', '.join(names())}")
     task = _TASKS[name]
-    known = [item.name for item in fields(task) if item.init and item.name != "path"]
+    known = [item.name for item in fields(task) if item.init and item.name not in hidden]
     for option in options:
         if option not in known:
-            raise SPDError(f"{name} has no option {option!r}{_did_you_mean(option, known)}; it has {', '.join(known)}")
-    make: Callable[..., Task] = task
-    return make(path=path, **options)
+            guess = _did_you_mean(str(option), known)
+            raise SPDError(f"{name} has no option {option!r}{guess}; it has {', '.join(known)}")
+    return task
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -86,6 +86,7 @@ def test_the_full_loss(spans):
         (["synthetic-math", "--prompt-format", "raw", "--system", "Be brief."], ["system='Be brief.'", "raw prompts"]),
         (["synthetic-math", "--no-enable-thinking"], ["takes no enable_thinking"]),
         (["synthetic-math", "--task-option", "colour=red"], ["no option 'colour'"]),
+        (["synthetic-code", "--task-option", "executor=1"], ["no option 'executor'", "allow_code_execution"]),
         (["synthetic-math", "--html", "OWN/page.html"], ["page.html", "cannot be written"]),
     ],
 )

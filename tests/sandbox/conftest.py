@@ -7,13 +7,19 @@ from spd_lens.sandbox import mechanisms, run_python
 
 
 @pytest.fixture(params=mechanisms.NAMES)
-def shut_in(request):
-    """`run_python` under one mechanism."""
+def mechanism(request):
+    """The name of one mechanism."""
     problem = sandbox.unavailable().get(request.param)
     if problem:
         pytest.skip(f"{request.param} does not work here: {problem}")
+    return request.param
+
+
+@pytest.fixture
+def shut_in(mechanism):
+    """`run_python` under one mechanism."""
 
     def run(program, tests=(), **options):
-        return run_python(program, tests, mechanism=request.param, **options)
+        return run_python(program, tests, mechanism=mechanism, **options)
 
     return run

@@ -120,10 +120,30 @@ def test_a_program_does_not_get_to_say_what_the_tests_mean(shut_in, program, tes
     assert result.reason in ("failed", "error") and result.passed == 0, result
 
 
-def test_an_expected_error_is_not_had_by_leaving(shut_in):
-    test = "try:\n    f(2)\nexcept Exception:\n    pass\nelse:\n    assert False"
+@pytest.mark.parametrize("handler", ["except Exception", "except BaseException", "except"])
+def test_an_expected_error_is_not_had_by_leaving(shut_in, handler):
+    test = f"try:\n    f(2)\n{handler}:\n    pass\nelse:\n    assert False"
     assert shut_in("def f(x): raise ValueError(x)", [test]).ok
-    assert not shut_in("import os\ndef f(x): os._exit(0)", [test]).ok
+    for leave in ("import os\ndef f(x): os._exit(0)", "def f(x): raise KeyboardInterrupt", "def f(x): raise SystemExit"):
+        assert shut_in(leave, [test]).reason in ("exited", "error")
+
+
+LOOPS = [
+    "for got, want in zip(map(f, [1, 2]), [1, 4]): assert got == want",
+    "assert all(a == b for a, b in zip(map(f, [1, 2]), [1, 4]))",
+    "for got in iter(lambda: f(3), None): assert got == 9; break",
+    "assert sum(map(f, [1, 2])) in (0, 5)",
+]
+
+
+@pytest.mark.parametrize("test", LOOPS)
+def test_no_exception_of_a_program_ends_a_loop_of_its_tests(shut_in, test):
+    assert shut_in("def f(x): return x * x", [test]).ok
+    for error in ("StopIteration", "StopAsyncIteration", "type('E', (StopIteration,), {})", "GeneratorExit"):
+        result = shut_in(f"def f(x): raise {error}", [test])
+        assert (result.ok, result.passed) == (False, 0) and result.reason in ("error", "exited"), result
+    forged = ON_EVERY_DESCRIPTOR + """tell(b'["error", "StopIteration", ""]\\n' * 4)""" + WRONG
+    assert not shut_in(forged, [test]).ok
 
 
 def test_the_expected_value_is_not_in_the_programs_reach(shut_in):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from spd_lens import sandbox
+from spd_lens.sandbox import mechanisms
 
 TEST = ["assert f(2) == 4"]
 HONEST = "def f(x):\n    return x * x\n"
@@ -49,7 +50,7 @@ def running(marker: str) -> list[str]:
 )
 def test_harm_is_contained(shut_in, place, attack, reasons):
     began = time.monotonic()
-    result = shut_in(place.format(attack=attack), TEST, timeout_s=1)
+    result = shut_in(place.format(attack=attack), TEST, timeout_s=1, wall_s=2 if "sleep" in attack else None)
     assert result.reason in reasons, result
     assert time.monotonic() - began < 15
     assert len(result.stdout) + len(result.stderr) <= 16_000
@@ -66,6 +67,31 @@ def test_limits_are_what_was_asked_for(shut_in):
     write = "def f(mb):\n    return open('x', 'wb').write(bytes(mb << 20)) >> 20"
     assert shut_in(write, ["assert f(7) == 7"], scratch_mb=8).ok
     assert shut_in(write, ["assert f(7) == 7"], scratch_mb=4).reason == "error"
+
+
+def test_time_is_the_programs_own(shut_in):
+    """What a program waits for its turn, or sleeps, does not count; what it works does, in whatever way it ends."""
+    assert shut_in("import time\ndef f(x):\n    time.sleep(1.6)\n    return 4", TEST, timeout_s=1).ok
+    busy = "def f(x):\n    while True: pass"
+    assert shut_in(busy, TEST, timeout_s=1, wall_s=120).reason == "timeout"
+    deaf = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
+    assert shut_in(deaf + busy, TEST, timeout_s=1, wall_s=120).reason == "exited"
+
+
+def test_files_are_counted(shut_in):
+    fill = """
+def f(n):
+    try:
+        for i in range(n):
+            open(f"{i:0200}", "w").close()
+    except OSError:
+        return i
+    return n
+"""
+    result = shut_in(fill + "\nprint(f(5000))")
+    if result.mechanism == "bubblewrap" and os.geteuid() and not mechanisms._may_mount("/mnt"):
+        pytest.skip("this system lets bubblewrap alone mount anything, and bubblewrap does not count files")
+    assert 500 < int(result.stdout) < 1100
 
 
 def test_no_system_call_takes_memory_past_the_limits(shut_in):
@@ -89,6 +115,49 @@ def f():
     outside = subprocess.run([sys.executable, "-c", calls + "print(f())"], capture_output=True, text=True, check=True)
     assert outside.stdout == "['memfd', 'msg', 'sem', 'shm', 'x32']\n"
     assert shut_in(calls, ["assert f() == []"]).ok
+
+
+def test_doors_that_no_limit_guards_are_shut(shut_in, tmp_path):
+    """Each call fails with EPERM inside, and outside works or fails for another reason."""
+    calls = """
+import ctypes, errno, os, platform, socket, struct
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+open("file", "w").close()
+fd, (reader, writer), (reader2, writer2) = os.open("file", os.O_RDONLY), os.pipe(), os.pipe()
+os.write(writer, b"x" * 9)
+vector = struct.pack("QQ", ctypes.addressof(page := ctypes.create_string_buffer(4096)), 1)
+new = 0 if platform.machine() == "x86_64" else 1
+local = socket.socket(socket.AF_UNIX)
+attempts = {
+    "vmsplice": lambda: libc.vmsplice(writer, vector, 1, 0),
+    "tee": lambda: libc.tee(reader, writer2, 1, 2),
+    "splice": lambda: libc.splice(reader, None, writer2, None, 1, 2),
+    "setxattr": lambda: libc.setxattr(b"file", b"user.a", b"x", 1, 0),
+    "lsetxattr": lambda: libc.lsetxattr(b"file", b"user.a", b"x", 1, 0),
+    "fsetxattr": lambda: libc.fsetxattr(fd, b"user.a", b"x", 1, 0),
+    "setxattrat": lambda: libc.syscall(463, -100, b"file", 0, b"user.a", b"", 0),
+    "larger pipe": lambda: libc.fcntl(writer, 1031, 1 << 20),
+    "listen": lambda: libc.listen(local.fileno(), 4096),
+    "landlock": lambda: libc.syscall(444, None, 0, 1),
+    "pair of another family": lambda: libc.socketpair(30, 1, 0, ctypes.create_string_buffer(8)),
+} | {f"family {n}": lambda n=n: libc.socket(n, 1, 0) for n in (9, 21, 30, 31, 38, 39, 40, 41, 42, 43)}
+def refused(attempt):
+    ctypes.set_errno(0)
+    return attempt() < 0 and ctypes.get_errno() == errno.EPERM
+def works():
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+    opened = [socket.socket(family, socket.SOCK_DGRAM) for family in families] + [*socket.socketpair()]
+    return len(opened), libc.fcntl(writer, 1032)
+def f():
+    return [name for name, attempt in attempts.items() if not refused(attempt)]
+"""
+    report = calls + "print(len(f()), len(attempts))"
+    outside = subprocess.run(
+        [sys.executable, "-c", report], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert outside[0] == outside[1] == "21"
+    assert shut_in(calls, ["assert f() == []", "assert works() == (6, 65536)"], setup="").ok
 
 
 def test_nothing_outside_can_be_read_or_written(shut_in, tmp_path, monkeypatch):
@@ -160,27 +229,23 @@ def test_nothing_stays_behind(shut_in):
     assert finished.reason in ("finished", "timeout") and running(marker) == []
 
 
-def test_a_killed_caller_takes_the_program_along():
-    if sandbox.available() != "bubblewrap":
-        pytest.skip("bubblewrap does not work here; with unshare a program ends by itself after a minute")
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("tests", [[], TEST], ids=["alone", "with a judge"])
+def test_a_killed_caller_takes_the_program_along(mechanism, tests, signal_):
     marker = f"87{os.getpid()}.{time.time_ns() % 10**6}"
     call = f"import os; os.execv('/usr/bin/sleep', ['sleep', '{marker}'])"
-    caller = subprocess.Popen(
-        [sys.executable, "-c", f"from spd_lens.sandbox import run_python\nrun_python({call!r}, timeout_s=60)"],
-        cwd=Path(__file__).resolve().parents[1],
-    )
+    code = f"from spd_lens.sandbox import run_python\nrun_python({call!r}, {tests!r}, mechanism={mechanism!r})"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
 
-    def wait_for(there: bool) -> bool:
-        deadline = time.monotonic() + 30
-        lines: list[str] = []
+    def wait_for(there: bool, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            lines = [line for line in running(marker) if line.startswith("sleep")]
-            if bool(lines) == there:
+            if any(line.startswith("sleep") for line in running(marker)) == there:
                 return True
             time.sleep(0.05)
         return False
 
-    assert wait_for(there=True)
-    caller.send_signal(signal.SIGKILL)
+    assert wait_for(there=True, seconds=60)
+    caller.send_signal(signal_)
     caller.wait()
-    assert wait_for(there=False)
+    assert wait_for(there=False, seconds=10)  # of the 120 s that it may sleep

@@ -61,6 +61,30 @@ def test_plain_data_objects_and_errors_cross(shut_in, program, tests):
     assert result.ok, result
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "if __name__ == '__main__':\n    print(f(int(input())))",
+        "import unittest\nif __name__ == '__main__':\n    unittest.main()",
+        "import sys\ndef main(): return 1\nif '__main__' == __name__: sys.exit(main())",
+        "import sys\nimport pickle, typing\nfrom enum import Enum\nclass E(Enum):\n    A = 1\n"
+        "class N(typing.NamedTuple):\n    n: 'int'\n"
+        "assert pickle.loads(pickle.dumps([E.A, N(1)])) == [E.A, N(1)]\nassert typing.get_type_hints(N) == {'n': int}\n"
+        "assert sys.modules[__name__].f(2) == 4",
+        "import doctest\nassert doctest.testmod().attempted == 1",
+        "import __main__\nassert __main__.f is f",
+        "import argparse, os\nos.path.dirname(os.path.abspath(__file__))\nargparse.ArgumentParser().parse_args()",
+    ],
+)
+def test_a_program_is_a_module_that_is_imported(shut_in, program):
+    head = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "@dataclass\nclass Square:\n    side: int\n    corners: ClassVar[int] = 4\n"
+        "def f(x):\n    '>>> f(3)\\n9\\n'\n    return Square(x).side ** 2\n"
+    )
+    assert shut_in(head + program, TEST).ok
+
+
 def test_refuses_where_no_mechanism_works(monkeypatch):
     sandbox._problem.cache_clear()
     monkeypatch.setattr(mechanisms, "missing", lambda name: f"{name} is not installed")
@@ -98,6 +122,7 @@ def test_a_mechanism_that_shuts_nothing_in_is_not_used(monkeypatch):
         ({"program": b"pass"}, "program must be"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"wall_s": -1}, "wall_s"),
         ({"memory_mb": 1}, "memory_mb is 1"),
         ({"processes": 1.5}, "processes must be a whole number"),
         ({"mechanism": "docker"}, "choose bubblewrap or unshare"),

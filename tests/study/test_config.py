@@ -62,6 +62,7 @@ def test_a_cell_has_its_sources_settings_and_its_seed():
         ({"source_settings": {"gsm8k": {"system": "Hi"}}}, ("setting 'system' is the same for all sources",)),
         ({"task_options": {"mbpp": {}}}, ("task_options names 'mbpp'",)),
         ({"task_options": {"gsm8k": {"colour": 1}}}, ("gsm8k has no option 'colour'",)),
+        ({"task_options": {"gsm8k": {"path": "x"}}}, ("gsm8k takes no option 'path'", "data_dir")),
         ({"seeds": [1, 1]}, ("setting seeds = [1, 1] is not possible", "twice")),
         ({"seeds": [-1]}, ("setting seeds", "0 to 4294967295")),
         ({"seeds": []}, ("setting seeds",)),

@@ -23,6 +23,31 @@ def test_unknown_names_list_what_there_is(tmp_path):
         tasks.get("gsm8k", path=tmp_path, max_new_tokens=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": 1}, "mbpp takes no option 'executor' from settings; the setting allow_code_execution says it"),
+        ({"executor": print}, "the setting allow_code_execution"),
+        ({"executor": None}, "the setting allow_code_execution"),
+        ({"path": "x"}, "mbpp takes no option 'path' from settings; the setting data_dir says it"),
+        ({"name": "gsm8k"}, "mbpp has no option 'name'"),
+        ({"source": 1}, "mbpp has no option 'source'"),
+        ({"exekutor": 1}, r"mbpp has no option 'exekutor'; it has (?!.*(executor|path))"),
+        ({1: 2}, "mbpp has no option 1;"),
+    ],
+)
+def test_settings_offer_neither_code_nor_paths(options, message):
+    with pytest.raises(SPDError, match=message):
+        tasks.configured("mbpp", None, options)
+
+
+def test_settings_make_the_task_that_they_describe(tmp_path):
+    made = tasks.configured("mbpp", tmp_path, {"span": "asserts"})
+    assert (made.span, made.path) == ("asserts", tmp_path)
+    with pytest.raises(SPDError, match="executor must be a function .* not 1"):
+        tasks.get("mbpp", executor=1)
+
+
 def test_every_task_has_what_the_contract_says():
     for name in tasks.names():
         task = tasks.get(name, path="somewhere.jsonl" if name == "jsonl" else None)
