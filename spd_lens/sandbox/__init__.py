@@ -82,8 +82,8 @@ def run_python(
         setup: Statements that precede them (imports, objects that the tests share); may use the program's classes.
         functions: Names that the tests take from the program. By default, whatever name they use without defining or
             importing it; if there is none, the builtin that every test calls, which the program then redefines.
-        timeout_s: CPU time of each process, so that a verdict does not depend on what else the machine is doing. Counted
-            in whole seconds, rounded up.
+        timeout_s: CPU time of each process, so that a verdict does not depend on what else the machine is doing; in
+            whole seconds, rounded up.
         wall_s: Wall time, for programs that sleep. None: `WALL_FACTOR` times `timeout_s`, with which a program that
             works gets all of its CPU time on a machine with as many others for each core.
         memory_mb: Address space of each process. The scratch directory comes on top.

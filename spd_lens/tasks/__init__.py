@@ -1,7 +1,7 @@
 """Tasks: published benchmarks, synthetic domains and anyone's own data, as prompts, gold completions and scores.
 
-`get(name)` makes a task, `configured` one from settings; `names()` lists them; `PRESETS["paper"]` has the paper's sizes.
-Nothing in here knows of models.
+`get(name)` makes a task, `configured` one from settings; `names()` lists them; `PRESETS["paper"]` has the paper's
+sizes. Nothing in here knows of models.
 """
 
 from spd_lens.tasks.base import Task

@@ -47,7 +47,9 @@ class CodeTask(Task):
         self.check_option("span", ("values", "asserts", "solution"))
         self.check_option("asserts_in_prompt", (True, False))
         if self.executor is not None and not callable(self.executor):
-            raise SPDError(f"{self.name}'s executor must be a function of code, tests and set-up, not {self.executor!r}")
+            raise SPDError(
+                f"{self.name}'s executor must be a function of code, tests and set-up, not {self.executor!r}"
+            )
 
     def example(
         self, id: str, problem: str, solution: str, tests: Sequence[str], *, setup: str = "", where: str = ""

@@ -124,7 +124,11 @@ def test_a_program_does_not_get_to_say_what_the_tests_mean(shut_in, program, tes
 def test_an_expected_error_is_not_had_by_leaving(shut_in, handler):
     test = f"try:\n    f(2)\n{handler}:\n    pass\nelse:\n    assert False"
     assert shut_in("def f(x): raise ValueError(x)", [test]).ok
-    for leave in ("import os\ndef f(x): os._exit(0)", "def f(x): raise KeyboardInterrupt", "def f(x): raise SystemExit"):
+    for leave in (
+        "import os\ndef f(x): os._exit(0)",
+        "def f(x): raise KeyboardInterrupt",
+        "def f(x): raise SystemExit",
+    ):
         assert shut_in(leave, [test]).reason in ("exited", "error")
 
 
