@@ -76,7 +76,7 @@ def _card(records: dict[str, Record], task: Task | None) -> str:
     for i, (name, record) in enumerate(records.items()):
         pieces = [(record.completion, False)] if i == 0 else added_words(reference.completion, record.completion)
         place = settled_at(record.completion, task) if task is not None else len(record.completion)
-        ended = "ended by itself" if record.finish_reason == "eos" else "cut"
+        ended = "cut" if record.finish_reason == "length" else "ended by itself"
         size = f"{record.n_completion_tokens} tokens, {ended}"
         sections.append(
             f'<section><h3>{safe(name)}</h3><p class="size">{size}</p><pre>{_marked(pieces, place)}</pre></section>'

@@ -59,7 +59,7 @@ def fastest(products: Products) -> Callable[[], None]:
     On a CPU the faster of PyTorch's own way and oneDNN's with packed weights.
     """
     ways = [partial(_multiply, torch.mm, products)]
-    if available() and products[0][0].device.type == "cpu" and products[0][0].dtype in (torch.float32, torch.bfloat16):
+    if products[0][0].device.type == "cpu" and available(products[0][0].dtype):
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(left, pack(right.t().contiguous(), None)) for left, right in products]
         ways.append(partial(_multiply, partial(onednn_product, bias=None), packed))

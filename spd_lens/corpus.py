@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from spd_lens.errors import SPDError
 from spd_lens.storage import write_json
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "stop", "length"]
+NOT_APPLIED = "generation_config_not_applied"
+"""The one setting that no completion depends on: for readers, and not compared when a corpus is continued."""
 Key = tuple[str, int]
 """Prompt id and sample number: names a completion within a corpus."""
 
@@ -33,9 +35,10 @@ class Record:
     prompt_ids: tuple[int, ...]
     """What the model was given, special tokens included."""
     completion_ids: tuple[int, ...]
-    """What the model wrote, with the EOS token if and only if the model ended by itself."""
+    """What the model wrote, with the EOS token if and only if it ended with one."""
     finish_reason: FinishReason
-    """`"eos"`: the model ended by itself; `"length"`: it was cut at `max_new_tokens`."""
+    """`"eos"`: the model ended by itself; `"stop"`: with a stop string of its generation config, which is kept;
+    `"length"`: it was cut at `max_new_tokens`."""
     sample: int = 0
     """0, 1, ... where several completions of one prompt were drawn."""
 
@@ -70,7 +73,7 @@ class Record:
     def from_json(cls, line: str | bytes) -> Record:
         """Raises `ValueError`, `KeyError` or `TypeError` if the line is no record."""
         fields = json.loads(line)
-        if fields["finish_reason"] not in ("eos", "length"):
+        if fields["finish_reason"] not in get_args(FinishReason):
             raise ValueError(f"finish_reason is {fields['finish_reason']!r}")
         return cls(
             id=str(fields["id"]),
@@ -110,7 +113,7 @@ class Corpus(Sequence[Record]):
         return iter(self.records)
 
     def __repr__(self) -> str:
-        ended = sum(record.finish_reason == "eos" for record in self.records)
+        ended = sum(record.finish_reason != "length" for record in self.records)
         where = f", path={str(self.path)!r}" if self.path else ""
         return f"Corpus({len(self)} completions, {ended} ended by themselves{where})"
 
@@ -233,7 +236,11 @@ class CorpusWriter:
         if not settings_path(self.path).exists():
             raise SPDError(f"{self.path} exists, but its {settings_path(self.path).name} does not; give another path")
         earlier = Header.read(self.path)
-        refuse_other_settings(f"{self.path} was generated", earlier.settings, self.header.settings)
+        then, now = (
+            {name: value for name, value in settings.items() if name != NOT_APPLIED}
+            for settings in (earlier.settings, self.header.settings)
+        )
+        refuse_other_settings(f"{self.path} was generated", then, now)
         self.done, size = read_records(self.path)
         foreign = next((key for key in self.done if key not in set(self.header.order)), None)
         if foreign is not None:

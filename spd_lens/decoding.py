@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from spd_lens.corpus import Key
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.corpus import FinishReason, Key
 from spd_lens.examples import Example
+from spd_lens.model_settings import ModelSettings, Processor
 from spd_lens.models import ModelPair
-from spd_lens.sampling import Sampler, Sampling
+from spd_lens.sampling import Sampling, choose, require_finite, row_uniforms
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,28 @@ class Job:
         return self.example.id, self.sample
 
 
+@dataclass
+class Row:
+    """A completion in the making."""
+
+    job: Job
+    uniforms: Float[np.ndarray, " step"]
+    """Its noise."""
+    process: Processor | None
+    """What the model's generation config does to its logits."""
+    new_ids: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and new tokens."""
+        return self.job.prompt_ids + self.new_ids
+
+    @property
+    def position(self) -> int:
+        """Where the last of them stands."""
+        return len(self.job.prompt_ids) + len(self.new_ids) - 1
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Everything beside the model that decides which tokens come out."""
@@ -33,18 +61,43 @@ class Decoding:
     seed: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    own: ModelSettings = ModelSettings()
+    """What the model's generation config asks for beside `sampling`."""
 
-    def sampler(self, jobs: Sequence[Job]) -> Sampler:
-        return Sampler(self.sampling, [job.key for job in jobs], self.seed, self.max_new_tokens)
+    def row(self, job: Job) -> Row:
+        """A completion without a token."""
+        noise = row_uniforms(self.seed, *job.key, self.max_new_tokens)
+        return Row(job, noise, self.own.make(job.prompt_ids) if self.own.make else None)
 
-    def up_to_stop(self, ids: list[int]) -> list[int]:
-        """Through the first stop token; what follows it is padding."""
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids) - 1)
-        return ids[: end + 1]
+    def extend(self, rows: Sequence[Row], logits: Float[Tensor, "row d_vocab"]) -> None:
+        """Choose every row's next token from its logits.
+
+        Raises:
+            SPDError: the logits are not finite, or the model's generation config leaves no token to choose.
+        """
+        steps = [len(row.new_ids) for row in rows]
+        noise = torch.from_numpy(np.array([row.uniforms[step] for row, step in zip(rows, steps, strict=True)]))
+        processors = [(row.process, row.ids) for row in rows if row.process is not None]
+        if processors:  # either all rows have one or none
+            require_finite(logits.amax(dim=-1), steps)
+            logits = self.own.processed(logits, processors)
+        chosen = choose(logits, self.own.sampling or self.sampling, noise, steps)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.new_ids.append(token)
+
+    def over(self, row: Row) -> bool:
+        """Whether a row has ended by itself, or is as long as it may be."""
+        return len(row.new_ids) == self.max_new_tokens or self.reason(row.job, row.new_ids) != "length"
+
+    def reason(self, job: Job, new_ids: list[int]) -> FinishReason:
+        """Why a completion ends with these tokens, if it does."""
+        if new_ids and new_ids[-1] in self.stop_ids:
+            return "eos"
+        return "stop" if new_ids and self.own.stopped(job.prompt_ids + new_ids) else "length"
 
 
 Completions = list[tuple[Job, list[int]]]
-"""Jobs and their new token ids, through the first stop token."""
+"""Jobs and their new token ids, through what ended them."""
 
 
 def stop_tokens(pair: ModelPair) -> tuple[int, ...]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from spd_lens.decoding import Completions, Decoding, Job
+from spd_lens.decoding import Completions, Decoding, Job, Row
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import adapted
@@ -22,7 +29,6 @@ from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.products import packed
 from spd_lens.projection import folded, projected
-from spd_lens.sampling import Sampler
 from spd_lens.slots import Slots
 from spd_lens.subspace import Subspace
 
@@ -140,40 +146,30 @@ def _contiguous_unembed(pair: ModelPair) -> Iterator[None]:
         handle.remove()
 
 
-@contextlib.contextmanager
-def _plain_config(pair: ModelPair, decoding: Decoding) -> Iterator[None]:
-    """Decoding with nothing but what the settings record.
+class _Chosen(LogitsProcessor):
+    """Gives the rows that are not over their next tokens, and leaves those as the only ones possible."""
 
-    `hf.generate` fills what a config leaves out from the model's own (a repetition penalty, say), so the model's own
-    is put aside meanwhile.
-    """
-    twin: PreTrainedModel = pair.hf
-    own = twin.generation_config
-    twin.generation_config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,  # the sampler leaves one token to choose
-        eos_token_id=list(decoding.stop_ids) or None,
-        pad_token_id=pair.tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    try:
-        yield
-    finally:
-        twin.generation_config = own
-
-
-class _OneToken(LogitsProcessor):
-    """Leaves the token that the sampler chose as the only one possible."""
-
-    def __init__(self, sampler: Sampler, prompt_length: int) -> None:
-        self.sampler = sampler
-        self.prompt_length = prompt_length
+    def __init__(self, decoding: Decoding, rows: Sequence[Row]) -> None:
+        self.decoding, self.rows = decoding, rows
 
     def __call__(
         self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row d_vocab"]
     ) -> Float[Tensor, "row d_vocab"]:
-        chosen = self.sampler.choose(scores, step=input_ids.shape[1] - self.prompt_length)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+        going = [i for i, row in enumerate(self.rows) if not self.decoding.over(row)]
+        if going:
+            self.decoding.extend([self.rows[i] for i in going], scores[going])
+        chosen = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class _AllOver(StoppingCriteria):
+    """Which rows are over."""
+
+    def __init__(self, decoding: Decoding, rows: Sequence[Row]) -> None:
+        self.decoding, self.rows = decoding, rows
+
+    def __call__(self, input_ids: Int[Tensor, "row pos"], scores: Any, **kwargs: Any) -> Bool[Tensor, " row"]:
+        return torch.tensor([self.decoding.over(row) for row in self.rows], device=input_ids.device)
 
 
 @torch.no_grad()
@@ -185,24 +181,30 @@ def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> lis
     for row, job in enumerate(jobs):  # padding on the left: new tokens follow the prompt directly
         tokens[row, longest - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
         mask[row, longest - len(job.prompt_ids) :] = 1
-    with _plain_config(pair, decoding):
-        output: Any = pair.hf.generate(
-            input_ids=tokens.to(pair.device),
-            attention_mask=mask.to(pair.device),
-            logits_processor=LogitsProcessorList([_OneToken(decoding.sampler(jobs), longest)]),
-        )
-    return [decoding.up_to_stop(row) for row in output[:, longest:].tolist()]
+    rows = [decoding.row(job) for job in jobs]
+    # `generate` fills what a config leaves out from the model's own, which `decoding` has applied: a view without it
+    twin: Any = copy.copy(pair.hf)
+    twin.generation_config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,  # one token is left to choose
+        pad_token_id=pair.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    twin.generate(
+        input_ids=tokens.to(pair.device),
+        attention_mask=mask.to(pair.device),
+        logits_processor=LogitsProcessorList([_Chosen(decoding, rows)]),
+        stopping_criteria=StoppingCriteriaList([_AllOver(decoding, rows)]),
+    )
+    return [row.new_ids for row in rows]
 
 
 @torch.no_grad()
 def _complete_on_lens(pair: ModelPair, job: Job, decoding: Decoding) -> list[int]:
     """Every step runs the whole sequence: no cache, nothing that a hook could miss."""
-    sampler = decoding.sampler([job])
-    ids = list(job.prompt_ids)
-    for step in range(decoding.max_new_tokens):
-        tokens = torch.tensor([ids], device=pair.device)
+    row = decoding.row(job)
+    while not decoding.over(row):
+        tokens = torch.tensor([row.ids], device=pair.device)
         logits = lens_logits(pair.lens, tokens, torch.ones_like(tokens))
-        ids.append(int(sampler.choose(logits[:, -1].float(), step)))
-        if ids[-1] in decoding.stop_ids:
-            break
-    return ids[len(job.prompt_ids) :]
+        decoding.extend([row], logits[:, -1].float())
+    return row.new_ids

@@ -16,6 +16,7 @@ from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
 from spd_lens.engines import lens_engine, twin_engine
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, as_examples, id_text
+from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair
 from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
@@ -51,6 +52,11 @@ def generate(
     A completion depends on the seed, its prompt's id and its sample number, not on its batch or on interruptions:
     exactly so up to rounding of the logits, which in float32 does not show; in bfloat16 single tokens change with the
     batch size. The models are left as they were.
+
+    What the model's generation config asks for beside temperature, top-p and top-k (a repetition penalty, suppressed
+    tokens, stop strings, ...) is applied as `generate` of transformers applies it; what is not (beams, `do_sample:
+    false`) is named in the log. The corpus' settings hold both. `pair.hf.generation_config` is read and never written:
+    change it to have it otherwise.
 
     Args:
         pair: The model.
@@ -102,10 +108,13 @@ def generate(
     for group in groups:
         if group.subspace is not None:
             group.subspace.check(pair.hf)  # before a corpus file is begun
-    decoding = Decoding(sampling, seed, max_new_tokens, stop_tokens(pair))
+    stop_ids = stop_tokens(pair)
+    own = ModelSettings.of(pair, sampling, stop_ids)
+    decoding = Decoding(sampling, seed, max_new_tokens, stop_ids, own)
     by_prompt = subspace is not None and not isinstance(subspace, Subspace)
     settings = _settings(pair, decoding, engine, groups, by_prompt, strength, adapter)
     order = [job.key for job in jobs]
+    own.tell()
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(CorpusWriter(path, settings, order)) if path is not None else None
         done = dict(writer.done) if writer is not None else {}
@@ -200,6 +209,7 @@ def _settings(
         "adapter": None if adapter is None else adapter_digest(adapter),
         "max_new_tokens": decoding.max_new_tokens,
         **decoding.sampling.to_dict(),
+        **decoding.own.settings,
         "stop_ids": list(decoding.stop_ids),
         "seed": decoding.seed,
         # last: the first setting that differs is the one a refusal names
@@ -246,6 +256,6 @@ def _record(pair: ModelPair, job: Job, ids: list[int], decoding: Decoding) -> Re
         completion=pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         prompt_ids=tuple(job.prompt_ids),
         completion_ids=tuple(ids),
-        finish_reason="eos" if ids[-1] in decoding.stop_ids else "length",
+        finish_reason=decoding.reason(job, ids),
         sample=job.sample,
     )

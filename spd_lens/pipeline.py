@@ -8,23 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spd_lens import tasks
 from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
-from spd_lens.corpus import Corpus
+from spd_lens.corpus import NOT_APPLIED, Corpus
+from spd_lens.decoding import stop_tokens
 from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.generation import generate
+from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair, load
 from spd_lens.models.parity import Parity
 from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
-from spd_lens.rundir import Run
+from spd_lens.rundir import Folder, Run
 from spd_lens.sampling import Sampling
 from spd_lens.sandbox.executor import passes_tests
 from spd_lens.storage import write_json
@@ -121,9 +121,7 @@ def _note(record: Run, config: SPDConfig, pair: ModelPair, source: Task, targets
     record.note_once("the data of the source task", data=source.sources())
     held_out = {name: task.sources() for name, task in targets.items()}
     record.note_once("the data of the evaluation", eval_data=held_out)
-    sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
-    resolved = {"dtype": _name(pair.dtype), "device": str(pair.device), "backend": pair.backend}
-    record.note_once("the set-up", resolved={**resolved, "sampling": sampling.to_dict(), "format": pair.format.name})
+    note_set_up(record, config, pair)
     draws: Draws = {
         "calibration": {config.task: (source, config.n_calibration)},
         "train": {config.task: (source, config.n_train)},
@@ -134,6 +132,23 @@ def _note(record: Run, config: SPDConfig, pair: ModelPair, source: Task, targets
     record.note_environment()
     cards = {config.task: source.card(), **{name: task.card() for name, task in targets.items()}}
     write_json(record.path / "data_card.json", cards)
+
+
+def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
+    """What the settings were resolved to; refused where an earlier start resolved them otherwise."""
+    sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
+    own = ModelSettings.of(pair, sampling, stop_tokens(pair)).settings
+    if NOT_APPLIED in own:
+        folder.note(**{NOT_APPLIED: own.pop(NOT_APPLIED)})
+    resolved = {
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "device": str(pair.device),
+        "backend": pair.backend,
+        "sampling": sampling.to_dict(),
+        "format": pair.format.name,
+        **own,
+    }
+    folder.note_once("the set-up", resolved=resolved)
 
 
 def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
@@ -283,7 +298,3 @@ def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspa
                 forced=record.effects(name)[policy] if measured else None, **chosen[policy],
             )  # fmt: skip
             result.save(path)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,14 +20,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spd_lens.models.devices import onednn_takes
 from spd_lens.models.memory import free_memory
 
 
-def available() -> bool:
+def available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this machine's PyTorch has the product, which is what `torch.compile` calls, and it is worth calling."""
     return (
         platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
+        and onednn_takes(dtype)
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -66,12 +67,13 @@ def packed(model: nn.Module) -> Iterator[None]:
     """Linear layers multiply with copies of their weights in the order in which oneDNN reads them.
 
     For passes over a few tokens, in which that order is worth half of the time in float32 and a third in bfloat16. The
-    weights must stay as they are meanwhile, and nothing has a gradient. Where memory is short nothing changes.
+    weights must stay as they are meanwhile, and nothing has a gradient. Where memory is short, or oneDNN does not take
+    the dtype on this processor, nothing changes.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in (torch.float32, torch.bfloat16)]
-    layers = [m for m in layers if m.weight.device.type == "cpu"]
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    layers = [m for m in layers if available(m.weight.dtype)]
     size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
-    if not available() or size > free_memory(torch.device("cpu")) / 2:
+    if size > free_memory(torch.device("cpu")) / 2:
         yield
         return
     with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ from spd_lens.corpus import Record
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.fitting import in_words
+from spd_lens.model_settings import APPLIED, shown
 from spd_lens.rundir import Run
 from spd_lens.statistics import (
     difference_sentence,
@@ -44,6 +45,8 @@ def _heading(run: Run) -> str:
     config, notes = run.config, run.notes
     subspace, resolved = run.subspace, notes["resolved"]
     sampling = ", ".join(f"{key} {value}" for key, value in resolved["sampling"].items() if value is not None)
+    if APPLIED in resolved:
+        sampling += f"; of the model's own, {quoted(shown(resolved[APPLIED]))}"
     ranks = "; ".join(f"{site}: {'/'.join(map(str, subspace.ranks[site]))}" for site in subspace.sites)
     width = next(iter(subspace.bases.values())).shape[1]
     return "\n".join(
@@ -170,7 +173,7 @@ def _proof(run: Run) -> str:
     notes = run.notes
     corpus, unprojected = run.corpus, run.unprojected
     share = score_interval([float(x) for x in changed(corpus, unprojected)])
-    ended = score_interval([float(record.finish_reason == "eos") for record in corpus])
+    ended = score_interval([float(record.finish_reason != "length") for record in corpus])
     lines = ["## What shows that something happened", ""]
     if "hooks" in notes:
         firings = ", ".join(f"{site}: {n}" for site, n in notes["hooks"]["firings"].items())

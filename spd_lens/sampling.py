@@ -97,20 +97,6 @@ def row_uniforms(seed: int, prompt_id: str, sample: int, n_steps: int) -> Float[
     return (bits >> np.uint64(11)) * 2.0**-53  # the upper 53 bits, as a double
 
 
-class Sampler:
-    """Chooses the next token of every row of a batch; the same object serves both engines."""
-
-    def __init__(self, sampling: Sampling, rows: Sequence[tuple[str, int]], seed: int, n_steps: int) -> None:
-        """For a batch whose rows are completions `(prompt id, sample number)`, at most `n_steps` tokens long."""
-        self.sampling = sampling
-        noise = [row_uniforms(seed, prompt, sample, n_steps) for prompt, sample in rows]
-        self._uniforms = torch.from_numpy(np.stack(noise))
-
-    def choose(self, logits: Float[Tensor, "row d_vocab"], step: int) -> Int[Tensor, " row"]:
-        """Token ids for all rows at `step` (0 for the first new token)."""
-        return choose(logits, self.sampling, self._uniforms[:, step], [step] * len(logits))
-
-
 def choose(
     logits: Float[Tensor, "row d_vocab"], sampling: Sampling, uniforms: Float[Tensor, " row"], steps: Sequence[int]
 ) -> Int[Tensor, " row"]:
@@ -126,16 +112,21 @@ def choose(
         SPDError: the logits hold NaN, from which nothing can be drawn.
     """
     best, greedy = logits.max(dim=-1)
+    require_finite(best, steps)
+    if sampling.greedy:
+        return greedy
+    ids, weights = truncated(logits, sampling)
+    return draw(ids, weights, uniforms.to(logits.device))
+
+
+def require_finite(best: Float[Tensor, " row"], steps: Sequence[int]) -> None:
+    """Raise `SPDError` where nothing can be drawn from a row's logits, of which `best` is the largest."""
     finite = torch.isfinite(best)  # NaN and +inf win every maximum; all -inf leaves -inf
     if not finite.all():
         raise SPDError(
             f"the model's logits are not finite at new token {steps[int(finite.int().argmin())] + 1}; load it with "
             "dtype='float32' (float16 overflows in many models) or check its weights"
         )
-    if sampling.greedy:
-        return greedy
-    ids, weights = truncated(logits, sampling)
-    return draw(ids, weights, uniforms.to(logits.device))
 
 
 def draw(

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from spd_lens.decoding import Completions, Decoding, Job
+from spd_lens.decoding import Completions, Decoding, Job, Row
 from spd_lens.graphs import CudaGraphs
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import right_pad
 from spd_lens.models.twin import run_twin
-from spd_lens.sampling import choose, row_uniforms
 
 MIN_PREFIX = 64
 """Shared tokens from which on it pays to compute a common prefix once."""
@@ -34,18 +32,6 @@ _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 """Padded tokens of prompts that are read in one pass: enough that arithmetic limits, not reading the weights."""
 _SIMILAR = {"cpu": 0.9, "cuda": 0.5}
 """A prompt of less than this share of the longest is not read with it: on CUDA a pass takes longer than padding."""
-
-
-@dataclass
-class _Row:
-    job: Job
-    ids: list[int] = field(default_factory=list)
-    """New tokens so far."""
-
-    @property
-    def position(self) -> int:
-        """Where the next token to be read stands: the last new one."""
-        return len(self.job.prompt_ids) + len(self.ids) - 1
 
 
 @dataclass
@@ -110,14 +96,13 @@ class Slots:
         self._prefix = self._read([prefix], None)[0] if len(prefix) >= MIN_PREFIX and len(waiting) > 1 else None
         self._cache: SlotCache | None = None
         self._capacity = self._rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
-        self._noise = torch.zeros(self.n_slots, self.decoding.max_new_tokens, dtype=torch.float64)
         self._tokens, self._positions = torch.zeros(2, self.n_slots, dtype=torch.long, device=self._device)
         self._forward = CudaGraphs(self._logits) if self._on == "cuda" else self._logits
         with _buffers_stay_ordinary(self.model):
             yield from self._until_all_ended(waiting)
 
     def _until_all_ended(self, waiting: deque[Job]) -> Iterator[Completions]:
-        rows: list[_Row] = []
+        rows: list[Row] = []
         while waiting or rows:
             ended: Completions = []
             free = self.n_slots - len(rows)
@@ -126,18 +111,15 @@ class Slots:
             else:
                 self._step(rows)
             for slot in reversed(range(len(rows))):
-                if self._over(rows[slot]):
-                    ended.append((rows[slot].job, rows[slot].ids))
+                if self.decoding.over(rows[slot]):
+                    ended.append((rows[slot].job, rows[slot].new_ids))
                     self._vacate(rows, slot)
             if ended:
                 yield ended
 
-    def _over(self, row: _Row) -> bool:
-        return row.ids[-1] in self.decoding.stop_ids or len(row.ids) == self.decoding.max_new_tokens
-
-    def _admit(self, jobs: Sequence[Job], first: int) -> list[_Row]:
+    def _admit(self, jobs: Sequence[Job], first: int) -> list[Row]:
         """Read prompts into the slots from `first` on, and draw their first tokens."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for group in _groups(jobs, _TOKENS_AT_ONCE[self._on], _SIMILAR[self._on]):
             prompts = [list(ids) for ids in dict.fromkeys(tuple(job.prompt_ids) for job in group)]  # samples share one
             read, logits = self._read(prompts, self._prefix)
@@ -146,10 +128,9 @@ class Slots:
             places = [prompts.index(job.prompt_ids) for job in group]
             slots = slice(first + len(rows), first + len(rows) + len(group))
             self._cache.fill(slots, read, places)
-            noise = [row_uniforms(self.decoding.seed, *job.key, self.decoding.max_new_tokens) for job in group]
-            self._noise[slots] = torch.from_numpy(np.stack(noise))
-            chosen = choose(logits[places], self.decoding.sampling, self._noise[slots, 0], [0] * len(group))
-            rows += [_Row(job, [token]) for job, token in zip(group, chosen.tolist(), strict=True)]
+            admitted = [self.decoding.row(job) for job in group]
+            self.decoding.extend(admitted, logits[places])
+            rows += admitted
         return rows
 
     def _read(
@@ -175,16 +156,12 @@ class Slots:
             ).logits  # fmt: skip
         return cache, logits[0].float()
 
-    def _step(self, rows: list[_Row]) -> None:
+    def _step(self, rows: list[Row]) -> None:
         """One new token for every row."""
-        self._tokens[: len(rows)] = torch.tensor([row.ids[-1] for row in rows])
+        self._tokens[: len(rows)] = torch.tensor([row.new_ids[-1] for row in rows])
         self._positions[: len(rows)] = torch.tensor([row.position for row in rows])
         length = min(self._rounded(max(row.position for row in rows) + 1), self._capacity)
-        logits = self._forward(self._n_computed(len(rows)), length)[: len(rows)]
-        steps = [len(row.ids) for row in rows]
-        noise = self._noise[torch.arange(len(rows)), steps]
-        for row, token in zip(rows, choose(logits, self.decoding.sampling, noise, steps).tolist(), strict=True):
-            row.ids.append(token)
+        self.decoding.extend(rows, self._forward(self._n_computed(len(rows)), length)[: len(rows)])
 
     def _n_computed(self, n: int) -> int:
         """On CUDA powers of two, since a graph has one size; what empty slots compute is never read."""
@@ -214,13 +191,12 @@ class Slots:
         step = _COLUMNS[self._on]
         return -(-length // step) * step
 
-    def _vacate(self, rows: list[_Row], slot: int) -> None:
+    def _vacate(self, rows: list[Row], slot: int) -> None:
         """Take a row out; the last row moves into its slot, so that the rows in use stay together."""
         assert self._cache is not None
         last = len(rows) - 1
         if slot != last:
             self._cache.move(last, slot)
-            self._noise[slot] = self._noise[last]
             rows[slot] = rows[last]
         rows.pop()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from spd_lens.corpus import Corpus, CorpusWriter
 from spd_lens.decoding import stop_tokens
@@ -131,19 +130,6 @@ def test_a_chat_stops_at_its_end_of_turn_and_a_list_of_eos_counts(tiny_qwen2_pai
     assert cut.completion_ids == first.completion_ids[: first.completion_ids.index(first.completion_ids[4]) + 1]
 
 
-def test_the_models_own_config_gives_defaults_and_nothing_else(fresh_pair, tiny_prompts):
-    plain = made(fresh_pair, tiny_prompts, temperature=0.9, top_p=0.8, top_k=30)
-    own = GenerationConfig(
-        temperature=0.9, top_p=0.8, top_k=30, do_sample=True, repetition_penalty=5.0, no_repeat_ngram_size=2,
-        max_length=12, min_new_tokens=9, num_beams=3, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    fresh_pair.hf.generation_config = own
-    by_default = made(fresh_pair, tiny_prompts)
-    assert by_default.records == plain.records
-    assert [by_default.settings[name] for name in ("temperature", "top_p", "top_k")] == [0.9, 0.8, 30]
-    assert fresh_pair.hf.generation_config is own
-
-
 def test_settings_are_written_out(tiny_pair, tiny_prompts, tmp_path):
     corpus = made(tiny_pair, tiny_prompts[:2], path=tmp_path / "c.jsonl")
     expected = {
@@ -179,7 +165,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_pair, tiny_prompts, monkeypatc
     def cramped(slots, rows):
         if not sizes or sizes[-1] != slots.n_slots:
             sizes.append(slots.n_slots)
-        if len(rows) > room or (len(rows[0].ids) > 3 and sizes == [6, 3]):
+        if len(rows) > room or (len(rows[0].new_ids) > 3 and sizes == [6, 3]):
             raise error
         step(slots, rows)
 

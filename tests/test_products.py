@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,7 +110,7 @@ def test_turned_off_with_oneDNN(calls):
     assert not calls
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("n", [1, 3, 300])
 def test_packed_layers_compute_the_same_and_are_as_they_were_afterwards(dtype, tolerance, n):
     model = nn.Sequential(layer(dtype=dtype), nn.ReLU())
@@ -114,10 +118,44 @@ def test_packed_layers_compute_the_same_and_are_as_they_were_afterwards(dtype, t
     exact = F.relu(copy.deepcopy(model[0]).double()(rows.double()))
     before = model[0].weight.clone()
     with torch.no_grad(), packed(model):
-        assert "forward" in vars(model[0])
+        assert ("forward" in vars(model[0])) == available(dtype)
         found = model(rows)
     assert relative(found, exact) < tolerance
     assert "forward" not in vars(model[0]) and torch.equal(model[0].weight, before)
+
+
+WITHOUT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Environment in which PyTorch and oneDNN use nothing newer than AVX2."""
+
+GREEDY = """
+import sys, torch
+import spd_lens as spd
+from spd_lens.models.devices import resolve_dtype
+from spd_lens.products import available
+
+assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+assert not available(torch.bfloat16) and not available(torch.float16)
+for dtype in ("bfloat16", "float16"):
+    pair = spd.load(sys.argv[1], dtype=dtype, device="cpu")
+    prompts = ["7 * 3", "Tom has 12 apples."]
+    for record in spd.generate(pair, prompts, temperature=0.0, max_new_tokens=8, progress=False):
+        n, ids = len(record.prompt_ids), [*record.prompt_ids, *record.completion_ids]
+        with torch.no_grad():
+            logits = pair.hf(torch.tensor([ids]), use_cache=False).logits[0, n - 1 : -1].float()
+        missed = logits.amax(-1) - logits[range(len(ids) - n), ids[n:]]
+        assert missed.max() < 0.1 * logits.std(), (dtype, missed)  # the best token but for rounding
+    task = spd.tasks.get("synthetic-math", max_new_tokens=4)
+    moments = spd.extract(pair, task.calibration(2), engine="twin", progress=False)
+    spd.evaluate(pair, task, 2, subspace=moments.subspace(), progress=False)
+print("done")
+"""
+
+
+def test_half_precision_on_a_processor_without_instructions_for_it(tiny_llama_dir):
+    environment = os.environ | WITHOUT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", GREEDY, str(tiny_llama_dir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_packed_weights_are_those_of_now():

@@ -10,7 +10,18 @@ from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from spd_lens.errors import SPDError
-from spd_lens.sampling import Sampler, Sampling, draw, row_uniforms, truncated
+from spd_lens.sampling import Sampling, choose, draw, row_uniforms, truncated
+
+
+class Sampler:
+    """Tokens of a batch of completions `(prompt id, sample number)`, step by step."""
+
+    def __init__(self, sampling: Sampling, rows: list[tuple[str, int]], seed: int, n_steps: int) -> None:
+        self.sampling = sampling
+        self.noise = torch.from_numpy(np.stack([row_uniforms(seed, *row, n_steps) for row in rows]))
+
+    def choose(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        return choose(logits, self.sampling, self.noise[:, step], [step] * len(logits))
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

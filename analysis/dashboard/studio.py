@@ -162,7 +162,7 @@ class Studio:
             Said(
                 policy.name,
                 visible(text.completion),
-                text.finish_reason == "eos",
+                text.finish_reason != "length",
                 word_diff(visible(texts[0].completion), visible(text.completion)),
                 float(kl[i]),
                 probabilities[i, order].tolist(),

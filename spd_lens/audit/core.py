@@ -181,7 +181,9 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """
     if loss not in ("aligned", "full"):
         raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
-    return Audit(tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, format.name, task)
+    return Audit(
+        tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, format.name, task
+    )
 
 
 def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExample:

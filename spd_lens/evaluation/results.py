@@ -30,7 +30,7 @@ class ItemResult:
     n_tokens: int
     """Length of the completion in tokens."""
     finish_reason: str
-    """`"eos"` or `"length"`."""
+    """`"eos"`, `"stop"` (a stop string of the model's generation config) or `"length"`."""
     aligned_loss: float | None = None
     """Nats per correctness token of the gold completion; None if the item has no spans."""
     completion_loss: float | None = None

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_lens import tasks
+from spd_lens.corpus import NOT_APPLIED
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
 from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.generation import check_room, generate
+from spd_lens.model_settings import APPLIED
 from spd_lens.models import ModelPair
 from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
@@ -36,6 +38,8 @@ def evaluate(
     progress: bool = True,
 ) -> EvalResult:
     """Score the base, the projected or the fine-tuned policy on a task's test items.
+
+    Completions are greedy, under what the model's generation config asks for (see `generate`).
 
     Args:
         pair: The model.
@@ -106,6 +110,7 @@ def evaluate(
         "seed": seed,
         "max_new_tokens": limit,
         "strength": strength if subspace else None,
+        **{name: corpus.settings[name] for name in (APPLIED, NOT_APPLIED) if name in corpus.settings},
     }
     return EvalResult(policy.name, task.name, results, settings)
 

@@ -33,12 +33,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 where the hardware has matrix instructions for it, else float32."""
+    """`"auto"` is bfloat16 where the hardware has matrix instructions for it and may use them, else float32."""
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+        has_instructions = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return torch.bfloat16 if has_instructions and onednn_takes(torch.bfloat16) else torch.float32
     if name not in _DTYPES:
         raise SPDError(f"unknown dtype {name!r}; choose 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]
+
+
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype on this processor.
+
+    In bfloat16 it asks for AVX-512 or its like, which the environment may also have switched off
+    (`ONEDNN_MAX_CPU_ISA=AVX2`). PyTorch's own products take every dtype everywhere.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

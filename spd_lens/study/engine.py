@@ -13,9 +13,8 @@ from spd_lens.config import SPDConfig
 from spd_lens.digests import weights_digest
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.models import ModelPair
-from spd_lens.pipeline import decided_by, load_pair
+from spd_lens.pipeline import decided_by, load_pair, note_set_up
 from spd_lens.preflight import check_data, check_model, check_settings
-from spd_lens.sampling import Sampling
 from spd_lens.sandbox.executor import passes_tests
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.costs import Machine
@@ -123,14 +122,7 @@ def _note(
     study.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
     data = {name: task.sources() for name, task in {**targets, **sources}.items()}
     study.note_once("the data", data=data)
-    resolved = {
-        "dtype": str(pair.dtype).removeprefix("torch."),
-        "device": str(pair.device),
-        "backend": pair.backend,
-        "sampling": Sampling.resolve(pair, shared.temperature, shared.top_p, shared.top_k).to_dict(),
-        "format": pair.format.name,
-    }
-    study.note_once("the set-up", resolved=resolved)
+    note_set_up(study, shared, pair)
     if counts := left_out(pair, shared, _draws(config, sources, targets)):
         study.note_once("the choice of texts that fit", left_out=counts)
     study.note_environment()

@@ -87,7 +87,7 @@ def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:
             if (value := MEASURES[measure](item)) is not None:
                 yield item.id, measure, value
         yield item.id, "format", float(in_asked_form(task, item.completion))
-        yield item.id, "finished", float(item.finish_reason == "eos")
+        yield item.id, "finished", float(item.finish_reason != "length")
 
 
 def corpora_frame(folder: str | Path) -> pd.DataFrame:
