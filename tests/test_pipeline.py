@@ -12,10 +12,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 import spd_lens as spd
 from spd_lens.capture import extract
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.pipeline import note_set_up
+from spd_lens.report import write_summary
 from spd_lens.sites import Site
 from tests.conftest import N_CTX
 from tests.helpers import assert_same_bits, refused
@@ -191,6 +194,25 @@ def test_interrupted_between_moments_and_subspace(finished_run, tiny_settings, t
     before = (out / "moments.safetensors").stat().st_mtime_ns
     assert_same_results(spd.run(config_of(tiny_settings), out, progress=False), finished_run)
     assert (out / "moments.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_models_own_generation_config_is_in_the_notes_and_the_summary(
+    finished_run, tiny_settings, fresh_pair, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run.path, out)
+    run, config = spd.Run(out), config_of(tiny_settings)
+    fresh_pair.hf.generation_config = GenerationConfig(eos_token_id=1, num_beams=3)
+    note_set_up(run, config, fresh_pair)  # nothing that is applied differs
+    assert run.notes["generation_config_not_applied"] == {"num_beams": 3}
+    assert run.notes["resolved"] == finished_run.notes["resolved"]
+    fresh_pair.hf.generation_config = GenerationConfig(eos_token_id=1, repetition_penalty=1.2)
+    with refused("the set-up", "resolved differs"):
+        note_set_up(run, config, fresh_pair)
+    (out / "run.json").write_text(json.dumps({k: v for k, v in run.notes.items() if k != "resolved"}))
+    note_set_up(run, config, fresh_pair)
+    assert run.notes["resolved"]["generation_config"] == {"repetition_penalty": 1.2}
+    assert "of the model's own, `repetition_penalty = 1.2`" in write_summary(run)
 
 
 def test_later_versions_are_noted_beside_the_first(finished_run, tiny_settings, tmp_path):
