@@ -20,6 +20,7 @@ from spd_lens.evaluation import Policy
 from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import kl_divergence
 from spd_lens.statistics import paired_difference
 from spd_lens.subspace import Subspace
@@ -30,6 +31,7 @@ PROJECTED = "projected"
 """The control `of` the absorption that is the subspace itself; the others are random subspaces."""
 
 
+@neutrally
 @torch.no_grad()
 def absorption(
     pair: ModelPair,

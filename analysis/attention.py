@@ -16,6 +16,7 @@ from spd_lens.capture import token_gradients
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.prompts import Loss
 
 from .reading import pieces_of, spelled, tokens_of
@@ -58,6 +59,7 @@ class Attention:
         }
 
 
+@neutrally
 def attention_patterns(
     pair: ModelPair, ids: Sequence[int], layers: Sequence[int]
 ) -> Float[Tensor, "layer head dest source"]:
@@ -77,6 +79,7 @@ def attention_patterns(
     return torch.stack([cache[name][0].float().cpu() for name in names])
 
 
+@neutrally
 def attention_of(
     pair: ModelPair,
     examples: Sequence[Example],

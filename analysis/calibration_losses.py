@@ -12,12 +12,14 @@ import plotly.graph_objects as go
 from spd_lens.evaluation import Policy, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.subspace import Subspace
 
 from .style import NULL_COLOR, figure, line
 
 
+@neutrally
 def losses_under(
     pair: ModelPair,
     subspaces: Mapping[str, Sequence[Subspace]],

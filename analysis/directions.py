@@ -30,6 +30,7 @@ from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.prompts import Loss
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
@@ -52,6 +53,7 @@ MEASURES: dict[str, str] = {
 }
 
 
+@neutrally
 def read_directions(
     pair: ModelPair,
     examples: Sequence[Example],

@@ -24,6 +24,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import adapted
+from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank
 
@@ -34,6 +35,7 @@ from .shardwise import half_width, halves
 from .style import figure, line
 
 
+@neutrally
 def moments_after(
     pair: ModelPair, adapter: str | Path, examples: Sequence[Example], **settings: Any
 ) -> GradientMoments:

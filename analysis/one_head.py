@@ -17,6 +17,7 @@ from spd_lens.evaluation import Policy
 from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.sites import Site
 from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.subspace import Subspace
@@ -49,6 +50,7 @@ def only_head(subspace: Subspace, site: Site, head: int) -> Subspace:
     return replace(subspace, bases={site: alone}, ranks=ranks, singular_values={}, offset=offset)
 
 
+@neutrally
 def head_effects(
     pair: ModelPair,
     items: Sequence[Example],

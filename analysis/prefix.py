@@ -52,6 +52,7 @@ class Prefix:
     def starting_at(self, layer: int) -> Iterator[None]:
         """Skip what lies below `layer`."""
         below = self._blocks[:layer] if layer in self._layers else []
+        own = [dict(vars(block)) for block in below]
         for block in below:
             block.forward = partial(self._pass_on, block.forward)
         self._start = layer if below else None
@@ -59,8 +60,9 @@ class Prefix:
             yield
         finally:
             self._start = None
-            for block in below:
+            for block, before in zip(below, own, strict=True):
                 del block.forward  # the class's own comes back
+                vars(block).update(before)
 
     def agrees(self, forward: Callable[[], Tensor]) -> bool:
         """Whether a pass of the base model that begins at each layer gives, bit for bit, what a whole pass gives."""

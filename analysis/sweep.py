@@ -20,6 +20,7 @@ from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
 from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.rundir import Folder
 from spd_lens.statistics import paired_difference
@@ -110,6 +111,7 @@ class Sweep:
         return dict(zip(found, against, strict=True))
 
 
+@neutrally
 def sweep(
     pair: ModelPair,
     moments: GradientMoments,
@@ -164,6 +166,7 @@ def sweep(
         return Sweep(store.base, [store.get(cell) for cell in cells])
 
 
+@neutrally
 def proxies(
     pair: ModelPair, items: Sequence[Example], subspaces: Mapping[str, Subspace], *, batch_tokens: int = 1024
 ) -> dict[str, Values]:
@@ -186,6 +189,7 @@ def proxies(
     return measure(pair, items, [Policy("base"), *policies], prefix=prefix, batch_tokens=batch_tokens)
 
 
+@neutrally
 def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
     """A prefix for some first layers, if this architecture's blocks let a pass begin in the middle exactly."""
     above = set(layers) - {0}
@@ -260,6 +264,7 @@ def controls(subspace: Subspace, grid: Grid) -> list[Subspace]:
     return [subspace.random_like(grid.seed + i) for i in range(grid.n_random)]
 
 
+@neutrally
 def measure(
     pair: ModelPair,
     items: Sequence[Example],

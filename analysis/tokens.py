@@ -30,6 +30,7 @@ from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.prompts import Loss
 from spd_lens.sites import Site
 from spd_lens.statistics import mean_interval, paired_difference
@@ -44,6 +45,7 @@ from .tokens_page import text_page
 _OF = {False: "all tokens", True: "without the first token"}
 
 
+@neutrally
 def token_energy(
     pair: ModelPair,
     examples: Sequence[Example],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.neutral import neutral
 from spd_lens.sites import Site
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ TOLERANCE = 1e-6
 """Radians. Two directions that are closer count as one; extraction in float64 leaves angles of about 1e-8."""
 
 
+@neutral()
 def union(a: Subspace, b: Subspace, tolerance: float = TOLERANCE) -> Subspace:
     """The span of both, block by block.
 
@@ -41,6 +43,7 @@ def union(a: Subspace, b: Subspace, tolerance: float = TOLERANCE) -> Subspace:
     return _built(a, b, spans, "union")
 
 
+@neutral()
 def intersection(a: Subspace, b: Subspace, tolerance: float = TOLERANCE) -> Subspace:
     """The directions that both hold, block by block.
 
@@ -64,6 +67,7 @@ def intersection(a: Subspace, b: Subspace, tolerance: float = TOLERANCE) -> Subs
     return _built(a, b, spans, "intersection")
 
 
+@neutral()
 def complement(a: Subspace) -> Subspace:
     """What `a` leaves out, block by block: its projector is `I - P`. Applied around the same mean, if there is one."""
     spans: dict[Site, list[Tensor]] = {}

@@ -21,6 +21,7 @@ from spd_lens.models.attention import fastest_attention
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.memory import free_memory
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded, Loss
@@ -43,6 +44,7 @@ _ROWS = 32
 """Rows of the vocabulary in float64 at a time."""
 
 
+@neutrally
 def extract(
     pair: ModelPair,
     examples: Sequence[Example],
@@ -115,6 +117,7 @@ class TokenGradients:
     """The activation itself, in the model's dtype."""
 
 
+@neutrally
 def token_gradients(
     pair: ModelPair,
     examples: Sequence[Example],
@@ -283,7 +286,7 @@ class LensTap(Tap):
     """Captures at `hook_k` / `hook_v` of the lens model: `[batch, pos, head, d_head]`."""
 
     def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
-        super().__init__(pair.lens, pair.lens.unembed, sites)
+        super().__init__(pair.proven_lens, pair.lens.unembed, sites)
 
     def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
         return LensHook(self.model, site, keep)

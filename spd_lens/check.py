@@ -19,6 +19,7 @@ from spd_lens.capture import extract
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
 from spd_lens.models.probe import probe
 from spd_lens.models.twin import run_twin
@@ -54,6 +55,7 @@ class Check:
     """What was found, with numbers."""
 
 
+@neutrally
 def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
     """Run every check; a check that cannot run is a failed one that says why.
 
@@ -62,6 +64,7 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
     return [_guarded(name, check, pair, layers) for name, check in _CHECKS.items()]
 
 
+@neutrally
 def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str | Sequence[str]) -> None:
     """What a run relies on, on the twin alone and in about a second: run before each.
 

@@ -7,21 +7,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
-
 from spd_lens.corpus import Record
 from spd_lens.models.adapters import check_adapter
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.subspace import Subspace
 
-
-def weights_digest(model: nn.Module) -> str:
-    """Tells whether weights changed, from about 16 entries per parameter: training shows, one edited entry may not."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        digest.update(name.encode())
-        digest.update(flat[:: max(flat.numel() // 16, 1)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+__all__ = ["adapter_digest", "corpus_digest", "subspace_digest", "weights_digest"]
 
 
 def subspace_digest(subspace: Subspace) -> str:

@@ -68,7 +68,8 @@ def twin_engine(
 @contextlib.contextmanager
 def lens_engine(pair: ModelPair, decoding: Decoding, subspace: Subspace | None, strength: float) -> Iterator[Engine]:
     """The lens model, one prompt at a time, with the projection as hooks."""
-    with projected(pair.lens, subspace, strength) if subspace is not None else contextlib.nullcontext():
+    lens = pair.proven_lens
+    with projected(lens, subspace, strength) if subspace is not None else contextlib.nullcontext():
         yield lambda jobs: ([(job, _complete_on_lens(pair, job, decoding))] for job in jobs)
 
 

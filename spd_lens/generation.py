@@ -18,6 +18,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
 from spd_lens.sampling import Sampling
@@ -29,6 +30,7 @@ PerPrompt = Mapping[str, Subspace | None] | Callable[[Example], Subspace | None]
 """Which subspace each prompt is answered under, by its id or by asking; None for none."""
 
 
+@neutrally
 def generate(
     pair: ModelPair,
     prompts: Iterable[str | Example],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.neutral import neutral
 from spd_lens.numbers import plain, whole
 from spd_lens.sites import Site
 from spd_lens.storage import load_tensors, reading, save_tensors
@@ -51,6 +52,7 @@ class GradientMoments:
     """How they were taken: `loss`, `engine`, `dtype` of the model."""
 
     @classmethod
+    @neutral()
     def empty(
         cls, fingerprint: Fingerprint, sites: Iterable[Site], n_shards: int, settings: dict[str, Any]
     ) -> GradientMoments:
@@ -123,6 +125,7 @@ class GradientMoments:
             sums[name] = {site: getattr(self, name)[site] + getattr(other, name)[site] for site in self.sites}
         return replace(self, **sums)
 
+    @neutral()
     def shards(self, chosen: Sequence[int]) -> GradientMoments:
         """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
         index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
@@ -159,6 +162,7 @@ class GradientMoments:
         values = torch.linalg.eigvalsh(self.blocks(site, per_head))
         return values.flip(-1).clamp_min(0).sqrt()  # rounding leaves eigenvalues of -1e-20 where there is none
 
+    @neutral()
     def subspace(
         self,
         rank: Rank = 0.5,

@@ -71,7 +71,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     the dtype on this processor, nothing changes.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
-    layers = [m for m in layers if available(m.weight.dtype)]
+    # somebody may have put a forward of their own on a layer
+    layers = [m for m in layers if available(m.weight.dtype) and "forward" not in vars(m)]
     size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
     if size > free_memory(torch.device("cpu")) / 2:
         yield

@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
+from spd_lens.models.neutral import neutral, refuse_compiled
+from spd_lens.models.processed import refuse_processed
 from spd_lens.models.weights import SiteLayer, site_layer, twin_hook
 from spd_lens.numbers import plain
 from spd_lens.sites import Site
@@ -65,6 +67,8 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
     """
     strength = check_strength(strength)
     subspace.check(lens)
+    refuse_compiled(lens)
+    refuse_processed(lens, subspace.sites)
     projection = Projection(subspace, strength)
     hooks: list[LensHook] = []
     try:
@@ -99,18 +103,17 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
     """
     strength = check_strength(strength)
-    if subspace is None or strength == 0.0:
-        if subspace is not None:
-            subspace.check(hf)
+    if subspace is None:
         yield hf
         return
-    subspace.check(hf)
     with contextlib.ExitStack() as stack:
-        for site in subspace.sites:
-            if foldable(subspace, site):
-                stack.enter_context(_folded_site(site_layer(hf, site), subspace, site, strength))
-            else:
-                stack.callback(_hooked_site(hf, subspace, site, strength).remove)
+        with neutral():
+            subspace.check(hf)
+            for site in subspace.sites if strength else ():
+                if foldable(subspace, site):
+                    stack.enter_context(_folded_site(site_layer(hf, site), subspace, site, strength))
+                else:
+                    stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
 
 
@@ -122,10 +125,11 @@ def projected_twin(hf: nn.Module, subspace: Subspace, strength: float = 1.0) -> 
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
     """
     strength = check_strength(strength)
-    subspace.check(hf)
     with contextlib.ExitStack() as stack:
-        for site in subspace.sites:
-            stack.callback(_hooked_site(hf, subspace, site, strength).remove)
+        with neutral():
+            subspace.check(hf)
+            for site in subspace.sites:
+                stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
 
 
@@ -138,6 +142,7 @@ def foldable(subspace: Subspace, site: Site) -> bool:
     return site.kind in ("k", "v", "q") or (site.kind == "z" and site not in subspace.offset)
 
 
+@neutral()
 def fold_to(
     hf: PreTrainedModel, subspace: Subspace, directory: str | Path, strength: float = 1.0, *, tokenizer: Any = None
 ) -> Path:
@@ -194,6 +199,7 @@ def check_strength(strength: float) -> float:
 
 
 def _hooked_site(hf: nn.Module, subspace: Subspace, site: Site, strength: float) -> Any:
+    refuse_compiled(hf)
     n_heads, d_head = Fingerprint.of(hf).heads_at(site)
 
     def project(activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:

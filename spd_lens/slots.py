@@ -18,6 +18,7 @@ from spd_lens.decoding import Completions, Decoding, Job, Row
 from spd_lens.graphs import CudaGraphs
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.hooks import unembed_only
+from spd_lens.models.neutral import ordinary_buffers
 from spd_lens.models.parity import right_pad
 from spd_lens.models.twin import run_twin
 
@@ -98,8 +99,10 @@ class Slots:
         self._capacity = self._rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
         self._tokens, self._positions = torch.zeros(2, self.n_slots, dtype=torch.long, device=self._device)
         self._forward = CudaGraphs(self._logits) if self._on == "cuda" else self._logits
-        with _buffers_stay_ordinary(self.model):
+        try:
             yield from self._until_all_ended(waiting)
+        finally:
+            ordinary_buffers(self.model.modules())  # steps ran in inference mode
 
     def _until_all_ended(self, waiting: deque[Job]) -> Iterator[Completions]:
         rows: list[Row] = []
@@ -199,19 +202,6 @@ class Slots:
             self._cache.move(last, slot)
             rows[slot] = rows[last]
         rows.pop()
-
-
-@contextlib.contextmanager
-def _buffers_stay_ordinary(model: Any) -> Iterator[None]:
-    """Copy what inference mode made: rotary frequencies that depend on the length are set anew while generating, and an
-    inference tensor could not be trained with."""
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            made = {name: x for name, x in module.named_buffers(recurse=False) if x.is_inference()}
-            for name, buffer in made.items():
-                module._buffers[name] = buffer.clone()
 
 
 class SlotCache(Cache):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spd_lens.algebra import complement, intersection, union
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.neutral import neutral, without_autocast
 from spd_lens.numbers import plain, whole
 from spd_lens.sites import Site
 from spd_lens.storage import load_tensors, reading, save_tensors
@@ -86,8 +87,9 @@ class Subspace:
         mean = self.offset[site].to(x) if site in self.offset else None
         centred = x if mean is None else x - mean
         # x V first: two thin products cost 2·width·rank, forming P would cost width² per token
-        kept = einsum(centred, basis, "... block width, block width rank -> ... block rank")
-        projected = einsum(kept, basis, "... block rank, block width rank -> ... block width")
+        with without_autocast(x.device.type):
+            kept = einsum(centred, basis, "... block width, block width rank -> ... block rank")
+            projected = einsum(kept, basis, "... block rank, block width rank -> ... block width")
         projected = projected if mean is None else projected + mean
         mixed = projected if strength == 1.0 else torch.lerp(x, projected, strength)
         return mixed.reshape(activation.shape).to(activation.dtype)
@@ -97,6 +99,7 @@ class Subspace:
         basis = self.bases[site]
         return basis @ basis.mT
 
+    @neutral()
     def affine(
         self, site: Site, strength: float = 1.0
     ) -> tuple[Float[Tensor, "block width width"], Float[Tensor, "block width"]]:
@@ -137,6 +140,7 @@ class Subspace:
             parts[name] = {site: value for site, value in getattr(self, name).items() if site in chosen}
         return replace(self, **parts)
 
+    @neutral()
     def random_like(self, seed: int) -> Subspace:
         """Uniformly random directions with the same blocks and ranks: the control that any claim needs beside it."""
         seed = whole("seed", seed, least=None)
@@ -162,6 +166,7 @@ class Subspace:
         """What it leaves out: `algebra.complement`."""
         return complement(self)
 
+    @neutral()
     def check(self, model: nn.Module) -> None:
         """Raise `SPDError` if this is not a subspace of `model` (lens model or twin)."""
         mine = Fingerprint.of(model)

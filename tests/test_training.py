@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -392,3 +394,76 @@ def test_two_trainings_in_one_place_are_refused(tiny_pair, fresh_pair, corpus, t
     monkeypatch.setattr(CorpusTrainer, "train", meanwhile)
     with pytest.raises(ZeroDivisionError):
         trained(tiny_pair, corpus, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_pair, corpus, tmp_path_factory) -> Path:
+    """A training of one epoch in a process of its own."""
+    return trained(tiny_pair, corpus, tmp_path_factory.mktemp("undisturbed") / "out", epochs=1)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"},
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+        {"ACCELERATE_USE_MEGATRON_LM": "true"},
+        {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        {"ACCELERATE_TORCH_DEVICE": "cuda:3"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500"},
+        {"PMI_SIZE": "4", "PMI_RANK": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        {"WANDB_PROJECT": "mine", "MLFLOW_TRACKING_URI": "http://localhost:1", "TORCHDYNAMO_DISABLE": "1"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_no_variable_changes_what_a_seed_names(tiny_pair, corpus, undisturbed, tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    own = dict(os.environ)
+    found = trained(tiny_pair, corpus, tmp_path / "found", epochs=1)
+    assert dict(os.environ) == own
+    assert same(weights(found), weights(undisturbed))
+
+
+def test_the_callers_own_accelerator_stays_theirs(tiny_pair, corpus, undisturbed, tmp_path):
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=4)
+    try:
+        found = trained(tiny_pair, corpus, tmp_path / "found", epochs=1)
+        assert accelerator.mixed_precision == "bf16"
+        assert accelerator.gradient_accumulation_steps == 4
+        assert same(weights(found), weights(undisturbed))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_a_process_group_of_the_callers_is_left_alone(tiny_pair, corpus, undisturbed, tmp_path):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert same(weights(trained(tiny_pair, corpus, tmp_path / "found", epochs=1)), weights(undisturbed))
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_gradients_that_were_left_on_the_twin_are_not_trained_with(fresh_pair, corpus, tmp_path):
+    plain = {
+        method: trained(fresh_pair, corpus, tmp_path / f"plain-{method}", method=method, epochs=1)
+        for method in ("lora", "full")
+    }
+    fresh_pair.hf.requires_grad_(True)
+    for parameter in fresh_pair.hf.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    for method, before in plain.items():
+        found = trained(fresh_pair, corpus, tmp_path / f"found-{method}", method=method, epochs=1)
+        [file] = [path.name for path in before.glob("*.safetensors")]
+        assert (found / file).read_bytes() == (before / file).read_bytes()
+    assert all(parameter.requires_grad for parameter in fresh_pair.hf.parameters())
+    assert all((parameter.grad == 1e3).all() for parameter in fresh_pair.hf.parameters())

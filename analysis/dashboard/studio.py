@@ -17,6 +17,7 @@ from spd_lens.evaluation import Policy
 from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import kl_divergence
 from spd_lens.models.twin import run_twin
 from spd_lens.moments import GradientMoments
@@ -175,7 +176,7 @@ class Studio:
     @torch.no_grad()
     def _next_logits(self, policy: Policy, prompt: Example) -> Float[Tensor, " d_vocab"]:
         ids = torch.tensor([self.pair.prompt_ids(prompt)], device=self.pair.device)
-        with policy.applied(self.pair) as model:
+        with neutral(*self.pair.models), policy.applied(self.pair) as model:
             logits: Tensor = run_twin(model, ids, use_cache=False).logits[0, -1]
         return logits.double().cpu()
 

@@ -12,8 +12,10 @@ from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 
 
+@neutrally
 @torch.no_grad()
 def most_likely(
     pair: ModelPair,

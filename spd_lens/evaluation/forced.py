@@ -19,6 +19,7 @@ from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example, worked_examples
 from spd_lens.models import ModelPair
 from spd_lens.models.hooks import unembed_only
+from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded
 from spd_lens.models.twin import run_twin
@@ -63,6 +64,7 @@ class ForcedBatch:
         return cls(tokens, mask, row, target - 1, tokens[row, target], scored)
 
 
+@neutrally
 @torch.no_grad()
 def teacher_forced(
     pair: ModelPair,

@@ -15,12 +15,14 @@ from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.generation import check_room, generate
 from spd_lens.model_settings import APPLIED
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
 
+@neutrally
 def evaluate(
     pair: ModelPair,
     task: Task | str,

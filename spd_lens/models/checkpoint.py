@@ -69,6 +69,11 @@ def check_whole(twin: nn.Module) -> None:
             f"{type(twin).__name__} carries a PEFT adapter; merge it (model.merge_and_unload()), load the adapter's "
             "directory with spd_lens.load, or give the model without it and pass adapter= where you want it"
         )
+    if not isinstance(twin, PreTrainedModel):
+        raise SPDError(
+            f"{type(twin).__name__} is not a model of transformers; give the model itself, which wrappers for several "
+            "devices or processes keep as .module"
+        )
 
 
 def _quantisation(directory: Path) -> bool:

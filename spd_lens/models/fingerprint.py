@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
 from spd_lens.models.architectures import n_kv_heads
+from spd_lens.models.neutral import neutral
 from spd_lens.sites import Site
 
 _SAMPLES = 64
@@ -34,6 +36,7 @@ class Fingerprint:
     """64 entries of the embedding matrix at fixed places, scaled to unit norm."""
 
     @classmethod
+    @neutral()
     def of(cls, model: Any) -> Fingerprint:
         """Of a HookedTransformer, a TransformerBridge or a transformers model."""
         n_layers, d_model, n_heads, n_kv_heads, d_head = _shape(model)
@@ -72,6 +75,17 @@ class Fingerprint:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Fingerprint:
         return cls(**{**fields, "sample": tuple(fields["sample"])})
+
+
+@neutral()
+def weights_digest(model: nn.Module) -> str:
+    """Tells whether weights changed, from about 16 entries per parameter: training shows, one edited entry may not."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(flat.numel() // 16, 1)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _shape(model: Any) -> tuple[int, int, int, int, int]:

@@ -29,6 +29,8 @@ class LensHook:
         self._point = lens.hook_dict[site.hook_name]
         self._point.add_hook(lambda activation, hook: function(activation))
         self._handle = self._point.fwd_hooks[-1]
+        # TransformerLens wraps the function: let it be known as one of this library's all the same
+        self._point._forward_hooks[self._handle.hook.id].__module__ = __name__
 
     @property
     def attached(self) -> bool:

@@ -17,6 +17,8 @@ from spd_lens.models import parity
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import Backend, NoLens, lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.neutral import neutral
+from spd_lens.models.processed import remember
 from spd_lens.models.proof import beyond, parity_at, regimes, rows_that_fit
 from spd_lens.models.twin import in_float32, run_twin
 
@@ -50,6 +52,12 @@ class ProvenLens:
         Raises:
             NoLens: no backend takes the model and agrees with the twin at that length.
         """
+        if self.model is not None and length <= self.proven:
+            return self.model
+        with neutral(self._twin, *([] if self.model is None else [self.model])):
+            return self._first_that_agrees(length)
+
+    def _first_that_agrees(self, length: int) -> Any:
         while True:
             try:
                 if self.model is None:
@@ -71,7 +79,8 @@ class ProvenLens:
     def check_logits(self, model: nn.Module) -> torch.Tensor:
         """Logits of either model on the short check texts."""
         forward = partial(lens_logits, model) if hasattr(model, "hook_dict") else partial(_twin_logits, model)
-        return parity.check_logits(forward, self._tokenizer, self._twin.device)
+        with neutral(model):
+            return parity.check_logits(forward, self._tokenizer, self._twin.device)
 
     def _build(self) -> None:
         with self._explained():
@@ -79,6 +88,7 @@ class ProvenLens:
         try:
             self._require(self._short(self._twin, self.model), "on short texts")
             self._prove_conversion()
+            remember(self.model, self._twin)
         except Exception:
             self.drop()
             raise

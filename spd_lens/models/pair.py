@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.models import adapters, hub, parity
+from spd_lens.models import adapters, hub, parity, processed
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import NoLens, choose_backends
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.launchers import single_process
 from spd_lens.models.lens import ProvenLens
+from spd_lens.models.neutral import neutral, neutrally
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
 from spd_lens.models.tokenizer import read_tokenizer
@@ -53,6 +55,7 @@ class ModelPair:
             SPDError: its weights are quantised or lie on several devices; its architecture is not in the table, and its
                 heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
+        hf = getattr(hf, "_orig_mod", hf)  # torch.compile puts itself around the model
         check_whole(hf)
         backends = choose_backends(backend)
         self.format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking)
@@ -66,10 +69,16 @@ class ModelPair:
         self.asked_backend = backend
         """As it was given: `"auto"` may stand for either backend."""
         self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
-        probe_unknown(self.hf, tokenizer, self.sites())
+        with neutral(self.hf):
+            probe_unknown(self.hf, tokenizer, self.sites())
 
     def __repr__(self) -> str:
         return f"ModelPair({self.name!r}, {self.backend}, {_name(self.dtype)}, {self.device})"
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The twin, and the lens model where it has been built."""
+        return (self.hf,) if self._lens.model is None else (self.hf, self._lens.model)
 
     @property
     def lens(self) -> Any:
@@ -95,6 +104,13 @@ class ModelPair:
     def proven_length(self) -> int:
         """Longest text in tokens on which the lens model that is here was compared with the twin; 0 for none."""
         return self._lens.proven
+
+    @property
+    def proven_lens(self) -> Any:
+        """The lens model to measure on: compared with the twin again if one of them was written to."""
+        if not processed.is_as_built(self.lens):
+            self._require(self._parity())
+        return self.lens
 
     @property
     def has_lens(self) -> bool:
@@ -171,6 +187,7 @@ class ModelPair:
                 f"{limit} tokens of {self.name}{lens} shorten it or leave it out (--too-long drop does, and counts)"
             )
 
+    @neutrally
     def sync(self, to: str, adapter: str | Path | None = None) -> parity.Parity:
         """Bring weights from one model to the other, and prove that they arrived.
 
@@ -192,19 +209,37 @@ class ModelPair:
             return self._sync_to_twin()
         raise SPDError(f"sync goes to 'lens' or to 'twin', not to {to!r}")
 
+    @neutrally
     def check(self) -> parity.Parity:
         """Compare lens model and twin on short texts; an error if they disagree beyond their dtype's tolerance."""
-        result = parity.Parity.between(self.check_logits(self.hf), self.check_logits(self.lens))
-        parity.require(
-            result,
-            self.dtype,
-            f"lens model and twin of {self.name}",
-            "bring them together with pair.sync(to='lens') or pair.sync(to='twin')",
-        )
+        result = self._parity()
+        if result.shifted(self.dtype):
+            raise SPDError(
+                f"the lens model of {self.name} predicts what its twin does (KL {result.kl:.2g} nats), but its logits "
+                f"are others by {result.logits:.2g} of their spread: {processed.INSTEAD}"
+            )
+        self._require(result)
         return result
+
+    @neutrally
+    def _parity(self) -> parity.Parity:
+        processed.refuse_processed(self.lens, self.sites("all"))
+        return parity.Parity.between(self.check_logits(self.hf), self.check_logits(self.lens))
+
+    def _require(self, result: parity.Parity) -> None:
+        if not result.shifted(self.dtype):
+            parity.require(
+                result,
+                self.dtype,
+                f"lens model and twin of {self.name}",
+                "bring them together with pair.sync(to='lens') or pair.sync(to='twin')",
+            )
+        processed.remember(self.lens, self.hf)
 
     def _sync_to_lens(self, adapter: str | Path | None) -> parity.Parity:
         lens = self.lens
+        if processed.is_processed(lens):
+            raise SPDError(f"the lens model of {self.name} cannot take the twin's weights: {processed.INSTEAD}")
         if adapter is None:
             self._lens.backend.write(lens, self.hf)
             return self.check()
@@ -223,6 +258,7 @@ class ModelPair:
                 f"but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
                 "the adapted twin; load the pair with dtype='float32' (the lens model has the twin's weights again)"
             )
+        processed.remember(lens, self.hf)
         return result
 
     def _sync_to_twin(self) -> parity.Parity:
@@ -240,6 +276,8 @@ class ModelPair:
         return self._lens.check_logits(model)
 
 
+@neutral()
+@single_process()
 def load(
     model: str = DEFAULT_MODEL,
     *,

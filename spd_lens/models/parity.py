@@ -60,6 +60,11 @@ class Parity:
         logits, kl = _tolerance(allowed)
         return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
 
+    def shifted(self, dtype: torch.dtype) -> bool:
+        """Whether predictions agree where logits do not: a softmax does not see what is added to all of them."""
+        logits, kl = TOLERANCE[dtype]
+        return self.kl <= kl and self.logits > logits
+
     def against(self, allowed: torch.dtype | Tolerance) -> str:
         """What was found, beside what is allowed."""
         logits, kl = _tolerance(allowed)

@@ -22,6 +22,8 @@ from spd_lens.digests import corpus_digest, weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.launchers import single_process
+from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import plain, whole
 from spd_lens.products import fast_products, recomputed_alike
 from spd_lens.training.passes import needs_checkpointing
@@ -70,6 +72,8 @@ class TrainingSettings:
         require(self.weight_decay >= 0, "weight_decay", "at least 0")
 
 
+@neutrally
+@single_process()
 def finetune(
     pair: ModelPair,
     corpus: Corpus,
@@ -163,7 +167,7 @@ def finetune(
     place = TrainingPlace(default_place(corpus) if out is None else Path(out))
     if resume and place.finished(identity):
         return place.directory
-    with place.working(identity, resume), isolated_random(pair.device, settings.seed), on_device(pair.device):
+    with place.working(identity, resume), isolated_random(settings.seed), on_device(pair.device):
         start = time.monotonic()
         with _trainable(pair, settings) as model:
             if gradient_checkpointing is None:

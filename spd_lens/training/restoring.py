@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from spd_lens.models.neutral import random_kept
+
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
@@ -19,7 +21,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     Weights are not copied: only what is added inside may be trained.
     """
     attributes = [(module, _snapshot(vars(module))) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     config: Any = model.config
     config_fields = dict(vars(config))
     try:
@@ -31,9 +33,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             for table, content in tables:  # the same dictionaries, as others may hold them
                 table.clear()
                 table.update(content)
-        for parameter, flag in flags:
+        for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
         vars(config).clear()
         vars(config).update(config_fields)
 
@@ -44,18 +46,13 @@ def _snapshot(fields: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[dict[A
 
 
 @contextlib.contextmanager
-def isolated_random(device: torch.device, seed: int) -> Iterator[None]:
+def isolated_random(seed: int) -> Iterator[None]:
     """Seeds the global generators, which PEFT and Trainer draw from, and puts them back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with random_kept():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

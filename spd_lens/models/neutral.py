@@ -1,0 +1,281 @@
+"""PyTorch's own defaults around whatever is computed, however the process and the models were left.
+
+A notebook leaves a model in training mode, autocast open, gradients off, another default dtype or device; a script
+compiles a model or enables gradient checkpointing. None of that may change a number, and none of it is changed: what
+was found is there again afterwards. Every function that runs a model does so inside `neutral`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from spd_lens.errors import SPDError
+from spd_lens.models.foreign_hooks import watched
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FLAGS = (
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+)
+"""Settings of products on CUDA, and PyTorch's defaults."""
+_ATTENTIONS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.OVERRIDEABLE,
+]
+"""All kernels of scaled dot product attention, in PyTorch's order."""
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def neutral(*models: nn.Module) -> Iterator[None]:
+    """While open, PyTorch computes as in a fresh process, and the models as for inference; then all is as it was.
+
+    Gradients can be taken, autocast is closed, inference mode left, new tensors are float32 on the CPU, products are
+    exact to their dtype, and nothing drawn inside is missing from the global random generators afterwards. The models
+    are in evaluation mode, frozen, neither compiled nor checkpointed. Contexts nest. Not to be left open across a
+    `yield` to a caller, who would be in it too.
+
+    Raises:
+        SPDError: a mode of PyTorch's is open under which numbers may be others; a model has hooks that change what it
+            computes, layers behind `torch.compile`, or weights made in inference mode.
+    """
+    inside: frozenset[int] = getattr(_local, "inside", frozenset())
+    new = [model for model in models if id(model) not in inside]
+    with contextlib.ExitStack() as stack:
+        if not inside:
+            _refuse_modes()
+            for context in (random_kept, _modes, _products, _attention_kernels):
+                stack.enter_context(context())
+        for model in new:
+            stack.enter_context(_as_for_inference(model))
+            stack.enter_context(watched(model))
+        _local.inside = inside | {id(_local), *map(id, new)}
+        try:
+            yield
+        finally:
+            _local.inside = inside
+
+
+def neutrally(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function whose first argument is a `ModelPair` (or a method of it) run inside `neutral`.
+
+    A generator runs in it from each `yield` to the next, so that who takes what it yields is not in it.
+    """
+
+    def pair_of(*args: Any, **kwargs: Any) -> Any:
+        pair = args[0] if args else kwargs.get("pair")
+        if not hasattr(pair, "models"):
+            raise SPDError(f"{function.__name__} takes a ModelPair, as spd_lens.load makes one, not {pair!r}")
+        return pair
+
+    @functools.wraps(function)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> R:
+        with neutral(*pair_of(*args, **kwargs).models):
+            return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def stepwise(*args: P.args, **kwargs: P.kwargs) -> Any:
+        pair, steps = pair_of(*args, **kwargs), function(*args, **kwargs)
+        assert isinstance(steps, Generator)
+        with contextlib.closing(steps):
+            while True:
+                with neutral(*pair.models):
+                    try:
+                        found = next(steps)
+                    except StopIteration:
+                        return
+                yield found
+
+    return stepwise if inspect.isgeneratorfunction(function) else whole
+
+
+def in_neutral(model: nn.Module) -> bool:
+    """Whether `neutral` is open on this model, so that it is not compiled."""
+    return id(model) in getattr(_local, "inside", frozenset())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `module.compile()` runs this very module: a hook inside may have no effect then."""
+    forward = vars(module).get("forward")
+    return (
+        "_orig_mod" in module._modules
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
+
+
+def _is_compiled_method(module: nn.Module) -> bool:
+    """After `module.forward = torch.compile(module.forward)`."""
+    original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    return getattr(original, "__func__", None) is type(module).forward
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise `SPDError` if hooks on the model may have no effect."""
+    if in_neutral(model):
+        return
+    found = next((name or "the model itself" for name, module in model.named_modules() if is_compiled(module)), None)
+    if found is not None:
+        raise SPDError(
+            f"{found} is compiled (torch.compile), and a compiled model may not notice hooks, so the projection would "
+            "have no effect; use the model as it was before, or work inside `with torch.compiler.set_stance"
+            "('force_eager')` on a model that was compiled in place"
+        )
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Products in the dtype of what is multiplied."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def random_kept() -> Iterator[None]:
+    """Afterwards the global random generators are where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _modes() -> Iterator[None]:
+    """Gradients possible; no autocast; new tensors float32 on the CPU; determinism asked for, but nothing refused."""
+    dtype, stance = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            stack.enter_context(without_autocast(kind))
+        if any(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        if stance and not warn_only:
+            stack.callback(torch.use_deterministic_algorithms, True)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+
+
+@contextlib.contextmanager
+def _products() -> Iterator[None]:
+    """Products exact to their dtype: no TF32, no bfloat16 in their place."""
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    own = [(backend, backend.fp32_precision) for backend in backends]
+    with contextlib.ExitStack() as stack:
+        for where, name, default in _FLAGS:
+            stack.callback(setattr, where, name, getattr(where, name))
+            setattr(where, name, default)
+        if {value for _, value in own} - {"none", "ieee"} or torch.backends.fp32_precision not in ("none", "ieee"):
+            for backend, value in own:  # called after the older setting's, which sets these too
+                stack.callback(setattr, backend, "fp32_precision", value)
+            with contextlib.suppress(RuntimeError):  # it refuses to say where the newer settings were used
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
+
+
+@contextlib.contextmanager
+def _attention_kernels() -> Iterator[None]:
+    """All kernels of scaled dot product attention, in PyTorch's order."""
+    order = torch._C._get_sdp_priority_order()
+    usual = [int(kernel) for kernel in _ATTENTIONS]
+    with contextlib.ExitStack() as stack:
+        if order != usual:
+            stack.callback(torch._C._set_sdp_priority_order, order)
+            torch._C._set_sdp_priority_order(usual)
+        stack.enter_context(sdpa_kernel(_ATTENTIONS))
+        yield
+
+
+@contextlib.contextmanager
+def _as_for_inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, frozen weights, no gradient checkpointing, nothing compiled, ordinary buffers."""
+    modules = list(model.modules())
+    _refuse_wrapped(model)
+    # by attribute: train() of a subclass may do more than set it
+    training = [module for module in modules if module.training]
+    checkpointed: list[Any] = [module for module in modules if vars(module).get("gradient_checkpointing")]
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    # of its own class again, not called eagerly: copies of the model would call this one's
+    forwards = [(module, vars(module).pop("forward")) for module in modules if _is_compiled_method(module)]
+    eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modules)) else contextlib.nullcontext()
+    ordinary_buffers(modules)
+    try:
+        for module in training:
+            module.training = False
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        for weight in trainable:
+            weight.requires_grad_(False)
+        with eager:
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+        for module, forward in forwards:
+            vars(module)["forward"] = forward
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
+def ordinary_buffers(modules: Iterable[nn.Module]) -> None:
+    """Copy buffers that were set in inference mode, as rotary frequencies that depend on the length are: autograd takes
+    no inference tensor."""
+    for module in modules:
+        made = {name: x for name, x in module.named_buffers(recurse=False) if x.is_inference()}
+        for name, buffer in made.items():
+            module._buffers[name] = buffer.clone()
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise SPDError(
+                f"{name} of {type(model).__name__} was put behind torch.compile, which changes the names of its "
+                "weights; compile it in place (layer.compile()), or leave it as it was"
+            )
+    for name, weight in model.named_parameters():
+        if weight.is_inference():
+            raise SPDError(
+                f"{name} of {type(model).__name__} was made inside torch.inference_mode(), so that no gradient can "
+                "pass it; make or load the model outside of it"
+            )
+
+
+def _refuse_modes() -> None:
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    for mode in modes:
+        if not isinstance(mode, DeviceContext):
+            raise SPDError(
+                f"a {type(mode).__name__} is open, through which every operation of PyTorch would pass; close it "
+                "around calls of spd_lens (to measure them, torch.profiler works)"
+            )
