@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
+from spd_lens.models.hooks import named_parts
 
 _TABLES = {
     "_forward_pre_hooks": lambda passed: passed if len(passed) > 1 else passed[0],
@@ -28,7 +29,7 @@ def watched(model: nn.Module) -> Iterator[None]:
     One that only looks, to count passes or to keep activations, works as ever.
     """
     put = []
-    for name, module in model.named_modules():
+    for name, module in named_parts(model).items():
         for attribute, replaceable in _TABLES.items():
             table = getattr(module, attribute)
             for key, hook in table.items():

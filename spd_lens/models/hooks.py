@@ -43,6 +43,16 @@ class LensHook:
         self._handle.hook.remove()
 
 
+def named_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by name. A TransformerBridge keeps some of the model that it wraps outside of its own tree."""
+    inner = getattr(model, "original_model", None)
+    wrapped = [] if inner is None else [(f"original_model.{name}", part) for name, part in inner.named_modules()]
+    parts: dict[nn.Module, str] = {}
+    for name, part in (*model.named_modules(), *wrapped):
+        parts.setdefault(part, name)
+    return {name: part for part, name in parts.items()}
+
+
 @contextlib.contextmanager
 def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Iterator[None]:
     """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`.

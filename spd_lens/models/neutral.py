@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from spd_lens.errors import SPDError
 from spd_lens.models.foreign_hooks import watched
+from spd_lens.models.hooks import named_parts
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -134,7 +135,7 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise `SPDError` if hooks on the model may have no effect."""
     if in_neutral(model):
         return
-    found = next((name or "the model itself" for name, module in model.named_modules() if is_compiled(module)), None)
+    found = next((name or "the model itself" for name, part in named_parts(model).items() if is_compiled(part)), None)
     if found is not None:
         raise SPDError(
             f"{found} is compiled (torch.compile), and a compiled model may not notice hooks, so the projection would "
@@ -186,13 +187,13 @@ def _modes() -> Iterator[None]:
 @contextlib.contextmanager
 def _products() -> Iterator[None]:
     """Products exact to their dtype: no TF32, no bfloat16 in their place."""
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    own = [(backend, backend.fp32_precision) for backend in backends]
+    backends: Any = torch.backends
+    own = [(backend, backend.fp32_precision) for backend in (backends.mkldnn.matmul, backends.cuda.matmul)]
     with contextlib.ExitStack() as stack:
         for where, name, default in _FLAGS:
             stack.callback(setattr, where, name, getattr(where, name))
             setattr(where, name, default)
-        if {value for _, value in own} - {"none", "ieee"} or torch.backends.fp32_precision not in ("none", "ieee"):
+        if {value for _, value in own} - {"none", "ieee"} or backends.fp32_precision not in ("none", "ieee"):
             for backend, value in own:  # called after the older setting's, which sets these too
                 stack.callback(setattr, backend, "fp32_precision", value)
             with contextlib.suppress(RuntimeError):  # it refuses to say where the newer settings were used
@@ -205,7 +206,7 @@ def _products() -> Iterator[None]:
 def _attention_kernels() -> Iterator[None]:
     """All kernels of scaled dot product attention, in PyTorch's order."""
     order = torch._C._get_sdp_priority_order()
-    usual = [int(kernel) for kernel in _ATTENTIONS]
+    usual = [int(kernel) for kernel in _ATTENTIONS]  # type: ignore[call-overload]  # pybind's enums are integers
     with contextlib.ExitStack() as stack:
         if order != usual:
             stack.callback(torch._C._set_sdp_priority_order, order)
@@ -217,8 +218,8 @@ def _attention_kernels() -> Iterator[None]:
 @contextlib.contextmanager
 def _as_for_inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, frozen weights, no gradient checkpointing, nothing compiled, ordinary buffers."""
-    modules = list(model.modules())
     _refuse_wrapped(model)
+    modules = list(named_parts(model).values())
     # by attribute: train() of a subclass may do more than set it
     training = [module for module in modules if module.training]
     checkpointed: list[Any] = [module for module in modules if vars(module).get("gradient_checkpointing")]
@@ -257,7 +258,7 @@ def ordinary_buffers(modules: Iterable[nn.Module]) -> None:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+    for name, module in named_parts(model).items():
         if "_orig_mod" in module._modules:
             raise SPDError(
                 f"{name} of {type(model).__name__} was put behind torch.compile, which changes the names of its "

@@ -121,9 +121,9 @@ def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
     """Of a lens model that was made elsewhere: key biases and not one value bias means that those were folded."""
     for layer in {site.layer for site in sites if site.kind == "v"}:
         attention = getattr(lens.blocks[layer], "attn", None)
-        keys, values = (getattr(attention, name, None) for name in ("b_K", "b_V"))
-        both = isinstance(keys, Tensor) and isinstance(values, Tensor)
-        if both and keys.any() and not values.any():
+        keys, values = getattr(attention, "b_K", None), getattr(attention, "b_V", None)
+        biases = [bias.any() for bias in (keys, values) if isinstance(bias, Tensor)]
+        if len(biases) == 2 and biases[0] and not biases[1]:
             raise SPDError(f"this lens model has key biases, but no value biases at layer {layer}: {INSTEAD}")
 
 
