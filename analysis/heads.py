@@ -27,7 +27,7 @@ from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
-from spd_lens.storage import write_text
+from spd_lens.storage import is_made, write_text
 from spd_lens.subspace import resolve_rank
 
 from .attention import attention_of
@@ -185,7 +185,7 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
     """Moments at all layers of the same prompts with other examples' answers: extracted once."""
     path = subject.folder / f"moments-all-layers-shuffled-{seed}.safetensors"
     config = subject.run.config
-    if not path.exists():
+    if not is_made(path, GradientMoments.load):
         try:
             wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
         except SPDError as error:

@@ -21,7 +21,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.pipeline import load_pair, make_tasks
 from spd_lens.rundir import Run
 from spd_lens.sites import Site
-from spd_lens.storage import read_json, write_json, write_text
+from spd_lens.storage import is_made, read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -110,7 +110,7 @@ class Subject:
     def moments_everywhere(self) -> GradientMoments:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
         path = self.folder / "moments-all-layers.safetensors"
-        if not path.exists():
+        if not is_made(path, GradientMoments.load):
             config = self.run.config
             log.info("extracting gradients at all layers of %s", self.pair.name)
             extract(

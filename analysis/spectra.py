@@ -19,6 +19,7 @@ from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.statistics import difference_sentence
+from spd_lens.storage import is_made
 
 from . import spectra_figures as draw
 from .inputs import Subject, subjects
@@ -41,7 +42,7 @@ __all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_diffe
 def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) -> GradientMoments:
     """Moments of the run's calibration examples with shuffled answers: extracted once, kept in `analysis/`."""
     path = subject.folder / f"moments-shuffled-{seed}.safetensors"
-    if not path.exists():
+    if not is_made(path, GradientMoments.load):
         config = subject.run.config
         layers = sorted({site.layer for site in moments.sites})
         wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))

@@ -274,7 +274,8 @@ def print_report(pair: ModelPair, console: Console, *, as_json: bool = False, pr
         record = {"model": pair.name, "passed": passed, "checks": [asdict(check) for check in checks]}
         if prompt is not None:
             record["tokens"] = [{"position": n, "id": id, "text": text} for n, id, text in tokens]
-        console.print(json.dumps(record, ensure_ascii=False), highlight=False, markup=False)
+        text = json.dumps(record, ensure_ascii=not console.encoding.startswith("utf"))
+        console.print(text, highlight=False, markup=False)
         return passed
     table = Table(title=Text(f"check of {pair.name}"))
     for column in ("", "check", "found"):

@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from spd_lens.cli_options import with_settings
 from spd_lens.config import DEFAULT_MODEL, DEMO, SPDConfig
 from spd_lens.console import set_up_logging, start
+from spd_lens.publishing import check_writable
 
 app = typer.Typer(
     help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
@@ -48,7 +49,7 @@ def run_command(
 ) -> None:
     """Calibrate, generate, fine-tune and evaluate. Started again, it continues."""
     if show_config:
-        sys.stdout.write(config.to_yaml())
+        sys.stdout.write(config.to_yaml(ascii=not Console().encoding.startswith("utf")))
         return
     _run(config, out, quiet)
 
@@ -118,6 +119,7 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
     from spd_lens.pipeline import load_pair, make_tasks
     from spd_lens.preflight import check_settings, check_subspace
 
+    check_writable(out, directory=True)
     source, _ = make_tasks(config)
     check_settings(config)
     source.calibration(config.n_calibration, config.data_seed)  # refused before the model is read
@@ -212,6 +214,7 @@ def evaluate_command(
     from spd_lens.preflight import check_settings
     from spd_lens.subspace import Subspace
 
+    check_writable(out)
     source, _ = make_tasks(config)
     check_settings(config)
     n = config.n_test(config.task)
@@ -242,6 +245,8 @@ def spans_command(
     set_up_logging(quiet=True)
     from spd_lens.audit.command import show_spans
 
+    if html is not None:
+        check_writable(html)
     show_spans(config, task, split, n, html, show, Console())
 
 
@@ -256,6 +261,8 @@ def compare_command(
     from spd_lens.rundir import Run
     from spd_lens.storage import write_text
 
+    if out is not None:
+        check_writable(out)
     runs = [[Run.open(path.strip()) for path in side.split(",")] for side in (first, second)]
     table = comparison_table(compare(*runs), first, second)
     if out is not None:
@@ -306,6 +313,7 @@ def dashboard_command(
     if serve:
         dashboard.serve(runs, port=port)
         return
+    check_writable(out)
     written = dashboard.write_dashboard(runs, out)
     Console().print(f"written to {written}", highlight=False, markup=False)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from spd_lens.errors import SPDError
 from spd_lens.numbers import plain
 from spd_lens.sites import KINDS
+from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.tasks import PRESETS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -197,9 +198,9 @@ class SPDConfig(Settings):
             return cls.make(merged)
         return cls.make({**preset_sizes(preset, cls.make(merged)), **merged})
 
-    def to_yaml(self) -> str:
-        """All settings, as `read` takes them."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, *, ascii: bool = False) -> str:
+        """All settings, as `read` takes them; `ascii` spells other characters out."""
+        return to_yaml(self, ascii=ascii)
 
     def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ, with both values."""
@@ -214,10 +215,20 @@ class SPDConfig(Settings):
     def targets(self) -> dict[str, str]:
         """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
         names = self.eval_tasks or [self.task]
-        targets = {Path(name).stem if name.endswith(".jsonl") else name: name for name in names}
+        targets = {result_name(name): name for name in names}
         if len(targets) < len(set(names)):
             raise SPDError(f"two of the tasks {', '.join(names)} have the same name; rename one of the files")
         return targets
+
+
+def result_name(task: str) -> str:
+    """The name that a task's results are kept under: of a file of one's own its stem."""
+    if not task.endswith(".jsonl"):
+        return task
+    stem = Path(task).stem
+    if not stem.strip("."):
+        raise SPDError(f"the results of {task} cannot be kept under the name {stem!r}; rename the file")
+    return stem
 
 
 def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
@@ -233,11 +244,31 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
         raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
 
 
+def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
+    """A whole YAML document: `---` begins it and `...` ends it, by which `check_whole` knows that nothing was lost."""
+    return yaml.safe_dump(
+        settings.model_dump(mode="json"),
+        sort_keys=False, allow_unicode=not ascii, explicit_start=True, explicit_end=True,
+    )  # fmt: skip
+
+
+def check_whole(path: Path) -> None:
+    """Raise `SPDError` if a settings file that a run or a study keeps is empty or was cut off."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # `read_yaml` says what is wrong
+    # earlier versions wrote no marks
+    if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
+        raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The 'setting: value' lines of a file; `SPDError` in one sentence if it cannot be read or holds something else."""
+    refuse_stand_in(path)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
     settings = {} if content is None else content  # an empty file leaves all defaults
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

@@ -2,34 +2,129 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from spd_lens.audit.safe_text import visible
 from spd_lens.errors import SPDError
 
 INTERRUPTED = 130
+_NEAREST = dict(zip("⟦⟧│↵·×–—−→•■", "[]|/-x--->*#", strict=True))
+"""What our own lines are made of, for terminals without such characters."""
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_NEAREST.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("spd_lens.nearest", _nearest)
 
 
 def start(app: Callable[..., None], arguments: Sequence[str] | None = None, *, on_interrupt: str) -> None:
-    """Run a typer app: a user's mistake is one sentence on stderr and exit code 2."""
+    """Run a typer app: a user's mistake is one sentence on stderr and exit code 2.
+
+    Output that cannot be delivered stops no work: the command does all it has to do and then says so, with exit code 1.
+    """
+    with _patient_streams() as lost:
+        try:
+            app(args=None if arguments is None else list(arguments))
+        except SPDError as error:
+            _say_error(" ".join(str(error).splitlines()))
+            sys.exit(2)
+        except SystemExit as stop:
+            if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
+                Console(stderr=True).print(Text(f"stopped; {on_interrupt}"))
+            if lost() is None or stop.code not in (0, None):
+                raise
+        if reason := lost():
+            _say_error(f"the output could not be shown ({reason}); what the command wrote to files is there")
+            sys.exit(1)
+
+
+def _say_error(sentence: str) -> None:
+    text = Text.assemble(("error:", "bold red"), " ", visible(sentence))
+    Console(stderr=True, soft_wrap=True).print(text)
+
+
+class _Patient:
+    """A standard stream that stops no work: what its encoding lacks is replaced, and once it fails it stays silent."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        """None where the process was started without one."""
+        self.failure: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self.stream.flush())
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.stream.write(text.encode(encoding, "spd_lens.nearest").decode(encoding))
+
+    def _attempt(self, output: Callable[[], object]) -> None:
+        if self.stream is None:
+            self.failure = "it is closed"
+        if self.failure is not None:
+            return
+        try:
+            output()
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+            self.failure = getattr(error, "strerror", None) or str(error)
+            with contextlib.suppress(OSError, ValueError):
+                # what is still in its buffer would fail again when the process ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _patient_streams() -> Iterator[Callable[[], str | None]]:
+    """Make stdout and stderr patient meanwhile; yields a function that says what has become of stdout, if anything.
+
+    A command within a command finds them so, and leaves it to the outer one to say.
+    """
+    if isinstance(sys.stdout, _Patient):
+        yield lambda: None
+        return
+    for descriptor in (0, 1, 2):  # one that is closed would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = patient, _ = _Patient(out), _Patient(err)  # type: ignore[assignment]  # all that is used
+
+    def lost() -> str | None:
+        if out is not None:
+            patient.flush()
+        return patient.failure
+
     try:
-        app(args=None if arguments is None else list(arguments))
-    except SPDError as error:
-        sentence = " ".join(str(error).splitlines())
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", sentence))
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            Console(stderr=True).print(Text(f"stopped; {on_interrupt}"))
-        raise
+        yield lost
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def set_up_logging(quiet: bool) -> None:

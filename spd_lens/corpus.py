@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from spd_lens.errors import SPDError
-from spd_lens.storage import write_json
+from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
+from spd_lens.publishing import is_blank, make_directory, sync
+from spd_lens.record import Key, Record, prompt_id, typed
+from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.storage import read_json, write_json
 
-FinishReason = Literal["eos", "stop", "length"]
 NOT_APPLIED = "generation_config_not_applied"
 """The one setting that no completion depends on: for readers, and not compared when a corpus is continued."""
-Key = tuple[str, int]
-"""Prompt id and sample number: names a completion within a corpus."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One completion, with the token ids that were sampled (paper Eq. 13)."""
-
-    id: str
-    """The prompt's id."""
-    prompt: str
-    """The prompt as the task gave it, before chat template and special tokens."""
-    completion: str
-    """The text of `completion_ids` without special tokens."""
-    prompt_ids: tuple[int, ...]
-    """What the model was given, special tokens included."""
-    completion_ids: tuple[int, ...]
-    """What the model wrote, with the EOS token if and only if it ended with one."""
-    finish_reason: FinishReason
-    """`"eos"`: the model ended by itself; `"stop"`: with a stop string of its generation config, which is kept;
-    `"length"`: it was cut at `max_new_tokens`."""
-    sample: int = 0
-    """0, 1, ... where several completions of one prompt were drawn."""
-
-    @property
-    def key(self) -> Key:
-        return self.id, self.sample
-
-    @property
-    def n_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
-
-    @property
-    def n_completion_tokens(self) -> int:
-        return len(self.completion_ids)
-
-    def to_json(self) -> str:
-        """One line, without the line break; the token counts are written for readers and not read back."""
-        fields = {
-            "id": self.id,
-            "sample": self.sample,
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "finish_reason": self.finish_reason,
-            "n_prompt_tokens": self.n_prompt_tokens,
-            "n_completion_tokens": self.n_completion_tokens,
-            "prompt_ids": self.prompt_ids,
-            "completion_ids": self.completion_ids,
-        }
-        return json.dumps(fields, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Record:
-        """Raises `ValueError`, `KeyError` or `TypeError` if the line is no record."""
-        fields = json.loads(line)
-        if fields["finish_reason"] not in get_args(FinishReason):
-            raise ValueError(f"finish_reason is {fields['finish_reason']!r}")
-        return cls(
-            id=str(fields["id"]),
-            prompt=str(fields["prompt"]),
-            completion=str(fields["completion"]),
-            prompt_ids=tuple(int(token) for token in fields["prompt_ids"]),
-            completion_ids=tuple(int(token) for token in fields["completion_ids"]),
-            finish_reason=fields["finish_reason"],
-            sample=int(fields.get("sample", 0)),
-        )
 
 
 class Corpus(Sequence[Record]):
@@ -117,6 +54,11 @@ class Corpus(Sequence[Record]):
         where = f", path={str(self.path)!r}" if self.path else ""
         return f"Corpus({len(self)} completions, {ended} ended by themselves{where})"
 
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Whether a corpus file is there with a record for every prompt."""
+        return path.exists() and not is_blank(path) and Corpus.load(path).complete
+
     @property
     def complete(self) -> bool:
         """False for the file of a run that was interrupted; `generate` with the same settings finishes it."""
@@ -125,6 +67,8 @@ class Corpus(Sequence[Record]):
     @classmethod
     def load(cls, path: str | Path) -> Corpus:
         """Read a corpus file, in prompt order. A half-written last line is left out; nothing is changed on disk.
+
+        A file without settings beside it, another program's, is read whole, with or without a last line break.
 
         Without its settings file (another program's JSONL in this form), the records keep the file's order.
 
@@ -135,7 +79,7 @@ class Corpus(Sequence[Record]):
         if not path.is_file():
             raise SPDError(f"corpus {path} does not exist; generate one with spd_lens.generate(..., path=...)")
         header = Header.read(path) if settings_path(path).exists() else None
-        records, _ = read_records(path)
+        records, _ = read_records(path, ours=header is not None)
         if header is None:
             return cls(records.values(), path=path)
         return cls(header.sort(records), settings=header.settings, path=path, expected=len(header.order))
@@ -158,9 +102,10 @@ class Header:
         """The header of the corpus file `path`."""
         place = settings_path(path)
         try:
-            fields = json.loads(place.read_text(encoding="utf-8"))
-            return cls(fields["settings"], [(str(id), int(sample)) for id, sample in fields["order"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            fields = read_json(place)
+            order = [(prompt_id(id), typed({"sample": n}, "sample", int)) for id, n in typed(fields, "order", list)]
+            return cls(typed(fields, "settings", dict), order)
+        except (*UNREADABLE, DamagedFile) as error:
             raise SPDError(
                 f"{place} does not hold the settings of a corpus ({error}); move the corpus away and generate it again"
             ) from error
@@ -176,22 +121,26 @@ class Header:
         return listed + [record for key, record in records.items() if key not in known]
 
 
-def read_records(path: Path) -> tuple[dict[Key, Record], int]:
+def read_records(path: Path, *, ours: bool = True) -> tuple[dict[Key, Record], int]:
     """All whole records of a corpus file, and how many bytes they take up.
 
-    A record is whole once its line break was written, so what follows the last line break is what a killed process
-    left behind.
+    A record of `CorpusWriter` (`ours`) is whole once its line break was written, so what follows the last line break is
+    what a killed process left behind. Other programs may end a file without one.
 
     Raises:
         SPDError: a whole line is no record, or two lines are the same completion.
     """
+    refuse_stand_in(path)
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
+    whole = content.rfind(b"\n") + 1 if ours else len(content)
     records: dict[Key, Record] = {}
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
+    lines = content[:whole].removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            record = Record.from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
+            record = Record.from_json(line.decode("utf-8"))
+        except UNREADABLE as error:
             raise SPDError(f"line {number} of {path} is no record of a corpus ({error}); remove that line") from error
         if record.key in records:
             raise SPDError(
@@ -215,7 +164,7 @@ class CorpusWriter:
         self.done: dict[Key, Record] = {}
         self._lock = FileLock(f"{self.path}.lock")
         with disk_errors_explained(f"the corpus {self.path} cannot be written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
@@ -229,9 +178,12 @@ class CorpusWriter:
             raise
 
     def _take_up(self) -> int:
-        if not self.path.exists():
+        if self.path.is_symlink():  # a stranger's folder could name any file, which would be cut and written to
+            raise SPDError(f"{self.path} is a link; give the path of the corpus itself")
+        if not self.path.exists() or is_blank(self.path):
             self.header.write(self.path)  # first, so that there is never a corpus of unknown settings
-            self.path.touch()
+            self.path.write_bytes(b"")
+            sync(self.path)
             return 0
         if not settings_path(self.path).exists():
             raise SPDError(f"{self.path} exists, but its {settings_path(self.path).name} does not; give another path")
@@ -259,7 +211,7 @@ class CorpusWriter:
         Raises:
             SPDError: they could not be written (disk full). The file then ends with the record before them.
         """
-        data = b"".join(record.to_json().encode() + b"\n" for record in records)
+        data = b"".join(record.to_json().encode("utf-8", "backslashreplace") + b"\n" for record in records)
         try:
             self._file.seek(self._size)
             rest = memoryview(data)

@@ -7,3 +7,12 @@ class SPDError(Exception):
     The message is one sentence or two: what is wrong, with the value, and what to do instead. The command line
     prints it and exits with code 2; the library raises it before anything is written or changed.
     """
+
+
+class DamagedFile(SPDError):
+    """An artefact that is there and cannot be read; where everything needed is there, it can be made again."""
+
+
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+"""What reading damaged or hostile JSON raises: fields that are missing or something else, numbers out of range, lists
+nested thousands deep."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,24 @@ from spd_lens.corpus import NOT_APPLIED, Corpus
 from spd_lens.decoding import stop_tokens
 from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.generation import generate
 from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair, load
 from spd_lens.models.parity import Parity
+from spd_lens.moments import GradientMoments
 from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
 from spd_lens.rundir import Folder, Run
 from spd_lens.sampling import Sampling
 from spd_lens.sandbox.executor import passes_tests
-from spd_lens.storage import write_json
+from spd_lens.storage import is_made, read_json, write_json
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import CodeTask, Task
 from spd_lens.training import finetune
+from spd_lens.training.place import is_finished
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
 
 def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
     config = record.config
-    if not (record.path / "moments.safetensors").exists():
+    if not is_made(record.path / "moments.safetensors", GradientMoments.load):
         examples = source.calibration(config.n_calibration, config.data_seed)
         log.info("extracting gradients of %d calibration examples", len(examples))
         with record.stage("extract"):
@@ -167,7 +168,7 @@ def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Su
                 progress=progress,
             )
             moments.save(record.path / "moments.safetensors")
-    if not (record.path / "subspace.safetensors").exists():
+    if not is_made(record.path / "subspace.safetensors", Subspace.load):
         with record.stage("extract"):
             subspace = record.moments.subspace(config.rank, per_head=config.per_head, center=config.center)
             subspace.save(record.path / "subspace.safetensors")
@@ -205,7 +206,7 @@ def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspac
         "batch_size": config.generation_batch_size,
         "progress": progress,
     }
-    if not _complete(record.path / "corpus.jsonl"):
+    if not Corpus.is_finished(record.path / "corpus.jsonl"):
         log.info("generating %d completions under the projection", len(prompts))
         with record.stage("generate"):
             generate(
@@ -214,21 +215,15 @@ def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspac
             )  # fmt: skip
     # the same prompts with the same noise: what differs, the projection changed
     compared = prompts[: config.n_compared]
-    if not _complete(record.path / "unprojected.jsonl"):
+    if not Corpus.is_finished(record.path / "unprojected.jsonl"):
         log.info("generating %d of them without the projection, to compare", len(compared))
         with record.stage("compare"):
             generate(pair, compared, path=record.path / "unprojected.jsonl", **settings)
 
 
-def _complete(path: Path) -> bool:
-    return path.exists() and Corpus.load(path).complete
-
-
 def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
     config = record.config
-    if (record.path / "adapter").exists():
-        # a process killed between publishing the adapter and tidying up leaves its checkpoints
-        shutil.rmtree(record.path / "adapter.training", ignore_errors=True)
+    if is_finished(record.path / "adapter"):
         return
     corpus = record.corpus
     log.info("fine-tuning on %d completions, %d epochs", len(corpus), config.epochs)
@@ -262,7 +257,7 @@ def _effects(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subs
     config = record.config
     path = record.path / "effects" / f"{name}.json"
     items = [item for item in task.test(config.n_test(name), config.data_seed) if item.spans]
-    if path.exists() or not items:
+    if not items or is_made(path, read_json):
         return
     log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), name)
     random = [subspace.random_like(config.seed + i) for i in range(config.n_random)]
@@ -288,7 +283,7 @@ def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspa
     n_items = len(task.test(config.n_test(name), config.data_seed))
     for policy in config.policies:
         path = record.path / "eval" / name / f"{policy}.json"
-        if path.exists():
+        if is_made(path, EvalResult.load):
             continue
         log.info("scoring %s on %d items of %s", policy, n_items, name)
         with record.stage("evaluate"):

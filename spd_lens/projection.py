@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +22,7 @@ from spd_lens.models.neutral import neutral, refuse_compiled
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.weights import SiteLayer, site_layer, twin_hook
 from spd_lens.numbers import plain
+from spd_lens.publishing import filling, is_free
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 
@@ -160,7 +159,7 @@ def fold_to(
             mean.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not is_free(directory):
         raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")
     for site in subspace.sites:
         if not foldable(subspace, site):
@@ -174,19 +173,11 @@ def fold_to(
                 f"a centred projection needs a bias, and {type(hf).__name__} has none at site {site}, so a checkpoint "
                 "cannot hold it; use folded() or projected(), or a subspace without centring"
             )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with filling(directory) as scratch:
         with folded(hf, subspace, strength):
             hf.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes folders that only their owner reads
-        if directory.exists():
-            directory.rmdir()
-        scratch.rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return directory
 
 

@@ -29,8 +29,9 @@ from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
 from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
 from spd_lens.preflight import check_data
+from spd_lens.publishing import replacing
 from spd_lens.rundir import Folder, Run
-from spd_lens.storage import read_json, write_json, write_text
+from spd_lens.storage import is_made, read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -48,7 +49,7 @@ class Rounds(Folder):
     | `rounds.csv` | one row per round: `Drift`, with intervals |
     """
 
-    notes_file = "rounds.json"
+    settings_file = notes_file = "rounds.json"
 
     def run(self, number: int) -> Run:
         """The run of one round, counted from 1."""
@@ -225,21 +226,17 @@ def _in_float32(config: SPDConfig, pair: ModelPair | None) -> SPDConfig:
 
 def _check_place(folder: Rounds) -> None:
     """Refuse a place that holds something else."""
-    path = folder.path
-    if not path.exists() or (path / folder.notes_file).exists():
-        return
-    if not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir()):
-        raise SPDError(f"{path} exists and does not hold rounds; choose a new directory")
+    if not folder.is_free and not (folder.path / folder.notes_file).exists():
+        raise SPDError(f"{folder.path} exists and does not hold rounds; choose a new directory")
 
 
 def _round(record: Run, config: SPDConfig, pair: ModelPair, moments: Path, progress: bool) -> Run:
     """One run, with moments that are known already in their place."""
     place = record.path / "moments.safetensors"
-    if not place.exists():
+    if not is_made(place, GradientMoments.load):
         Run.open(record.path, config)  # a run directory of these settings, into which an extraction may be put
-        scratch = place.with_name(".moments.safetensors")
-        shutil.copyfile(moments, scratch)
-        scratch.replace(place)
+        with replacing(place) as scratch:
+            shutil.copyfile(moments, scratch)
     return run(config, record.path, progress=progress, pair=pair)
 
 
@@ -255,7 +252,7 @@ def _measure(
 ) -> None:
     """Moments and held-out effects of the model after a round."""
     place = folder.path / f"after-{number}"
-    if not (place / "moments.safetensors").exists():
+    if not is_made(place / "moments.safetensors", GradientMoments.load):
         had_lens = current.has_lens
         extract(
             current, source.calibration(config.n_calibration, config.data_seed), layers=config.layers,
@@ -263,7 +260,7 @@ def _measure(
         ).save(place / "moments.safetensors")  # fmt: skip
         if not had_lens:
             current.drop_lens()  # what follows runs on the twin
-    if not (place / "effects.json").exists():
+    if not is_made(place / "effects.json", read_json):
         policy = Policy("current") if current is first else _Weights("current", model=current.hf)
         found = teacher_forced(first, items, [policy], progress=progress)["current"]
         write_json(place / "effects.json", [asdict(item) for item in found])

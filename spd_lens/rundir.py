@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from spd_lens.config import SPDConfig
+from spd_lens.config import SPDConfig, check_whole
 from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.moments import GradientMoments
+from spd_lens.publishing import is_free, make_directory
 from spd_lens.storage import read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 
@@ -28,6 +29,8 @@ _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "n
 class Folder:
     """A directory that one process at a time works in, with notes on how its content was made."""
 
+    settings_file = "config.yaml"
+    """Written first: what makes the directory one of this kind."""
     notes_file = "run.json"
 
     def __init__(self, path: str | Path) -> None:
@@ -35,6 +38,11 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a new one may begin here, be it where a process was killed before it had begun one."""
+        return is_free(self.path, self.settings_file, self.notes_file)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -67,13 +75,16 @@ class Folder:
         """Keep a second process out of the directory."""
         lock = FileLock(self.path / _LOCK)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error
         except OSError as error:
             raise SPDError(f"{self.path} cannot be written ({error}); choose another --out") from error
         try:
+            if self.is_free:
+                for name in (self.settings_file, self.notes_file):
+                    (self.path / name).unlink(missing_ok=True)  # empty, if they are there
             yield
         finally:
             lock.release()
@@ -82,12 +93,19 @@ class Folder:
     def stage(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
+
+        def count() -> None:
             seconds = self.notes.get("seconds", {})
             seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
             self.note(seconds=seconds)
+
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(SPDError):  # on a disk that is full: what stopped the stage is what to say
+                count()
+            raise
+        count()
 
 
 class Run(Folder):
@@ -116,9 +134,10 @@ class Run(Folder):
         if config is None:
             if not run.config_path.exists():
                 raise SPDError(f"{path} is not a run directory: it has no config.yaml")
+            check_whole(run.config_path)
             return run
         run.check(config)
-        if not run.config_path.exists():
+        if run.is_free:
             with run.locked():
                 run.check(config)  # another process may have begun a run meanwhile
                 write_text(run.config_path, config.to_yaml())
@@ -126,21 +145,24 @@ class Run(Folder):
 
     def check(self, config: SPDConfig) -> None:
         """Raise `SPDError` unless the directory is a run with these settings or free for a new one. Writes nothing."""
+        if self.is_free:
+            return
         if self.config_path.exists():
             if differ := self.config.differences(config):
                 named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
                 raise SPDError(
                     f"{self.path} holds a run with other settings ({named}); choose another --out or the same settings"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(e.name != _LOCK for e in self.path.iterdir())):
+        else:
             raise SPDError(f"{self.path} exists and is not a run directory; choose a new directory")
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / self.settings_file
 
     @property
     def config(self) -> SPDConfig:
+        check_whole(self.config_path)
         return SPDConfig.read(self.config_path)
 
     @property

@@ -1,20 +1,23 @@
-"""Files that are whole or not there: safetensors with a JSON header, JSON, and a clear word when one is damaged."""
+"""What is in files: safetensors with a JSON header, JSON, text; and a clear word when one is damaged."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
+from spd_lens.publishing import is_blank, replacing
+from spd_lens.stand_ins import refuse_stand_in
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "spd_lens"
 
@@ -24,22 +27,12 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header
 
     Raises `SPDError` where the disk is full or the folder cannot be written.
     """
-    path = Path(path)
     # one entry: safetensors writes several in random order, and equal contents should be equal files
     metadata = {_FORMAT: json.dumps({"kind": kind, "header": header})}
-    handle = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, handle = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, handle, metadata=metadata)
-        os.chmod(handle, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(handle, path)
-    except (OSError, SafetensorError) as error:
-        if handle is not None:
-            Path(handle).unlink(missing_ok=True)
-        raise SPDError(f"{path} cannot be written ({error}); free some space or choose another place") from error
-    return path
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+    return Path(path)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,12 +42,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     if not Path(path).is_file():
         raise SPDError(f"there is no file {path}")
+    refuse_stand_in(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # copies: tensors that stay mapped to the file would change with it
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise SPDError(f"{path} is not a readable safetensors file ({error}); make it again") from error
+        raise DamagedFile(f"{path} is not a readable safetensors file ({error}); make it again") from error
     if _FORMAT not in metadata:
         raise SPDError(f"{path} does not hold {kind} of spd_lens but is a file of another program; give the right file")
     with reading(path):
@@ -70,26 +65,30 @@ def reading(path: str | Path) -> Iterator[None]:
     """Turn what a header raises that lacks a field, or has something else there, into an `SPDError`."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SPDError(f"{path} has a damaged header ({error!r}); make it again") from error
+    except UNREADABLE as error:
+        raise DamagedFile(f"{path} has a damaged header ({error!r}); make it again") from error
+
+
+def is_made(path: Path, load: Callable[[Path], object]) -> bool:
+    """Whether an artefact is there and whole. One that `load` finds damaged is as good as none; the log says so."""
+    if not path.exists():
+        return False
+    try:
+        load(path)
+    except DamagedFile as error:
+        log.warning("%s: making it again", str(error).removesuffix("; make it again"))
+        return False
+    return True
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write text atomically; `SPDError` where the disk is full or the folder cannot be written."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not survive a crash that the content does not
-        os.replace(scratch, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise SPDError(f"{path} cannot be written ({error}); free some space or choose another place") from error
-    return path
+    """Write text atomically; `SPDError` where the disk is full or the folder cannot be written.
+
+    Half characters, which no UTF-8 can hold, are spelled out as JSON does.
+    """
+    with replacing(path) as scratch:
+        scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
+    return Path(path)
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -99,7 +98,11 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 def read_json(path: str | Path) -> Any:
     """Read JSON; `SPDError` if the file is missing or damaged."""
+    refuse_stand_in(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise SPDError(f"{path} cannot be read as JSON: {error}") from error
+    except UNREADABLE as error:
+        reason = "it is empty" if is_blank(Path(path)) else error
+        raise DamagedFile(f"{path} cannot be read as JSON: {reason}") from error

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_a_place_that_cannot_be_written_keeps_what_was_there(moments, tmp_path, 
     def disk_full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spd_lens.storage.save_file", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with refused("s.safetensors", "No space left"):
         moments.subspace(2).save(path)
     assert path.read_bytes() == before

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import DamagedFile, SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.statistics import mean_interval, paired_difference, score_interval
 from spd_lens.storage import read_json, write_json
@@ -131,4 +131,4 @@ class EvalResult:
             items = [ItemResult(**item) for item in record["items"]]
             return cls(record["policy"], record["task"], items, record["settings"])
         except (KeyError, TypeError) as error:
-            raise SPDError(f"{path} holds a damaged evaluation ({error}); make it again") from error
+            raise DamagedFile(f"{path} holds a damaged evaluation ({error}); make it again") from error

@@ -13,6 +13,7 @@ from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.prompts import Loss
 from spd_lens.moments import GradientMoments
+from spd_lens.storage import is_made
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -50,7 +51,7 @@ class Workshop:
             examples = self.task.kept("calibration", shuffled_answers(examples, self.config.seed))
         name = f"moments-{loss}-shuffled-{self.config.seed}" if shuffled else f"moments-{loss}"
         path = self.folder / f"{name}.safetensors"
-        if not path.exists():
+        if not is_made(path, GradientMoments.load):
             extract(
                 self.pair, examples, layers=self.config.layers, kinds=self.config.kinds, loss=loss,
                 engine=self.config.engine, progress=self.progress,

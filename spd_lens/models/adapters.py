@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, SPDError
+from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.storage import read_json
 
 
 def adapter_base(directory: Path) -> str:
     """The model that a PEFT adapter directory names as its base."""
     try:
-        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        base = read_json(directory / "adapter_config.json")["base_model_name_or_path"]
+    except (SPDError, *UNREADABLE) as error:
         raise SPDError(f"{directory} holds no readable adapter_config.json: {error}") from error
     if not base:
         raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
@@ -69,6 +70,8 @@ def check_adapter(adapter: str | Path) -> Path:
         raise SPDError(f"{directory} has no adapter_model.safetensors (pickled adapters are not read)")
     if not any((directory / name).exists() for name in ("adapter_config.json", "config.json")):
         raise SPDError(f"{directory} is not an adapter: it has neither adapter_config.json nor config.json")
+    for file in (*directory.glob("*.json"), *directory.glob("*.safetensors")):
+        refuse_stand_in(file)
     return directory
 
 

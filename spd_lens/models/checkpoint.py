@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.models import adapters, hub
 from spd_lens.models.twin import cast
+from spd_lens.storage import read_json
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -79,8 +79,8 @@ def check_whole(twin: nn.Module) -> None:
 def _quantisation(directory: Path) -> bool:
     """Whether a checkpoint's weights are bitsandbytes'; any other quantisation is refused, before a weight is read."""
     try:
-        settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
-    except (OSError, json.JSONDecodeError, AttributeError):
+        settings = dict(read_json(directory / "config.json").get("quantization_config") or {})
+    except (SPDError, *UNREADABLE):
         return False  # transformers says what is wrong with it
     if not settings:
         return False

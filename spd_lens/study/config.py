@@ -8,10 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import Settings, SPDConfig, read_yaml, validated
+from spd_lens.config import Settings, SPDConfig, read_yaml, result_name, to_yaml, validated
 from spd_lens.errors import SPDError
 
 BASE = "base"
@@ -103,7 +102,7 @@ class StudyConfig(Settings):
 
     def to_yaml(self) -> str:
         """All settings, as `read` takes them."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self)
 
     def cell(self, source: str, seed: int) -> SPDConfig:
         """What a method works from on one source with one seed."""
@@ -189,7 +188,7 @@ class StudyConfig(Settings):
 def named(tasks: Iterable[str]) -> dict[str, str]:
     """Tasks by the name that their results are kept under: a file of one's own by its stem."""
     listed = list(tasks)
-    found = {Path(name).stem if name.endswith(".jsonl") else name: name for name in listed}
+    found = {result_name(name): name for name in listed}
     if len(found) < len(listed):
         raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
     return found

@@ -11,11 +11,13 @@ from pathlib import Path
 from spd_lens import tasks
 from spd_lens.config import SPDConfig
 from spd_lens.digests import weights_digest
+from spd_lens.evaluation import EvalResult
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.models import ModelPair
 from spd_lens.pipeline import decided_by, load_pair, note_set_up
 from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.sandbox.executor import passes_tests
+from spd_lens.storage import is_made, read_json
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.costs import Machine
 from spd_lens.study.folder import Cell, Study
@@ -24,7 +26,9 @@ from spd_lens.study.results import write_tables
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
 from spd_lens.study.stages import Bench, distil, finish, measure, project, score, self_generate
+from spd_lens.subspace import Subspace
 from spd_lens.tasks import CodeTask, Task
+from spd_lens.training.place import is_finished
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,10 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
     with study.locked():
         config = study.admits(config)  # another process may have begun a study meanwhile
         texts = side_effect_examples(config, pair)
+        if study.is_free:
+            study.begin(config)  # the first file: whatever is killed from now on, this is a study
         _note(study, config, pair, sources, targets)
-        study.begin(config)
+        study.begin(config)  # or it has grown
         bench = Bench(study, config, pair, sources, targets, texts, named(config.sources), progress)
         _work(bench, keeps_lens)
         write_tables(study.path)
@@ -177,14 +183,20 @@ def _cells(bench: Bench, unit: Unit) -> list[Cell]:
 
 def _done(bench: Bench, unit: Unit) -> bool:
     cells = _cells(bench, unit)
+
+    def measured(cell: Cell, name: str, *, side: bool = False) -> bool:
+        return is_made(cell.effects_path(name, side=side), read_json)
+
     checks: dict[str, Callable[[Cell], bool]] = {
-        "extract": lambda cell: cell.has_projection,
+        "extract": lambda cell: (
+            cell.has_projection and (cell.projection is None or is_made(cell.subspace_path, Subspace.load))
+        ),
         "generate": lambda cell: cell.has_corpus,
-        "finetune": lambda cell: cell.adapter.exists(),
-        "measure": lambda cell: cell.effects_path(unit.target).exists() or not bench.items(unit.target),
-        "side effects": lambda cell: all(cell.effects_path(name, side=True).exists() for name in bench.texts),
+        "finetune": lambda cell: is_finished(cell.adapter),
+        "measure": lambda cell: not bench.items(unit.target) or measured(cell, unit.target),
+        "side effects": lambda cell: all(measured(cell, name, side=True) for name in bench.texts),
         "score": lambda cell: (
-            cell.result_path(unit.target, unit.phase).exists()
+            is_made(cell.result_path(unit.target, unit.phase), EvalResult.load)
             or (unit.phase == "projected" and cell.has_projection and cell.projection is None)
         ),
     }

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from spd_lens import methods
+from spd_lens.config import check_whole, read_yaml
 from spd_lens.errors import SPDError
 from spd_lens.methods import Method
 from spd_lens.storage import read_json
@@ -260,10 +260,5 @@ def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
 def _read_plan(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SPDError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise SPDError(f"{path} must hold 'setting: value' lines; give the folder of a study")
-    return content
+    check_whole(path)
+    return read_yaml(path)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spd_lens.config import check_whole
 from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.publishing import occupants
 from spd_lens.rundir import Folder
-from spd_lens.storage import read_json, write_text
+from spd_lens.storage import is_made, read_json, write_text
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.subspace import Subspace
 
@@ -41,12 +43,12 @@ class Cell:
 
     @property
     def has_corpus(self) -> bool:
-        return self.corpus_path.exists() and Corpus.load(self.corpus_path).complete
+        return Corpus.is_finished(self.corpus_path)
 
     @property
     def has_projection(self) -> bool:
         """Whether it is known what the method generates under, be it nothing."""
-        return (self.path / "projection.json").exists()
+        return is_made(self.path / "projection.json", read_json)
 
     @property
     def projection(self) -> tuple[str, float] | None:
@@ -57,8 +59,12 @@ class Cell:
         return (record["digest"], record["strength"]) if record["digest"] else None
 
     @property
+    def subspace_path(self) -> Path:
+        return self.path / "subspace.safetensors"
+
+    @property
     def subspace(self) -> Subspace:
-        return Subspace.load(self.path / "subspace.safetensors")
+        return Subspace.load(self.subspace_path)
 
     def effects_path(self, name: str, *, side: bool = False) -> Path:
         """Teacher-forced effects on a target, or on a set of texts that show side effects."""
@@ -84,7 +90,11 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether all that the study asks of this cell has been made."""
-        return (self.path / "done.json").exists()
+        return is_made(self.path / "done.json", read_json)
+
+
+_FIRST_NOTES = frozenset({"fingerprint", "weights", "data", "resolved", "left_out", "versions", "machine"})
+"""What earlier versions noted before they wrote the settings."""
 
 
 class Study(Folder):
@@ -100,7 +110,16 @@ class Study(Folder):
     | `results.csv`, `corpora.csv` | one row per item and measure; one per corpus |
     """
 
+    settings_file = "study.yaml"
     notes_file = "study.json"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a new one may begin here, be it where a process was killed before it had begun one."""
+        there = occupants(self.path, self.settings_file, self.notes_file)
+        if [place.name for place in there] == [self.notes_file]:
+            return set(self.notes) <= _FIRST_NOTES
+        return not there
 
     @classmethod
     def open(cls, path: str | Path) -> Study:
@@ -108,14 +127,16 @@ class Study(Folder):
         study = cls(path)
         if not study.config_path.exists():
             raise SPDError(f"{path} is not a study: it has no study.yaml")
+        check_whole(study.config_path)
         return study
 
     @property
     def config_path(self) -> Path:
-        return self.path / "study.yaml"
+        return self.path / self.settings_file
 
     @property
     def config(self) -> StudyConfig:
+        check_whole(self.config_path)
         return StudyConfig.read(self.config_path)
 
     def admits(self, config: StudyConfig) -> StudyConfig:
@@ -123,6 +144,8 @@ class Study(Folder):
 
         Writes nothing.
         """
+        if self.is_free:
+            return config
         if self.config_path.exists():
             earlier = self.config
             if differ := config.extended(earlier):
@@ -131,9 +154,7 @@ class Study(Folder):
                     "added to it, for anything else choose another --out"
                 )
             return config.after(earlier)
-        if self.path.exists() and (not self.path.is_dir() or any(e.name != ".lock" for e in self.path.iterdir())):
-            raise SPDError(f"{self.path} exists and is not a study; choose a new directory")
-        return config
+        raise SPDError(f"{self.path} exists and is not a study; choose a new directory")
 
     def begin(self, config: StudyConfig) -> None:
         """Write the settings, where they are new."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,15 +11,16 @@ from typing import Any
 from spd_lens import methods
 from spd_lens.corpus import Corpus, Header, settings_path
 from spd_lens.digests import adapter_digest, corpus_digest, subspace_digest
-from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
 from spd_lens.evaluation.forced import ForcedItem
 from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.methods import Workshop
 from spd_lens.models import ModelPair
 from spd_lens.pipeline import finetune_with
+from spd_lens.publishing import replacing
 from spd_lens.sampling import Sampling
-from spd_lens.storage import write_json
+from spd_lens.storage import is_made, read_json, write_json
 from spd_lens.study.config import BASE, StudyConfig
 from spd_lens.study.folder import Cell, Study
 from spd_lens.tasks import Task
@@ -62,7 +62,7 @@ def project(bench: Bench, cell: Cell) -> None:
     """The subspace and strength that the method generates under; `projection.json` is written last."""
     found = methods.get(cell.method).projection(bench.workshop(cell))
     if found is not None:
-        found.subspace.save(cell.path / "subspace.safetensors")
+        found.subspace.save(cell.subspace_path)
     digest = None if found is None else subspace_digest(cell.subspace)  # as it is read back
     write_json(cell.path / "projection.json", {"digest": digest, "strength": None if found is None else found.strength})
 
@@ -109,12 +109,10 @@ def _same_corpus(bench: Bench, cell: Cell, sampling: Mapping[str, Any]) -> Cell 
 
 
 def _copy_corpus(there: Path, here: Path) -> None:
-    here.parent.mkdir(parents=True, exist_ok=True)
     # the settings first: there is never a corpus of unknown settings
     for source, target in ((settings_path(there), settings_path(here)), (there, here)):
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(source, scratch)
-        os.replace(scratch, target)
+        with replacing(target) as scratch:
+            shutil.copyfile(source, scratch)
 
 
 def distil(bench: Bench, cell: Cell) -> None:
@@ -130,7 +128,7 @@ def measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exam
     After training, and under the projection before any training; a projection that several cells have in common (other
     seeds of a method whose subspace no seed changes) is measured once.
     """
-    missing = [cell for cell in cells if not cell.effects_path(name, side=side).exists()]
+    missing = [cell for cell in cells if not is_made(cell.effects_path(name, side=side), read_json)]
     if not missing or not items:
         return
     policies = {}
@@ -167,7 +165,7 @@ def _same_projection(bench: Bench, cell: Cell) -> Iterator[Cell]:
 
 def _measured_projection(bench: Bench, cell: Cell, name: str, side: bool) -> list[ForcedItem] | None:
     for other in _same_projection(bench, cell):
-        if other.effects_path(name, side=side).exists():
+        if is_made(other.effects_path(name, side=side), read_json):
             return other.effects(name, side=side)["projected"]
     return None
 
@@ -180,7 +178,7 @@ def score(bench: Bench, cell: Cell, target: str, phase: str) -> bool:
         if under is None:
             return False
         for other in _same_projection(bench, cell):
-            if other.result_path(target, phase).exists():
+            if is_made(other.result_path(target, phase), EvalResult.load):
                 replace(other.result(target, phase), policy=cell.method).save(path)
                 return False
     config = bench.config.shared
@@ -200,9 +198,6 @@ def score(bench: Bench, cell: Cell, target: str, phase: str) -> bool:
 
 def finish(bench: Bench, cell: Cell) -> None:
     """Mark a cell that has everything, with short names of what it was made of."""
-    if cell.adapter.exists():
-        # a process killed between publishing the adapter and tidying up leaves its checkpoints
-        shutil.rmtree(cell.adapter.with_name("adapter.training"), ignore_errors=True)
     phases = ["trained", *(["projected"] if bench.config.score_projected and cell.projection else [])]
     wanted = [cell.effects_path(name) for name in bench.targets if bench.items(name)]
     wanted += [cell.effects_path(name, side=True) for name in bench.texts]

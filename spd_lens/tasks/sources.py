@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import SPDError
+from spd_lens.stand_ins import refuse_stand_in
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Source:
 
 def read_rows(path: Path, *, columns: Sequence[str] = (), key: str | None = None) -> tuple[list[Row], str]:
     """Rows of a `.jsonl`, `.json` or `.csv` file, and the file's sha256."""
+    refuse_stand_in(path)
     try:
         content = path.read_bytes()
     except OSError as error:

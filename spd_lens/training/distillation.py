@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -295,6 +296,7 @@ def _lasting_name(name: str) -> str:
 def _explained(place: TrainingPlace) -> Iterator[None]:
     """Memory and disk that run out are no programming errors."""
     again = "the latest checkpoint is kept, and the same call continues from it"
+    failed = f"training cannot write to {place.scratch}"
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -303,8 +305,9 @@ def _explained(place: TrainingPlace) -> Iterator[None]:
             f"gradient_checkpointing=True ({again} unless batch_size changes)"
         ) from error
     except (OSError, SafetensorError) as error:
-        raise SPDError(f"training cannot write to {place.scratch} ({error}); make room: {again}") from error
+        full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise SPDError(f"{failed} ({error}); {'make room: ' if full else ''}{again}") from error
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error):  # how torch.save reports a full disk
             raise
-        raise SPDError(f"training cannot write to {place.scratch} ({error}); make room: {again}") from error
+        raise SPDError(f"{failed} ({error}); make room: {again}") from error

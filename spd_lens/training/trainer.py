@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
 from spd_lens.models.attention import fastest_attention
+from spd_lens.storage import read_json, write_text
 from spd_lens.training.loss import IGNORED, NextTokenLoss
 from spd_lens.training.passes import passes
-
-COMPLETE = "complete"
-"""An empty file, written into a checkpoint once all else is there."""
+from spd_lens.training.place import complete_checkpoint
 
 
 class TokenRows(Dataset[dict[str, list[int]]]):
@@ -123,7 +123,7 @@ class _Guard(TrainerCallback):
     """Marks finished checkpoints, and stops a training that has diverged."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        complete_checkpoint(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -162,5 +162,13 @@ def save_weights(model: nn.Module, directory: Path) -> None:
         # "auto" would ask the hub whether the base model's vocabulary has grown
         inner.save_pretrained(str(directory), save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
+        _in_order(directory / "adapter_config.json", inner.peft_config["default"])
     else:
         inner.save_pretrained(str(directory))
+
+
+def _in_order(path: Path, config: Any) -> None:
+    """PEFT writes its sets in the order of their hashes, which is another in each process."""
+    record = read_json(path)
+    record |= {name: sorted(record[name]) for name, value in vars(config).items() if isinstance(value, set)}
+    write_text(path, json.dumps(record, indent=2, sort_keys=True))

@@ -1,0 +1,108 @@
+"""`Record`: one completion of a corpus, and its line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+FinishReason = Literal["eos", "stop", "length"]
+_T = TypeVar("_T")
+Key = tuple[str, int]
+"""Prompt id and sample number: names a completion within a corpus."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One completion, with the token ids that were sampled (paper Eq. 13)."""
+
+    id: str
+    """The prompt's id."""
+    prompt: str
+    """The prompt as the task gave it, before chat template and special tokens."""
+    completion: str
+    """The text of `completion_ids` without special tokens."""
+    prompt_ids: tuple[int, ...]
+    """What the model was given, special tokens included."""
+    completion_ids: tuple[int, ...]
+    """What the model wrote, with the EOS token if and only if it ended with one."""
+    finish_reason: FinishReason
+    """`"eos"`: the model ended by itself; `"stop"`: with a stop string of its generation config, which is kept;
+    `"length"`: it was cut at `max_new_tokens`."""
+    sample: int = 0
+    """0, 1, ... where several completions of one prompt were drawn."""
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.sample
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def n_completion_tokens(self) -> int:
+        return len(self.completion_ids)
+
+    def to_json(self) -> str:
+        """One line, without the line break; the token counts are written for readers and not read back."""
+        fields = {
+            "id": self.id,
+            "sample": self.sample,
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "finish_reason": self.finish_reason,
+            "n_prompt_tokens": self.n_prompt_tokens,
+            "n_completion_tokens": self.n_completion_tokens,
+            "prompt_ids": self.prompt_ids,
+            "completion_ids": self.completion_ids,
+        }
+        return json.dumps(fields, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Record:
+        """Raises one of `errors.UNREADABLE` if the line is no record."""
+        fields = json.loads(line)
+        if fields["finish_reason"] not in get_args(FinishReason):
+            raise ValueError(f"finish_reason is {fields['finish_reason']!r}")
+        return cls(
+            id=prompt_id(fields["id"]),
+            prompt=typed(fields, "prompt", str),
+            completion=typed(fields, "completion", str),
+            prompt_ids=_tokens(fields, "prompt_ids"),
+            completion_ids=_tokens(fields, "completion_ids"),
+            finish_reason=fields["finish_reason"],
+            sample=typed({"sample": 0, **fields}, "sample", int),
+        )
+
+
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
+
+
+def typed(fields: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
+    """A field that must be of a type exactly; raises one of `errors.UNREADABLE`."""
+    value = fields[name]
+    if type(value) is not kind:  # exactly: true is an int to Python
+        raise TypeError(f"{name} is {_short(value)}, not {_KINDS[kind]}")
+    return value
+
+
+def _tokens(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    ids = typed(fields, name, list)
+    for token in ids:
+        if type(token) is not int:
+            raise TypeError(f"{name} holds {_short(token)}, not a token id")
+    return tuple(ids)
+
+
+def prompt_id(id: Any) -> str:
+    """A prompt's id: a text, or another program's number."""
+    if type(id) not in (str, int):
+        raise TypeError(f"id is {_short(id)}, not a text")
+    return str(id)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,29 @@
+"""Files that stand where another should be: pointers of git-lfs, pages of failed downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spd_lens.errors import SPDError
+
+_STAND_INS = {
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, not the file itself; run `git lfs pull` there",
+    b"version https://hawser.github.com/spec/": "a git-lfs pointer, not the file itself; run `git lfs pull` there",
+    b"/annex/objects/": "a git-annex pointer, not the file itself; run `git annex get` there",
+    b"<!doctype": "a web page, not the file itself: a failed download perhaps; download it again",
+    b"<html": "a web page, not the file itself: a failed download perhaps; download it again",
+    b"<?xml": "XML, not the file itself: a failed download perhaps; download it again",
+}
+"""How files begin that stand where another should be."""
+
+
+def refuse_stand_in(path: str | Path) -> None:
+    """Raise `SPDError` where a file is not itself but a pointer of git-lfs or the page of a failed download."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return  # whoever reads the file says so
+    for beginning, what in _STAND_INS.items():
+        if start.startswith(beginning):
+            raise SPDError(f"{path} is {what}")
