@@ -189,3 +189,155 @@ def test_write_json_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(SPDError):
         Corpus.load(path)
+
+
+def foreign(path: Path, content: bytes) -> Path:
+    """A corpus of another program: no settings beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+LINES = [r.to_json().encode() for r in RECORDS[:3]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\n".join(LINES),
+        b"\n".join(LINES) + b"\n",
+        b"\n".join(LINES) + b"\n\n",
+        b"\r\n".join(LINES),
+        b"\r\n".join(LINES) + b"\r\n\r\n",
+        b"\xef\xbb\xbf" + b"\n".join(LINES),
+        b"\n\n" + b"\n \n".join(LINES) + b"\n  \t",
+    ],
+)
+def test_other_programs_may_end_lines_and_files_as_they_like(path: Path, content: bytes) -> None:
+    corpus = Corpus.load(foreign(path, content))
+    assert corpus.records == RECORDS[:3]
+    assert corpus.complete
+
+
+def test_one_record_without_a_line_break_is_a_corpus(path: Path) -> None:
+    assert Corpus.load(foreign(path, LINES[0])).records == RECORDS[:1]
+
+
+@pytest.mark.parametrize("content", [b"\n".join(LINES)[:-5], LINES[0] + b"\n" + b"\0" * 40, b"\xff\xfe" + LINES[0]])
+def test_another_programs_file_that_is_cut_off_or_damaged_is_refused(path: Path, content: bytes) -> None:
+    with refused(path, "is no record of a corpus"):
+        Corpus.load(foreign(path, content))
+
+
+def test_blank_lines_in_our_own_file_are_read_over_and_kept(path: Path) -> None:
+    write(path, RECORDS[:2])
+    path.write_bytes(path.read_bytes() + b"\n\r\n")
+    assert Corpus.load(path).records == RECORDS[:2]
+    write(path, RECORDS[2:])
+    assert Corpus.load(path).records == RECORDS
+
+
+def test_our_own_last_line_without_its_line_break_is_not_whole(path: Path) -> None:
+    write(path, RECORDS)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert Corpus.load(path).records == RECORDS[:3] and not Corpus.load(path).complete
+    write(path, RECORDS[3:])
+    assert Corpus.load(path).records == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("prompt_ids", "[1.5, 2.5]", "1.5"),
+        ("completion_ids", "[1.0]", "1.0"),
+        ("completion_ids", '"12345"', "12345"),
+        ("completion_ids", "[true]", "true"),
+        ("completion_ids", '["7"]', "7"),
+        ("prompt_ids", "null", "null"),
+        ("prompt_ids", "[null]", "null"),
+        ("completion_ids", "[[1]]", "[1]"),
+        ("completion_ids", "[1e400]", "Infinity"),
+        ("completion_ids", "[NaN]", "NaN"),
+        ("completion_ids", '{"0": 1}', "0"),
+        ("completion_ids", "[" + "1" * 5000 + "]", "digits"),
+        ("completion_ids", "[" * 100_000 + "]" * 100_000, "recursion"),
+        ("sample", "1e400", "Infinity"),
+        ("sample", "true", "true"),
+        ("sample", '"0"', "0"),
+        ("id", "null", "null"),
+        ("id", "true", "true"),
+        ("prompt", "null", "null"),
+        ("completion", "3", "3"),
+        ("finish_reason", "[]", "finish_reason"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(path: Path, field: str, value: str, word: str) -> None:
+    fields = {key: json.dumps(found) for key, found in json.loads(LINES[1]).items()} | {field: value}
+    line = "{" + ", ".join(f'"{key}": {found}' for key, found in fields.items()) + "}"
+    with refused("line 2", path, word):
+        Corpus.load(foreign(path, LINES[0] + b"\n" + line.encode()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"settings": null, "order": []}',
+        '{"settings": [], "order": []}',
+        '{"settings": {}, "order": null}',
+        '{"settings": {}, "order": [["a"]]}',
+        '{"settings": {}, "order": [["a", 1e400]]}',
+        '{"settings": {}, "order": [["a", true]]}',
+        '{"settings": {}, "order": [["a", 0.0]]}',
+        '{"settings": {}, "order": [[null, 0]]}',
+        '{"order": []}',
+        "[]",
+        "",
+        "[" * 100_000,
+    ],
+)
+def test_settings_that_would_skip_the_checks_are_refused(path: Path, content: str) -> None:
+    write(path, RECORDS[:1])
+    settings_path(path).write_text(content)
+    with refused("corpus.settings.json"):
+        Corpus.load(path)
+    with refused("corpus.settings.json"):
+        write(path, RECORDS[1:])
+
+
+@pytest.mark.parametrize("settings", [None, b"", b"\0" * 100, b'{"settings": {"seed": 1}, "order": []}', b"{"])
+@pytest.mark.parametrize("records", [None, b"", b"\0" * 50])
+def test_a_beginning_that_was_killed_is_begun_again(path: Path, settings: bytes | None, records: bytes | None) -> None:
+    path.parent.mkdir()
+    for place, content in ((settings_path(path), settings), (path, records)):
+        if content is not None:
+            place.write_bytes(content)
+    path.with_name(".corpus.settings.json.123-0a1b2c3d.tmp").touch()
+    assert not Corpus.is_finished(path)
+    write(path, RECORDS)
+    assert Corpus.load(path).records == RECORDS and Corpus.load(path).settings == SETTINGS
+
+
+def test_a_corpus_with_records_of_unknown_settings_is_not_begun_again(path: Path) -> None:
+    write(path, RECORDS[:2])
+    before = path.read_bytes()
+    settings_path(path).write_bytes(b"")
+    with refused("corpus.settings.json", "generate it again"):
+        write(path, RECORDS)
+    assert path.read_bytes() == before
+
+
+def test_a_link_in_place_of_a_corpus_is_not_written_through(path: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("one line without an end")
+    path.parent.mkdir()
+    path.symlink_to(victim)
+    settings_path(path).write_text(json.dumps({"settings": SETTINGS, "order": ORDER}))
+    with refused(path, "is a link"):
+        write(path, RECORDS)
+    assert victim.read_text() == "one line without an end"
+
+
+def test_half_characters_in_ids_are_kept(path: Path) -> None:
+    odd = [record("a\udc80")]
+    write(path, odd, order=[odd[0].key])
+    assert Corpus.load(path).records == odd
