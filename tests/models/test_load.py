@@ -284,6 +284,60 @@ def test_damaged_gguf_files_leave_nothing_in_the_cache(tiny_gguf, tmp_path, cach
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+@pytest.fixture
+def converted(tiny_gguf, cache):
+    """A cache with the file's conversion in it."""
+    return hub.local_directory(str(tiny_gguf))
+
+
+def conversions(tiny_gguf) -> int:
+    """How often the file is converted when it is asked for twice; what is there then is whole."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        convert = hub._save_dequantised
+        patch.setattr(hub, "_save_dequantised", lambda *places: made.append(places) or convert(*places))
+        directory = hub.local_directory(str(tiny_gguf))
+        assert hub.local_directory(str(tiny_gguf)) == directory
+    assert hub._damage(directory) is None
+    assert not [path for path in directory.parent.iterdir() if path.name.startswith(".")]
+    return len(made)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damage_in_the_cache_is_seen(converted, name, recorded):
+    if not recorded:
+        (converted / "inventory.json").unlink()  # as earlier versions left it
+    assert hub._damage(converted) is None
+    content = (converted / name).read_bytes()
+    for spoiled in (b"", content[: len(content) // 2], b"\0" * len(content)):
+        (converted / name).write_bytes(spoiled)
+        assert str(converted) in hub._damage(converted)
+    (converted / name).unlink()
+    assert str(converted) in hub._damage(converted)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "inventory.json"])
+def test_a_damaged_conversion_is_made_again(tiny_gguf, converted, name, caplog):
+    before = (converted / "model.safetensors").read_bytes()
+    (converted / name).write_bytes(b"")
+    assert conversions(tiny_gguf) == 1
+    assert (converted / "model.safetensors").read_bytes() == before
+    assert "converting tiny.gguf again" in caplog.text
+
+
+def test_a_conversion_of_an_earlier_version_is_taken_and_its_leftovers_go(tiny_gguf, converted):
+    (converted / "inventory.json").unlink()
+    assert conversions(tiny_gguf) == 0
+    shutil.rmtree(converted)
+    for name in (f"{converted.name}.ab_3defg", f".{converted.name}.{os.getpid()}-0123abcd.tmp"):
+        (converted.parent / name).mkdir()  # under the lock of this file there is no other process
+    (converted.parent / "other-0123456789abcdef.ab_3defg").mkdir()
+    assert conversions(tiny_gguf) == 1
+    left = {path.name for path in converted.parent.iterdir() if path.is_dir()}
+    assert left == {converted.name, "other-0123456789abcdef.ab_3defg"}
+
+
 def test_several_gguf_files_need_a_choice(tiny_gguf, tiny_pair, tmp_path, cache):
     for name in ("a.gguf", "b.gguf"):
         shutil.copy(tiny_gguf, tmp_path / name)

@@ -1,0 +1,103 @@
+"""Pointers of git-lfs and pages of failed downloads are called what they are, wherever a file is read."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from spd_lens.config import SPDConfig
+from spd_lens.corpus import Corpus
+from spd_lens.evaluation import EvalResult
+from spd_lens.models import load
+from spd_lens.models.adapters import check_adapter
+from spd_lens.models.tokenizer import load_tokenizer
+from spd_lens.moments import GradientMoments
+from spd_lens.rundir import Run
+from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.subspace import Subspace
+from spd_lens.tasks.sources import read_rows
+from tests.helpers import make_adapter, refused
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 12345\n"
+PAGES = {
+    "git-lfs": POINTER,
+    "git lfs pull": POINTER.replace("https://git-lfs.github.com/spec/v1", "https://hawser.github.com/spec/v1"),
+    "git-annex": "/annex/objects/SHA256E-s12345--4d7a.safetensors\n",
+    "web page": "\n  <!DOCTYPE html>\n<html><title>404</title></html>",
+    "web page: a failed download": "\ufeff<HTML lang='en'>",
+    "XML": "<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+}
+
+
+@pytest.mark.parametrize("word", PAGES)
+def test_what_stands_in_is_named(tmp_path, word):
+    path = tmp_path / "model.safetensors"
+    path.write_text(PAGES[word])
+    with refused(path, word):
+        refuse_stand_in(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x3c\0\0\0\0\0\0\0{}", b'{"a": "version https://git-lfs.github.com"}', b"<"]
+)
+def test_what_is_itself_is_let_through(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    refuse_stand_in(tmp_path / "x")
+    refuse_stand_in(tmp_path / "missing")
+
+
+READERS = {
+    "subspace.safetensors": Subspace.load,
+    "moments.safetensors": GradientMoments.load,
+    "corpus.jsonl": Corpus.load,
+    "eval.json": EvalResult.load,
+    "train.jsonl": read_rows,
+    "train.csv": read_rows,
+    "test.json": read_rows,
+    "config.yaml": SPDConfig.read,
+    "model.gguf": lambda path: load(str(path)),
+    "a directory/model.gguf": lambda path: load(str(path.parent)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_files_that_are_read_by_name(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(POINTER)
+    with refused(path, "git lfs pull"):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_files_of_a_model(tiny_llama_dir, tmp_path, name):
+    shutil.copytree(tiny_llama_dir, tmp_path / "m")
+    (tmp_path / "m" / name).write_text(POINTER)
+    for read in (load, load_tokenizer):
+        with refused(tmp_path / "m" / name, "git lfs pull"):
+            read(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_files_of_an_adapter(tiny_pair, tmp_path, name):
+    make_adapter(tiny_pair.hf, tmp_path / "a")
+    (tmp_path / "a" / name).write_text(POINTER)
+    with refused(tmp_path / "a" / name, "git lfs pull"):
+        check_adapter(tmp_path / "a")
+    with refused(tmp_path / "a" / name, "git lfs pull"):
+        load(str(tmp_path / "a"))
+
+
+def test_files_of_a_run(finished_run, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "r")
+    for name in ("corpus.settings.json", "run.json", "config.yaml"):
+        (tmp_path / "r" / name).write_text(POINTER)
+        with refused(tmp_path / "r" / name, "git lfs pull"):
+            {
+                "corpus.settings.json": lambda r: r.corpus,
+                "run.json": lambda r: r.notes,
+                "config.yaml": lambda r: r.config,
+            }[name](Run(tmp_path / "r"))
