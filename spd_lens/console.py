@@ -114,7 +114,7 @@ def _patient_streams() -> Iterator[Callable[[], str | None]]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = patient, _ = _Patient(out), _Patient(err)  # type: ignore[assignment]  # all that is used
+    sys.stdout, sys.stderr = patient, _ = _Patient(out), _Patient(err)
 
     def lost() -> str | None:
         if out is not None:
