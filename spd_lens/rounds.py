@@ -226,7 +226,7 @@ def _in_float32(config: SPDConfig, pair: ModelPair | None) -> SPDConfig:
 
 def _check_place(folder: Rounds) -> None:
     """Refuse a place that holds something else."""
-    if not folder.is_free and not (folder.path / folder.notes_file).exists():
+    if not folder.is_free and not folder.notes:
         raise SPDError(f"{folder.path} exists and does not hold rounds; choose a new directory")
 
 

@@ -18,7 +18,7 @@ from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.moments import GradientMoments
-from spd_lens.publishing import is_free, make_directory
+from spd_lens.publishing import is_blank, is_free, make_directory
 from spd_lens.storage import read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 
@@ -48,7 +48,7 @@ class Folder:
     def notes(self) -> dict[str, Any]:
         """What the folder says about how it was made."""
         path = self.path / self.notes_file
-        return read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() and not is_blank(path) else {}
 
     def note(self, **fields: Any) -> None:
         """Add to the notes."""

@@ -151,6 +151,18 @@ def test_readers_of_runs_refuse_lost_settings(finished_run, tmp_path, content):
         assert isinstance(result.exception, SPDError) and "empty or cut off" in str(result.exception)
 
 
+def test_notes_that_are_lost_are_none_and_rounds_without_them_are_no_rounds(tmp_path):
+    (tmp_path / "run.json").write_bytes(b"")
+    (tmp_path / "moments.safetensors").touch()
+    assert Run(tmp_path).notes == {}
+    (tmp_path / "rounds.json").write_bytes(b"\0" * 9)
+    with refused(tmp_path, "does not hold rounds"):
+        _check_place(Rounds(tmp_path))
+    (tmp_path / "run.json").write_text("{")
+    with refused(tmp_path / "run.json"):
+        Run(tmp_path).notes  # noqa: B018 (reading is what is tested)
+
+
 def test_what_stopped_a_stage_is_what_is_said(tmp_path):
     folder = Folder(tmp_path)
     (tmp_path / "run.json").mkdir()  # the seconds cannot be noted either

@@ -351,6 +351,13 @@ def test_corpora_that_cannot_be_trained_on_are_refused(tiny_pair, tiny_qwen2_pai
         trained(tiny_qwen2_pair, corpus, out)
     with refused("'x'", "4000", "vocabulary 400"):
         trained(tiny_pair, Corpus([Record("x", "p", "c", (0, 4000), (1,), "eos")]), out)
+    with refused("'x'", "0 tokens"):
+        trained(tiny_pair, Corpus([Record("x", "p", "c", (), (), "eos")]), out)
+    sample = [float("nan")] * 64
+    for change in ({"sample": [1.0]}, {"sample": "text"}, {"sample": None}, {"n_layers": None}, {"sample": sample}):
+        settings = {"fingerprint": {**tiny_pair.fingerprint.to_dict(), **change}}
+        with refused("the corpus"):
+            trained(tiny_pair, Corpus(corpus.records, settings=settings), out)
     with refused("'x'", "300 tokens"):
         trained(tiny_pair, Corpus([Record("x", "p", "c", (5,) * 299, (1,), "eos")]), out)
     assert not list(tmp_path.iterdir())

@@ -63,7 +63,7 @@ class Fingerprint:
                     "extract it again from this model"
                 )
         cosine = sum(a * b for a, b in zip(self.sample, other.sample, strict=True))
-        if cosine < _MIN_COSINE:
+        if not cosine >= _MIN_COSINE:  # NaN too
             raise SPDError(
                 f"{what} was made from another model of the same shape (its embeddings agree to a cosine of only "
                 f"{cosine:.3f}); extract it again from this model"

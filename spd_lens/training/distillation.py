@@ -27,6 +27,7 @@ from spd_lens.models.launchers import single_process
 from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import plain, whole
 from spd_lens.products import fast_products, recomputed_alike
+from spd_lens.storage import reading
 from spd_lens.training.passes import needs_checkpointing
 from spd_lens.training.place import TrainingPlace, default_place
 from spd_lens.training.restoring import as_it_was, isolated_random, on_device
@@ -211,10 +212,13 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
         )
     fingerprint = corpus.settings.get("fingerprint")
     if fingerprint is not None:
-        Fingerprint.from_dict(fingerprint).check(pair.fingerprint, "the corpus")
+        with reading(corpus.path or "the corpus"):
+            Fingerprint.from_dict(fingerprint).check(pair.fingerprint, "the corpus")
     d_vocab = pair.hf.get_input_embeddings().weight.shape[0]
     for record in corpus:
         ids = record.prompt_ids + record.completion_ids
+        if len(ids) < 2:
+            raise SPDError(f"the completion of prompt {record.id!r} has {len(ids)} tokens, and training needs two")
         if len(ids) > pair.n_ctx or not all(0 <= token < d_vocab for token in ids):
             raise SPDError(
                 f"the completion of prompt {record.id!r} does not fit the model: {len(ids)} tokens (context "
