@@ -20,20 +20,22 @@ from spd_lens.tasks.sources import read_rows
 from tests.helpers import make_adapter, refused
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 12345\n"
-PAGES = {
-    "git-lfs": POINTER,
-    "git lfs pull": POINTER.replace("https://git-lfs.github.com/spec/v1", "https://hawser.github.com/spec/v1"),
-    "git-annex": "/annex/objects/SHA256E-s12345--4d7a.safetensors\n",
-    "web page": "\n  <!DOCTYPE html>\n<html><title>404</title></html>",
-    "web page: a failed download": "\ufeff<HTML lang='en'>",
-    "XML": "<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
-}
 
 
-@pytest.mark.parametrize("word", PAGES)
-def test_what_stands_in_is_named(tmp_path, word):
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (POINTER, "git lfs pull"),
+        (POINTER.replace("git-lfs.github.com", "hawser.github.com"), "git lfs pull"),
+        ("/annex/objects/SHA256E-s12345--4d7a.safetensors\n", "git-annex"),
+        ("\n  <!DOCTYPE html>\n<html><title>404</title></html>", "a web page"),
+        ("\ufeff<HTML lang='en'>", "a web page"),
+        ("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+    ],
+)
+def test_what_stands_in_is_named(tmp_path, content, word):
     path = tmp_path / "model.safetensors"
-    path.write_text(PAGES[word])
+    path.write_text(content)
     with refused(path, word):
         refuse_stand_in(path)
 
