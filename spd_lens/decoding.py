@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.corpus import FinishReason, Key
 from spd_lens.examples import Example
 from spd_lens.model_settings import ModelSettings, Processor
 from spd_lens.models import ModelPair
+from spd_lens.record import FinishReason, Key
 from spd_lens.sampling import Sampling, choose, require_finite, row_uniforms
 
 
