@@ -34,6 +34,11 @@ step() { # step NAME COMMAND…: run it, keep its closing line
   summary+=("$(printf '%-7s %-12s %4d s  %s' "$verdict" "$name" $((SECONDS - start)) "$(closing "$logs/$name.log")")")
 }
 
+# What multiplies by other code where newer instructions are missing. PyTorch and oneDNN use nothing beyond AVX2 here.
+without_newer=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2)
+multiplying=(tests/test_{products,generation,model_settings,slots,capture,projection}.py
+  tests/models/test_{attention,parity,matrix}.py tests/evaluation tests/training)
+
 step lint scripts/lint.sh
 for lane in ${LANES:-hooked bridge}; do
   case $lane in
@@ -45,6 +50,9 @@ for lane in ${LANES:-hooked bridge}; do
       ;;
   esac
   step "tests-$lane" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
+  if [ "$lane" = hooked ] && [ -z "${TEST_ARGS:-}" ] && [ "$(uname -m)" = x86_64 ]; then
+    step tests-avx2 "${without_newer[@]}" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"} "${multiplying[@]}"
+  fi
 done
 
 printf '\n== summary (%s torch threads, %s workers)\n' "$OMP_NUM_THREADS" "$workers"

@@ -93,7 +93,7 @@ class Decoding:
         """Why a completion ends with these tokens, if it does."""
         if new_ids and new_ids[-1] in self.stop_ids:
             return "eos"
-        return "stop" if new_ids and self.own.stopped(job.prompt_ids + new_ids) else "length"
+        return "stop" if new_ids and self.own.stopped(job.prompt_ids, new_ids) else "length"
 
 
 Completions = list[tuple[Job, list[int]]]

@@ -133,12 +133,12 @@ class ModelSettings:
             level = logging.WARNING if self.not_applied.keys() - _SUPERSEDED else logging.INFO
             log.log(level, "the model's generation config sets %s", "; ".join(parts))
 
-    def stopped(self, ids: Sequence[int]) -> bool:
-        """Whether the last of a row's ids, its prompt's among them, completes one of the stop strings."""
+    def stopped(self, prompt_ids: list[int], new_ids: list[int]) -> bool:
+        """Whether the last token completes one of the stop strings, which may have begun in the prompt."""
         if self.stops is None:
             return False
-        last = torch.tensor([ids[-self.stops.maximum_token_len :]])  # it looks no further back
-        return bool(self.stops(last, None))
+        n = self.stops.maximum_token_len  # it looks no further back
+        return bool(self.stops(torch.tensor([(prompt_ids[-n:] + new_ids)[-n:]]), None))
 
     def processed(
         self, logits: Float[Tensor, "row d_vocab"], rows: Sequence[tuple[Processor, Sequence[int]]]
@@ -165,15 +165,15 @@ def _asked(own: Any) -> dict[str, Any]:
     neutral = {**GenerationConfig._get_default_generation_params(), **_NEUTRAL}
     asked = {}
     for name in vars(GenerationConfig()):
-        value = getattr(own, name, None)
-        if name.startswith("_") or name in _ELSEWHERE or value is None:
+        if name.startswith("_") or name in _ELSEWHERE:
             continue
+        value = _plain(getattr(own, name, None))
         if name == "do_sample":
             is_set = value is False
         else:
-            is_set = value is not False and value not in ([], (), {}, "") and value != neutral.get(name)
+            is_set = value is not None and value is not False and value not in ([], {}, "", neutral.get(name))
         if is_set:
-            asked[name] = _plain(value)
+            asked[name] = value
     return asked
 
 
@@ -200,8 +200,8 @@ def _no_logits(pair: ModelPair) -> Float[Tensor, "1 d_vocab"]:
 
 def _plain(value: Any) -> Any:
     """As it is read back from JSON."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
+    for way in ("to_dict", "tolist"):
+        value = getattr(value, way)() if hasattr(value, way) else value
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):  # biases by sequence of ids
         value = [[key, bias] for key, bias in value.items()]
     return json.loads(json.dumps(value, default=str))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +120,51 @@ def assert_same_bits(model, state):
     assert now.keys() == state.keys()
     changed = [name for name in state if not torch.equal(now[name], state[name])]
     assert not changed
+
+
+def killed_once_there(processes, out, pattern, function, *args, **kwargs):
+    """Run a function in a process of its own that is killed by the operation which puts a file of `pattern` into `out`.
+
+    No clock and no polling: a machine's speed has no part in where it ends.
+    """
+    process = processes.Process(target=_until_there, args=(out, pattern, function, args, kwargs))
+    process.start()
+    process.join(timeout=250)
+    process.kill()  # where it hangs
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and there(out, pattern), pattern
+
+
+def _until_there(out, pattern, function, args, kwargs):
+    signal_once_there(out, pattern, signal.SIGKILL)
+    function(*args, **kwargs)
+
+
+def signal_once_there(out, pattern, number):
+    """From now on this process sends itself a signal, once, when a file operation of its own has made `there` true."""
+    sent = []
+
+    def look():
+        if not sent and there(out, pattern):
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    def watched(operation):
+        def call(*args, **kwargs):
+            look()  # a file written by other means may be gone after this
+            done = operation(*args, **kwargs)
+            look()
+            return done
+
+        return call
+
+    for name in ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def there(out, pattern):
+    """Whether a file or folder of the pattern is in `out`; one of lines has at least one."""
+    return any(path.suffix != ".jsonl" or b"\n" in path.read_bytes() for path in Path(out).glob(pattern))
 
 
 @contextlib.contextmanager

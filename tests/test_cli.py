@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -403,30 +403,30 @@ def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags,
 
 
 def test_interrupted_runs_say_that_the_same_command_goes_on(call, flags, finished_run, tmp_path):
-    """A real process, a real Ctrl-C, and then the same command again."""
-    command = [sys.executable, "-m", "spd_lens", "run", *flags, "--out", str(tmp_path / "run")]
+    """A real process, the signal of Ctrl-C in the midst of it, and then the same command again."""
+    out = tmp_path / "run"
+    program = (
+        "import signal\nfrom tests.helpers import signal_once_there\nfrom spd_lens.cli import main\n"
+        f"signal_once_there({str(out)!r}, 'subspace.safetensors', signal.SIGINT)\nmain()"
+    )
+    command = [sys.executable, "-c", program, "run", *flags, "--out", str(out)]
 
     def as_in_a_terminal():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=as_in_a_terminal
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "subspace.safetensors").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.strip().splitlines()[-1] == "stopped; the same command continues where it was"
-    assert "Traceback" not in err
-    assert out == ""
-    assert not (tmp_path / "run" / "summary.md").exists()
-    code, out, err = call(*command[3:])
-    assert (code, "Everything is in" in out) == (0, True), err
-    run = spd.Run.open(tmp_path / "run")
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": root}
+    stopped = subprocess.run(
+        command, capture_output=True, text=True, env=environment, preexec_fn=as_in_a_terminal, timeout=250
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.strip().splitlines()[-1] == "stopped; the same command continues where it was"
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stdout == ""
+    assert not (out / "summary.md").exists()
+    code, said, err = call(*command[3:])
+    assert (code, "Everything is in" in said) == (0, True), err
+    run = spd.Run.open(out)
     assert run.corpus.records == finished_run.corpus.records
     assert run.effects("synthetic-math") == finished_run.effects("synthetic-math")
 

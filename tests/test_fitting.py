@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +23,7 @@ from spd_lens.rounds import run_rounds
 from spd_lens.study import StudyConfig, run_study
 from spd_lens.tasks.base import Pools, Task
 from tests.conftest import N_CTX
-from tests.helpers import refused
+from tests.helpers import killed_once_there, refused
 from tests.test_pipeline import assert_same_results
 
 NEW = 8
@@ -255,16 +253,8 @@ def test_a_sweep_over_sizes_has_the_sizes_that_are_left(run, task, capsys):
 
 def test_a_killed_run_ends_with_the_same(run, settings, processes, tmp_path):
     out = tmp_path / "killed"
-    for name in ("moments.safetensors", "corpus.jsonl", "eval/own/base.jsonl"):
-        process = processes.Process(target=spd.run, args=(config_of(settings), out), kwargs={"progress": False})
-        process.start()
-        deadline = time.monotonic() + 120
-        while not ((out / name).exists() and (out / name).stat().st_size) and process.is_alive():
-            assert time.monotonic() < deadline, name
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, name
+    for stage in ("moments.safetensors", "corpus.jsonl", "eval/own/base.jsonl"):
+        killed_once_there(processes, out, stage, spd.run, config_of(settings), out, progress=False)
     again = spd.run(config_of(settings), out, progress=False)
     assert_same_results(again, run)
     assert again.notes["left_out"] == run.notes["left_out"]

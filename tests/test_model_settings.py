@@ -168,6 +168,8 @@ def test_a_completion_depends_on_no_neighbour_and_no_interruption(own, tiny_prom
         ({"prompt_lookup_num_tokens": 3}, {}, {"prompt_lookup_num_tokens": 3}, logging.INFO),
         ({"repetition_penalty": 1.1, "top_k": 20, "do_sample": True}, {"repetition_penalty": 1.1}, {}, logging.INFO),
         ({"exponential_decay_length_penalty": (3, 1.2)}, {"exponential_decay_length_penalty": [3, 1.2]}, {}, 20),
+        ({"forced_bos_token_id": 0}, {"forced_bos_token_id": 0}, {}, logging.INFO),
+        ({"suppress_tokens": torch.tensor([9, 8])}, {"suppress_tokens": [9, 8]}, {}, logging.INFO),
         ({"sequence_bias": {(7,): 2.0}}, {"sequence_bias": [[[7], 2.0]]}, {}, logging.INFO),
     ],
 )
@@ -219,6 +221,7 @@ def test_a_corpus_of_another_generation_config_is_refused_and_one_before_the_not
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"repetition_penalty": 0.0}, ("repetition_penalty = 0.0", "strictly positive float")),
         ({"repetition_penalty": -1.0}, ("repetition_penalty = -1.0", "strictly positive float")),
         ({"bad_words_ids": [5, 6]}, ("bad_words_ids = [5, 6]",)),
         ({"sequence_bias": [[[4000], 1.0]]}, ("sequence_bias", "4000")),

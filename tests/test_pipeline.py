@@ -4,10 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from spd_lens.pipeline import note_set_up
 from spd_lens.report import write_summary
 from spd_lens.sites import Site
 from tests.conftest import N_CTX
-from tests.helpers import assert_same_bits, refused
+from tests.helpers import assert_same_bits, killed_once_there, refused
 
 SITES = [Site(1, "k"), Site(1, "v"), Site(3, "k"), Site(3, "v")]
 NOTES = ("run.json", "data_card.json", "summary.md", ".lock")
@@ -139,38 +137,26 @@ def test_a_second_call_does_no_stage_again(finished_run, tiny_settings, tmp_path
     assert files_of(out) == content
 
 
-def lines(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-STAGES = {
-    "begun": lambda out: (out / "run.json").exists(),
-    "moments": lambda out: (out / "moments.safetensors").exists(),
-    "subspace": lambda out: (out / "subspace.safetensors").exists(),
-    "corpus": lambda out: lines(out / "corpus.jsonl") > 0,
-    "compared": lambda out: lines(out / "unprojected.jsonl") > 0,
-    "training": lambda out: (out / "adapter.training").exists(),
-    "checkpoint": lambda out: any(out.glob("adapter.training/checkpoints/*/complete")),
-    "adapter": lambda out: (out / "adapter").exists(),
-    "effects": lambda out: (out / "effects" / "synthetic-math.json").exists(),
-    "base": lambda out: lines(out / "eval" / "synthetic-math" / "base.jsonl") > 0,
-    "scored": lambda out: (out / "eval" / "synthetic-math" / "projected.json").exists(),
-}
+STAGES = [
+    "run.json",
+    "moments.safetensors",
+    "subspace.safetensors",
+    "corpus.jsonl",
+    "unprojected.jsonl",
+    "adapter.training",
+    "adapter.training/checkpoints/*/complete",
+    "adapter",
+    "effects/synthetic-math.json",
+    "eval/synthetic-math/base.jsonl",
+    "eval/synthetic-math/projected.json",
+]
 
 
 def test_a_run_killed_at_every_stage_ends_with_the_same_result(finished_run, tiny_settings, processes, tmp_path):
     out, config = tmp_path / "run", config_of(tiny_settings)
-    for name, reached in STAGES.items():
-        process = processes.Process(target=spd.run, args=(config, out), kwargs={"progress": False})
-        process.start()
-        deadline = time.monotonic() + 120
-        while not reached(out) and process.is_alive():
-            assert time.monotonic() < deadline, name
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, name
-        assert not (out / "summary.md").exists(), name
+    for stage in STAGES:
+        killed_once_there(processes, out, stage, spd.run, config, out, progress=False)
+        assert not (out / "summary.md").exists(), stage
     assert_same_results(spd.run(config, out, progress=False), finished_run)
     assert not list(out.glob("adapter.training"))
 

@@ -3,9 +3,7 @@
 import json
 import multiprocessing
 import shutil
-import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from spd_lens.study.costs import Machine
 from spd_lens.study.plan import unit_costs
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
-from tests.helpers import refused
+from tests.helpers import killed_once_there, refused
 from tests.study.conftest import counting
 
 MATH = {"synthetic-math": {"max_new_tokens": 8}}
@@ -243,37 +241,25 @@ def processes():
         yield context
 
 
-def lines(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 PSR, SPD = (f"synthetic-math/{method}" for method in ("psr", "spd"))
-STAGES = {
-    "begun": lambda out: (out / "study.yaml").exists(),
-    "base scored in part": lambda out: lines(out / "base/eval/synthetic-math.jsonl") > 0,
-    "projected": lambda out: (out / SPD / "1/subspace.safetensors").exists(),
-    "generating": lambda out: lines(out / PSR / "1/corpus.jsonl") > 0,
-    "training": lambda out: (out / SPD / "1/adapter.training").exists(),
-    "side effects": lambda out: any((out / SPD / "1").glob("side_effects/*.json")),
-    "scored under the projection": lambda out: (out / SPD / "1/eval-projected/synthetic-qa.json").exists(),
-    "the second seed": lambda out: lines(out / SPD / "2/corpus.jsonl") > 0,
-}
+STAGES = [
+    "study.yaml",
+    "base/eval/synthetic-math.jsonl",
+    f"{SPD}/1/subspace.safetensors",
+    f"{PSR}/1/corpus.jsonl",
+    f"{SPD}/1/adapter.training",
+    f"{SPD}/1/side_effects/*.json",
+    f"{SPD}/1/eval-projected/synthetic-qa.json",
+    f"{SPD}/2/corpus.jsonl",
+]
 
 
 def test_killed_at_every_stage(study_of, tmp_path, tiny_pair, finished_study, processes):
-    """SIGKILL each time, between any two instructions; what is left goes on to the same files, bit for bit."""
+    """SIGKILL each time; what is left goes on to the same files, bit for bit."""
     out = tmp_path / "study"
-    for name, reached in STAGES.items():
-        process = processes.Process(target=run_study, args=(study_of(), out))
-        process.start()
-        deadline = time.monotonic() + 200
-        while not reached(out) and process.is_alive():
-            assert time.monotonic() < deadline, name
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, name
-        assert not (out / "results.csv").exists(), name
+    for stage in STAGES:
+        killed_once_there(processes, out, stage, run_study, study_of(), out)
+        assert not (out / "results.csv").exists(), stage
     run_study(study_of(), out, pair=tiny_pair)
     mine, theirs = contents(out), contents(finished_study.path)
     assert mine.keys() == theirs.keys()
