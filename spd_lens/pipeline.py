@@ -19,6 +19,7 @@ from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.generation import generate
 from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair, load
+from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
 from spd_lens.moments import GradientMoments
 from spd_lens.preflight import check_data, check_model, check_settings
@@ -36,6 +37,7 @@ from spd_lens.training.place import is_finished
 log = logging.getLogger(__name__)
 
 
+@neutral()
 def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: ModelPair | None = None) -> Run:
     """The whole of SPD (Algorithm 1), with evaluation of base and SPD on the same items.
 

@@ -25,6 +25,7 @@ from spd_lens.examples import Example
 from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import merged_copy
+from spd_lens.models.neutral import neutral
 from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
 from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
@@ -86,6 +87,7 @@ class Rounds(Folder):
         return pair
 
 
+@neutral()
 def run_rounds(
     config: SPDConfig,
     out: str | Path,

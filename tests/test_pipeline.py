@@ -116,6 +116,20 @@ def test_stages_are_the_library_calls(finished_run, tiny_settings, tiny_pair, tm
         assert run.result("synthetic-math", policy.name).items == again.items
 
 
+def test_a_run_in_a_session_of_whatever_state_is_the_same(finished_run, tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+            found = spd.run(config_of(tiny_settings), tmp_path / "run", progress=False)
+            assert_same_results(found, finished_run)
+            assert torch.get_default_device() == torch.device("meta")
+    finally:
+        assert torch.get_default_dtype() == torch.float64
+        torch.set_default_dtype(torch.float32)
+
+
 def test_controls_and_training_have_an_effect(finished_run):
     """Or the tests above would compare nothing with nothing."""
     kl = {name: max(item.kl for item in items) for name, items in finished_run.effects("synthetic-math").items()}

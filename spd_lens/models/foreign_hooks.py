@@ -29,9 +29,10 @@ def watched(model: nn.Module) -> Iterator[None]:
     One that only looks, to count passes or to keep activations, works as ever.
     """
     put = []
-    for name, module in named_parts(model).items():
+    everywhere: Any = torch.nn.modules.module
+    for name, module in {"every module": None, **named_parts(model)}.items():
         for attribute, replaceable in _TABLES.items():
-            table = getattr(module, attribute)
+            table = getattr(everywhere, f"_global{attribute}") if module is None else getattr(module, attribute)
             for key, hook in table.items():
                 if _is_foreign(hook, module):
                     put.append((table, key, hook))
@@ -44,7 +45,7 @@ def watched(model: nn.Module) -> Iterator[None]:
                 table[key] = hook
 
 
-def _is_foreign(hook: Callable[..., Any], module: nn.Module) -> bool:
+def _is_foreign(hook: Callable[..., Any], module: nn.Module | None) -> bool:
     """TransformerLens puts hooks of its own on some modules, and all that a user gives it on its hook points."""
     hook = getattr(hook, "func", hook)  # what a partial calls
     package = (getattr(hook, "__module__", None) or "").partition(".")[0]

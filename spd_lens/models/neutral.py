@@ -125,10 +125,18 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _is_compiled_method(module: nn.Module) -> bool:
-    """After `module.forward = torch.compile(module.forward)`."""
-    original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
-    return getattr(original, "__func__", None) is type(module).forward
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether the module's `forward` is its class's own in a wrapper, as `torch.compile(module.forward)` is one, and
+    what accelerate leaves behind a training in mixed precision."""
+    forward = vars(module).get("forward")
+    return forward is not None and _unwrapped(forward) is _unwrapped(type(module).forward)
+
+
+def _unwrapped(function: Any) -> Any:
+    for name in ("__func__", "__wrapped__", "_torchdynamo_orig_callable"):
+        if hasattr(function, name):
+            return _unwrapped(getattr(function, name))
+    return function
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -224,8 +232,8 @@ def _as_for_inference(model: nn.Module) -> Iterator[None]:
     training = [module for module in modules if module.training]
     checkpointed: list[Any] = [module for module in modules if vars(module).get("gradient_checkpointing")]
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    # of its own class again, not called eagerly: copies of the model would call this one's
-    forwards = [(module, vars(module).pop("forward")) for module in modules if _is_compiled_method(module)]
+    # taken off, and not only called eagerly: a copy of the model would call this one's
+    forwards = [(module, vars(module).pop("forward")) for module in modules if _is_wrapped(module)]
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modules)) else contextlib.nullcontext()
     ordinary_buffers(modules)
     try:

@@ -14,6 +14,7 @@ from spd_lens.digests import weights_digest
 from spd_lens.evaluation import EvalResult
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.models import ModelPair
+from spd_lens.models.neutral import neutral
 from spd_lens.pipeline import decided_by, load_pair, note_set_up
 from spd_lens.preflight import check_data, check_model, check_settings
 from spd_lens.sandbox.executor import passes_tests
@@ -33,6 +34,7 @@ from spd_lens.training.place import is_finished
 log = logging.getLogger(__name__)
 
 
+@neutral()
 def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, pair: ModelPair | None = None) -> Study:
     """Methods x sources x targets x seeds on one model, into a folder; then the tables and the report.
 

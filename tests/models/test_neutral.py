@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
@@ -225,6 +226,19 @@ def compiled(pair: ModelPair) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def prepared(pair: ModelPair) -> Iterator[None]:
+    """As a training of one's own in mixed precision leaves it: `forward` runs under autocast."""
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(pair.hf, evaluation_mode=True)
+    assert "forward" in vars(pair.hf)
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(pair.hf).pop(name, None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
 def looked_at(pair: ModelPair) -> Iterator[None]:
     seen: list[Any] = []
     block = pair.hf.transformer.h[1]
@@ -248,6 +262,7 @@ STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]]
     "gradient checkpointing": checkpointed,
     "compiled in place": compiled,
     "hooks that look": looked_at,
+    "accelerate's wrapper": prepared,
     "autocast": lambda _: torch.autocast("cpu", dtype=torch.bfloat16),
     "gradients off": lambda _: modes((torch.set_grad_enabled, False, True)),
     "inference mode": lambda _: torch.inference_mode(),
@@ -271,11 +286,12 @@ STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]]
 
 TOGETHER = {
     "one half of the states": [
-        "training mode and gradients", "hooks that look", "autocast", "gradients off", "default dtype float64",
+        "hooks that look", "training mode and gradients", "autocast", "gradients off", "default dtype float64",
         "default device", "products in bfloat16", "deterministic", "one attention kernel", "accelerate",
     ],
     "the other half": [
-        "gradient checkpointing", "compiled in place", "inference mode", "default dtype bfloat16", "device context",
+        "accelerate's wrapper", "gradient checkpointing", "compiled in place", "inference mode",
+        "default dtype bfloat16", "device context",
         "one backend's precision", "anomalies", "a launcher", "the default cache off",
     ],
 }  # fmt: skip
@@ -412,10 +428,17 @@ def test_another_mode_is_refused(pair, mode, call, tmp_path):
     assert CALLS["check"](pair, tmp_path)
 
 
+def on_every_module(hf: Any) -> Any:
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if module is hf.transformer.h[1].mlp else None
+    )
+
+
 CHANGING: dict[str, Callable[[Any], Any]] = {
     "an output": lambda hf: hf.transformer.h[1].mlp.register_forward_hook(lambda module, args, output: output * 2),
     "an output in place": lambda hf: hf.transformer.h[1].mlp.register_forward_hook(lambda m, a, out: out.mul_(2)),
     "its input for an output": lambda hf: hf.transformer.h[1].mlp.register_forward_hook(lambda m, args, out: args[0]),
+    "through all modules": on_every_module,
     "an input": lambda hf: hf.transformer.h[2].mlp.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
     "keywords": lambda hf: hf.transformer.h[2].register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0] + 1, *args[1:]), kwargs), with_kwargs=True
@@ -428,7 +451,7 @@ CHANGING: dict[str, Callable[[Any], Any]] = {
 def test_a_hook_that_changes_what_passes_is_refused_by_its_place(pair, what, call, tmp_path):
     handle = CHANGING[what](pair.hf)
     try:
-        with refused("transformer.h.", "hook", "remove()"):
+        with refused("every module" if what == "through all modules" else "transformer.h.", "hook", "remove()"):
             CALLS[call](pair, tmp_path)
     finally:
         handle.remove()
