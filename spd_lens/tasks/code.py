@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,10 +14,8 @@ from typing import Literal
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Task, normalised
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_STARTS = re.compile(r"^(?:def|class|import|from|async def|@)\b|^@", re.MULTILINE)
-
+from spd_lens.tasks.code_blocks import extract_code
+from spd_lens.tasks.code_names import compiled, parse
 
 Executor = Callable[[str, Sequence[str], str], bool]
 """`(code, tests, setup) -> passed`: `code` is a model's and not trusted; `tests` are asserts, `setup` statements before
@@ -90,10 +86,10 @@ class CodeTask(Task):
         """1.0 if the completion's code passes the item's asserts (pass@1 of one sample), else 0.0."""
         self.check_scorable()
         assert self.executor is not None
-        code = extract_code(text)
-        if code is None:
-            return 0.0
-        return float(self.executor(without_asserts(code), item.meta["tests"], item.meta["setup"]))
+        tests = item.meta["tests"]
+        header, functions = signature(item.completion, tests)
+        code = extract_code(text, functions, header)
+        return float(code is not None and self.executor(without_asserts(code), tests, item.meta["setup"]))
 
     def check_scorable(self) -> None:
         if self.executor is None:
@@ -103,40 +99,11 @@ class CodeTask(Task):
             )
 
 
-def extract_code(text: str) -> str | None:
-    """The Python code in a completion: the fenced block that defines a function (else the first block), an open fence
-    running to the end; without a fence, from the first line that looks like code to the last with which it parses."""
-    blocks = [match for match in _FENCE.findall(text) if match[0].lower() in ("", "python", "py", "python3")]
-    if blocks:
-        defining = [code for _, code in blocks if re.search(r"^\s*(?:def|class)\s", code, re.MULTILINE)]
-        code = defining[0] if defining else blocks[0][1]
-        return code.strip("\n").rstrip() or None
-    start = _STARTS.search(text)
-    if start is None:
-        return text.strip() or None
-    before = _constants_before(text[: start.start()])
-    lines = (before + text[start.start() :]).lstrip("\n").split("\n")[:400]
-    for end in range(len(lines), 0, -1):
-        code = "\n".join(lines[:end]).rstrip()
-        if _parse(code) is not None:
-            return code
-    return "\n".join(lines).rstrip()  # let it fail where it is run
-
-
-def _constants_before(text: str) -> str:
-    """The assignments, comments and blank lines that `text` ends with."""
-    lines = text.splitlines(keepends=True)
-    first = len(lines)
-    while first and re.match(r"#|[A-Za-z_]\w*[ \t]*=[^=]|\s*$", lines[first - 1]):
-        first -= 1
-    return "".join(lines[first:])
-
-
 def signature(solution: str, tests: Sequence[str]) -> tuple[str, set[str]]:
     """The header of the function that the tests call (`def f(a, b)`), and the names of all of the solution's functions
     that they call."""
-    called = [name for test in tests for name in _called(_tree(test))]
-    defined = {node.name: node for node in _tree(solution).body if isinstance(node, ast.FunctionDef)}
+    called = [name for test in tests for name in _called(compiled(test))]
+    defined = {node.name: node for node in compiled(solution).body if isinstance(node, ast.FunctionDef)}
     tested = [name for name in called if name in defined]
     if tested:
         node = defined[tested[0]]
@@ -153,7 +120,7 @@ def expected_values(test: str, functions: set[str]) -> list[Span]:
     """
     spans = [
         span
-        for node in _tree(test).body
+        for node in compiled(test).body
         if isinstance(node, ast.Assert)
         for span in _expected(node.test, test, functions)
     ]
@@ -201,22 +168,9 @@ def _place(node: ast.expr, text: str) -> Span:
     return character(node.lineno, node.col_offset), character(node.end_lineno, node.end_col_offset)
 
 
-def _tree(code: str) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\d" in somebody's code is not the user's concern
-        return ast.parse(code)
-
-
-def _parse(code: str) -> ast.Module | None:
-    try:
-        return _tree(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 def without_asserts(code: str) -> str:
     """`code` without its top-level asserts: a model's own wrong test is no reason to fail its function."""
-    tree = _parse(code)
+    tree = parse(code)
     if tree is None or not any(isinstance(node, ast.Assert) for node in tree.body):
         return code
     tree.body = [node for node in tree.body if not isinstance(node, ast.Assert)]

@@ -7,7 +7,7 @@ import pytest
 
 import spd_lens.tasks as tasks
 from spd_lens.errors import SPDError
-from spd_lens.tasks.code import expected_values, extract_code, signature, without_asserts
+from spd_lens.tasks.code import expected_values, signature
 
 
 def run_here(code: str, tests, setup: str) -> bool:
@@ -56,38 +56,6 @@ def test_expected_values(test, values):
 )
 def test_signature(solution, tests, header):
     assert signature(solution, tests)[0] == header
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("def f(x):\n    return x", "def f(x):\n    return x"),
-        ("```python\ndef f(x):\n    return x\n```", "def f(x):\n    return x"),
-        ("Here:\n```\nf(1)\n```\nand\n```python\ndef f(x):\n    return x\n```\nDone.", "def f(x):\n    return x"),
-        ("Sure!\n```python\ndef f(x):\n    return", "def f(x):\n    return"),  # cut off inside the fence
-        ("```bash\npip install x\n```\n```py\ndef f(): pass\n```", "def f(): pass"),
-        (
-            "Here is it:\n\nimport math\ndef f(x):\n    return x\n\nThis returns x.",
-            "import math\ndef f(x):\n    return x",
-        ),
-        ("def f(x):\n    return x\n\nassert f(1) == 1", "def f(x):\n    return x\n\nassert f(1) == 1"),
-        ("@cache\ndef f(x):\n    return x", "@cache\ndef f(x):\n    return x"),
-        ("def f(x:\n", "def f(x:"),  # nothing in it parses: left to fail where it is run
-        ("return x", "return x"),
-        ("N = 3\n# limit\nM = N\n\ndef f(x):\n    return N", "N = 3\n# limit\nM = N\n\ndef f(x):\n    return N"),
-        ("Set N to 3:\nN = 3\ndef f(x):\n    return N", "N = 3\ndef f(x):\n    return N"),
-        ("", None),
-        ("```python\n```", None),
-    ],
-)
-def test_extract_code(text, code):
-    assert extract_code(text) == code
-
-
-def test_extract_code_survives_odd_text():
-    for text in ("(" * 20_000, "def f" * 5_000, "```" * 5_000, "import x\n" * 3_000 + "(", "\x00", "def f(): '\ud800'"):
-        extract_code(text)
-        without_asserts(text)
 
 
 FULL = {

@@ -1,0 +1,114 @@
+"""Which names a program defines and uses, and what it needs of other pieces of code. Parsed and compiled, never run."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import symtable
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+BUILTIN = frozenset(dir(builtins))
+"""Names that every program has."""
+
+_FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
+
+
+def parse(code: str) -> ast.Module | None:
+    """The tree of a program, or `None` if it is none."""
+    try:
+        return compiled(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def compiled(code: str) -> ast.Module:
+    """The tree of a program; raises what Python's compiler does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" in somebody's code is not the user's concern
+        tree = ast.parse(code)
+        compile(code, "<code>", "exec", dont_inherit=True)  # says more: a `return` outside a function
+    return tree
+
+
+def first_line(node: ast.stmt) -> int:
+    """The line in which a statement begins, decorators included."""
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+
+
+def source_of(node: ast.stmt, code: str) -> str:
+    """The lines of a statement."""
+    return "\n".join(code.split("\n")[first_line(node) - 1 : node.end_lineno])
+
+
+class Names(NamedTuple):
+    """What code has to do with its module's names."""
+
+    defined: frozenset[str]
+    """Those that it binds; `*` if it imports what cannot be known."""
+    used: frozenset[str]
+    """Those that it reads, in whatever scope."""
+
+    @classmethod
+    def of(cls, code: str) -> Names:
+        """The names of code that compiles."""
+        top = symtable.symtable(code, "<code>", "exec")
+        symbols = [(scope is top, symbol) for scope in _scopes(top) for symbol in scope.get_symbols()]
+        defined = {
+            symbol.get_name()
+            for outermost, symbol in symbols
+            if (outermost or symbol.is_declared_global()) and (symbol.is_assigned() or symbol.is_imported())
+        }
+        used = {
+            symbol.get_name()
+            for outermost, symbol in symbols
+            if symbol.is_referenced() and (outermost or symbol.is_global())
+        }
+        star = {"*"} if re.search(r"^from\s.+\simport\s*\(?\s*\*", code, re.MULTILINE) else set()
+        return cls(frozenset(defined | star), frozenset(used))
+
+
+def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for child in table.get_children():
+        yield from _scopes(child)
+
+
+def with_needed(pieces: Sequence[str], place: int, functions: Collection[str]) -> str:
+    """One of several pieces of code, behind those statements of the others that define what it does not: names that it
+    uses, and `functions`. The nearest ones, and rather those before it."""
+    code = pieces[place]
+    if parse(code) is None:
+        return code
+    defined, used = Names.of(code)
+    known = BUILTIN | defined
+    missing = set(used | frozenset(functions)) - known
+    if not missing:
+        return code
+    statements = []
+    for number, piece in enumerate(pieces):
+        tree = parse(piece) if number != place else None
+        for node in tree.body if tree else ():
+            text = source_of(node, piece)
+            if parse(text) is not None and not isinstance(node, ast.Expr):
+                statements.append(((number, node.lineno), text, Names.of(text)))
+    statements.sort(key=lambda entry: (entry[0][0] > place, abs(entry[0][0] - place), -entry[0][1]))
+    taken: dict[tuple[int, int], str] = {}
+    while missing:
+        name = min(missing)
+        known |= {name}
+        for wanted in (name, "*"):
+            found = next((entry for entry in statements if wanted in entry[2].defined), None)
+            if found:
+                taken[found[0]] = found[1]
+                known |= found[2].defined
+                missing |= found[2].used
+                break
+        missing -= known
+    if not taken:
+        return code
+    first = _FUTURE.findall(code)  # these stand before everything else
+    joined = "\n".join([*first, *(taken[key] for key in sorted(taken)), "", _FUTURE.sub("", code).strip("\n")])
+    return joined if parse(joined) is not None else code
