@@ -85,7 +85,7 @@ def _stands_behind(block: Block, earlier: Sequence[Block]) -> bool:
 
 
 def _without_marks(text: str) -> str:
-    """`text` without marks of prompts and templates at the ends of lines (`[BEGIN]`, `<|im_end|>`), up to a `[DONE]`."""
+    """`text` without marks of prompts and templates at the ends of lines (`[BEGIN]`, `<|im_end|>`), up to `[DONE]`."""
     done = re.search(r"^[ \t]*\[DONE\]", text, re.MULTILINE)
     if done and _DEFINES.search(text[: done.start()]):
         text = text[: done.start()]
