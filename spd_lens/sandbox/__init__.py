@@ -133,7 +133,7 @@ def _problem(mechanism: str) -> str:
     if problem:
         return problem
     try:
-        with Trial(mechanism, {}, 10.0, 1, 2**16) as trial:
+        with Trial(mechanism, {}, 60.0, 1, 2**16) as trial:
             result = trial.run(_PROBE)
     except SPDError as error:
         return str(error)

@@ -10,6 +10,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Pools, PublishedTask, split_off
 from spd_lens.tasks.sources import Row
+from spd_lens.tasks.thoughts import without_thoughts
 
 FILES = ("code_alpaca_20k.json", "code_alpaca_2k.json", "new_codealpaca.json")
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
@@ -63,7 +64,8 @@ class CodeAlpaca(PublishedTask):
         return Example(prompt, output, tuple(spans), id)
 
     def extract(self, text: str) -> str | None:
-        """The fenced block, if there is one, or the whole text."""
+        """The fenced block, if there is one, or the whole text; of what is no thought."""
+        text = without_thoughts(text).replace("\r\n", "\n")
         match = _FENCED.search(text)
         return (match[1] if match else text).strip() or None
 

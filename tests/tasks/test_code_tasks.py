@@ -199,6 +199,7 @@ def test_codealpaca_score_and_spans(write):
     assert [item.completion[a:b] for a, b in item.spans] == ["print( 1 )"]
     assert task.score(item, "print( 1  )\n") == 1.0
     assert task.score(item, item.completion) == 1.0
+    assert task.score(item, "<think>\n```\nprint(2)\n```\n</think>\r\n```\r\nprint( 1 )\r\n```") == 1.0
     assert task.score(item, "print( 2 )") == task.score(item, "") == 0.0
 
 
