@@ -163,7 +163,7 @@ class PromptFormat:
             if self.prompt_date is not None:
                 raise SPDError(f"the chat template shows no date; leave prompt_date={self.prompt_date} out")
             return form
-        return replace(form, prompt_date=self.prompt_date or date.today().isoformat())
+        return replace(form, prompt_date=self.prompt_date or _today())
 
     def _with_content(self) -> PromptFormat:
         """The first kind of content under which the template shows what user and system message say."""
@@ -177,6 +177,7 @@ class PromptFormat:
             form = replace(self, parts=parts)
             try:
                 if not form._shows_the_prompt():
+                    faults.append("")
                     continue
                 if self.system is None:
                     return form
@@ -188,7 +189,7 @@ class PromptFormat:
             if both[0] != both[1]:
                 return form
         self._refuse_equal(both, mine, instead)
-        if faults:
+        if faults[0]:  # of a content that is a text, as most templates take it
             raise SPDError(f"the chat template {mine} ({faults[0]}); {instead}")
         raise SPDError(
             "the chat template does not show what the user writes: it makes the same prompt of different texts, or "
@@ -303,6 +304,10 @@ def date_text(day: str | date | None) -> str | None:
         return None if day is None else date.fromisoformat(day).isoformat()
     except (TypeError, ValueError) as error:
         raise SPDError(f"prompt_date is {day!r}; write a day as YYYY-MM-DD") from error
+
+
+def _today() -> str:
+    return date.today().isoformat()
 
 
 def _message(role: str, text: str, parts: bool) -> Message:

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, meta, nodes
+from jinja2 import Template, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template  # transformers' environment: tags, filters
 
 Message = Mapping[str, Any]
@@ -52,7 +52,8 @@ def render(
 
 def asks_for_the_date(tokenizer: Any) -> bool:
     """Whether the template may show the day on which it is rendered."""
-    return "strftime_now" in meta.find_undeclared_variables(_environment().parse(tokenizer.get_chat_template(None)))
+    tree = _environment().parse(tokenizer.get_chat_template(None))
+    return any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
 
 def ending(tokenizer: Any, text: str, opened: str, question: str, answer: str) -> int | None:
