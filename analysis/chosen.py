@@ -16,6 +16,7 @@ from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, Policy, evaluate
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.statistics import mean_interval, score_interval
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
@@ -102,7 +103,7 @@ def written(pair: ModelPair, result: EvalResult) -> Values:
     """What one policy's completions are like, item by item."""
     return {
         "accuracy": np.array([item.score for item in result.items]),
-        "repetition": np.array([repetition(pair.tokenizer(item.completion)["input_ids"]) for item in result.items]),
+        "repetition": np.array([repetition(text_ids(pair.tokenizer, item.completion)) for item in result.items]),
         "truncated": np.array([float(item.finish_reason == "length") for item in result.items]),
     }
 

@@ -58,6 +58,7 @@ class Subject:
         if self._pair is None:
             log.info("loading %s", self.run.config.model)
             self._pair = load_pair(self.run.config)
+        self._pair = self.run.dated(self._pair)
         known = self.run.notes.get("weights")
         if known is not None and known != weights_digest(self._pair.hf):
             raise SPDError(
@@ -171,5 +172,5 @@ def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject
 
 def _same_model(one: Subject, other: Subject) -> bool:
     """Whether two runs load the same pair."""
-    fields = ("model", "backend", "dtype", "device", "prompt_format", "system", "enable_thinking")
+    fields = ("model", "backend", "dtype", "device", "prompt_format", "system", "enable_thinking", "prompt_date")
     return all(getattr(one.run.config, name) == getattr(other.run.config, name) for name in fields)

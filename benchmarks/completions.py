@@ -42,7 +42,7 @@ def arrival_order(
         for start in range(0, len(jobs), 32):
             batch = [job.prompt_ids for job in jobs[start : start + 32]]
             longest = max(map(len, batch))
-            pad = pair.tokenizer.pad_token_id
+            pad = pair.pad_id
             tokens = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch], device=pair.device)
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=pair.device)
             for ids in new_tokens(hf_generate(pair, tokens, mask, new, stops), longest):
@@ -56,7 +56,7 @@ def hf_generate(
 ) -> torch.Tensor:
     """Greedy `generate` of transformers on the twin as it is, with none of the model's own settings."""
     own, pair.hf.generation_config = pair.hf.generation_config, GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pair.tokenizer.pad_token_id
+        max_new_tokens=new, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pair.pad_id
     )  # fmt: skip
     try:
         mask = torch.ones_like(tokens) if mask is None else mask

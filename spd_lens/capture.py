@@ -86,6 +86,8 @@ def extract(
     examples = worked_examples(examples, "calibration examples")
     sites = pair.sites(layers, kinds)
     settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    if pair.format.prompt_date is not None:
+        settings["prompt_date"] = pair.format.prompt_date
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
     for rows in token_gradients(
         pair, examples, layers=layers, kinds=kinds, loss=loss, engine=engine, batch_tokens=batch_tokens,
@@ -158,7 +160,7 @@ def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> T
 
 
 def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
-    tokens, mask = right_pad([e.ids for e in batch], pair.tokenizer.pad_token_id, pair.device)
+    tokens, mask = right_pad([e.ids for e in batch], pair.pad_id, pair.device)
     row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
     target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
     with torch.enable_grad(), fast_products(pair.device, pair.dtype), tap.tapped() as activations:

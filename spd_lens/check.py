@@ -22,6 +22,7 @@ from spd_lens.models import ModelPair
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
 from spd_lens.models.probe import probe
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 from spd_lens.moments import GradientMoments
 from spd_lens.projection import folded, projected, projected_twin
@@ -119,8 +120,11 @@ def _tokens(pair: ModelPair, layers: str) -> tuple[bool, str]:
     ids = pair.prompt_ids(EXAMPLES[0])
     bos = tokenizer.bos_token_id
     n_bos = 0 if bos is None else next((i for i, id in enumerate(ids) if id != bos), len(ids))
-    text_ids = tokenizer("a")["input_ids"]
-    adds = "adds BOS to raw text" if bos is not None and text_ids[:1] == [bos] else "adds no BOS to raw text"
+    adds = (
+        "adds BOS to raw text"
+        if bos is not None and text_ids(tokenizer, "a")[:1] == [bos]
+        else "adds no BOS to raw text"
+    )
     return n_bos <= 1, f"{named}; the tokenizer {adds}; {pair.format.name} prompts begin with {n_bos} BOS"
 
 
@@ -186,7 +190,7 @@ def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
 
 def _right(pair: ModelPair, layers: str) -> tuple[bool, str]:
     """Right-padded rows against the same rows alone."""
-    rows = [pair.tokenizer(text)["input_ids"] for text in CHECK_TEXTS]
+    rows = [text_ids(pair.tokenizer, text) for text in CHECK_TEXTS]
     alone = torch.cat([_logits(pair, [row]) for row in rows])
     return _compared(pair, alone, _logits(pair, rows))
 
@@ -195,13 +199,13 @@ def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
     """Left-padded, cached generation under the projection against the same tokens alone and without cache."""
     rows = [pair.prompt_ids(example) for example in EXAMPLES]
     longest = max(map(len, rows))
-    tokens = torch.tensor([[pair.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
+    tokens = torch.tensor([[pair.pad_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     with folded(pair.hf, _random(pair, pair.sites(layers))), torch.no_grad():
         made: Any = pair.hf.generate(
             input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), do_sample=False, num_beams=1,
             min_new_tokens=N_NEW_TOKENS, max_new_tokens=N_NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
-            pad_token_id=pair.tokenizer.pad_token_id,
+            pad_token_id=pair.pad_id,
         )  # fmt: skip
         stepwise = torch.stack(made.logits, dim=1).double().cpu()
         whole = []
@@ -218,7 +222,7 @@ def _compared(pair: ModelPair, reference: Tensor, found: Tensor) -> tuple[bool, 
 
 @torch.no_grad()
 def _logits(pair: ModelPair, rows: list[list[int]]) -> Float[Tensor, "token d_vocab"]:
-    tokens, mask = right_pad(rows, pair.tokenizer.pad_token_id, pair.device)
+    tokens, mask = right_pad(rows, pair.pad_id, pair.device)
     logits = run_twin(pair.hf, tokens, attention_mask=mask, use_cache=False).logits
     return logits[mask.bool()].double().cpu()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -60,6 +61,9 @@ class SPDConfig(Settings):
     system: str | None = Field(None, description="System message of chat prompts; else the template's own.")
     enable_thinking: bool | None = Field(
         None, description="Room for thoughts in a thinking model's prompts; else the template's own default."
+    )
+    prompt_date: str | None = Field(
+        None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
     )
     # data
     task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
@@ -121,6 +125,15 @@ class SPDConfig(Settings):
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("prompt_date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """YAML reads an unquoted day as a date."""
+        try:
+            return str(date.fromisoformat(str(value))) if value is not None else None
+        except ValueError as error:
+            raise ValueError("write a day as YYYY-MM-DD") from error
 
     @field_validator("kinds")
     @classmethod

@@ -90,6 +90,12 @@ def settings_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.settings.json")
 
 
+def recorded_settings(path: str | Path | None) -> dict[str, Any] | None:
+    """The settings of a corpus file that is there to be continued; None where there is none."""
+    there = path is not None and Path(path).exists() and settings_path(Path(path)).exists()
+    return dict(Header.read(Path(path)).settings) if there and path is not None else None
+
+
 @dataclass(frozen=True)
 class Header:
     """What stands beside the JSONL: settings that decide its content, and the prompts' order."""

@@ -107,15 +107,5 @@ def stop_tokens(pair: ModelPair) -> tuple[int, ...]:
     """
     own: Any = pair.hf.generation_config.eos_token_id
     ids = set(own if isinstance(own, (list, tuple)) else [own]) | {pair.tokenizer.eos_token_id}
-    if pair.format.chat:
-        ids.add(_end_of_turn(pair.tokenizer))
+    ids.add(pair.format.end_of_turn())
     return tuple(sorted(int(id) for id in ids if id is not None))
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right behind an assistant's message, if it does."""
-    mark = "spdlens"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None

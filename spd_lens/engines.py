@@ -177,7 +177,7 @@ class _AllOver(StoppingCriteria):
 def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> list[list[int]]:
     """One batch through `generate` of transformers: padded on the left, as long as its longest completion."""
     longest = max(len(job.prompt_ids) for job in jobs)
-    tokens = torch.full((len(jobs), longest), pair.tokenizer.pad_token_id)
+    tokens = torch.full((len(jobs), longest), pair.pad_id)
     mask = torch.zeros_like(tokens)
     for row, job in enumerate(jobs):  # padding on the left: new tokens follow the prompt directly
         tokens[row, longest - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
@@ -188,7 +188,7 @@ def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> lis
     twin.generation_config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,  # one token is left to choose
-        pad_token_id=pair.tokenizer.pad_token_id,
+        pad_token_id=pair.pad_id,
         use_cache=True,
     )
     twin.generate(

@@ -16,3 +16,7 @@ class DamagedFile(SPDError):
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 """What reading damaged or hostile JSON raises: fields that are missing or something else, numbers out of range, lists
 nested thousands deep."""
+
+
+class TooLong(SPDError):
+    """A text is so much longer than the model's context that it was not even tokenised to its end."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_lens.config import SPDConfig
+from spd_lens.errors import TooLong
 from spd_lens.evaluation.choices import with_choice
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
@@ -68,6 +69,12 @@ class _Fits:
         return self.known[key]
 
     def _fits(self, split: Split, example: Example) -> bool:
+        try:
+            return self._within(split, example)
+        except TooLong:
+            return False
+
+    def _within(self, split: Split, example: Example) -> bool:
         if split == "calibration":
             return self._length(example) <= self.pair.context(self.engine)
         n_prompt = len(self.pair.format.prompt_ids(example.prompt))

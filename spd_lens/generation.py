@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from spd_lens.corpus import Corpus, CorpusWriter, Key, Record
+from spd_lens.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
 from spd_lens.decoding import Decoding, Job, stop_tokens
 from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
 from spd_lens.engines import lens_engine, twin_engine
@@ -90,6 +90,8 @@ def generate(
         SPDError: no prompts; a prompt that leaves no room for `max_new_tokens`; a parameter out of range; a file at
             `path` from other settings; a full disk (what was written is kept).
     """
+    earlier = recorded_settings(path)
+    pair = pair.dated((earlier or {}).get("prompt_date"))
     sampling = Sampling.resolve(pair, temperature, top_p, top_k)
     max_new_tokens = whole("max_new_tokens", max_new_tokens)
     samples_per_prompt = whole("samples_per_prompt", samples_per_prompt)
@@ -115,6 +117,8 @@ def generate(
     decoding = Decoding(sampling, seed, max_new_tokens, stop_ids, own)
     by_prompt = subspace is not None and not isinstance(subspace, Subspace)
     settings = _settings(pair, decoding, engine, groups, by_prompt, strength, adapter)
+    if earlier is not None and "prompt_date" not in earlier:
+        settings.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
     order = [job.key for job in jobs]
     own.tell()
     with contextlib.ExitStack() as stack:
@@ -252,10 +256,11 @@ def _refuse_other_prompts(jobs: Sequence[Job], done: Mapping[Key, Record]) -> No
 
 
 def _record(pair: ModelPair, job: Job, ids: list[int], decoding: Decoding) -> Record:
+    text = ids[:-1] if ids[-1] in decoding.stop_ids else ids  # not every token that ends a turn is a special one
     return Record(
         id=job.example.id,
         prompt=job.example.prompt,
-        completion=pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        completion=pair.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         prompt_ids=tuple(job.prompt_ids),
         completion_ids=tuple(ids),
         finish_reason=decoding.reason(job, ids),

@@ -66,6 +66,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
         pair = load_pair(config)
     elif keeps_lens:
         pair.check()  # an edited lens model would be measured, and the twin trained
+    pair = Run(out).dated(pair)
     source = fitted(source, pair, config)
     targets = {name: fitted(task, pair, config) for name, task in targets.items()}
     check_model(config, pair, source, targets)
@@ -97,12 +98,15 @@ def load_pair(config: SPDConfig) -> ModelPair:
         prompt_format=config.prompt_format,
         system=config.system,
         enable_thinking=config.enable_thinking,
+        prompt_date=config.prompt_date,
     )
 
 
 def decided_by(pair: ModelPair) -> dict[str, Any]:
     """The settings that a pair which is loaded already has decided, whatever a config says."""
-    return {"model": pair.name, "system": pair.format.system, "enable_thinking": pair.format.enable_thinking}
+    form = pair.format
+    day = form.prompt_date if form.date_given else None
+    return {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
 
 
 def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
@@ -152,6 +156,7 @@ def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
         **own,
     }
     folder.note_once("the set-up", resolved=resolved)
+    folder.note_date(pair)
 
 
 def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:

@@ -136,7 +136,8 @@ def run_rounds(
     with folder.locked():
         folder.note_once("the settings of the rounds", settings=settings)
         folder.note_environment()
-        first = pair or load_pair(config)
+        first = folder.dated(pair or load_pair(config))
+        folder.note_date(first)
         source = fitted(source, first, config)
         held_out = held_out_items(config, source, n_held_out)
         folder.note_once("the first model", weights=weights_digest(first.hf))

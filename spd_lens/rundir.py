@@ -17,6 +17,7 @@ from spd_lens.config import SPDConfig, check_whole
 from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.models import ModelPair
 from spd_lens.moments import GradientMoments
 from spd_lens.publishing import is_blank, is_free, make_directory
 from spd_lens.storage import read_json, write_json, write_text
@@ -53,6 +54,15 @@ class Folder:
     def note(self, **fields: Any) -> None:
         """Add to the notes."""
         write_json(self.path / self.notes_file, {**self.notes, **fields})
+
+    def dated(self, pair: ModelPair) -> ModelPair:
+        """The pair, asked as on the day on which the folder was begun, where its prompts show a date."""
+        return pair.dated(self.notes.get("prompt_date"))
+
+    def note_date(self, pair: ModelPair) -> None:
+        """Add the date that prompts show, or refuse to go on with another one."""
+        if pair.format.prompt_date is not None:
+            self.note_once("the date in the prompts", prompt_date=pair.format.prompt_date)
 
     def note_environment(self) -> None:
         """Versions and machine: those a run was begun with, and those of later starts where they differ."""

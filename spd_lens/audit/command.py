@@ -28,7 +28,7 @@ def show_spans(
     source = tasks.configured(name, config.data_dir, config.task_options)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
-        load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking
+        load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date
     )
     found = audit(examples, format, config.loss, task=source.name)
     title = f"Span audit: {Path(name).name}"

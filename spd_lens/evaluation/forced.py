@@ -56,7 +56,7 @@ class ForcedBatch:
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> ForcedBatch:
-        tokens, mask = right_pad([e.ids for e in encoded], pair.tokenizer.pad_token_id, pair.device)
+        tokens, mask = right_pad([e.ids for e in encoded], pair.pad_id, pair.device)
         places = [(i, t) for i, e in enumerate(encoded) for t in range(e.completion_start, len(e.ids))]
         index = {place: n for n, place in enumerate(places)}
         row, target = torch.tensor(places, device=pair.device).T

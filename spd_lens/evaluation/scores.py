@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_lens import tasks
-from spd_lens.corpus import NOT_APPLIED
+from spd_lens.corpus import NOT_APPLIED, recorded_settings
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
@@ -65,6 +65,7 @@ def evaluate(
             "tasks.get('items.jsonl')"
         )
     n, seed, strength = whole("n", n), whole("seed", seed, least=None), check_strength(strength)
+    pair = pair.dated((recorded_settings(path) or {}).get("prompt_date"))
     items = task.test(n, seed)
     task.check_scorable()
     policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)

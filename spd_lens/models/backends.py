@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
+from spd_lens.models.tokenizer import text_ids
 
 BACKENDS = ("auto", "hooked", "bridge")
 
@@ -127,8 +128,7 @@ class HookedBackend(Backend):
 
         cfg = self._config(twin)
         # follow the twin: prepend BOS to text only where the tokenizer itself does
-        text_ids = tokenizer("a")["input_ids"]
-        cfg.default_prepend_bos = bool(text_ids) and text_ids[0] == tokenizer.bos_token_id
+        cfg.default_prepend_bos = text_ids(tokenizer, "a")[:1] == [tokenizer.bos_token_id]
         with _quiet(), _readable(tokenizer) as own:
             lens = HookedTransformer(cfg, own, move_to_device=False)
             lens.to(twin.device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from spd_lens.models.lens import ProvenLens
 from spd_lens.models.neutral import neutral, neutrally
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
-from spd_lens.models.tokenizer import read_tokenizer
+from spd_lens.models.tokenizer import read_tokenizer, text_ids
 from spd_lens.sites import Site, resolve_sites
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class ModelPair:
         prompt_format: str = "auto",
         system: str | None = None,
         enable_thinking: bool | None = None,
+        prompt_date: str | date | None = None,
     ) -> None:
         """From a transformers model in memory, for instance one that was just edited or fine-tuned.
 
@@ -58,17 +62,18 @@ class ModelPair:
         hf = getattr(hf, "_orig_mod", hf)  # torch.compile puts itself around the model
         check_whole(hf)
         backends = choose_backends(backend)
-        self.format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking)
-        """How a prompt becomes tokens: chat template or raw."""
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking, prompt_date)
         self.hf: PreTrainedModel = hf.eval().requires_grad_(False)
         """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
         self.tokenizer = tokenizer
+        self.format = replace(format, longest=self.n_ctx)
+        """How a prompt becomes tokens: chat template or raw."""
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         self.asked_backend = backend
         """As it was given: `"auto"` may stand for either backend."""
         self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
+        for text in parity.CHECK_TEXTS:  # what stands in every text (BOS) comes to light here
+            self._check_rows(text_ids(tokenizer, text), f"the text {text[:20]!r}")
         with neutral(self.hf):
             probe_unknown(self.hf, tokenizer, self.sites())
 
@@ -152,6 +157,29 @@ class ModelPair:
         return min(self.n_ctx, self.lens.cfg.n_ctx)
 
     @property
+    def pad_id(self) -> int:
+        """What fills up shorter rows: the tokenizer's padding or EOS if the embedding has a row for it, else any row.
+
+        Padding is masked or behind all that is looked at; it only has to be a row.
+        """
+        own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((id for id in own if id is not None and 0 <= id < self._n_rows), 0)
+
+    @property
+    def _n_rows(self) -> int:
+        return self.hf.get_input_embeddings().weight.shape[0]
+
+    def dated(self, day: str | None) -> ModelPair:
+        """The same models, asked as on a day that was recorded; itself where its prompts show no date or the same one,
+        or one that was asked for."""
+        format = self.format.on(day)
+        if format == self.format:
+            return self
+        other = copy.copy(self)
+        other.format = format
+        return other
+
+    @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of(self.hf)
 
@@ -173,17 +201,20 @@ class ModelPair:
         self._check_ids([*ids, 0], example, self.n_ctx)
         return ids
 
-    def _check_ids(self, ids: list[int], example: Example, limit: int) -> None:
-        rows = self.hf.get_input_embeddings().weight.shape[0]
-        if max(ids) >= rows:
+    def _check_rows(self, ids: list[int], what: str) -> None:
+        if ids and max(ids) >= self._n_rows:
             raise SPDError(
-                f"example {example.id or example.prompt[:40]!r} has the token {self.tokenizer.decode([max(ids)])!r} "
-                f"({max(ids)}), but the embedding of {self.name} has {rows} rows: the tokenizer is not this model's"
+                f"{what} has the token {self.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)}), but the "
+                f"embedding of {self.name} has {self._n_rows} rows: the tokenizer is not "
+                "this model's, or the embedding was not resized for new tokens"
             )
+
+    def _check_ids(self, ids: list[int], example: Example, limit: int) -> None:
+        self._check_rows(ids, example.name)
         if len(ids) > limit:
             lens = "'s lens model; take engine='twin'," if limit < self.n_ctx else ";"
             raise SPDError(
-                f"example {example.id or example.prompt[:40]!r} has {len(ids)} tokens, more than the context of "
+                f"{example.name} has {len(ids)} tokens, more than the context of "
                 f"{limit} tokens of {self.name}{lens} shorten it or leave it out (--too-long drop does, and counts)"
             )
 
@@ -287,6 +318,7 @@ def load(
     prompt_format: str = "auto",
     system: str | None = None,
     enable_thinking: bool | None = None,
+    prompt_date: str | date | None = None,
     revision: str | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
@@ -305,13 +337,15 @@ def load(
         system: System message of the chat format; None leaves the template's own.
         enable_thinking: Whether the prompts of a thinking model (Qwen3 and like) leave room for thoughts; None leaves
             the chat template's own default.
+        prompt_date: The day, as YYYY-MM-DD, that is shown by a chat template which shows today's. None: today's, or
+            that of a corpus or run that is continued.
         revision: Hub branch, tag or commit.
         gguf_file: Which file, where a directory or hub repository has several GGUF files.
         trust_remote_code: Allow code from the model's repository to run. Off unless you ask for it.
 
     Raises:
         SPDError: the model does not exist or cannot be converted, the device or dtype is not to be had, or the
-            tokenizer has no chat template that takes `system` or `enable_thinking`.
+            tokenizer has no chat template that takes `system`, `enable_thinking` or `prompt_date`.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -324,7 +358,7 @@ def load(
     twin.config._name_or_path = twin.name_or_path = name
     return ModelPair(
         twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system,
-        enable_thinking=enable_thinking,
+        enable_thinking=enable_thinking, prompt_date=prompt_date,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.models.tokenizer import text_ids
 
 CHECK_TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
@@ -90,8 +91,8 @@ def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
 @torch.no_grad()
 def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -> Float[Tensor, "token d_vocab"]:
     """A model's logits on the check texts, right-padded to one batch, padding left out; in float64 on the CPU."""
-    rows = [tokenizer(text)["input_ids"] for text in CHECK_TEXTS]
-    tokens, mask = right_pad(rows, tokenizer.pad_token_id, device)
+    rows = [text_ids(tokenizer, text) for text in CHECK_TEXTS]
+    tokens, mask = right_pad(rows, rows[0][0], device)  # some row of the embedding: padding is masked
     return forward(tokens, mask)[mask.bool()].cpu().double()
 
 

@@ -16,6 +16,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models.architectures import is_known
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import UnknownLayer, site_layer, twin_hook
 from spd_lens.sites import Site
@@ -47,7 +48,7 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
         SPDError: the model does not do what the table says, or keeps no keys and values that could be compared.
     """
     asked = [_Question(twin, site, row) for row, site in enumerate((s for s in sites if s.kind in ("k", "v")), start=1)]
-    ids = tokenizer(CHECK_TEXTS[0])["input_ids"][:_N_TOKENS]
+    ids = text_ids(tokenizer, CHECK_TEXTS[0])[:_N_TOKENS]
     tokens = torch.tensor([ids] * (len(asked) + 1), device=twin.device)
     with contextlib.ExitStack() as stack:
         for question in asked:

@@ -13,6 +13,7 @@ from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.memory import free_memory
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 
 # Settings that name a number of tokens from which on a model computes otherwise: sliding_window, window_size,
@@ -57,7 +58,7 @@ def parity_at(twin: PreTrainedModel, lens: Any, tokenizer: Any, length: int) -> 
     """
     lengths = [length, max(2, 2 * length // 3)][: max(1, rows_that_fit(twin, length))]
     rows = [long_text(tokenizer, n, seed) for seed, n in enumerate(lengths)]
-    tokens, mask = right_pad(rows, tokenizer.pad_token_id, twin.device)
+    tokens, mask = right_pad(rows, rows[0][0], twin.device)  # some row of the embedding: padding is masked
     places = [(row, position) for row, n in enumerate(lengths) for position in _positions(n)]
     row, position = torch.tensor(places, device=twin.device).T
     with unembed_only(twin.get_output_embeddings(), row, position):
@@ -69,9 +70,9 @@ def parity_at(twin: PreTrainedModel, lens: Any, tokenizer: Any, length: int) -> 
 
 def long_text(tokenizer: Any, length: int, seed: int) -> list[int]:
     """Token ids that begin as any text does, and go on with ordinary tokens in an order that does not repeat."""
-    start: list[int] = tokenizer(CHECK_TEXTS[0])["input_ids"]
+    start = text_ids(tokenizer, CHECK_TEXTS[0])
     special = set(tokenizer.all_special_ids)
-    words = [id for text in CHECK_TEXTS for id in tokenizer(text)["input_ids"] if id not in special]
+    words = [id for text in CHECK_TEXTS for id in text_ids(tokenizer, text) if id not in special]
     chosen = torch.randint(len(words), (length,), generator=torch.Generator().manual_seed(seed))
     return [*start[:1], *(words[i] for i in chosen.tolist())][:length]
 

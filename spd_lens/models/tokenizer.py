@@ -1,13 +1,17 @@
-"""A model's tokenizer, alone: enough to see how text becomes tokens, without reading any weights."""
+"""A model's tokenizer, alone: enough to see how text becomes tokens, without reading any weights.
+
+Everything that becomes tokens goes through `tokenised`, which knows what a tokenizer adds to a text.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, TooLong
 from spd_lens.models import adapters, hub
 
 
@@ -30,3 +34,65 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer
         reason = " ".join(str(error).split())[:300]
         raise SPDError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+
+
+class Tokens(NamedTuple):
+    """A text's tokens, and the characters `[low, high)` that each one holds."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+_CHARACTERS = 16
+"""Characters per token of the context that are tokenised before it is known that a text may fit."""
+_MARGIN = 64
+"""Tokens by which the cut end of a text may have more of them than it has in the whole."""
+
+
+def tokenised(tokenizer: Any, text: str, *, specials: bool = True, most: int | None = None) -> Tokens:
+    """A text's tokens as a model gets them that is to go on with it.
+
+    With what the tokenizer puts before a text (BOS), and without what it puts behind (EOS, with `add_eos_token`; SEP):
+    a completion begins right behind the text.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: The text.
+        specials: Let the tokenizer add its special tokens; False for a chat template, which brings its own.
+        most: The model's context. A text of which a part is far longer already is not tokenised to its end: tens of
+            megabytes would take minutes and gigabytes.
+
+    Raises:
+        TooLong: it is longer than `most` by far.
+    """
+    size = len(text) if most is None else max(_CHARACTERS * most, 4096)
+    while size < len(text):
+        n = len(tokenizer(text[:size], add_special_tokens=False)["input_ids"])
+        if most is not None and n > most + _MARGIN:
+            raise TooLong(
+                f"has {len(text)} characters, of which the first {size} alone are {n} tokens, more than the context of "
+                f"{most} tokens"
+            )
+        size *= 4
+    found = _with_specials(tokenizer, text, specials)
+    added = found["special_tokens_mask"]
+    if len(added) and all(added):  # nothing between what is put before and behind: a text that has tokens tells
+        added = _with_specials(tokenizer, "a", specials)["special_tokens_mask"]
+    n = len(found["input_ids"]) - _trailing(added)
+    return Tokens(list(found["input_ids"][:n]), list(found["offset_mapping"][:n]))
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a plain text that goes on: see `tokenised`."""
+    return tokenised(tokenizer, text).ids
+
+
+def _with_specials(tokenizer: Any, text: str, specials: bool) -> Any:
+    return tokenizer(
+        text, add_special_tokens=specials, return_offsets_mapping=True, return_special_tokens_mask=True
+    )  # fmt: skip
+
+
+def _trailing(mask: Sequence[int]) -> int:
+    """How many ones a mask ends with."""
+    return next((n for n, one in enumerate(reversed(mask)) if not one), len(mask))

@@ -63,6 +63,7 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
     if pair is None:
         log.info("loading %s", config.settings["model"])
         pair = load_pair(config.shared)
+    pair = Study(out).dated(pair)
     sources = {key: fitted(sources[key], pair, cell) for key, cell in _cell_of_each(config).items()}
     targets = {name: fitted(task, pair, config.shared) for name, task in targets.items()}
     _check_model(config, pair, sources, targets)

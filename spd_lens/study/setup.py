@@ -24,7 +24,7 @@ _SILENT = (
     "prompt_format", "per_head", "temperature", "top_p", "top_k", "max_new_tokens", "train_batch_size", "dtype",
 )  # fmt: skip
 """What the paper does not say."""
-_SILENT_AND_RARE = ("system", "enable_thinking", "too_long")
+_SILENT_AND_RARE = ("system", "enable_thinking", "prompt_date", "too_long")
 """And of that, what is listed only where a study sets it."""
 
 

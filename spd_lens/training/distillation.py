@@ -178,7 +178,7 @@ def finetune(
             if gradient_checkpointing:
                 _checkpoint_gradients(model)
             args = _arguments(pair, settings, len(rows), place, save_steps)
-            trainer = CorpusTrainer(model, args, rows, pair.tokenizer.pad_token_id, progress)
+            trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress)
             with _explained(place), fast_products(pair.device, pair.dtype):
                 trainer.train(resume_from_checkpoint=place.latest_checkpoint())
                 save_weights(model, place.result)

@@ -1,0 +1,167 @@
+"""Chat templates rendered as transformers renders them, on a day that is given and within bounds.
+
+A template is a program that comes with a model. Nothing of what it says can be relied on: it may loop for ever, write
+gigabytes, or ask for today's date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+from transformers.utils.chat_template_utils import _compile_jinja_template  # transformers' environment: tags, filters
+
+Message = Mapping[str, Any]
+
+_STEPS = 100_000
+"""Turns of loops and calls of macros in one rendering; the templates that we know take less than a hundred."""
+_CHARACTERS = 1_000_000
+"""Characters of one rendering beyond those of the messages."""
+_WATCH = "spd_lens_watch"
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, generation: bool = True, date: str | None = None, **options: Any
+) -> str:
+    """The conversation as text; whatever the template raises comes out.
+
+    Args:
+        tokenizer: Has the template and the special tokens that it may name.
+        messages: With a role and a content, which is a text or a list of parts.
+        generation: End with what opens the model's own turn.
+        date: The day, as YYYY-MM-DD, that the template is told it is; None: today.
+        options: Switches that the template may read.
+
+    Raises:
+        OverflowError: it takes too many steps, or writes too much.
+    """
+    bounds = _Bounds(_CHARACTERS + sum(len(str(message["content"])) for message in messages))
+    now = datetime.fromisoformat(date) if date else datetime.now()
+    given = {**tokenizer.special_tokens_map, **options, "messages": list(messages), "add_generation_prompt": generation}
+    chunks = []
+    for chunk in _compiled(tokenizer.get_chat_template(None)).generate(
+        **given, strftime_now=now.strftime, range=bounds.range, **{_WATCH: bounds.watch}
+    ):
+        bounds.add(chunk)
+        chunks.append(chunk)
+    return "".join(chunks)
+
+
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Whether the template may show the day on which it is rendered."""
+    tree = _environment().parse(tokenizer.get_chat_template(None))
+    return any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
+
+
+def ending(tokenizer: Any, text: str, opened: str, question: str, answer: str) -> int | None:
+    """The token of its own that stands behind the answer and otherwise, at most, behind what was said before.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: A conversation of a question and its answer.
+        opened: The question alone, with what opens the answer.
+        question: What is asked, a word that is not in the template.
+        answer: What is answered, another.
+    """
+    before, answered, rest = text.rpartition(answer)
+    before, asked, between = before.rpartition(question)
+    tokens = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+    behind = [token for token in tokens if token.strip() and rest.lstrip().startswith(token)]
+    if not (answered and asked and behind):
+        return None
+    token = max(behind, key=len)
+    opens = text.lstrip().startswith(token) or before.rstrip().endswith(token)
+    within = [part.lstrip().removeprefix(token) for part in (between, opened.rpartition(question)[2])]
+    if opens or any(token in part for part in within) or token == tokenizer.bos_token != tokenizer.eos_token:
+        return None
+    return tokens[token]
+
+
+class _Bounds:
+    """Counts what one rendering does."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.written, self.steps = most, 0, 0
+
+    def watch(self, value: Any = None) -> str:
+        """Called at every turn of a loop, and with everything that is put into a variable."""
+        self._count(1)
+        self._refuse(len(value) if isinstance(value, str | list | tuple) else 0)
+        return ""
+
+    def range(self, *ends: int) -> Sequence[int]:
+        """A filter goes through it without a loop."""
+        self._count(len(found := range(*ends)))
+        return found
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > _STEPS:
+            raise OverflowError(f"its loops take more than {_STEPS:,} steps")
+
+    def add(self, chunk: str) -> None:
+        self.written += len(chunk)
+        self._refuse(self.written)
+
+    def _refuse(self, size: int) -> None:
+        if size > self.most:
+            raise OverflowError(f"it writes more than {self.most:,} characters")
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Template:
+    """The template with a call of the watch wherever it can repeat itself or keep something."""
+    environment = _environment()
+    tree = environment.parse(source)
+    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        node.body.insert(0, _watched())
+    for body in list(_bodies(tree)):
+        for place, node in reversed(list(enumerate(body))):
+            if isinstance(node, nodes.Assign | nodes.AssignBlock):
+                body[place + 1 : place + 1] = [_watched(kept) for kept in _targets(node.target)]
+    tree.set_lineno(1)  # of the new nodes alone
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def _environment() -> Any:
+    """transformers' own tags, filters and functions; made of an empty template, since compiling folds constants."""
+    environment: Any = _compile_jinja_template("").environment.overlay()
+    environment.intercepted_binops = frozenset({"*", "**"})
+    environment.call_binop = _arithmetic
+    return environment
+
+
+def _bodies(node: nodes.Node) -> Iterator[list[nodes.Node]]:
+    """All lists of statements of a template."""
+    for _, value in node.iter_fields():
+        if isinstance(value, list) and any(isinstance(entry, nodes.Stmt) for entry in value):
+            yield value
+    for child in node.iter_child_nodes():
+        yield from _bodies(child)
+
+
+def _targets(target: nodes.Node) -> list[nodes.Expr]:
+    """What a `set` has written to, to be read again."""
+    if isinstance(target, nodes.Name):
+        return [nodes.Name(target.name, "load")]
+    if isinstance(target, nodes.NSRef):
+        return [nodes.Getattr(nodes.Name(target.name, "load"), target.attr, "load")]
+    return [found for part in target.iter_child_nodes() for found in _targets(part)]
+
+
+def _watched(*values: nodes.Expr) -> nodes.Stmt:
+    return nodes.ExprStmt(nodes.Call(nodes.Name(_WATCH, "load"), list(values), [], None, None))
+
+
+def _arithmetic(_context: Any, operator: str, left: Any, right: Any) -> Any:
+    """Products and powers, which make gigabytes out of two short operands."""
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, int) and one > 1:
+            size = len(other) if isinstance(other, str | list | tuple) else 0
+            if size * one > _CHARACTERS or (operator == "**" and one > _CHARACTERS.bit_length()):
+                raise OverflowError(f"{operator} makes more than {_CHARACTERS:,} characters")
+    return left * right if operator == "*" else left**right
