@@ -23,8 +23,9 @@ from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.memory import free_memory
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.pair import ModelPair
-from spd_lens.models.parity import right_pad
+from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
 from spd_lens.models.prompts import Encoded, Loss
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
@@ -245,7 +246,7 @@ class Tap(ABC):
     """One way to run a model with its K and V in reach of autograd."""
 
     def __init__(self, model: nn.Module, head: nn.Module, sites: Sequence[Site]) -> None:
-        self.model = model
+        self.model: Any = model
         self.sites = list(sites)
         self._head = head
         self._last: list[nn.Module] = []
@@ -304,6 +305,21 @@ class TwinTap(Tap):
         super().__init__(pair.hf, pair.hf.get_output_embeddings(), sites)
         if all(site.kind in ("k", "v") for site in sites if site.layer == pair.n_layers - 1):
             self._last = positionwise_in_last_block(pair.hf)
+            if not self._exact_on(text_ids(pair.tokenizer, CHECK_TEXTS[0])[: pair.n_ctx]):
+                self._last = []
+
+    @torch.no_grad()
+    def _exact_on(self, ids: list[int]) -> bool:
+        """Whether the last block may run at some positions alone: in some architectures its parts mix positions."""
+        tokens = torch.tensor([ids], device=self.model.device)
+        row, position = torch.zeros(1, dtype=torch.long), torch.tensor([len(ids) - 1])
+        row, position = row.to(tokens.device), position.to(tokens.device)
+        try:
+            found = self.logits_at(tokens, torch.ones_like(tokens), row, position).double()
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            return False  # a part of the block that takes something else than activations of all positions
+        whole = self._logits(tokens, torch.ones_like(tokens))[0, -1:].double()
+        return Parity.between(whole, found).within(self.model.dtype)
 
     def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
         return twin_hook(self.model, site, keep)

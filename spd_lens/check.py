@@ -23,7 +23,7 @@ from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
 from spd_lens.models.probe import probe
 from spd_lens.models.tokenizer import text_ids
-from spd_lens.models.twin import run_twin
+from spd_lens.models.twin import named_outputs, run_twin
 from spd_lens.moments import GradientMoments
 from spd_lens.projection import folded, projected, projected_twin
 from spd_lens.sites import Site
@@ -201,7 +201,7 @@ def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
     longest = max(map(len, rows))
     tokens = torch.tensor([[pair.pad_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    with folded(pair.hf, _random(pair, pair.sites(layers))), torch.no_grad():
+    with folded(pair.hf, _random(pair, pair.sites(layers))), named_outputs(pair.hf), torch.no_grad():
         made: Any = pair.hf.generate(
             input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), do_sample=False, num_beams=1,
             min_new_tokens=N_NEW_TOKENS, max_new_tokens=N_NEW_TOKENS, return_dict_in_generate=True, output_logits=True,

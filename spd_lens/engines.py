@@ -27,6 +27,7 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import takes_slots
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.twin import named_outputs
 from spd_lens.products import packed
 from spd_lens.projection import folded, projected
 from spd_lens.slots import Slots
@@ -191,12 +192,13 @@ def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> lis
         pad_token_id=pair.pad_id,
         use_cache=True,
     )
-    twin.generate(
-        input_ids=tokens.to(pair.device),
-        attention_mask=mask.to(pair.device),
-        logits_processor=LogitsProcessorList([_Chosen(decoding, rows)]),
-        stopping_criteria=StoppingCriteriaList([_AllOver(decoding, rows)]),
-    )
+    with named_outputs(pair.hf):
+        twin.generate(
+            input_ids=tokens.to(pair.device),
+            attention_mask=mask.to(pair.device),
+            logits_processor=LogitsProcessorList([_Chosen(decoding, rows)]),
+            stopping_criteria=StoppingCriteriaList([_AllOver(decoding, rows)]),
+        )
     return [row.new_ids for row in rows]
 
 

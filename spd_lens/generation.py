@@ -234,8 +234,6 @@ def _jobs(
     jobs = []
     for example in examples:
         ids = pair.prompt_ids(example)
-        if not ids:
-            raise SPDError(f"prompt {example.id!r} is empty: it has no token to continue from; write something")
         if len(ids) + max_new_tokens > limit:
             raise SPDError(
                 f"prompt {example.id!r} has {len(ids)} tokens, which leaves room for {limit - len(ids)} new ones in "

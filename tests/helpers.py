@@ -32,6 +32,9 @@ EXAMPLES = [
 ]
 """Of unequal length; some with several spans or characters of several bytes."""
 
+LONG_EXAMPLE = Example("Tom has 12 apples and buys 30 more. " * 10, "12 + 30 = 42 and 7", [(10, 12), (17, 18)], "long")
+"""Of 170 tokens in the tests' tokenizer: many times the windows of the tests' models."""
+
 
 @contextlib.contextmanager
 def norms_in_full_precision():

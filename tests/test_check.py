@@ -28,6 +28,12 @@ def test_red_where_the_template_brings_a_second_bos(tiny_qwen2_dir):
     assert "special tokens" in failed(pair)
 
 
+def test_red_where_the_template_makes_an_empty_prompt(tiny_qwen2_pair, monkeypatch):
+    monkeypatch.setattr(tiny_qwen2_pair.tokenizer, "chat_template", "{{ '' }}")
+    said = {check.name: check.says for check in check_model(tiny_qwen2_pair) if check.passed is False}
+    assert "is empty" in said["special tokens"] and "is empty" in said["cached, left-padded = whole"]
+
+
 def test_the_command_prints_every_line_and_the_tokens(tiny_qwen2_dir):
     arguments = ["check", str(tiny_qwen2_dir), "--dtype", "float32"]
     found = CliRunner().invoke(app, [*arguments, "--show-tokens", "Tom has 12"], env={"COLUMNS": "200"})

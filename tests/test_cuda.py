@@ -9,6 +9,7 @@ import spd_lens as spd
 from spd_lens.decoding import Decoding
 from spd_lens.graphs import CudaGraphs
 from spd_lens.models import ModelPair
+from spd_lens.models.architectures import takes_slots
 from spd_lens.slots import Slots
 from tests.conftest import build_tokenizer
 from tests.models.zoo import ZOO, build_twin
@@ -20,7 +21,7 @@ AS_IT_IS = ("mixtral", "qwen2_moe", "qwen3_moe", "falcon, groups", "falcon, one 
 """Ask for values on the way, on which what follows depends: not always to be captured."""
 
 
-@pytest.fixture(scope="module", params=sorted(ZOO))
+@pytest.fixture(scope="module", params=sorted(name for name in ZOO if takes_slots(build_twin(name))))
 def member(request):
     return request.param, ModelPair(build_twin(request.param).cuda(), build_tokenizer(chat=False))
 

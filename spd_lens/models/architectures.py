@@ -74,6 +74,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi": replace(_LLAMA, modules={**_LLAMA.modules, "z": "self_attn.dense"}),
     "opt": replace(_LLAMA, blocks="model.decoder.layers", modules={**_LLAMA.modules, "z": "self_attn.out_proj"}),
+    # its masks of local attention count columns, not positions
+    "gpt_neo": Architecture(
+        "transformer.h", {**{k: f"attn.attention.{k}_proj" for k in "kvq"}, "z": "attn.attention.out_proj"}, slots=False
+    ),
+    # their biases of distance are made from masks of padding
+    "bloom": replace(_attention("transformer.h", "self_attention", "query_key_value", "dense", "heads"), slots=False),
+    "mpt": replace(_attention("transformer.blocks", "attn", "Wqkv", "out_proj", "parts"), slots=False),
     "gptj": Architecture("transformer.h", {**{k: f"attn.{k}_proj" for k in "kvq"}, "z": "attn.out_proj"}),
     "gpt2": _attention("transformer.h", "attn", "c_attn", "c_proj", "parts"),
     "phi3": _attention("model.layers", "self_attn", "qkv_proj", "o_proj", "parts"),

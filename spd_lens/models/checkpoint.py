@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spd_lens.errors import UNREADABLE, SPDError
+from spd_lens.errors import SPDError
 from spd_lens.models import adapters, hub
+from spd_lens.models.decoder import refuse_encoder
+from spd_lens.models.multimodal import auto_class, text_part
+from spd_lens.models.settings import numbers_in
 from spd_lens.models.twin import cast
 from spd_lens.storage import read_json
+
+_COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
+"""Settings that say how many modules are made."""
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -25,15 +33,21 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
         base = hub.local_directory(adapters.adapter_base(directory))
         twin = read_checkpoint(base, torch.float32, trust_remote_code)
         return cast(adapters.merged_copy(twin, directory), dtype)
-    quantised = _quantisation(directory)
+    settings = _settings(directory)
+    quantised = _quantisation(directory, settings)
+    _check_layers(directory, settings)
     try:
-        twin, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        refuse_encoder(config, type(config).__name__.removesuffix("Config"))
+        twin, report = auto_class(config).from_pretrained(
             directory,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except SPDError:
+        raise
     except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
         reason = " ".join(str(error).split())[:300]
         raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
@@ -43,7 +57,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
             f"the model in {directory} cannot be loaded: its files lack {missing} "
             f"({len(report['missing_keys'])} weights in all); get a complete copy"
         )
-    return _dequantised(twin, dtype) if quantised else twin
+    return text_part(_dequantised(twin, dtype) if quantised else twin)
 
 
 def check_whole(twin: nn.Module) -> None:
@@ -76,15 +90,38 @@ def check_whole(twin: nn.Module) -> None:
         )
 
 
-def _quantisation(directory: Path) -> bool:
+def _settings(directory: Path) -> dict[str, Any]:
+    """What is in config.json."""
+    settings = read_json(directory / "config.json")
+    if not isinstance(settings, dict):
+        raise SPDError(f"{directory / 'config.json'} holds no settings by name; get a complete copy")
+    return settings
+
+
+def _check_layers(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse a number of layers or experts that the weights cannot have, before transformers makes them all."""
+    n_weights = 0
+    for file in directory.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as weights:
+                n_weights += len(weights.keys())
+        except (OSError, SafetensorError):
+            return  # transformers says what is wrong with it
+    for name, n in numbers_in(settings):
+        if _COUNTS.search(name) and n > max(n_weights, 1024):
+            raise SPDError(
+                f"{directory / 'config.json'} says {name} = {n}, but there are {n_weights} weights in its files; get a "
+                "complete copy"
+            )
+
+
+def _quantisation(directory: Path, settings: dict[str, Any]) -> bool:
     """Whether a checkpoint's weights are bitsandbytes'; any other quantisation is refused, before a weight is read."""
-    try:
-        settings = dict(read_json(directory / "config.json").get("quantization_config") or {})
-    except (SPDError, *UNREADABLE):
-        return False  # transformers says what is wrong with it
-    if not settings:
+    quantisation = settings.get("quantization_config")
+    if not quantisation:
         return False
-    method = settings.get("quant_method", "an unnamed method")
+    method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else str(quantisation)[:40]
+    method = method or "an unnamed method"
     if method != "bitsandbytes":
         raise SPDError(
             f"the weights in {directory} are quantised with {method}, which spd_lens has not been tried with: whether "

@@ -21,10 +21,12 @@ from spd_lens.models import adapters, hub, parity, processed
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import NoLens, choose_backends
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
+from spd_lens.models.decoder import check_decoder
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.launchers import single_process
 from spd_lens.models.lens import ProvenLens
+from spd_lens.models.multimodal import text_part
 from spd_lens.models.neutral import neutral, neutrally
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
@@ -56,11 +58,14 @@ class ModelPair:
         """From a transformers model in memory, for instance one that was just edited or fine-tuned.
 
         Raises:
-            SPDError: its weights are quantised or lie on several devices; its architecture is not in the table, and its
+            SPDError: its weights are quantised or lie on several devices; it is no causal language model, or
+                multimodal with a text part that cannot be had alone; its architecture is not in the table, and its
                 heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
         hf = getattr(hf, "_orig_mod", hf)  # torch.compile puts itself around the model
         check_whole(hf)
+        hf = text_part(hf)
+        check_decoder(hf)
         backends = choose_backends(backend)
         format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking, prompt_date)
         self.hf: PreTrainedModel = hf.eval().requires_grad_(False)
@@ -196,8 +201,10 @@ class ModelPair:
         return encoded
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Token ids of an example's prompt; refused if it leaves no room in the context."""
+        """Token ids of an example's prompt; refused if there are none, or they leave no room in the context."""
         ids = self.format.prompt_ids(example.prompt)
+        if not ids:
+            raise SPDError(f"prompt {example.id!r} is empty: it has no token to continue from; write something")
         self._check_ids([*ids, 0], example, self.n_ctx)
         return ids
 

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
 from spd_lens.models.architectures import is_known
+from spd_lens.models.decoder import check_causal
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
-from spd_lens.models.weights import UnknownLayer, site_layer, twin_hook
+from spd_lens.models.weights import site_layer, twin_hook
 from spd_lens.sites import Site
 
 _N_TOKENS = 4
@@ -55,7 +56,7 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
             stack.enter_context(question.put())
         try:
             cache = run_twin(twin, tokens, use_cache=True).past_key_values
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SPDError(
                 f"{type(twin).__name__} cannot be run on a short text with a cache ({reason}); check its configuration "
@@ -75,17 +76,14 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
 def probe_unknown(twin: PreTrainedModel, tokenizer: Any, sites: Sequence[Site]) -> None:
     """`probe` for an architecture that is not in the table and taken to be built like Llama.
 
-    One whose layers are not there under Llama's names is let through: whatever needs them in the twin refuses by
-    itself, and the lens model may know them.
-
     Raises:
-        SPDError: the model has layers of Llama's names, but they are not what they are in Llama.
+        SPDError: the model has no layers of Llama's names at these sites, or they are not what they are in Llama; or it
+            is no causal language model.
     """
     if is_known(twin):
         return
-    Fingerprint.of(twin)
-    with contextlib.suppress(UnknownLayer):
-        probe(twin, tokenizer, sites)
+    probe(twin, tokenizer, sites)
+    check_causal(twin, tokenizer)
 
 
 class _Question:

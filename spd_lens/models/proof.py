@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.memory import free_memory
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
+from spd_lens.models.settings import numbers_in
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 
@@ -32,7 +32,7 @@ def regimes(config: Any) -> dict[int, str]:
     Found by name in the configuration and all that is nested in it: an unneeded one costs a comparison.
     """
     found: dict[int, str] = {}
-    for name, value in _settings(config.to_dict()):
+    for name, value in numbers_in(config.to_dict()):
         if _REGIME.search(name) and not _NO_REGIME.search(name) and value > 0:
             found.setdefault(value, name)
     return dict(sorted(found.items()))
@@ -80,15 +80,3 @@ def long_text(tokenizer: Any, length: int, seed: int) -> list[int]:
 def _positions(length: int) -> list[int]:
     sample = torch.linspace(0, length - 1, _SAMPLE).long().tolist()
     return sorted({*sample, *range(max(0, length - _LAST), length)})
-
-
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """All whole numbers in nested settings, each with its innermost name."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _settings(inner, str(key))
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _settings(inner, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield name, value

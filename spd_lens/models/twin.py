@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +15,20 @@ from transformers import PreTrainedModel
 
 def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
     """One forward pass with named outputs, without attention weights and hidden states."""
-    return model(
-        input_ids=tokens, return_dict=True, output_attentions=False, output_hidden_states=False, **options
-    )  # fmt: skip
+    with named_outputs(model):
+        return model(input_ids=tokens, output_attentions=False, output_hidden_states=False, **options)
+
+
+@contextlib.contextmanager
+def named_outputs(model: Any) -> Iterator[None]:
+    """Let a model's parts hand outputs by name to each other: with `return_dict` off, transformers' own models fail."""
+    config = model.config
+    own = config.return_dict
+    config.return_dict = True
+    try:
+        yield
+    finally:
+        config.return_dict = own
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

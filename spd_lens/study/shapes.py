@@ -8,6 +8,7 @@ from typing import Any
 
 from spd_lens.config import DEFAULT_MODEL
 from spd_lens.errors import SPDError
+from spd_lens.models.architectures import context_length
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ _TABLE: dict[str, tuple[str, int, int, int, int, int, int, int, bool, int]] = {
     "Qwen/Qwen3-4B-Instruct-2507": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, True, 262144),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 131072),
 }
+
+_MOST_LAYERS = 1024
 
 
 def known() -> list[str]:
@@ -132,6 +135,8 @@ def _shape(model: str, config: Any, known_from: str) -> Shape:
     from transformers import AutoModelForCausalLM
 
     try:
+        if (n_layers := config.get_text_config().num_hidden_layers) > _MOST_LAYERS:
+            raise SPDError(f"{model} says num_hidden_layers = {n_layers}; check its config.json")
         with torch.device("meta"):  # parameters without numbers, to count them
             n_params = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         return shape_of(model, config, n_params, known_from)
@@ -153,6 +158,6 @@ def shape_of(model: str, config: Any, n_params: int, known_from: str = "loaded")
         d_ff=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         d_vocab=text.vocab_size,
         n_params=n_params,
-        n_ctx=text.max_position_embeddings,
+        n_ctx=context_length(config) or 0,
         known_from=known_from,
     )

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+import spd_lens as spd
 from spd_lens.capture import extract
 from spd_lens.check import MOMENTS_TOLERANCE, check_model
 from spd_lens.models.adapters import adapted
@@ -16,9 +17,18 @@ from spd_lens.models.weights import site_layer
 from spd_lens.projection import folded, projected, projected_twin
 from spd_lens.sites import Site
 from spd_lens.training import ATTENTION, resolve_targets
-from tests.conftest import BACKENDS
-from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, make_adapter, refused, relative_error
-from tests.models.zoo import ZOO, build_pair
+from tests.conftest import BACKENDS, build_tokenizer
+from tests.helpers import (
+    ALL_KINDS,
+    EXAMPLES,
+    LONG_EXAMPLE,
+    assert_same_bits,
+    greedy,
+    make_adapter,
+    refused,
+    relative_error,
+)
+from tests.models.zoo import ZOO, build_pair, build_twin
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAPTER_STD = {torch.float32: 0.1, torch.bfloat16: 0.3, torch.float16: 0.3}
@@ -76,11 +86,14 @@ def test_the_check_is_green(pair, note):
     assert not [check for check in check_model(pair) if check.passed is False]
 
 
-def test_lens_and_twin_give_the_same_moments(pair, note):
+def test_lens_and_twin_give_the_same_moments(cell, pair, note):
+    name, _, _ = cell[0]
     lens, twin = (
-        extract(pair, EXAMPLES[:3], engine=engine, kinds=ALL_KINDS, progress=False) for engine in ("lens", "twin")
+        extract(pair, [*EXAMPLES[:2], LONG_EXAMPLE], engine=engine, kinds=ALL_KINDS, progress=False)
+        for engine in ("lens", "twin")
     )
     assert lens.sites == twin.sites
+    assert pair.proven_length >= len(pair.encode(LONG_EXAMPLE).ids) > 8 * ZOO[name].window
     errors = []
     for site in lens.sites:
         assert lens.n_heads[site] == twin.n_heads[site]
@@ -182,6 +195,29 @@ def test_what_a_backend_does_not_take_it_refuses_by_name_and_the_twin_works_alon
     moments = extract(pair, EXAMPLES[:2], engine="twin", progress=False)
     with torch.no_grad(), folded(pair.hf, moments.subspace()):
         assert pair.check_logits(pair.hf).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_from_a_directory_works_with_default_arguments_beyond_its_window(name, tmp_path):
+    """Load, extract, generate and evaluate: with the backend that takes it, and with the twin alone where none does."""
+    twin, tokenizer = build_twin(name), build_tokenizer(chat=False)
+    twin.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pair = spd.load(str(tmp_path), dtype="float32")
+    moments = spd.extract(pair, [LONG_EXAMPLE, *EXAMPLES[:2]], progress=False)
+    expected = "hooked" if "hooked" in BACKENDS and ZOO[name].hooked else "bridge" if ZOO[name].bridge else "none"
+    assert pair.backend == expected
+    alone = spd.extract(pair, [LONG_EXAMPLE, *EXAMPLES[:2]], engine="twin", progress=False)
+    errors = [relative_error(moments.gradient[site].sum(0), alone.gradient[site].sum(0)) for site in alone.sites]
+    assert max(errors) < MOMENTS_TOLERANCE[torch.float32]
+    prompts = [LONG_EXAMPLE.prompt, "7 * 3"]
+    corpus = spd.generate(pair, prompts, subspace=moments.subspace(), max_new_tokens=8, temperature=0, progress=False)
+    with folded(pair.hf, moments.subspace()):
+        for record in corpus:
+            plain = greedy(lambda ids: pair.hf(ids).logits, list(record.prompt_ids), record.n_completion_tokens)
+            assert list(record.completion_ids) == plain
+    assert len(corpus[0].prompt_ids) > 8 * ZOO[name].window
+    assert len(spd.evaluate(pair, "synthetic-math", n=2, max_new_tokens=8, progress=False).items) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

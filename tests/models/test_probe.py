@@ -107,13 +107,6 @@ def test_a_model_without_attention_is_refused():
         ModelPair(transformers.MambaForCausalLM(config), TOKENIZER, backend="bridge")
 
 
-def test_an_unknown_architecture_without_llamas_layers_is_refused_where_they_are_needed():
-    config = transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
-    pair = ModelPair(randomise(transformers.BloomForCausalLM(config)), TOKENIZER, backend="bridge")
-    with refused("BloomForCausalLM", "not built like Llama"):
-        require_core(pair, "last_mid", ("k", "v"))
-
-
 def test_a_run_asks_before_it_begins(fresh_pair, tiny_settings, tmp_path):
     for block in fresh_pair.hf.model.layers:
         block.self_attn.k_proj.__class__ = Scaled

@@ -11,14 +11,13 @@ from spd_lens.analysis.attention import attention_patterns
 from spd_lens.capture import extract
 from spd_lens.check import MOMENTS_TOLERANCE, check_model
 from spd_lens.config import SPDConfig
-from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair, lens
 from spd_lens.models.parity import CHECK_TEXTS
 from spd_lens.models.proof import beyond, long_text, parity_at, regimes
 from spd_lens.pipeline import run
 from tests.conftest import BACKENDS, build_tokenizer, randomise
-from tests.helpers import EXAMPLES, greedy, make_adapter, refused, relative_error
+from tests.helpers import EXAMPLES, LONG_EXAMPLE, greedy, make_adapter, refused, relative_error
 from tests.models.zoo import build_twin
 
 TOKENIZER = build_tokenizer(chat=False)
@@ -37,9 +36,9 @@ MODELS = {
     "window in some layers of Qwen3": ("Qwen3", {**WINDOW, "head_dim": 8, "max_window_layers": 1}, False),
     "longrope": ("Llama", {"rope_parameters": {**ROPE, **LONG, "rope_type": "longrope"}}, False),
     "yarn": ("Llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}, False),
+    "local attention of GPT-Neo": ("GPTNeo", NEO, True),
     "window in Mistral": ("Mistral", {"sliding_window": 96, "head_dim": 8}, True),
 }
-LONG_EXAMPLE = Example("Tom has 12 apples and buys 30 more. " * 11, "12 + 30 = 42 and 7", [(10, 12)], "long")
 
 
 def twin_of(name, dtype=torch.float32):
@@ -139,6 +138,7 @@ def test_a_lens_model_with_an_adapter_in_it_is_asked_about_its_conversion(fresh_
 def test_regimes_are_found_wherever_the_configuration_names_them():
     named = {name: regimes(twin_of(name).config) for name in MODELS}
     assert named["window in Qwen2"] == {96: "sliding_window"}
+    assert named["local attention of GPT-Neo"] == {64: "window_size"}
     assert named["longrope"] == {64: "original_max_position_embeddings"}
     gemma = transformers.Gemma3TextConfig(sliding_window=512)
     assert 512 in regimes(gemma)

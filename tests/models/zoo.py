@@ -40,12 +40,21 @@ class Member:
     config: str = ""
     model: str = ""
 
+    @property
+    def window(self) -> int:
+        """Of its local attention, in tokens; 0 for none."""
+        return self.options.get("sliding_window", self.options.get("window_size", 0))
+
 
 ZOO: dict[str, Member] = {
     "llama": Member("Llama", {"head_dim": 8}),
     "smollm3": Member("SmolLM3", hooked=False),
     "mistral": Member("Mistral", {"head_dim": 8, "sliding_window": 16}),
     "qwen2": Member("Qwen2"),
+    # HookedTransformer takes no notice of the window
+    "qwen2, sliding window": Member(
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, hooked=False
+    ),
     "qwen3": Member("Qwen3", {"head_dim": 8}),
     "gemma": Member("Gemma", {"head_dim": 8}, hooked=False),
     "gemma2": Member("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}, hooked=False),
@@ -61,6 +70,27 @@ ZOO: dict[str, Member] = {
         "OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}, without=("num_key_value_heads", "intermediate_size")
     ),
     "gpt2": Member("GPT2", _GPT2, without=tuple(_STANDARD), model="GPT2LMHeadModel"),
+    "gpt_neo": Member(
+        "GPTNeo",
+        {
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 16,
+            "max_position_embeddings": 256,
+        },
+        without=tuple(_STANDARD),
+    ),
+    "bloom": Member(
+        "Bloom",
+        {"hidden_size": 32, "n_layer": 4, "n_head": 4, "seq_length": 256},
+        hooked=False,
+        without=tuple(_STANDARD),
+    ),
+    "mpt": Member(
+        "Mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 256}, hooked=False, without=tuple(_STANDARD)
+    ),
     "gptj": Member("GPTJ", {**_GPT2, "rotary_dim": 4}, without=tuple(_STANDARD)),
     "gpt_neox": Member("GPTNeoX", {"rotary_pct": 0.25}, without=("num_key_value_heads",)),
     "falcon, one KV head": Member(
