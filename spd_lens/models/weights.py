@@ -17,6 +17,10 @@ from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.sites import Site
 
 
+class UnknownLayer(SPDError):
+    """The twin has no layer of the name that the table of architectures gives."""
+
+
 @dataclass(frozen=True)
 class SiteLayer:
     """The module that has a site's activation: `[batch, pos, head · d_head]`, or for `resid` `[batch, pos, d_model]`.
@@ -49,7 +53,7 @@ def site_layer(model: nn.Module, site: Site) -> SiteLayer:
     pattern = re.compile(rf"(?:^|\.){re.escape(f'{layout.blocks}.{site.layer}{path}')}$")
     found = [module for name, module in model.named_modules() if pattern.search(name)]
     if len(found) != 1:
-        raise SPDError(
+        raise UnknownLayer(
             f"{type(model).__name__} has no {layout.blocks}.{site.layer}{path}: it is not built like Llama, and "
             f"spd_lens does not know how, so its {site.kind} cannot be reached; choose another model, or other layers "
             "where only some have attention"
