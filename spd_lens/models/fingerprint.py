@@ -84,7 +84,8 @@ def weights_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         digest.update(name.encode())
-        digest.update(flat[:: max(flat.numel() // 16, 1)].float().cpu().numpy().tobytes())
+        some = flat[:: max(flat.numel() // 16, 1)].to("cpu", torch.float32, copy=True)
+        digest.update(some.numpy().tobytes())  # of a copy: numpy would end the sharing of copy-on-write storage
     return digest.hexdigest()
 
 
