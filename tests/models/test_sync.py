@@ -331,7 +331,7 @@ def test_the_remedy_is_not_what_was_done_already(own_pair, monkeypatch, tmp_path
     """A backend that does not deliver: in float32 another dtype is no way out."""
     adapter = make_adapter(own_pair.hf, tmp_path / "adapter")
     own_pair.lens  # noqa: B018 (builds it)
-    monkeypatch.setattr(type(own_pair._backend), "write", lambda *_: None)
+    monkeypatch.setattr(type(own_pair._lens.backend), "write", lambda *_: None)
     with pytest.raises(SPDError, match=r"did not reach the lens model.*spd_lens\.load") as caught:
         own_pair.sync(to="lens", adapter=adapter)
     assert "dtype=" not in str(caught.value)
