@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spd_lens.corpus import Record
-from spd_lens.models.adapters import check_adapter
+from spd_lens.models.adapter_files import check_adapter
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.subspace import Subspace
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spd_lens.models.backends import is_lazy
 from spd_lens.models.devices import onednn_takes
 from spd_lens.models.memory import free_memory
 
@@ -128,5 +129,4 @@ def onednn_product(
 def _readable(weight: Tensor) -> Tensor:
     """oneDNN asks for the weight as if to write it, which would end the sharing of copy-on-write storage."""
     weight = weight.contiguous()
-    is_shared = getattr(torch._C, "_is_cow_tensor", lambda _: True)
-    return weight.clone() if is_shared(weight) else weight
+    return weight.clone() if is_lazy(weight) else weight

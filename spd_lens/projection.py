@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
+from spd_lens.models.checkpoint import check_whole
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.neutral import neutral, refuse_compiled
@@ -95,8 +96,9 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
 
     `x W -> x W M + c` with the map `M`, `c` of `Subspace.affine`, computed in float64 and then cast. The weights' own
     bits come back always. A model with a LoRA adapter on is folded exactly too: the map goes into the base weight and
-    into the adapter's `B` (of `z`, which a layer reads, its `A`). What no weight can hold, see `foldable`, is a hook on
-    the twin while the context is open. None leaves the model as it is.
+    into the adapter's `B` (of `z`, which a layer reads, its `A`). What no weight can hold, see `foldable`, or
+    what an adapter of another kind computes, see `SiteLayer.is_linear`, gets a hook on the twin while the context is
+    open. None leaves the model as it is.
 
     Raises:
         SPDError: the subspace belongs to another model, or the architecture has no separate projection layers.
@@ -109,8 +111,9 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
         with neutral():
             subspace.check(hf)
             for site in subspace.sites if strength else ():
-                if foldable(subspace, site):
-                    stack.enter_context(_folded_site(site_layer(hf, site), subspace, site, strength))
+                layer = site_layer(hf, site)
+                if foldable(subspace, site) and layer.is_linear:
+                    stack.enter_context(_folded_site(layer, subspace, site, strength))
                 else:
                     stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
@@ -155,9 +158,10 @@ def fold_to(
         tokenizer: Saved beside the weights where given.
 
     Raises:
-        SPDError: the directory is not empty, or the subspace is centred and the architecture has no bias to hold the
-            mean.
+        SPDError: the directory is not empty; the model carries an adapter; or the subspace is centred and the
+            architecture has no bias to hold the mean.
     """
+    check_whole(hf)
     directory = Path(directory)
     if not is_free(directory):
         raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")

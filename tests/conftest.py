@@ -120,9 +120,10 @@ def _dimensions(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     }
 
 
-def build_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """Llama: no biases."""
-    return randomise(LlamaForCausalLM(LlamaConfig(**_dimensions(tokenizer), head_dim=8)), seed=seed)
+def build_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+    """Llama: no biases. `tied`: one matrix embeds and unembeds."""
+    config = LlamaConfig(**_dimensions(tokenizer) | {"tie_word_embeddings": tied}, head_dim=8)
+    return randomise(LlamaForCausalLM(config), seed=seed)
 
 
 def build_qwen2(tokenizer: PreTrainedTokenizerFast, *, seed: int = 1) -> Qwen2ForCausalLM:

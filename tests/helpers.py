@@ -117,6 +117,25 @@ def make_adapter(hf, directory, *, std=0.1, seed=0, r=2, targets=("q_proj", "k_p
     return directory
 
 
+def save_adapter(hf, directory, config, *, std=0.15, seed=0, embeddings=0.0):
+    """An adapter of any of PEFT's kinds, all that it trains moved at random, saved as PEFT does. Returns PEFT's model.
+
+    `embeddings`: move the embeddings by so much, too, and save them with it, as for new tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(hf), config)
+    with torch.no_grad():
+        moved = [(weight, std) for weight in model.parameters() if weight.requires_grad]
+        if embeddings:
+            moved.append((model.get_input_embeddings().weight, embeddings))
+        for weight, size in moved:
+            weight.add_(size * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(directory, save_embedding_layers=bool(embeddings))
+    return model.eval()
+
+
 def assert_same_bits(model, state):
     """The model's parameters and buffers are bit for bit those of `state`, no more and no fewer."""
     now = model.state_dict()

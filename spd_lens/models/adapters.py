@@ -1,128 +1,158 @@
-"""LoRA adapters and full checkpoints on the twin: put on, taken off bit for bit, merged in float32."""
+"""Adapters and full checkpoints on the twin: put on as PEFT does, taken off without a trace, merged in float32."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from jaxtyping import Float
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import UNREADABLE, SPDError
-from spd_lens.stand_ins import refuse_stand_in
-from spd_lens.storage import read_json
-
-
-def adapter_base(directory: Path) -> str:
-    """The model that a PEFT adapter directory names as its base."""
-    try:
-        base = read_json(directory / "adapter_config.json")["base_model_name_or_path"]
-    except (SPDError, *UNREADABLE) as error:
-        raise SPDError(f"{directory} holds no readable adapter_config.json: {error}") from error
-    if not base:
-        raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
-    return base
+from spd_lens.errors import SPDError
+from spd_lens.models.adapter_files import check_adapter, is_peft, peft_config
+from spd_lens.models.backends import lazy_copy
+from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.neutral import neutral, random_kept
+from spd_lens.models.parity import Parity
+from spd_lens.models.twin import in_float32, run_twin
+from spd_lens.models.untouched import untouched
 
 
 @contextlib.contextmanager
 def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Module]:
-    """The twin with an adapter on, unmerged; off again always, with the twin's original bits.
+    """The twin with an adapter on, unmerged; off again always.
 
-    `adapter` is a PEFT directory, or the directory of a whole fine-tuned checkpoint of the same architecture. None
-    yields the twin itself.
+    The adapter is put on copies of all that the twin holds, see `untouched`: whatever its kind writes to, the twin's
+    own bits, modules and configs are never touched, which a digest proves each time.
+
+    Args:
+        twin: The model.
+        adapter: A PEFT directory, or the directory of a whole fine-tuned checkpoint of the same architecture. None
+            yields the twin itself.
+
+    Raises:
+        SPDError: it is of a kind that is not taken, is damaged, or does not fit the twin.
     """
     if adapter is None:
         yield twin
         return
     directory = check_adapter(adapter)
-    if not (directory / "adapter_config.json").exists():
-        with _swapped(twin, directory):
-            yield twin
-        return
-    with _restored(twin):
-        yield _wrap(twin, directory).eval()
+    base = Fingerprint.of(twin)
+    with untouched(twin):
+        with neutral():
+            changed = _put_on(twin, directory) if is_peft(directory) else _load_weights(twin, directory)
+        if is_peft(directory):
+            base.remember(twin)  # it may have brought embeddings of its own, and is still an adapter of this model
+        yield changed
 
 
 def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel:
-    """A float32 copy of the twin with the adapter merged in; the twin is left alone."""
-    wide = copy.deepcopy(twin).to(torch.float32)
-    if adapter is None:
-        return wide
-    directory = check_adapter(adapter)
-    if not (directory / "adapter_config.json").exists():
-        _load_weights(wide, directory)
-        return wide
-    merged: Any = _wrap(wide, directory).merge_and_unload(safe_merge=True)
-    return merged
+    """A float32 copy of the twin with the adapter merged in; the twin is left alone.
+
+    Raises:
+        SPDError: as `adapted`; or the adapter cannot be written into the weights, which the logits of the two tell.
+    """
+    directory = None if adapter is None else check_adapter(adapter)
+    with neutral():
+        wide = in_float32(twin)
+        if directory is None:
+            return wide
+        return _merged(wide, directory) if is_peft(directory) else _load_weights(wide, directory)
 
 
-def check_adapter(adapter: str | Path) -> Path:
-    """The adapter's directory, or `SPDError` if it holds neither a PEFT adapter nor a checkpoint in safetensors."""
-    directory = Path(adapter)
-    if (directory / "adapter_config.json").exists() and not (directory / "adapter_model.safetensors").exists():
-        raise SPDError(f"{directory} has no adapter_model.safetensors (pickled adapters are not read)")
-    if not any((directory / name).exists() for name in ("adapter_config.json", "config.json")):
-        raise SPDError(f"{directory} is not an adapter: it has neither adapter_config.json nor config.json")
-    for file in (*directory.glob("*.json"), *directory.glob("*.safetensors")):
-        refuse_stand_in(file)
-    return directory
-
-
-def _wrap(twin: PreTrainedModel, directory: Path) -> PeftModel:
+def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
+    """PEFT's model around the twin, with every tensor of the file in it and none left out."""
+    config = peft_config(directory, [name for name, _ in twin.named_modules() if name])
+    place = str(twin.device)
+    own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
     try:
-        wrapped = PeftModel.from_pretrained(twin, str(directory), is_trainable=False)
-        stored = _lora_keys(load_file(directory / "adapter_model.safetensors"))
+        with random_kept(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            torch.manual_seed(0)  # PEFT draws even what it overwrites, and of some kinds it stays: the same each time
+            wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device=place)
+            # again, for what PEFT tells here alone: it takes what it finds, and warns at most
+            mapping = {} if config.is_prompt_learning else getattr(twin, "_checkpoint_conversion_mapping", {})
+            stored = load_peft_weights(str(directory), device=place, key_mapping=mapping)
+            result: Any = set_peft_model_state_dict(wrapped, stored)
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys()
+    except KeyError as error:
+        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: it lacks {error}") from error
     except Exception as error:  # peft, torch and safetensors raise many types on a damaged or foreign adapter
         reason = " ".join(str(error).split())[:300]
         raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {reason}") from error
-    # PEFT loads what it finds: an adapter of a deeper or shallower model would be taken in part, with a warning
-    own = _lora_keys(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    if stored != own:
+    there = wrapped.state_dict(keep_vars=True)
+    base = {name for name in stored if name in there and id(there[name]) in own} - expected.keys() - embeddings
+    unknown = base | {_unnamed(name) for name in result.unexpected_keys}
+    # by name or by memory: some kinds have other names in files than in the model, and older files others again
+    names = {_unnamed(name) for name in result.missing_keys}
+    places = {there[name].data_ptr() for name in result.missing_keys if id(there[name]) not in own}
+    lacking = expected.keys() - stored.keys()
+    missing = {name for name in lacking if name in names or expected[name].data_ptr() in places}
+    if unknown or missing:
+        name, where = (min(unknown), "the model") if unknown else (min(missing), "the file")
         raise SPDError(
-            f"the adapter in {directory} does not fit {type(twin).__name__}: {min(stored ^ own)} has no counterpart"
+            f"the adapter in {directory} does not fit {type(twin).__name__}: {name} has no counterpart in {where}"
         )
-    return wrapped
+    endless = next((name for name, tensor in stored.items() if not tensor.float().isfinite().all()), None)
+    if endless is not None:
+        raise SPDError(f"the adapter in {directory} holds numbers that are not finite, in {endless}; train it again")
+    return wrapped.eval()
 
 
-def _lora_keys(state: Iterable[str]) -> set[str]:
-    return {key for key in state if "lora_" in key}
+def _unnamed(key: str) -> str:
+    """A tensor's name in the file, where the adapter has no name of its own."""
+    return key.replace(".default", "")
 
 
-@contextlib.contextmanager
-def _restored(twin: PreTrainedModel) -> Iterator[None]:
-    """Afterwards the twin has its own layers again, no attribute of PEFT's, and frozen weights, whatever went wrong."""
-    attributes = set(vars(twin))
-    children = [(module, dict(module._modules)) for module in twin.modules()]
+def _merged(wide: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    inner, outer = wide.get_input_embeddings(), wide.get_output_embeddings()
+    tied = outer is not None and outer.weight is inner.weight
+    wrapped = _put_on(wide, directory)
+    kind = getattr(wrapped.peft_type, "value", wrapped.peft_type)
+    apart = _probe_logits(wrapped)
+    if tied:  # what is merged into one of them must not reach the other
+        outer.weight = nn.Parameter(lazy_copy(outer.weight), requires_grad=False)
     try:
-        yield
-    finally:
-        for module, own in children:
-            module._modules.update(own)  # PEFT put its layers around them
-        for name in set(vars(twin)) - attributes:  # and left its config on the model
-            delattr(twin, name)
-        twin.requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings")  # which are seen to here
+            merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    except Exception as error:  # each kind has its own way to say that it cannot
+        reason = " ".join(str(error).split())[:200]
+        raise SPDError(
+            f"the adapter in {directory} ({kind}) cannot be merged ({reason}); load its base and pass adapter="
+        ) from error
+    if tied:
+        inner, outer = merged.get_input_embeddings(), merged.get_output_embeddings()
+        merged.config.tie_word_embeddings = torch.equal(inner.weight, outer.weight)
+        if merged.config.tie_word_embeddings:
+            outer.weight = inner.weight
+    gap = Parity.between(apart, _probe_logits(merged))
+    if not gap.within(torch.float32):
+        raise SPDError(
+            f"the adapter in {directory} ({kind}) cannot be merged: logits would be off by {gap.logits:.2g} of their "
+            "spread; load its base and pass adapter="
+        )
+    return merged
 
 
-@contextlib.contextmanager
-def _swapped(twin: PreTrainedModel, directory: Path) -> Iterator[None]:
-    saved = {name: parameter.detach().clone() for name, parameter in twin.named_parameters()}
-    try:
-        _load_weights(twin, directory)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in twin.named_parameters():
-                parameter.copy_(saved[name])
+@torch.no_grad()
+def _probe_logits(model: Any) -> Float[Tensor, "row pos d_vocab"]:
+    """On tokens from all over the vocabulary."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(64) * 7919 % rows).view(2, 32).to(model.device)
+    return run_twin(model, tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.double()
 
 
-def _load_weights(twin: PreTrainedModel, directory: Path) -> None:
+def _load_weights(twin: PreTrainedModel, directory: Path) -> PreTrainedModel:
     state: dict[str, torch.Tensor] = {}
     try:
         for file in sorted(directory.glob("*.safetensors")):
@@ -134,3 +164,4 @@ def _load_weights(twin: PreTrainedModel, directory: Path) -> None:
             found = f"has {name} as {tuple(state[name].shape)}" if name in state else f"lacks {name}"
             raise SPDError(f"the checkpoint in {directory} does not fit {type(twin).__name__}: it {found}")
     twin.load_state_dict(state, strict=False)
+    return twin

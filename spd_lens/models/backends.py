@@ -96,6 +96,11 @@ def lazy_copy(weight: Tensor) -> Tensor:
         return weight.detach().clone()
 
 
+def is_lazy(weight: Tensor) -> bool:
+    """Whether a weight's storage is, or was, shared with a `lazy_copy`; true where torch cannot say."""
+    return bool(getattr(torch._C, "_is_cow_tensor", lambda _: True)(weight))
+
+
 def own_memory(model: nn.Module) -> None:
     """Read weights that lie in a mapped file, as safetensors leaves them, into memory that `lazy_copy` can share."""
     for parameter in model.parameters():
@@ -237,6 +242,12 @@ class BridgeBackend(Backend):
 
 def _give(mine: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Each of `weights` to the parameter of its name, which stays the same object."""
+    lacking = weights.keys() - mine.keys()
+    if lacking:
+        raise SPDError(
+            f"the lens model has no {min(lacking)} of its own, since it ties its embeddings, and these weights are not "
+            "tied; make a pair of the model that has them (spd_lens.load of an adapter's directory merges it)"
+        )
     for key, weight in weights.items():
         mine[key].data = lazy_copy(weight.to(mine[key]))
 

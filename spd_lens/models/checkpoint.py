@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spd_lens.errors import SPDError
-from spd_lens.models import adapters, hub
+from spd_lens.models.adapter_files import check_adapter, layers_of_models
+from spd_lens.models.adapters import merged_copy
 from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.multimodal import auto_class, text_part
 from spd_lens.models.settings import numbers_in
@@ -29,10 +32,14 @@ _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn."""
-    if (directory / "adapter_config.json").exists():
-        base = hub.local_directory(adapters.adapter_base(directory))
-        twin = read_checkpoint(base, torch.float32, trust_remote_code)
-        return cast(adapters.merged_copy(twin, directory), dtype)
+    checkpoint, stack = layers_of_models(directory)
+    if stack:
+        for adapter in stack:
+            check_adapter(adapter)  # before anything large is read
+        twin = read_checkpoint(checkpoint, torch.float32, trust_remote_code)
+        for adapter in stack:
+            twin = merged_copy(twin, adapter)
+        return cast(twin, dtype)
     settings = _settings(directory)
     quantised = _quantisation(directory, settings)
     _check_layers(directory, settings)
@@ -78,7 +85,7 @@ def check_whole(twin: nn.Module) -> None:
             f"{type(twin).__name__} is spread over several devices ({', '.join(sorted(places)) or 'meta'}), which "
             "spd_lens has not been tried with; load it on one (spd_lens.load(..., device='cuda') or device='cpu')"
         )
-    if any(isinstance(module, BaseTunerLayer) for module in twin.modules()):
+    if any(isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in twin.modules()):
         raise SPDError(
             f"{type(twin).__name__} carries a PEFT adapter; merge it (model.merge_and_unload()), load the adapter's "
             "directory with spd_lens.load, or give the model without it and pass adapter= where you want it"

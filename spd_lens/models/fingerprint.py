@@ -16,6 +16,7 @@ from spd_lens.models.neutral import neutral
 from spd_lens.sites import Site
 
 _SAMPLES = 64
+_BELOW = "spd_lens_fingerprint"
 _MIN_COSINE = 0.999  # rounding to bfloat16 leaves 0.99999; another model of the same shape is near 0
 
 
@@ -38,7 +39,10 @@ class Fingerprint:
     @classmethod
     @neutral()
     def of(cls, model: Any) -> Fingerprint:
-        """Of a HookedTransformer, a TransformerBridge or a transformers model."""
+        """Of a HookedTransformer, a TransformerBridge or a transformers model; of what is below an adapter."""
+        below: Fingerprint | None = getattr(model, _BELOW, None)
+        if below is not None:
+            return below
         n_layers, d_model, n_heads, n_kv_heads, d_head = _shape(model)
         embedding = _embedding(model)
         rows = torch.arange(_SAMPLES) * 7919 % min(1000, embedding.shape[0])
@@ -46,6 +50,10 @@ class Fingerprint:
         sample = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].double().cpu()
         sample = sample / sample.norm().clamp_min(1e-30)
         return cls(n_layers, d_model, n_heads, n_kv_heads, d_head, tuple(round(x, 8) for x in sample.tolist()))
+
+    def remember(self, model: Any) -> None:
+        """Let this be the model's, whatever an adapter changes in it, as long as it keeps the attribute."""
+        setattr(model, _BELOW, self)
 
     def heads_at(self, site: Site) -> tuple[int, int]:
         """Heads at a site and their width; the residual stream is one head of `d_model`."""

@@ -284,18 +284,27 @@ class ModelPair:
         base = self.check_logits(self.hf)
         with adapters.adapted(self.hf, adapter) as tuned:
             target = self.check_logits(tuned)
-        self._lens.backend.write(lens, adapters.merged_copy(self.hf, adapter))
-        result = parity.Parity.between(target, self.check_logits(lens))
-        effect = parity.Parity.between(target, base)
-        # Merged twin and lens agree even when rounding swallowed the adapter; the unmerged adapter tells.
-        swallowed = effect.kl > 0 and result.kl > effect.kl / 2
-        if swallowed or not result.within(self.dtype):
+        merged = adapters.merged_copy(self.hf, adapter)
+        remedy = (
+            "give the adapter's directory to spd_lens.load instead"
+            if self.dtype == torch.float32
+            else "load the pair with dtype='float32'"
+        )
+        try:
+            self._lens.backend.write(lens, merged)
+            result = parity.Parity.between(target, self.check_logits(lens))
+            effect = parity.Parity.between(target, base)
+            # Merged twin and lens agree even when rounding swallowed the adapter; the unmerged adapter tells.
+            swallowed = effect.kl > 0 and result.kl > effect.kl / 2
+            if swallowed or not result.within(self.dtype):
+                raise SPDError(
+                    f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} "
+                    f"nats, but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
+                    f"the adapted twin; {remedy} (the lens model has the twin's weights again)"
+                )
+        except BaseException:
             self._lens.backend.write(lens, self.hf)
-            raise SPDError(
-                f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} nats, "
-                f"but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
-                "the adapted twin; load the pair with dtype='float32' (the lens model has the twin's weights again)"
-            )
+            raise
         processed.remember(lens, self.hf)
         return result
 

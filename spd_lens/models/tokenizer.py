@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer
 
 from spd_lens.errors import SPDError, TooLong
-from spd_lens.models import adapters, hub
+from spd_lens.models import hub
+from spd_lens.models.adapter_files import layers_of_models
 
 
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -26,14 +27,18 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
 
 def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's directory; an adapter without one of its own has that of its base."""
-    has_own = (directory / "tokenizer_config.json").exists() or (directory / "tokenizer.json").exists()
-    if not has_own and (directory / "adapter_config.json").exists():
-        return read_tokenizer(hub.local_directory(adapters.adapter_base(directory)), trust_remote_code)
+    if not _has_tokenizer(directory):
+        checkpoint, adapters = layers_of_models(directory)
+        directory = next((adapter for adapter in reversed(adapters) if _has_tokenizer(adapter)), checkpoint)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer
         reason = " ".join(str(error).split())[:300]
         raise SPDError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return (directory / "tokenizer_config.json").exists() or (directory / "tokenizer.json").exists()
 
 
 class Tokens(NamedTuple):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Int
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +29,7 @@ class SiteLayer:
     """The module that has a site's activation: `[batch, pos, head · d_head]`, or for `resid` `[batch, pos, d_model]`.
 
     For k, v and q it is among the outputs of a linear layer, for z the input of one, for resid the output of a block.
-    On a model that carries a LoRA adapter it is PEFT's layer around it.
+    On a model that carries an adapter it is PEFT's layer around it.
     """
 
     module: Any
@@ -41,6 +44,17 @@ class SiteLayer:
         return getattr(self.module, "base_layer", self.module)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether its weights, and a plain LoRA's beside them, are all that it computes with.
+
+        DoRA divides by a norm of its weights, and other kinds of adapters scale, rotate or make weights anew in every
+        pass: a map of its features would have to pass through all that.
+        """
+        if isinstance(self.module, lora.Linear):
+            return type(self.module) is lora.Linear and not self.module.lora_variant and not self.module.merged
+        return not isinstance(self.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+    @property
     def transposed(self) -> bool:
         """Whether its weight is `[in, out]` (GPT-2's Conv1D) and not `[out, in]`."""
         return isinstance(self.base, Conv1D)
@@ -51,7 +65,7 @@ def site_layer(model: nn.Module, site: Site) -> SiteLayer:
     layout = architecture(model)
     path = "" if site.kind == "resid" else f".{layout.modules[site.kind]}"
     pattern = re.compile(rf"(?:^|\.){re.escape(f'{layout.blocks}.{site.layer}{path}')}$")
-    found = [module for name, module in model.named_modules() if pattern.search(name)]
+    found = [module for name, module in _in_force(model) if pattern.search(name)]
     if len(found) != 1:
         raise UnknownLayer(
             f"{type(model).__name__} has no {layout.blocks}.{site.layer}{path}: it is not built like Llama, and "
@@ -63,6 +77,13 @@ def site_layer(model: nn.Module, site: Site) -> SiteLayer:
     shape = Fingerprint.of(model)
     features = layout.features(site.kind, shape.n_heads, shape.n_kv_heads, shape.d_head)
     return SiteLayer(found[0], features, reads=site.kind == "z")
+
+
+def _in_force(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules under the names that they have without an adapter; one that an adapter trained, for its original."""
+    for name, module in model.named_modules():
+        if ".original_module" not in name and not isinstance(module, ModulesToSaveWrapper):
+            yield re.sub(r"\.modules_to_save\.[^.]+", "", name), module
 
 
 def twin_hook(model: nn.Module, site: Site, function: Callable[[Tensor], Tensor]) -> Any:

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair, load
 from spd_lens.models.adapters import adapted
 from spd_lens.models.backends import HookedBackend
 from tests.conftest import BACKENDS, build_llama, build_tokenizer
-from tests.helpers import assert_same_bits, make_adapter, refused
+from tests.helpers import assert_same_bits, make_adapter, refused, save_adapter
 
 TOKENS = torch.tensor([[0, 20, 31, 42, 53, 64, 75, 86]])
 needs_hooked = pytest.mark.skipif("hooked" not in BACKENDS, reason="HookedTransformer needs transformer-lens 3.9")
@@ -272,3 +274,64 @@ def test_directions_and_adapters_that_make_no_sense(tiny_pair, state_of, tmp_pat
     with refused("not an adapter", "adapter_config.json"):
         tiny_pair.sync(to="lens", adapter=tmp_path)
     assert_same_bits(tiny_pair.hf, twin)
+
+
+TIED = {
+    "unembedding": {"target_modules": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "DoRA on both": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "unembedding kept whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embedding kept whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "kept whole, tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [20, 31]},
+    "stored embeddings": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("form", TIED)
+def test_adapters_of_tied_embeddings_are_merged_right_or_refused(form, backend, state_of, tmp_path):
+    """PEFT itself merges both into the one matrix that they share, so that each gets the other's adapter, too."""
+    tokenizer = build_tokenizer(chat=False)
+    twin = build_llama(tokenizer, tied=True)
+    twin.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pair = load(str(tmp_path / "model"), backend=backend, dtype="float32", device="cpu")
+    adapter, moved = tmp_path / "adapter", 0.3 if form == "stored embeddings" else 0.0
+    config = LoraConfig(r=2, base_model_name_or_path=str(tmp_path / "model"), **TIED[form])
+    expected = twin_logits(save_adapter(pair.hf, adapter, config, embeddings=moved))
+    state = state_of(pair.hf)
+    assert far(twin_logits(pair.hf), expected) > 0.1, "the adapter does nothing here"
+
+    merged = load(str(adapter), backend=backend, dtype="float32", device="cpu")
+    assert far(twin_logits(merged.hf), expected) < 1e-4
+    assert far(lens_logits(merged), expected) < 1e-4
+    apart = not torch.equal(merged.hf.lm_head.weight, merged.hf.model.embed_tokens.weight)
+    assert merged.hf.config.tie_word_embeddings is not apart
+    merged.hf.save_pretrained(tmp_path / "merged")
+    merged.tokenizer.save_pretrained(tmp_path / "merged")
+    again = load(str(tmp_path / "merged"), backend=backend, dtype="float32", device="cpu")
+    assert torch.equal(twin_logits(again.hf), twin_logits(merged.hf))
+
+    if backend == "bridge" and apart:  # its lens model ties its embeddings, too
+        with refused("lm_head.weight", "ties its embeddings", "spd_lens.load"):
+            pair.sync(to="lens", adapter=adapter)
+    else:
+        pair.sync(to="lens", adapter=adapter)
+        assert far(lens_logits(pair), expected) < 1e-4
+        pair.sync(to="lens")
+    assert far(lens_logits(pair), twin_logits(pair.hf)) < 1e-4
+    assert_same_bits(pair.hf, state)
+
+
+def test_the_remedy_is_not_what_was_done_already(own_pair, monkeypatch, tmp_path):
+    """A backend that does not deliver: in float32 another dtype is no way out."""
+    adapter = make_adapter(own_pair.hf, tmp_path / "adapter")
+    own_pair.lens  # noqa: B018 (builds it)
+    monkeypatch.setattr(type(own_pair._lens.backend), "write", lambda *_: None)
+    with pytest.raises(SPDError, match=r"did not reach the lens model.*spd_lens\.load") as caught:
+        own_pair.sync(to="lens", adapter=adapter)
+    assert "dtype=" not in str(caught.value)

@@ -1,0 +1,215 @@
+"""What an adapter's directory says, read with care: its base, its kind, and the layers that it names by patterns."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import regex  # like `re`, with a time limit: the patterns come from files
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+
+from spd_lens.errors import SPDError
+from spd_lens.models import hub
+from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.storage import read_json
+
+TAKEN = frozenset(
+    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS "
+    "OFT OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA "
+    "WAVEFT".split()
+)
+"""PEFT's kinds that change what layers of the twin compute, for each token by itself."""
+
+_TOKENS = "it puts tokens of its own in front of the prompt, which shift all positions"
+REFUSED = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"), _TOKENS),
+    "CARTRIDGE": "it puts a cache of its own in front of the prompt, which shifts all positions",
+    "ADAPTION_PROMPT": "it replaces the attention, in which a projection then has no place",
+    "LILY": "it mixes its matrices by the mean over a batch, so that completions depend on their company",
+    "POLY": "it needs to be told a task with each prompt",
+    "SHADOW": "it runs a second model beside the layers",
+    "XLORA": "it mixes several adapters by what it reads",
+}
+"""PEFT's other kinds, and why."""
+
+_REFUSED_SETTINGS = {
+    "alora_invocation_tokens": "activated LoRA acts only behind these tokens",
+    "arrow_config": "it chooses among other adapters by what it reads",
+    "layer_replication": "it makes a model of another depth",
+    "monteclora_config": "it draws its weights at random",
+    "sample_at_inference": "it draws its weights at random",
+}
+
+_LONGEST_CONFIG = 2**22
+_LONGEST_PATTERN = 20_000
+PATTERN_SECONDS = 20.0
+"""For all patterns of an adapter on all names; what people write takes microseconds for each."""
+_PLAIN = re.compile(r"[\w.\-]*")
+"""Names in which nothing is a pattern but the dot, which also stands for itself."""
+_DEEPEST = 16
+
+
+def check_adapter(adapter: str | Path) -> Path:
+    """The adapter's directory: of a PEFT adapter that can be put on a twin, or of a checkpoint in safetensors.
+
+    Raises:
+        SPDError: it is neither; or PEFT's adapter is of a kind that is not taken, which the message names.
+    """
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise SPDError(f"an adapter is given as its directory, not as {adapter!r:.80}")
+    directory = Path(adapter)
+    if is_peft(directory):
+        if not (directory / "adapter_model.safetensors").is_file():
+            raise SPDError(f"{directory} has no adapter_model.safetensors (pickled adapters are not read)")
+        _check_kind(directory, read_settings(directory))
+    elif not (directory / "config.json").exists():
+        raise SPDError(f"{directory} is not an adapter: it has neither adapter_config.json nor config.json")
+    for file in (*directory.glob("*.json"), *directory.glob("*.safetensors")):
+        refuse_stand_in(file)
+    return directory
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether a directory is a PEFT adapter's, and not a whole checkpoint's."""
+    return (directory / "adapter_config.json").exists()
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What `adapter_config.json` holds; `SPDError` if that is no JSON object of a sane size."""
+    path = directory / "adapter_config.json"
+    try:
+        if path.stat().st_size > _LONGEST_CONFIG:
+            raise ValueError(f"it has more than {_LONGEST_CONFIG} bytes")
+        settings = read_json(path)
+    except (OSError, ValueError, SPDError) as error:
+        raise SPDError(f"{directory} holds no readable adapter_config.json: {error!s:.300}") from error
+    if not isinstance(settings, dict):
+        raise SPDError(f"{directory} holds no readable adapter_config.json: it is a {type(settings).__name__}")
+    return settings
+
+
+def layers_of_models(directory: Path) -> tuple[Path, list[Path]]:
+    """The checkpoint under an adapter, and the adapters on it, which may be several, innermost first.
+
+    Raises:
+        SPDError: an adapter does not name its base as a model that there is, or is its own base.
+    """
+    stack: list[Path] = []
+    while is_peft(directory):
+        if directory.resolve() in [above.resolve() for above in stack] or len(stack) == _DEEPEST:
+            raise SPDError(f"the adapter in {directory} is its own base, or has too many; name a model as its base")
+        stack.append(directory)
+        directory = hub.local_directory(adapter_base(directory))
+    return directory, stack[::-1]
+
+
+def adapter_base(directory: Path) -> str:
+    """The model that a PEFT adapter directory names as its base."""
+    base = read_settings(directory).get("base_model_name_or_path")
+    if not base:
+        raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
+    if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
+        raise SPDError(
+            f"the adapter in {directory} names as its base {base!r:.80}, which is no model; load the base and pass "
+            "adapter="
+        )
+    return base
+
+
+def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
+    """PEFT's own configuration, with layers named one by one where the file gives a pattern.
+
+    `modules` are the names of the twin's. PEFT hands patterns to `re`, which some hold up for ever.
+    """
+    settings = read_settings(directory)
+    _check_kind(directory, settings)
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # PEFT raises many types on settings that do not go together
+        raise SPDError(f"the adapter in {directory} cannot be used: {' '.join(str(error).split())[:300]}") from error
+    names, until = list(modules), time.monotonic() + PATTERN_SECONDS
+    for field, value in vars(config).items():
+        if field.endswith(("_modules", "_pattern", "_to_save")) and value:
+            setattr(config, field, _spelled_out(f"{field} of the adapter in {directory}", field, value, names, until))
+    _check_ranks(directory, config)
+    return config
+
+
+def _check_kind(directory: Path, settings: dict[str, Any]) -> None:
+    kind = settings.get("peft_type")
+    faults = {f"{kind} with {name}": why for name, why in _REFUSED_SETTINGS.items() if settings.get(name)}
+    if not isinstance(kind, str) or kind not in TAKEN:
+        unknown = "it is not known whether it leaves tokens and positions alone"
+        faults = {f"{kind!r:.40}": REFUSED.get(str(kind), unknown)}
+    for what, why in faults.items():
+        raise SPDError(
+            f"the adapter in {directory} is of the kind {what}, which is not taken: {why}; use it in PEFT itself, or "
+            "train one that changes the layers, such as LoRA"
+        )
+
+
+def _spelled_out(what: str, field: str, value: Any, names: list[str], until: float) -> Any:
+    """The same choice of modules in plain names, as many as the twin has; `SPDError` where a pattern is no use."""
+    if isinstance(value, str) and field.endswith("_modules") and not _PLAIN.fullmatch(value):
+        found = [name for name in names if _fits(what, value, name, until)]
+        if not found and field == "target_modules":
+            raise SPDError(f"{what} fits no module of this model: {value!r:.80}; it is another architecture's")
+        return found
+    if isinstance(value, dict) and field.endswith("_pattern"):
+        first = {name: next((key for key in value if _named(what, key, name, until)), None) for name in names}
+        return {name: value[key] for name, key in first.items() if key is not None}
+    if isinstance(value, (list, set)):
+        parts = {name[i:] for name in names for i in _starts(name)}
+        if found := [part for part in value if part in parts]:
+            return found
+    first_of = next(iter(value)) if isinstance(value, (list, set)) else value
+    if not isinstance(first_of, str) or not _PLAIN.fullmatch(first_of):
+        raise SPDError(f"{what} is {value!r:.80}, which names no modules; only target_modules may be a pattern")
+    return first_of if value is first_of else [first_of]
+
+
+def _named(what: str, key: str, name: str, until: float) -> bool:
+    """As PEFT reads the keys of `rank_pattern` and the like: a pattern for the end of a module's name."""
+    if _PLAIN.fullmatch(key):
+        return name == key or name.endswith(f".{key}")
+    return _fits(what, rf"(.*\.)?({key})", name, until)
+
+
+def _starts(name: str) -> list[int]:
+    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+
+
+def _fits(what: str, pattern: str, name: str, until: float) -> bool:
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"more than {_LONGEST_PATTERN} characters")
+        return regex.fullmatch(pattern, name, timeout=max(until - time.monotonic(), 1e-3)) is not None
+    except (regex.error, ValueError, RecursionError, OverflowError, TimeoutError) as error:
+        reason = f"it takes more than {PATTERN_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise SPDError(
+            f"{what} has a pattern that cannot be used ({reason:.100}): {pattern!r:.80}; name layers instead"
+        ) from error
+
+
+def _check_ranks(directory: Path, config: PeftConfig) -> None:
+    """A rank for which the file has too few numbers is not allocated memory for."""
+    try:
+        with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
+            numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise SPDError(
+            f"the adapter in {directory} does not fit any model: adapter_model.safetensors cannot be read ({error}); "
+            "make it again"
+        ) from error
+    for rank in (getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()):
+        if isinstance(rank, int) and rank > numbers:
+            raise SPDError(
+                f"the adapter in {directory} does not fit its own settings: it has {numbers} numbers, too few for the "
+                f"rank {rank}"
+            )
