@@ -10,9 +10,9 @@ from spd_lens.tasks.base import Task
 from spd_lens.tasks.bbh import BBH
 from spd_lens.tasks.code import CodeTask, extract_code
 from spd_lens.tasks.forms import ANSWER_MARK, ChosenLetter, FinalNumber
+from spd_lens.tasks.scoring import answer_part, hash_lines
 
-_NUMBER_LINE = re.compile(r"^[\s*]*####[ \t]*(?:.*=)?[^\w\n]{0,4}\d", re.MULTILINE)
-_ANSWER_LINE = re.compile(rf"^[\s*]*{ANSWER_MARK.strip()}[\s*]*\S", re.MULTILINE | re.IGNORECASE)
+_ANSWER_LINE = re.compile(rf"^[ \t*]*+{ANSWER_MARK.strip()}[\s*]*+\S", re.MULTILINE | re.IGNORECASE)
 
 
 def in_asked_form(task: Task, completion: str) -> bool:
@@ -25,14 +25,15 @@ def in_asked_form(task: Task, completion: str) -> bool:
     | code (MBPP, synthetic-code) | Python that parses and defines something |
     | others, and tasks of one's own | `task.extract` finds an answer |
 
+    The form is looked for where the answer is read from (`scoring.answer_part`): in no thoughts and no second question.
     `task.extract` alone is more lenient: it takes the last number, or the only letter, of any text.
     """
     if task.extract(completion) is None:
         return False
     if isinstance(task, FinalNumber):
-        return _NUMBER_LINE.search(completion) is not None
+        return bool(hash_lines(answer_part(completion), line_start=True))
     if isinstance(task, ChosenLetter | BBH):
-        return _ANSWER_LINE.search(completion) is not None
+        return _ANSWER_LINE.search(answer_part(completion)) is not None
     if isinstance(task, CodeTask):
         return _defines_something(extract_code(completion) or "")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,7 +10,7 @@ from typing import ClassVar, Literal
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Pools, PublishedTask, split_off
 from spd_lens.tasks.forms import ANSWER_MARK, answer_example
-from spd_lens.tasks.scoring import same_short_answer, short_answer
+from spd_lens.tasks.scoring import same_choice, same_short_answer, short_answer
 from spd_lens.tasks.sources import Row
 
 SUBTASKS = tuple(
@@ -31,6 +32,8 @@ DEFAULT_SUBTASKS = (
 """The paper says 6 subtasks and not which. These differ in skill (logic, dates, deduction, space, counting, facts) and
 in the form of the answer (True/False, letter, Yes/No, number), and their prompts are short."""
 REQUEST = f"Reply with one line that says '{ANSWER_MARK}' followed by the answer."
+
+_OPTION = re.compile(r"^(\([A-Z]\)) (.*\S)", re.MULTILINE)
 
 
 @dataclass(kw_only=True)
@@ -82,4 +85,8 @@ class BBH(PublishedTask):
         return short_answer(text)
 
     def score(self, item: Example, text: str) -> float:
-        return float(same_short_answer(item.meta["answer"], short_answer(text)))
+        gold = item.meta["answer"]
+        listed = _OPTION.findall(item.prompt)
+        if gold in [letter for letter, _ in listed]:
+            return float(same_choice(gold.strip("()"), [choice for _, choice in listed], text))
+        return float(same_short_answer(gold, text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +14,18 @@ import regex  # like `re`, with a time limit: patterns come from data files
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools, Split, Task, check_count, split_off
-from spd_lens.tasks.scoring import NUMBER, final_number, plain, same_number, short_answer
+from spd_lens.tasks.scoring import answer_part, final_number, is_number, same_number, same_text, short_answer
 from spd_lens.tasks.sources import Row, read_rows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "train", "test")
 _KNOWN = ("id", "split", "prompt", "completion", "spans", "answer", "pattern")
 _SECONDS = 2.0
 """Time that one search for a pattern may take."""
+_SECONDS_IN_ALL = 60.0
+"""Time that a data set's slow searches (of a hundredth of a second or more) may take together."""
+_MOST_COUNTED = 200_000
+"""Steps that a pattern may have once its counts (`{2,5}`) are written out, which is what its compilation takes."""
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(kw_only=True)
@@ -30,7 +37,8 @@ class OwnData(Task):
     regular expression with a named group, which is the span; its last match counts). `id` and `split` are optional.
 
     Records without a completion are prompts: they serve for training, since the model answers those itself. Scored by
-    normalised exact match of the answer, which is the text of the last span.
+    normalised exact match of the answer, which is the text of the last span. Where a completion's line (or the whole of
+    it) has the words around the gold answer, what stands between them is its answer.
     """
 
     name: ClassVar[str] = "jsonl"
@@ -40,6 +48,7 @@ class OwnData(Task):
     test_share: float = 0.3
     """Part of the records with completions that is held out, always the same, where the data names no test set."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _seconds_left: float = field(default=_SECONDS_IN_ALL, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,28 +104,48 @@ class OwnData(Task):
         return dict(self._digests)
 
     def extract(self, text: str) -> str | None:
-        """The last match of the task's pattern; without one, what follows `####`, "Answer:", or stands in a box, else
-        the last line that is not empty."""
+        """The last match of the task's pattern; without one, what follows `####`, "Answer:", or stands in a box or a
+        last fenced block, else the last line that is not empty."""
         if self.pattern is not None:
-            found = last_match(self.pattern, text, "the option pattern")
+            found = self._last_match(self.pattern, text, "the option pattern")
             return None if found is None else text[slice(*found)]
-        if "####" in text:
-            return text.rpartition("####")[2].strip().partition("\n")[0].strip() or None
-        return short_answer(text, unmarked="last")
+        part = answer_part(text).strip()
+        if "####" in part:
+            return part.rpartition("####")[2].strip().partition("\n")[0].strip() or None
+        blocks = _FENCED.findall(part) if part.endswith("```") else []
+        return (blocks[-1].strip() or None) if blocks else short_answer(part, unmarked="last")
 
     def score(self, item: Example, text: str) -> float:
         if not item.spans:
             raise SPDError(f"{item.id} is a prompt without an answer, so that completions cannot be scored")
         start, end = item.spans[-1]
         gold = item.completion[start:end].strip()
-        pattern = item.meta.get("pattern")
-        found = last_match(pattern, text, item.id) if pattern else None
-        said = text[slice(*found)] if found else None if pattern else self.extract(text)
+        if pattern := item.meta.get("pattern") or self.pattern:
+            found = self._last_match(pattern, text, item.id)
+            said = text[slice(*found)] if found else None
+        elif same_text(gold, text):
+            return 1.0
+        else:
+            said = between(item.completion[:start], item.completion[end:], text) or self.extract(text)
         if said is None:
             return 0.0
-        if NUMBER.fullmatch(gold):
+        if is_number(gold):
             return float(same_number(gold, said if pattern else final_number(said)))
-        return float(plain(said) == plain(gold))
+        return float(same_text(gold, said))
+
+    def _last_match(self, pattern: str, text: str, where: str) -> Span | None:
+        """`last_match`, with the time that all of the data's patterns have left."""
+        if self._seconds_left <= 0:
+            raise SPDError(
+                f"{where}: slow searches for the regular expressions of {self.label} have taken {_SECONDS_IN_ALL:g} "
+                "seconds by now; make them simpler"
+            )
+        began = time.process_time()
+        try:
+            return last_match(pattern, text, where)
+        finally:
+            spent = time.process_time() - began
+            self._seconds_left -= spent if spent > 0.01 else 0.0
 
     def _files(self) -> list[tuple[Path, Split | None]]:
         assert isinstance(self.path, Path)
@@ -169,7 +198,7 @@ class OwnData(Task):
             return [(start, start + len(answer))]
         pattern = row.text("pattern") if given else self.pattern
         assert pattern is not None
-        found = last_match(pattern, completion, row.where)
+        found = self._last_match(pattern, completion, row.where)
         if found is None:
             raise SPDError(f"{row.where}: the pattern {pattern!r} finds nothing in the completion")
         return [found]
@@ -190,9 +219,30 @@ def spans_of(row: Row, completion: str) -> list[Span]:
     return [(start, end) for start, end in value]
 
 
+def between(before: str, after: str, text: str) -> str | None:
+    """What stands in `text` between the words that stand around a gold answer: in the whole of it, else in a line.
+
+    `None` where they are not there, or where there are none. Punctuation at the end counts for nothing.
+    """
+    line = (before.rpartition("\n")[2], after.partition("\n")[0], text.split("\n")[::-1])
+    for first, last, candidates in ((before, after, [text]), line):
+        first, last = first.lstrip(), last.rstrip()
+        for closing in ("", ".!*_"):
+            last = last.rstrip(closing or None)
+            for candidate in candidates if first or last else ():
+                said = candidate.strip().rstrip(closing or None)
+                if said.startswith(first) and said.endswith(last) and len(said) > len(first) + len(last):
+                    return said[len(first) : len(said) - len(last)].strip()
+    return None
+
+
 @lru_cache(maxsize=256)
 def compiled(pattern: str, where: str) -> tuple[regex.Pattern[str], str]:
     """A pattern and the name of the group that is the span: `answer`, or the only named group."""
+    if written_out(pattern) > _MOST_COUNTED:
+        raise SPDError(
+            f"{where}: the counts in the regular expression {pattern[:80]!r} multiply to too much; lower them"
+        )
     try:
         ready = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
@@ -205,6 +255,24 @@ def compiled(pattern: str, where: str) -> tuple[regex.Pattern[str], str]:
             f"(?P<answer>...), and has {len(names)} named groups"
         )
     return ready, group
+
+
+def written_out(pattern: str) -> int:
+    """How many steps a regular expression has with every `x{2,5}` written out as `xxxxx`."""
+    totals, last = [0], 0
+    for match in re.finditer(r"\\.|\[\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})(?:,(\d{0,9}))?\}|.", pattern, re.DOTALL):
+        if match[1]:
+            totals[-1] += last * (max(int(match[1]), int(match[2] or 0)) - 1)
+            continue
+        if match[0] == "(":
+            totals.append(0)
+        elif match[0] == ")" and len(totals) > 1:
+            last = totals.pop()
+            totals[-1] += last
+        else:
+            last = 1
+            totals[-1] += 1
+    return sum(totals)
 
 
 def last_match(pattern: str, text: str, where: str) -> Span | None:

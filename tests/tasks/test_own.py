@@ -1,9 +1,12 @@
 """Own data: the three ways to say where correctness lies, splits, scores, and every bad record by file and line."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import spd_lens.tasks as tasks
 from spd_lens.errors import SPDError
+from spd_lens.examples import Example
 
 SPANS = {"prompt": "1 + 1?", "completion": "It is 2.", "spans": [[6, 7]]}
 ANSWER = {"prompt": "2 + 2?", "completion": "4 is what it is: 4", "answer": "4"}
@@ -97,6 +100,21 @@ def test_directory(write):
         ({"prompt": "p", "completion": "Answer: The Blue Sky", "answer": "The Blue Sky"}, "answer: the blue sky.", 1.0),
         ({"prompt": "p", "completion": "Paris", "answer": "Paris"}, "I think:\n**Paris**", 1.0),
         ({"prompt": "p", "completion": "Paris", "answer": "Paris"}, "Paris is nice", 0.0),
+        # what stands where the gold answer stands
+        ({"prompt": "p", "completion": "It is Paris.", "answer": "Paris"}, "It is Paris", 1.0),
+        ({"prompt": "p", "completion": "It is Paris.", "answer": "Paris"}, "Well.\nIt is London.", 0.0),
+        ({"prompt": "p", "completion": "It is Paris.", "answer": "Paris"}, "Answer: Paris", 1.0),
+        ({"prompt": "p", "completion": "2 of 5 are red", "answer": "2"}, "3 of 5 are red", 0.0),
+        # brackets and code
+        ({"prompt": "p", "completion": "[]", "answer": "[]"}, "()", 0.0),
+        ({"prompt": "p", "completion": "[]", "answer": "[]"}, "Answer: `[]`", 1.0),
+        ({"prompt": "p", "completion": "!", "answer": "!"}, "...", 0.0),
+        ({"prompt": "p", "completion": '""', "answer": '""'}, "", 0.0),
+        ({"prompt": "p", "completion": "x != y", "answer": "x != y"}, "```\nx != y\n```", 1.0),
+        ({"prompt": "p", "completion": "x != y", "answer": "x != y"}, "x = y", 0.0),
+        ({"prompt": "p", "completion": "def f():\n    return 1", "answer": "def f():\n    return 1"}, "return 1", 0.0),
+        ({"prompt": "p", "completion": "#### 5", "answer": "5"}, "#### 5 (since x = 3)\n\nQuestion: 1?\n#### 3", 1.0),
+        ({"prompt": "p", "completion": "Yes", "answer": "Yes"}, "<think>No\nYes", 0.0),
     ],
 )
 def test_score(write, record, text, score):
@@ -157,6 +175,37 @@ def test_a_runaway_pattern_is_stopped(write, monkeypatch):
     record = {"prompt": "p", "completion": "a" * 3000 + "x", "pattern": r"(?P<answer>(.*)(.*)(.*)(.*)[xy]\d)"}
     with pytest.raises(SPDError, match="mine.jsonl, line 1: .*takes too long"):
         load(write, record).train(1)
+
+
+def test_patterns_have_a_time_in_all(write, monkeypatch):
+    task = load(write, {**PATTERN, "split": "test"})
+    item = task.pool("test")[0]
+    task._seconds_left = 0.1
+    slow = {**item.meta, "pattern": r"(?P<answer>a*a*a*a*\d)"}
+    with pytest.raises(
+        SPDError, match="mine-1: slow searches .* of mine have taken 60 seconds by now; make them simpler"
+    ):
+        for _ in range(1000):
+            task.score(Example("p", "c", ((0, 1),), "mine-1", slow), "a" * 220)
+
+
+@pytest.mark.parametrize("pattern", [r"(?P<answer>((a{999}){999}){999})", r"(?P<answer>[)]{2000}\\){99}{99}x)"])
+def test_a_pattern_that_is_too_large_is_refused(write, pattern):
+    with pytest.raises(SPDError, match="line 1: the counts in the regular expression .* multiply to too much"):
+        load(write, {"prompt": "p", "completion": "a", "pattern": pattern}).train(1)
+
+
+@given(
+    before=st.text(max_size=8).map(str.lstrip),
+    answer=st.text(min_size=1, max_size=12).filter(str.strip),
+    after=st.text(max_size=8),
+)
+def test_every_gold_text_scores_one(before, answer, after):
+    completion = before + answer + after
+    task = tasks.get("jsonl", path="unused.jsonl")
+    item = Example("p", completion, ((len(before), len(before) + len(answer)),), "1")
+    assert task.score(item, completion) == 1.0
+    assert task.score(item, answer) == 1.0
 
 
 def test_double_ids(write):

@@ -3,6 +3,8 @@
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spd_lens.tasks.scoring import (
     answer_letter,
@@ -10,6 +12,7 @@ from spd_lens.tasks.scoring import (
     same_choice,
     same_number,
     same_short_answer,
+    same_text,
     short_answer,
 )
 
@@ -66,6 +69,54 @@ from spd_lens.tasks.scoring import (
         ("in 1,2,3 order", "3"),  # a list, not a thousands separator
         ("no number at all", None),
         ("", None),
+        # what is said about the answer does not change it
+        ("#### 20 (since x = 5)", "20"),
+        ("#### 72 clips (48 in April, and 48/2 = 24 in May)", "72"),
+        ("#### 72 clips, 48 in April and 48/2 = 24 in May", "72"),
+        ("#### 48 + 24 = 72 (since 48/2 = 24)", "72"),
+        ("#### 48/2 = 24, so 48 + 24 = 72", "72"),
+        ("#### 18 dollars = 9 * 2", "18"),
+        ("#### 2 hours = 120 minutes", "120"),
+        ("#### 3 apples and 4 apples = 7 apples", "7"),
+        ("#### 5 apples and x = 3", "5"),
+        ("#### 18 - 3 more than before", "18"),
+        ("#### **72** (48 + 24)", "72"),
+        ("#### 42. There were 7 days.", "42"),
+        ("#### Total = 48 + 24 = 72 (where 24 = 48/2)", "72"),
+        ("The answer is 72 (48 in April, and 48 / 2 = 24 in May).", "72"),
+        ("The answer is 15. The answer is for 3 people.", "15"),
+        ("The answer is:\n29 apples, 3 more than before", "29"),
+        ("The answer to the question is 8, not 5.", "8"),
+        ("The answer is not 18 but 20.", "20"),
+        ("\\boxed{18\\text{ dollars (}9 \\times 2)}", "18"),
+        ("She sold 72 clips (48 in April, 24 in May).", "72"),
+        ("### Answer\n18\nbecause 9 * 2 is that", "18"),
+        ("#### Answer:\n18", "18"),
+        ("#### 2. The final answer is 20.", "20"),
+        # a line that was cut off is no answer
+        ("#### 3 * 4 = 12\n#### 3 * 4 =", "12"),
+        # corrections
+        ("\\boxed{17}? No. Final answer: 18", "18"),
+        ("The answer is 41, but we need to add 38. So 41 + 38 = 79 people.", "79"),
+        ("#### 42\nWait, no, I forgot one. It is 43.", "43"),
+        ("#### 42\nWait, let me double-check: 42 / 6 = 7. Correct.", "42"),
+        # in words and in LaTeX
+        ("#### negative 5", "negative 5"),
+        ("#### minus 5", "-5"),
+        ("#### - 5", "-5"),
+        ("#### Twenty-three apples", "Twenty-three"),
+        ("The answer is one of the following: 5", "5"),
+        ("No one knows.", None),
+        ("#### 1{,}080", "1,080"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{12} so \\boxed{}", "12"),
+        ("#### \\sqrt{16}", "\\sqrt{16}"),
+        # not one number
+        ("#### 5 or 6", "5 or 6"),
+        ("#### 10-15 minutes", "10-15"),
+        ("#### 12:30", "12:30"),
+        ("#### 5:00 PM", "5"),
+        ("#### 12/25/1937", "12/25/1937"),
     ],
 )
 def test_final_number(text, expected):
@@ -97,10 +148,42 @@ def test_final_number(text, expected):
         ("1000", "1e3"),
         ("6", "2\\sqrt{9}"),
         ("\\sqrt{12}", "2\\sqrt{3}"),
+        ("1080", "1{,}080"),
+        ("1080", "1\\,080"),
+        ("1080", "1~080"),
+        ("1080", "1_080"),
+        ("1080", "1'080"),
+        ("1080.5", "1.080,50"),
+        ("3.5", "3,50"),  # nobody writes a thousand so
+        ("100000", "1,00,000"),
+        ("45", "45^{\\circ}"),
+        ("45", "45°"),
+        ("70000", "7 \\times 10^4"),
+        ("0.035", "3.5 × 10^{-2}"),
+        ("16", "2^4"),
+        ("64", "2^{6}"),
+        ("0.2", "20 percent"),
+        ("20", "20 per cent"),
+        ("0.5", "½"),
+        ("2.5", "2½"),
+        ("0.5", "\\tfrac12"),
+        ("1.5", "1\\frac{1}{2}"),
+        ("23", "twenty-three"),
+        ("205", "two hundred and five"),
+        ("2.5", "two and a half"),
+        ("0.75", "three quarters"),
+        ("-5", "negative five"),
+        ("36", "3 dozen"),
+        ("3", "3 dozen"),  # "How many dozens?"
+        ("70000", "$70k"),
+        ("12", "١٢"),
+        ("12", "12 o'clock"),
+        ("12:30", "12:30"),  # the gold answer itself, whatever it is
+        ("10-15", "10-15"),
     ],
 )
 def test_same_number(gold, answer):
-    if "sqrt" in gold + answer:
+    if "sqrt" in gold + answer or "^" in answer:
         pytest.importorskip("math_verify")
     assert same_number(gold, answer)
 
@@ -125,6 +208,17 @@ def test_same_number(gold, answer):
         ("42", ""),
         ("42", None),
         ("1", "9^{9^{9^{9}}}"),  # never handed to a computer algebra system
+        ("12", "12:30"),
+        ("5", "5 or 6"),
+        ("10", "10-15"),
+        ("12", "12/25/1937"),
+        ("3", "3,50"),
+        ("1", "1,00,000"),
+        ("2", "2^4"),
+        ("2", "2\\sqrt{3}"),
+        ("2\\sqrt{3}", "2"),
+        ("7", "7 \\times 10^4"),
+        ("twenty", "30"),
         ("100000001", "100000002.5e3"),
     ],
 )
@@ -168,6 +262,70 @@ def test_different_number(gold, answer):
         ("It is C's fault", None),
         ("Answer:", None),
         ("", None),
+        # free sentences
+        ("B is correct.", "B"),
+        ("A is correct.", "A"),
+        ("C is the right answer.", "C"),
+        ("It must be D since Mars is red.", "D"),
+        ("The correct option is (C)", "C"),
+        ("I choose B", "B"),
+        ("I'd go with C.", "C"),
+        ("Option D", "D"),
+        ("So, A.", "A"),
+        ("Therefore the correct choice is D", "D"),
+        ("Of the options, only C is true.", "C"),
+        ("B) Mars", "B"),
+        ("B because it is red", "B"),
+        ("B\n\nBecause A is true of it", "B"),
+        ("D. Not wrong", "D"),  # the choice is called that
+        ("Option A is a city. Option B is correct", "B"),
+        ("A good question! I think C is right", "C"),
+        ("I think B", "B"),
+        # what is said to be wrong
+        ("not A but C", "C"),
+        ("A is wrong; B is right", "B"),
+        ("The answer is not A but C", "C"),
+        ("The answer isn't A; it's B.", "B"),
+        ("A, B and D are wrong, so C.", "C"),
+        ("Neither A nor B; C", "C"),
+        ("(A) and (B) are false, (C) is true", "C"),
+        ("B is not correct. A is not correct. C", "C"),
+        ("Option A is incorrect. Option B is incorrect. Option D fits.", "D"),
+        ("Answer: B\nExplanation: The answer is not C because", "B"),
+        ("The answer is B, not C.", "B"),
+        ("It can't be A. So it must be C or D.", None),
+        ("Both B and C are right", None),
+        # other roles
+        ("Vitamin D is good", None),
+        ("plan B is not", None),
+        ("D. H. Lawrence wrote it", None),
+        ("C++ is a language", None),
+        ("Let A = 5.", None),
+        # wrapped and doubled marks
+        ("'Answer: B'", "B"),
+        ("Answer: The answer is (B)", "B"),
+        ("Answer: <B>", "B"),
+        ('**Answer:** "B"', "B"),
+        ("Answer: [B]", "B"),
+        ("Answer：B", "B"),
+        ("Answer → B", "B"),
+        ("Final Answer: C", "C"),
+        ("ANSWER: b", "B"),
+        ("### Answer\nC. Mars", "C"),
+        ('The correct answer is option C, "Not wrong"', "C"),
+        ("My answer: B", "B"),
+        ("I believe the answer to the question is C.", "C"),
+        ("Sure! Here's the answer: **B. Mars**", "B"),
+        ("Thus \\boxed{B}", "B"),
+        ("\\boxed{\\textbf{(D)}\\ 5}", "D"),
+        # the list of choices is no answer, but what follows it is
+        ("A. x\nB. y\nC. z\nD. w", None),
+        ("A. x\nB. y\nC. z\nD. w\n\nB is right", "B"),
+        ("A. x\nB. y\n\nAnswer: C", "C"),
+        # corrections
+        ("Answer: A. Wait, that's wrong. It must be C.", "C"),
+        ("Answer: A\nWait, no, C is right.", "C"),
+        ("A. Foo\nHmm, that is wrong: it's B.", "B"),
     ],
 )
 def test_answer_letter(text, expected):
@@ -185,6 +343,15 @@ def test_answer_letter(text, expected):
         ("A", "Answer: Vitamin D.", True),
         ("A", "Answer: B", False),
         ("A", "", False),
+        ("A", "It is vitamin D.", True),
+        ("A", "The best one is vitamin D because of the sun.", True),
+        ("A", "Answer: the sun's vitamin D", True),
+        ("A", "It is not vitamin D.", False),
+        ("A", "vitamin D or vitamin B", False),
+        ("A", "I think it's vitamin D, not vitamin B.", True),
+        ("C", "**Vitamin C**", True),
+        ("C", "Answer: 'vitamin C'", True),
+        ("B", "B is right, and vitamin C is not", True),
     ],
 )
 def test_same_choice(gold, text, right):
@@ -223,10 +390,89 @@ def test_same_choice(gold, text, right):
         (")", "Answer: )", True),
         (")", "Answer:", False),
         ("Yes", "", False),
+        ("True", "Answer: The answer is True", True),
+        ("False", "Answer: not ( True ) and ( True ) is False", True),
+        ("True", "The expression evaluates to True.", True),
+        ("Yes", "The answer is 'Yes'", True),
+        ("valid", "The argument is deductively valid.", True),
+        ("valid", "The argument is not valid", False),
+        ("valid", "The argument is invalid.", False),
+        ("barn damp dot", "Answer: [barn, damp, and dot]", True),
+        ("barn damp dot", "The sorted list is: barn damp dot", True),
+        ("barn damp dot", "Answer: barn damp dot zebra", False),
+        ("] ) }", "The closing brackets are ] ) }", True),
+        ("] ) }", "Answer: `] ) }`.", True),
+        ("] ) }", "Answer: ] ) } (closing all)", True),
+        (")", "Answer: (B)", False),
+        ("8", "There are 8 objects.", True),
+        ("8", "Answer: eight", True),
+        ("8", "I have 3 apples and 5 pears.\n3 + 5 = 8", True),
+        ("8", "8\n\nExplanation: 5 + 3 objects", True),
+        ("-35", "(5+3) * -4 - 3 = -35", True),
+        ("(B)", "I think it's (B)", True),
+        ("(I)", "I think it's (B)", False),
+        ("(C)", "It must be (C) since it rained", True),
     ],
 )
 def test_short_answers(gold, text, right):
+    assert same_short_answer(gold, text) is right
     assert same_short_answer(gold, short_answer(text)) is right
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Answer:\n- barn\n- damp\n- dot", "1. barn\n2. damp\n3. dot", "barn\ndamp\ndot\n\nThese are sorted."],
+)
+def test_lists_line_by_line(text):
+    assert same_short_answer("barn damp dot", text) and not same_short_answer("barn damp zebra", text)
+    assert not same_short_answer("barn damp", text)
+
+
+@pytest.mark.parametrize(
+    ("gold", "said", "same"),
+    [
+        ("[]", "()", False),
+        ("[]", "`[]`.", True),
+        (")", "(", False),
+        ("!", "?", False),
+        ("!", "...", False),
+        ('""', '""', True),
+        ('""', "", False),
+        (".", "..", False),
+        ("*", "**", False),
+        ("{}", "[]", False),
+        ("[1, 2]", "[1,2]", True),
+        ("[1, 2]", "(1, 2)", False),
+        ("(1, 2)", "[1, 2]", False),
+        ("x != y", "`x != y`", True),
+        ("x != y", "x = y", False),
+        ("f", "f()", False),
+        ("f(x)", "f(x", False),
+        ("x", "!x", False),
+        ("n!", "n", False),
+        ("__init__", "init", False),
+        ("(B)", "B", True),
+        ("B", "(B)", True),
+        ("Paris", '**"Paris."**', True),
+        ("Paris", "[Paris]", True),
+        ("Stop!", "stop", True),
+        ("é", "e\u0301", True),
+        ("'a'", '"a"', True),
+    ],
+)
+def test_same_text(gold, said, same):
+    assert same_text(gold, said) is same
+
+
+@given(gold=st.text(min_size=1).filter(str.strip))
+def test_every_text_is_itself(gold):
+    assert same_text(gold, gold)
+
+
+@given(gold=st.text("()[]{}<>!?=+-/&|^~,;:", min_size=1), said=st.text("()[]{}<>!?=+-/&|^~,;:", min_size=1))
+def test_symbols_are_the_same_only_as_such(gold, said):
+    if gold.rstrip(".,;:") != said.rstrip(".,;:"):
+        assert not same_text(gold, said)
 
 
 @pytest.mark.parametrize("text", ["9^{9^{9^{9}}}", "9**9**9**9", "99999999!", "\\binom{99999999}{4999999}"])

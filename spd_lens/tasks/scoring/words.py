@@ -1,0 +1,191 @@
+"""Short answers in words, brackets or code, and whether two of them are the same."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Literal
+
+from spd_lens.tasks.scoring.numbers import final_number, number_of_line
+from spd_lens.tasks.scoring.reading import answer_part, introduces, last_box, marks, tidy
+from spd_lens.tasks.scoring.values import is_number, same_value
+
+_PAIRS = {
+    "(": ")",
+    "[": "]",
+    "<": ">",
+    "{": "}",
+    "“": "”",
+    "‘": "’",
+    "«": "»",
+    '"': '"',
+    "'": "'",
+    "`": "`",
+    "*": "*",
+    "_": "_",
+}
+_BRACKETS = "([<{"
+_MACRO = re.compile(
+    r"(?:\\(?:boxed|text\w{0,2}|math\w{2}|mbox)\{(?P<inside>[^{}]*)\}|\\\((?P<inline>.*)\\\)|\$(?P<dollars>[^$]+)\$)\.?"
+)
+_PREAMBLE = re.compile(
+    r"(?:(?:the|my|so|thus|hence|therefore|final|correct|right|best)[\s,]{1,3})*+answer(?:\s{1,3}(?:is|was)\b|\s{0,3}[:=])[\s:*_]*",
+    re.IGNORECASE,
+)
+_SAYING = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then|yes|no)[\s,]{1,3})?(?:it|this|that|he|she|they|the\s[\w\s'’-]{1,80}?|which)\s"
+    r"(?:is|are|was|evaluates\sto|equals|simplifies\sto|gives)\s(?:therefore\s|thus\s|also\s|\w{2,15}ly\s)*",
+    re.IGNORECASE,
+)
+_ENDING = re.compile(r".*(?:\b(?:is|are|be|equals|to)\b|[=:→])\s*(?:therefore\s|\w{2,15}ly\s)?", re.IGNORECASE)
+_HEAD_END = re.compile(r"[,.;:(\n]|\s[-\u2013\u2014]\s|\b(?:because|since|as)\b")
+_WORD = re.compile(r"[^\W_]+(?:[&'’-][^\W_]+)*")
+
+
+def short_answer(text: str, *, unmarked: Literal["first", "last"] = "first") -> str | None:
+    """A short answer as it is written: after the last "Answer:" or "answer is", else boxed, else the first (or last)
+    line. A first line that only introduces ("Let's think step by step:") gives way to the last."""
+    text = answer_part(text).strip()
+    for mark in reversed(marks(text)):
+        rest = mark.rest
+        while match := _PREAMBLE.match(rest):
+            rest = rest[match.end() :]
+        if mark.first and rest and not re.match(r"(?:not|never|neither)\b(?!.{0,60}\bbut\b)", rest):
+            return _bare(rest) or None
+    if (box := last_box(text)) is not None:
+        return box
+    lines = [line for line in text.split("\n") if line.strip()] or [""]
+    last = unmarked == "last" or introduces(lines[0])
+    return _bare(lines[-1 if last else 0]) or None
+
+
+def _bare(text: str) -> str:
+    """`text` without bold type and heading marks around the whole of it."""
+    text = text.strip()
+    for mark in ("**", "`"):
+        inside = text[len(mark) : -len(mark)]
+        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark) and mark not in inside:
+            text = inside.strip()
+    if text.count("**") == 1 and text.endswith("**"):
+        text = text[:-2].strip()
+    return text
+
+
+def squashed(text: str) -> str:
+    """`text` without differences of case, of white space around punctuation, and of typography."""
+    text = tidy(unicodedata.normalize("NFC", text)).casefold()
+    text = text.replace("“", '"').replace("”", '"').replace("‘", "'").replace("’", "'")
+    return re.sub(r" (?=[^\w\s])|(?<=[^\w\s]) ", "", " ".join(text.split()))
+
+
+def same_text(gold: str, said: str) -> bool:
+    """Whether two texts are the same but for case, spaces, outer punctuation, quotes and markdown.
+
+    Brackets and symbols are part of an answer: `[]` is not `()`, `[1, 2]` is not `(1, 2)`, and `f` is not `f()`. One
+    pair of brackets around a word may be missing on either side: `(B)` is `B`, and `[Paris]` is `Paris`.
+    """
+    wanted = set(_variants(squashed(gold), gold_side=True))
+    return any(
+        text == other and not (opened and also_opened)
+        for text, opened in _variants(squashed(said), gold_side=False)
+        for other, also_opened in wanted
+    )
+
+
+def _variants(text: str, *, gold_side: bool) -> Iterator[tuple[str, bool]]:
+    """`text`, and what is left of it without its wrapping, layer by layer; and whether a pair of brackets went."""
+    opened = False
+    for _ in range(8):
+        if not text:
+            return
+        yield text, opened
+        wordy = re.search(r"[^\W_]", text) is not None
+        if not gold_side and (macro := _MACRO.fullmatch(text)):
+            text = next(group for group in macro.groups() if group is not None).strip()
+        elif (end := _trailing(text, wordy)) and not (gold_side and not wordy):
+            text = text[:-end]
+        elif _pair_around(text, wordy, gold_side):
+            opened = opened or text[0] in _BRACKETS
+            text = text[1:-1].strip()
+        else:
+            return
+
+
+def _trailing(text: str, wordy: bool) -> int:
+    """How many characters of punctuation end the sentence that `text` is."""
+    if len(text) < 2:
+        return 0
+    if text[-1] in ".,;:" and not text.endswith(".."):
+        return 1
+    return int(wordy and text[-1] in "!?" and re.search(r"[^\W\d_]{2,}[!?]+$", text[-40:]) is not None)
+
+
+def _pair_around(text: str, wordy: bool, gold_side: bool) -> bool:
+    """Whether one pair of quotes, brackets or markdown stands around the whole of `text`, and says nothing."""
+    first = text[0]
+    if len(text) < 3 or _PAIRS.get(first) != text[-1]:
+        return False
+    if gold_side and (not wordy or first in "[{<_"):
+        return False  # the gold answer is a list, a name like `__init__`, or nothing but symbols
+    if first not in _BRACKETS:
+        return True
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == first) - (character == _PAIRS[first])
+        if depth == 0:
+            return place == len(text) - 1
+    return False
+
+
+def same_short_answer(gold: str, text: str | None) -> bool:
+    """Normalised exact match (BBH) of a completion, or of a short answer taken from one, with a gold answer.
+
+    A gold letter `(B)` also matches `B` and `(B) 12/25/1937`; a gold number also one with a unit; a single gold word
+    also one in a sentence, or one that an explanation follows; a list of words also one with commas, or line by line;
+    brackets also with other spaces.
+    """
+    said = None if text is None else short_answer(text)
+    if text is None or said is None:
+        return False
+    if letter := re.fullmatch(r"\(?([A-Z])\)", gold):
+        from spd_lens.tasks.scoring.letters import answer_letter
+
+        return answer_letter(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") == letter[1]
+    if not re.search(r"\w", gold):
+        return _symbols(gold) == _symbols(_ended(said) if re.search(r"\w\w", said) else said)
+    if is_number(gold):
+        number = number_of_line(said) or final_number(text)
+        return number is not None and same_value(gold, number)
+    if same_text(gold, said):
+        return True
+    if len(gold.split()) > 1:
+        return any(_words(gold) == _words(candidate) for candidate in _lists(text, said))
+    saying = _SAYING.match(said)
+    sentences = [said, said[saying.end() :] if saying else "", _ended(said)]
+    return any(same_text(gold, _HEAD_END.split(sentence)[0]) or same_text(gold, sentence) for sentence in sentences)
+
+
+def _ended(sentence: str) -> str:
+    """What a sentence ends on: `True` for `not ( True ) or True is True`."""
+    match = _ENDING.match(sentence)
+    return sentence[match.end() :] if match else sentence
+
+
+def _symbols(text: str) -> str:
+    return re.sub(r"[\s`*,\"']", "", re.split(r"\((?=[^\W\d_])|\b\w\w|\.\s|\.$", text)[0])
+
+
+def _lists(text: str, said: str) -> Iterator[str]:
+    """Where a list of words may stand: the line of the answer, what follows its colon, or the lines from it on."""
+    part = answer_part(text)
+    yield said
+    yield re.sub(r"\((?=[^\W\d_])[^()]*\)", "", said.rpartition(":")[2])
+    block = re.split(r"\n\s*\n", part[max(part.rfind(said), 0) :], maxsplit=1)[0]
+    yield re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", block, flags=re.MULTILINE)
+    yield re.sub(r"\b\d+[.)]\s", "", said)
+
+
+def _words(text: str) -> list[str]:
+    words = _WORD.findall(squashed(text))
+    return words[:-2] + words[-1:] if len(words) > 2 and words[-2] == "and" else words
