@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import re
 
-_NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?"
-_THOUGHT = re.compile(rf"(?P<open><(?:{_NAMES})>|\[THINK\])|(?P<close></(?:{_NAMES})>|\[/THINK\])", re.IGNORECASE)
+_NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|draft"
+_THOUGHT = re.compile(
+    rf"""(?P<open><\|?(?:seed:)?(?:{_NAMES})\b[^<>\n]{{0,80}}> | \[THINK\] | ◁think▷
+        | <\|(?:begin|start)_of_(?:thought|thinking)\|> | <\|START_THINKING\|>
+        | <\|channel\|>\s?(?:analysis|commentary))
+      | (?P<close><\|?/(?:seed:)?(?:{_NAMES})\|?> | \[/THINK\] | ◁/think▷
+        | assistantfinal | <\|end_of_(?:thought|thinking)\|> | <\|END_THINKING\|>
+        | <\|channel\|>\s?final(?:<\|message\|>)?)""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def without_thoughts(text: str) -> str:

@@ -87,7 +87,15 @@ def test_a_thought_is_not_read(form, block):
 
 
 @pytest.mark.parametrize(
-    "block", ["<think>{}", "<reasoning>Let me see.\n{}", "{}</think>", "<|channel|>analysis<|message|>{}"]
+    "block",
+    [
+        "<think>{}",
+        "<reasoning>Let me see.\n{}",
+        "{}</think>",
+        "<|channel|>analysis<|message|>{}",
+        "◁think▷{}",
+        "{} assistantfinal",
+    ],
 )
 def test_a_thought_without_an_answer_gives_none(form, block):
     read, one, *_ = form

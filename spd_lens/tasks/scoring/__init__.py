@@ -7,7 +7,7 @@ for each. `reading` says what part of a completion is its answer; `numbers`, `le
 
 from spd_lens.tasks.scoring.letters import answer_letter, same_choice
 from spd_lens.tasks.scoring.numbers import final_number, hash_lines
-from spd_lens.tasks.scoring.reading import answer_part, last_box, tidy, without_thoughts
+from spd_lens.tasks.scoring.reading import answer_part, last_box, tidy
 from spd_lens.tasks.scoring.values import NUMBER, is_number, same_number, values
 from spd_lens.tasks.scoring.words import same_short_answer, same_text, short_answer
 
@@ -26,5 +26,4 @@ __all__ = [
     "short_answer",
     "tidy",
     "values",
-    "without_thoughts",
 ]

@@ -9,16 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|draft"
-_THOUGHT = re.compile(
-    rf"""(?P<open><\|?(?:seed:)?(?:{_NAMES})\b[^<>\n]{{0,80}}> | \[THINK\] | ◁think▷
-        | <\|(?:begin|start)_of_(?:thought|thinking)\|> | <\|START_THINKING\|>
-        | <\|channel\|>\s?(?:analysis|commentary))
-      | (?P<close><\|?/(?:seed:)?(?:{_NAMES})\|?> | \[/THINK\] | ◁/think▷
-        | assistantfinal | <\|end_of_(?:thought|thinking)\|> | <\|END_THINKING\|>
-        | <\|channel\|>\s?final(?:<\|message\|>)?)""",
-    re.IGNORECASE | re.VERBOSE,
-)
+from spd_lens.tasks.thoughts import without_thoughts
+
 _ANSWER_TAG = re.compile(r"<answer>(?P<inside>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _HEADER = re.compile(
     r"\s*(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<\|start\|>assistant|<\|message\|>"
@@ -120,25 +112,10 @@ class Mark(NamedTuple):
 def answer_part(text: str) -> str:
     """The part of a completion in which its answer stands: without thoughts, and without what follows as a new
     question."""
-    text = _HEADER.sub("", without_thoughts(text), count=1) if "<" in text or "[" in text else text
+    text = without_thoughts(text)
+    text = text[header.end() :] if (header := _HEADER.match(text)) else text
     inside = [match["inside"] for match in _ANSWER_TAG.finditer(text) if match["inside"].strip()]
     return before_next_question(inside[-1] if inside else text)
-
-
-def without_thoughts(text: str) -> str:
-    """`text` without `<think>...</think>` and its like. An open block runs to the end; where one is only closed, its
-    beginning stood in the prompt."""
-    kept: list[str] = []
-    position, inside = 0, False
-    for tag in _THOUGHT.finditer(text):
-        if tag["close"]:
-            if not inside:
-                kept.clear()
-            position, inside = tag.end(), False
-        elif not inside:
-            kept.append(text[position : tag.start()])
-            inside = True
-    return "".join(kept) if inside else "".join([*kept, text[position:]])
 
 
 def before_next_question(text: str) -> str:
