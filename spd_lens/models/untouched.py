@@ -28,9 +28,9 @@ def untouched(twin: PreTrainedModel) -> Iterator[None]:
     Raises:
         SPDError: afterwards the twin is not what it was: something inside wrote to weights that it held from before.
     """
+    plain = [parameter for parameter in twin.parameters() if not is_lazy(parameter)]
     own_memory(twin)
     own = [(module, dict(vars(module))) for module in twin.modules()]
-    plain = [parameter for parameter in twin.parameters() if not is_lazy(parameter)]
     before = state_digest(twin)
     copies: dict[int, Any] = {}
     try:
