@@ -62,7 +62,7 @@ def state_digest(twin: PreTrainedModel) -> str:
         digest.update(f"{name} {id(module)} {module.training}".encode())
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         flat = tensor.detach().flatten()
-        some = flat[:: max(flat.numel() // 16, 1)].contiguous().cpu().view(torch.uint8)
+        some = flat[:: max(flat.numel() // 16, 1)].clone().cpu().view(torch.uint8)  # numpy would end lazy sharing
         version = None if tensor.is_inference() else tensor._version
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {version} {tensor.requires_grad}".encode())
         digest.update(some.numpy().tobytes())
