@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from typer.testing import CliRunner
 import spd_lens as spd
 from spd_lens.cli import app
 from spd_lens.comparison import compare
+from spd_lens.corpus import Corpus, CorpusWriter
 from spd_lens.errors import SPDError
 from spd_lens.rounds import Rounds, _check_place
 from spd_lens.rundir import Folder, Run
@@ -78,6 +83,74 @@ def test_rounds_begin_where_some_were_killed(killed):
     with folder.locked():
         folder.note_once("the settings", settings={"n": 1})
     assert folder.notes == {"settings": {"n": 1}}
+
+
+def _begin_run(folder, run_config, _):
+    Run.open(folder, run_config)
+    return Run.open(folder).config == run_config
+
+
+def _begin_study(folder, _, study_config):
+    study = Study(folder)
+    with study.locked():
+        study.begin(study.admits(study_config))
+        study.note(weights="x")
+    return Study.open(folder).config == study_config
+
+
+def _begin_rounds(folder, *_):
+    rounds = Rounds(folder)
+    _check_place(rounds)
+    with rounds.locked():
+        rounds.note_once("the settings", settings={"n": 1})
+    return rounds.notes == {"settings": {"n": 1}}
+
+
+def _begin_corpus(folder, *_):
+    with CorpusWriter(folder / "corpus.jsonl", {"seed": 1}, [("a", 0)]):
+        pass
+    return Corpus.load(folder / "corpus.jsonl").settings == {"seed": 1}
+
+
+@pytest.mark.parametrize("begin", [_begin_run, _begin_study, _begin_rounds, _begin_corpus])
+def test_a_beginning_that_is_killed_at_any_call_of_the_disk_is_begun_again(begin, config, study_config, tmp_path):
+    """A child is killed before its N-th call, for every N until it is through; then this process begins."""
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        child = os.fork()
+        if not child:
+            through = False
+            try:
+                _die_at(number)
+                through = begin(folder, config, study_config)
+            finally:
+                os._exit(0 if through else 1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert begin(folder, config, study_config), number
+        assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp")), number
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert number > 5
+
+
+def _die_at(number: int) -> None:
+    """Kill this process before its n-th call that the disk could see."""
+    left = [number]
+
+    def counted(call):
+        def wrapper(*args, **options):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return wrapper
+
+    for name in ("open", "mkdir", "fsync", "replace", "unlink", "truncate"):
+        setattr(os, name, counted(getattr(os, name)))
+    io.open = counted(io.open)  # what pathlib calls
+    builtins.open = counted(builtins.open)
 
 
 @pytest.mark.parametrize("notes", [{}, {"fingerprint": {}, "weights": "x", "data": {}}])
