@@ -30,9 +30,9 @@ from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
 from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
 from spd_lens.preflight import check_data
-from spd_lens.publishing import replacing
+from spd_lens.publishing import is_blank, replacing
 from spd_lens.rundir import Folder, Run
-from spd_lens.storage import is_made, read_json, write_json, write_text
+from spd_lens.storage import is_made, read_json, reading, write_json, write_text
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -134,7 +134,7 @@ def run_rounds(
     settings["n_held_out"] = n_held_out
     _check_place(folder)
     with folder.locked():
-        folder.note_once("the settings of the rounds", settings=settings)
+        folder.note_once("the settings of the rounds", settings=_as_noted(folder, settings))
         folder.note_environment()
         first = folder.dated(pair or load_pair(config))
         folder.note_date(first)
@@ -229,8 +229,19 @@ def _in_float32(config: SPDConfig, pair: ModelPair | None) -> SPDConfig:
 
 def _check_place(folder: Rounds) -> None:
     """Refuse a place that holds something else."""
-    if not folder.is_free and not folder.notes:
+    noted = folder.path / folder.notes_file
+    if not folder.is_free and (not noted.exists() or is_blank(noted)):
         raise SPDError(f"{folder.path} exists and does not hold rounds; choose a new directory")
+
+
+def _as_noted(folder: Rounds, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the folder has them, if they are the same: earlier versions had fewer, whose defaults count."""
+    noted = folder.notes.get("settings")
+    if noted is None:
+        return settings
+    with reading(folder.path / folder.notes_file):
+        whole_config = SPDConfig.make(noted["config"]).model_dump(mode="json")
+        return noted if {**noted, "config": whole_config} == settings else settings
 
 
 def _round(record: Run, config: SPDConfig, pair: ModelPair, moments: Path, progress: bool) -> Run:

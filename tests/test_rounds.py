@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pandas as pd
@@ -202,6 +203,16 @@ def test_a_rule_that_fires_ends_the_rounds(config, tiny_pair, folder, tmp_path):
     stopped = run_rounds(config, place, 3, stop=rule, n_held_out=12, progress=False, pair=tiny_pair)
     assert len(stopped.adapters) == 1 and "budget" in stopped.notes["stopped"]
     assert "Stopped" in say(stopped.table, stopped.notes["stopped"])
+
+
+def test_rounds_of_a_version_with_fewer_settings_go_on(config, tiny_pair, folder):
+    notes = json.loads((folder.path / "rounds.json").read_text())
+    del notes["settings"]["config"]["too_long"]
+    (folder.path / "rounds.json").write_text(json.dumps(notes))
+    with refused("settings"):
+        run_rounds(config, folder.path, 1, stop=StopRule(), n_held_out=12, progress=False, pair=tiny_pair)
+    run_rounds(config, folder.path, 1, stop=NEVER, n_held_out=12, progress=False, pair=tiny_pair)
+    assert folder.notes["settings"] == notes["settings"]
 
 
 def test_mistakes_are_sentences(config, tiny_pair, finished, tmp_path):
