@@ -75,37 +75,48 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
     try:
         with random_kept(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a fault below
             torch.manual_seed(0)  # PEFT draws even what it overwrites, and of some kinds it stays: the same each time
             wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device=place)
             # again, for what PEFT tells here alone: it takes what it finds, and warns at most
-            mapping = {} if config.is_prompt_learning else getattr(twin, "_checkpoint_conversion_mapping", {})
+            mapping = getattr(twin, "_checkpoint_conversion_mapping", {})
             stored = load_peft_weights(str(directory), device=place, key_mapping=mapping)
-            result: Any = set_peft_model_state_dict(wrapped, stored)
-            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys()
-    except KeyError as error:
-        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: it lacks {error}") from error
+            fault = _fault(wrapped, stored, set_peft_model_state_dict(wrapped, stored), own)
     except Exception as error:  # peft, torch and safetensors raise many types on a damaged or foreign adapter
         reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {reason}") from error
+        fault = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {fault}") from error
+    if fault is not None:
+        raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {fault}")
+    return wrapped.eval()
+
+
+def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[int]) -> str | None:
+    """What of the file has no place in the model or is not in force there, or the other way round.
+
+    `result` is PEFT's of loading it, `own` are the model's own tensors. Of those a file may hold what PEFT saves:
+    embeddings, and biases that were trained.
+    """
     there = wrapped.state_dict(keep_vars=True)
-    base = {name for name in stored if name in there and id(there[name]) in own} - expected.keys() - embeddings
-    unknown = base | {_unnamed(name) for name in result.unexpected_keys}
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys()
+    base = {name for name in stored if name in there and id(there[name]) in own}
+    unknown = (base - expected.keys() - embeddings) | {_unnamed(name) for name in result.unexpected_keys}
+    if unknown:
+        return f"{min(unknown)} has no counterpart in the model"
     # by name or by memory: some kinds have other names in files than in the model, and older files others again
     names = {_unnamed(name) for name in result.missing_keys}
     places = {there[name].data_ptr() for name in result.missing_keys if id(there[name]) not in own}
     lacking = expected.keys() - stored.keys()
     missing = {name for name in lacking if name in names or expected[name].data_ptr() in places}
-    if unknown or missing:
-        name, where = (min(unknown), "the model") if unknown else (min(missing), "the file")
-        raise SPDError(
-            f"the adapter in {directory} does not fit {type(twin).__name__}: {name} has no counterpart in {where}"
-        )
-    endless = next((name for name, tensor in stored.items() if not tensor.float().isfinite().all()), None)
-    if endless is not None:
-        raise SPDError(f"the adapter in {directory} holds numbers that are not finite, in {endless}; train it again")
-    return wrapped.eval()
+    if missing:
+        return f"{min(missing)} has no counterpart in the file"
+    for name, tensor in stored.items():
+        if not tensor.float().isfinite().all():
+            return f"it holds numbers that are not finite, in {name}; train it again"
+        if name in base and not torch.equal(there[name], tensor.to(there[name])):
+            return f"it holds {name} apart from another matrix, and the model ties the two"
+    return None
 
 
 def _unnamed(key: str) -> str:
@@ -155,7 +166,8 @@ def _probe_logits(model: Any) -> Float[Tensor, "row pos d_vocab"]:
 def _load_weights(twin: PreTrainedModel, directory: Path) -> PreTrainedModel:
     state: dict[str, torch.Tensor] = {}
     try:
-        for file in sorted(directory.glob("*.safetensors")):
+        # a folder may hold the weights a second time, under the names that another program gives them
+        for file in sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors")):
             state |= load_file(file)
     except (SafetensorError, OSError) as error:
         raise SPDError(f"the checkpoint in {directory} cannot be read ({error}); make it again") from error
@@ -163,5 +175,17 @@ def _load_weights(twin: PreTrainedModel, directory: Path) -> PreTrainedModel:
         if name not in state or state[name].shape != parameter.shape:
             found = f"has {name} as {tuple(state[name].shape)}" if name in state else f"lacks {name}"
             raise SPDError(f"the checkpoint in {directory} does not fit {type(twin).__name__}: it {found}")
-    twin.load_state_dict(state, strict=False)
+    unknown = [name for name in twin.load_state_dict(state, strict=False).unexpected_keys if not _is_computed(name)]
+    tied = dict(twin.named_parameters(remove_duplicate=False))
+    apart = [name for name in state.keys() & tied.keys() if not torch.equal(tied[name], state[name].to(tied[name]))]
+    if unknown or apart:
+        raise SPDError(
+            f"the checkpoint in {directory} does not fit {type(twin).__name__}: it has {min(unknown or apart)}, "
+            f"{'for which there is no place' if unknown else 'apart from another matrix, and the model ties the two'}"
+        )
     return twin
+
+
+def _is_computed(name: str) -> bool:
+    """Buffers that checkpoints of earlier versions of transformers hold: rotary frequencies and causal masks."""
+    return name.endswith(("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"))

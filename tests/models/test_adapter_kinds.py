@@ -255,3 +255,14 @@ def test_a_model_with_an_adapter_on_is_no_pair_and_no_checkpoint(pair, subspace,
     )
     with refused("carries a PEFT adapter"):
         spd.ModelPair(prompted, pair.tokenizer)
+
+
+def test_a_merge_that_loses_something_is_noticed(pair, tmp_path, monkeypatch):
+    """A PEFT that merges only some of the layers."""
+    save_adapter(pair.hf, tmp_path, LoraConfig(r=4, target_modules=ATTENTION))
+    merge = peft.tuners.lora.Linear.merge
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear, "merge", lambda layer, **options: layer.out_features == 32 and merge(layer, **options)
+    )
+    with refused(tmp_path, "LORA", "cannot be merged", "off by"):
+        merged_copy(pair.hf, tmp_path)

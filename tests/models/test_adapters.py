@@ -123,6 +123,16 @@ def test_a_checkpoint_of_another_model_is_refused(twin, tmp_path):
     save_file({name: value for name, value in state.items() if name != key}, path)
     with refused("tuned", "lacks", key), adapted(twin, tmp_path / "tuned"):
         pass
+    deeper = {name.replace("layers.3", "layers.4"): value.clone() for name, value in state.items()}
+    save_file(deeper | state, path)
+    with refused("tuned", "model.layers.4.", "no place"), adapted(twin, tmp_path / "tuned"):
+        pass
+    save_file(state | {"model.rotary_emb.inv_freq": torch.ones(4)}, path)  # as earlier versions of transformers did
+    with adapted(twin, tmp_path / "tuned") as tuned_twin:
+        assert torch.equal(logits(tuned_twin), logits(twin))
+    save_file({"layers.0.attention.wq.weight": torch.ones(4)}, path.with_name("consolidated.safetensors"))
+    with adapted(twin, tmp_path / "tuned"):
+        pass
     path.write_bytes(b"nonsense")
     with refused("tuned", "cannot be read"), adapted(twin, tmp_path / "tuned"):
         pass

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair, load
@@ -335,3 +336,20 @@ def test_the_remedy_is_not_what_was_done_already(own_pair, monkeypatch, tmp_path
     with pytest.raises(SPDError, match=r"did not reach the lens model.*spd_lens\.load") as caught:
         own_pair.sync(to="lens", adapter=adapter)
     assert "dtype=" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_embeddings_apart_do_not_fit_a_model_that_ties_them(whole, tmp_path):
+    """One of the two would be loaded over the other."""
+    pair = ModelPair(build_llama(tokenizer := build_tokenizer(chat=False), tied=True), tokenizer)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if whole:
+        own = build_llama(tokenizer)
+        own.save_pretrained(tmp_path)
+    else:
+        save_adapter(pair.hf, tmp_path, LoraConfig(r=2, target_modules=["q_proj"]))
+        path = tmp_path / "adapter_model.safetensors"
+        rows = pair.hf.lm_head.weight
+        save_file(load_file(path) | {f"base_model.model.{name}": rows + i for i, name in enumerate(names)}, path)
+    with refused(tmp_path, "does not fit", "apart from another matrix", "ties"), adapted(pair.hf, tmp_path):
+        pass
