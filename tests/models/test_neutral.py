@@ -211,12 +211,10 @@ def trained(pair: ModelPair) -> Iterator[None]:
 @contextlib.contextmanager
 def checkpointed(pair: ModelPair) -> Iterator[None]:
     pair.hf.train()
-    pair.hf.activation_checkpointing_enable({"use_reentrant": True})
-    pair.hf.enable_input_require_grads()
+    pair.hf.activation_checkpointing_enable({"use_reentrant": True})  # which passes no gradient to frozen inputs
     try:
         yield
     finally:
-        pair.hf.disable_input_require_grads()
         pair.hf.activation_checkpointing_disable()
         pair.hf.eval()
 
@@ -277,6 +275,9 @@ def looked_at(pair: ModelPair) -> Iterator[None]:
 STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]] = {
     "training mode and gradients": trained,
     "gradient checkpointing": checkpointed,
+    "inputs that require gradients": lambda pair: undone(
+        pair.hf.enable_input_require_grads, pair.hf.disable_input_require_grads
+    ),
     "compiled in place": compiled,
     "hooks that look": looked_at,
     "accelerate's wrapper": prepared,
@@ -300,14 +301,15 @@ STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]]
     "a launcher": lambda _: environment(LOCAL_RANK="1", RANK="1", WORLD_SIZE="2", OMPI_COMM_WORLD_SIZE="2"),
     "the default cache off": lambda pair: attribute(pair.hf.config, "use_cache", False),
     "another cache": lambda pair: attribute(
-        pair.hf, "generation_config", GenerationConfig(cache_implementation="quantized", use_cache=False)
+        pair.hf, "generation_config", GenerationConfig(cache_implementation="quantized")
     ),
 }  # fmt: skip
 
 TOGETHER = {
     "one half of the states": [
-        "hooks that look", "training mode and gradients", "autocast", "gradients off", "default dtype float64",
-        "default device", "products in bfloat16", "deterministic", "one attention kernel", "accelerate",
+        "inputs that require gradients", "hooks that look", "training mode and gradients", "autocast",
+        "gradients off", "default dtype float64", "default device", "products in bfloat16", "deterministic",
+        "one attention kernel", "accelerate",
     ],
     "the other half": [
         "accelerate's wrapper", "gradient checkpointing", "compiled in place", "inference mode",
@@ -541,3 +543,17 @@ def test_what_is_no_pair_is_refused(thing):
 def test_a_wrapped_model_is_refused(pair):
     with refused("DataParallel", ".module"):
         ModelPair(torch.nn.DataParallel(pair.hf), pair.tokenizer)
+
+
+@pytest.mark.parametrize("call", ["finetune in full", "fold_to"])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.6, "do_sample": False}, {"cache_implementation": "static", "use_cache": False}]
+)
+def test_a_model_that_cannot_be_saved_is_refused_before_the_work(pair, call, settings, tmp_path):
+    fixed()
+    with (
+        attribute(pair.hf, "generation_config", GenerationConfig(**settings)),
+        refused("could not be saved", next(iter(settings)), "generation_config.json"),
+    ):
+        CALLS[call](pair, tmp_path)
+    assert not any(tmp_path.iterdir())
