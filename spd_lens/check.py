@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers import GenerationConfig
 
 from spd_lens.audit.safe_text import visible
 from spd_lens.capture import extract
@@ -202,10 +204,11 @@ def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
     tokens = torch.tensor([[pair.pad_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     with folded(pair.hf, _random(pair, pair.sites(layers))), named_outputs(pair.hf), torch.no_grad():
-        made: Any = pair.hf.generate(
-            input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), do_sample=False, num_beams=1,
-            min_new_tokens=N_NEW_TOKENS, max_new_tokens=N_NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
-            pad_token_id=pair.pad_id,
+        twin: Any = copy.copy(pair.hf)  # a view without the model's own settings, such as another kind of cache
+        twin.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=pair.pad_id)
+        made: Any = twin.generate(
+            input_ids=tokens.to(pair.device), attention_mask=mask.to(pair.device), max_new_tokens=N_NEW_TOKENS,
+            return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         stepwise = torch.stack(made.logits, dim=1).double().cpu()
         whole = []

@@ -21,6 +21,7 @@ from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.neutral import neutral, refuse_compiled
 from spd_lens.models.processed import refuse_processed
+from spd_lens.models.twin import check_saveable
 from spd_lens.models.weights import SiteLayer, site_layer, twin_hook
 from spd_lens.numbers import plain
 from spd_lens.publishing import filling, is_free
@@ -165,6 +166,7 @@ def fold_to(
     directory = Path(directory)
     if not is_free(directory):
         raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")
+    check_saveable(hf)
     for site in subspace.sites:
         if not foldable(subspace, site):
             raise SPDError(

@@ -61,7 +61,7 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
         SPDError: as `adapted`; or the adapter cannot be written into the weights, which the logits of the two tell.
     """
     directory = None if adapter is None else check_adapter(adapter)
-    with neutral():
+    with neutral(twin):
         wide = in_float32(twin)
         if directory is None:
             return wide

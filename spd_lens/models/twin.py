@@ -12,6 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spd_lens.errors import SPDError
+
 
 def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
     """One forward pass with named outputs, without attention weights and hidden states."""
@@ -29,6 +31,19 @@ def named_outputs(model: Any) -> Iterator[None]:
         yield
     finally:
         config.return_dict = own
+
+
+def check_saveable(model: Any) -> None:
+    """Raise `SPDError` where transformers would refuse to save the model, and only then: after a training."""
+    try:
+        if model.generation_config is not None:
+            model.generation_config.validate(strict=True)
+    except ValueError as error:
+        reason = next((line for line in str(error).splitlines() if line.startswith("- ")), str(error))
+        raise SPDError(
+            f"{type(model).__name__} could not be saved, as its generation config contradicts itself "
+            f"({reason.removeprefix('- ')[:200]}); correct it in generation_config.json or pair.hf.generation_config"
+        ) from error
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.launchers import single_process
 from spd_lens.models.neutral import neutrally
+from spd_lens.models.twin import check_saveable
 from spd_lens.numbers import plain, whole
 from spd_lens.products import fast_products, recomputed_alike
 from spd_lens.storage import reading
@@ -156,6 +157,8 @@ def finetune(
     rows = _rows(pair, corpus, settings.loss_on)
     if pair.has_lens:
         pair.check()
+    if method == "full":
+        check_saveable(pair.hf)
     if method == "lora":
         settings = replace(settings, targets=resolve_targets(pair.hf, targets))
     identity = {

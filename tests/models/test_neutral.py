@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from spd_lens.capture import extract, token_gradients
 from spd_lens.check import check_model, require_core
@@ -32,9 +32,10 @@ from spd_lens.models import ModelPair, load
 from spd_lens.models.hooks import named_parts
 from spd_lens.models.neutral import neutral
 from spd_lens.projection import fold_to, folded, projected, projected_twin
+from spd_lens.rounds import merged
 from spd_lens.training import finetune
 from tests.conftest import BACKENDS, build_llama, build_tokenizer, randomise
-from tests.helpers import EXAMPLES, assert_same_bits, refused
+from tests.helpers import EXAMPLES, assert_same_bits, make_adapter, refused
 
 SITES = {"layers": [1, 2], "kinds": ("k", "v")}
 PROMPTS = ["Tom has 12 apples.", "7 * 3"]
@@ -64,11 +65,18 @@ def fixed() -> dict[str, Any]:
     """What calls need and no state may touch: made once, in a neutral process."""
     pair = build_gpt2()
     moments = extract(pair, EXAMPLES[:3], **SITES, shards=2, progress=False)
-    saved = Path(tempfile.mkdtemp())
+    saved, adapter = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    make_adapter(pair.hf, adapter, targets=["c_attn"])
     pair.hf.save_pretrained(saved)
     pair.tokenizer.save_pretrained(saved)
     corpus = generate(pair, PROMPTS, **SAMPLED)
-    return {"subspace": moments.subspace(0.5), "corpus": corpus, "moments": moments, "saved": str(saved)}
+    return {
+        "subspace": moments.subspace(0.5),
+        "corpus": corpus,
+        "moments": moments,
+        "saved": str(saved),
+        "adapter": adapter,
+    }
 
 
 def of_moments(moments) -> Any:
@@ -115,6 +123,15 @@ CALLS: dict[str, Callable[[ModelPair, Path], Any]] = {
     "check_model": lambda pair, _: [check.says for check in check_model(pair)],
     "require_core": lambda pair, _: require_core(pair, SITES["layers"], SITES["kinds"]),
     "sync": lambda pair, _: pair.sync(to="lens").logits,
+    "generate with an adapter": lambda pair, _: [
+        r.completion_ids for r in generate(pair, PROMPTS, adapter=fixed()["adapter"], **SAMPLED)
+    ],
+    "sync an adapter": lambda pair, _: (
+        pair.sync(to="lens", adapter=fixed()["adapter"]),
+        pair.check_logits(pair.lens),
+        pair.sync(to="lens").kl,
+    ),
+    "merge an adapter": lambda pair, _: dict(merged(pair, fixed()["adapter"]).hf.named_parameters()),
     "load": lambda pair, _: (lambda new: (new.check_logits(new.lens), new.check_logits(new.hf)))(
         load(fixed()["saved"], dtype="float32", device="cpu")
     ),
@@ -194,12 +211,10 @@ def trained(pair: ModelPair) -> Iterator[None]:
 @contextlib.contextmanager
 def checkpointed(pair: ModelPair) -> Iterator[None]:
     pair.hf.train()
-    pair.hf.activation_checkpointing_enable({"use_reentrant": True})
-    pair.hf.enable_input_require_grads()
+    pair.hf.activation_checkpointing_enable({"use_reentrant": True})  # which passes no gradient to frozen inputs
     try:
         yield
     finally:
-        pair.hf.disable_input_require_grads()
         pair.hf.activation_checkpointing_disable()
         pair.hf.eval()
 
@@ -260,6 +275,9 @@ def looked_at(pair: ModelPair) -> Iterator[None]:
 STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]] = {
     "training mode and gradients": trained,
     "gradient checkpointing": checkpointed,
+    "inputs that require gradients": lambda pair: undone(
+        pair.hf.enable_input_require_grads, pair.hf.disable_input_require_grads
+    ),
     "compiled in place": compiled,
     "hooks that look": looked_at,
     "accelerate's wrapper": prepared,
@@ -282,17 +300,21 @@ STATES: dict[str, Callable[[ModelPair], contextlib.AbstractContextManager[Any]]]
     ),
     "a launcher": lambda _: environment(LOCAL_RANK="1", RANK="1", WORLD_SIZE="2", OMPI_COMM_WORLD_SIZE="2"),
     "the default cache off": lambda pair: attribute(pair.hf.config, "use_cache", False),
+    "another cache": lambda pair: attribute(
+        pair.hf, "generation_config", GenerationConfig(cache_implementation="quantized")
+    ),
 }  # fmt: skip
 
 TOGETHER = {
     "one half of the states": [
-        "hooks that look", "training mode and gradients", "autocast", "gradients off", "default dtype float64",
-        "default device", "products in bfloat16", "deterministic", "one attention kernel", "accelerate",
+        "inputs that require gradients", "hooks that look", "training mode and gradients", "autocast",
+        "gradients off", "default dtype float64", "default device", "products in bfloat16", "deterministic",
+        "one attention kernel", "accelerate",
     ],
     "the other half": [
         "accelerate's wrapper", "gradient checkpointing", "compiled in place", "inference mode",
         "default dtype bfloat16", "device context",
-        "one backend's precision", "anomalies", "a launcher", "the default cache off",
+        "one backend's precision", "anomalies", "a launcher", "the default cache off", "another cache",
     ],
 }  # fmt: skip
 """All calls are made in these at once, and a few in each state by itself."""
@@ -521,3 +543,17 @@ def test_what_is_no_pair_is_refused(thing):
 def test_a_wrapped_model_is_refused(pair):
     with refused("DataParallel", ".module"):
         ModelPair(torch.nn.DataParallel(pair.hf), pair.tokenizer)
+
+
+@pytest.mark.parametrize("call", ["finetune in full", "fold_to"])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.6, "do_sample": False}, {"cache_implementation": "static", "use_cache": False}]
+)
+def test_a_model_that_cannot_be_saved_is_refused_before_the_work(pair, call, settings, tmp_path):
+    fixed()
+    with (
+        attribute(pair.hf, "generation_config", GenerationConfig(**settings)),
+        refused("could not be saved", next(iter(settings)), "generation_config.json"),
+    ):
+        CALLS[call](pair, tmp_path)
+    assert not any(tmp_path.iterdir())
