@@ -14,7 +14,7 @@ _LEADING = re.compile(
     r"(?:[\s*_`:({\[\"'<“‘«>=→,-]|\\[(\[]|\\(?:boxed|text|textbf|mathrm|mathbf|mathbb)\b\s?\{?|\$"
     rf"|\b(?:the|most|correct|right|best|final|likely|answer|option|choice|letter|is|it|it['’]s|i(?=\s{_SAYS}\b)|i['’]d"
     rf"|{_SAYS}|be|must|should|with|definitely|clearly|probably|therefore|so|that)\b)*+"
-    r"(?P<letter>[A-Za-z])(?![\w+#]|['’]\w|-\w|\s?=|\.\w)(?P<close>[)\]}>\"'”’*`]*)",
+    r"(?P<letter>[A-Za-z])(?![^\W_]|[+#]|['’]\w|-\w|\s?=|\.\w)(?P<close>[)\]}>\"'”’*`]*)",
     re.IGNORECASE,
 )
 """A letter, after markup and words that say no more than that it comes."""
@@ -27,7 +27,8 @@ _OTHER_LETTER = re.compile(
     r"\s*(?:,|/|&|,?\s?\b(?:or|and)\b)\s*\(?[A-Z](?![\w'’])(?!\s(?:is|was|can|cannot|can['’]t|would|does|has)\b)"
 )
 _VERB = re.compile(
-    r"\s(?:is|was|has|would|will|must|should|seems|appears|because|since|as|and|or|but|cannot|can|does)\b"
+    r"\s(?:is|was|has|would|will|must|should|seems|appears|because|since|as|and|or|but|cannot|can|does"
+    r"|fits|matches|holds|works|follows)\b"
 )
 _REASON = re.compile(r"\s+(?:because|since|as|due|for)\b")
 _INITIALS = re.compile(r"\.\s?[A-Z]\.")
@@ -56,6 +57,7 @@ _AFFIRMED_BEFORE = re.compile(
     rf"{_NAME}[\s:]{{0,2}}(?:is\s)?$",
     re.IGNORECASE,
 )
+_LOWER = re.compile(r"\b((?:option|choice|answer)s?\s\(?)([b-hj-z]|[ai](?=[).,;!?\n]|$))(?![\w'’])", re.IGNORECASE)
 _NAMED = re.compile(r"\b(?:option|choice)\s?[^\w\n]{0,3}$", re.IGNORECASE)
 _BEFORE_A_LETTER = frozenset(
     """option options choice choices answer answers letter letters statement statements alternative response is be
@@ -63,7 +65,7 @@ _BEFORE_A_LETTER = frozenset(
     therefore thus hence then because since and or nor but not than of between either neither both while although
     though if as when only just likely probably definitely clearly correct right best think believe prefer prefers
     eliminate eliminates exclude excludes out reject over unlike except isn't wasn't aren't considered considering
-    that means indicates""".split()
+    leaves like that means indicates""".split()
 )
 """What may stand before a letter that means a choice; "vitamin D" and "plan B" are something else."""
 _TOKENS_READ = 400
@@ -121,7 +123,8 @@ def _leading(text: str, letters: str, *, marked: bool) -> str | None:
         return None
     letter, behind = match["letter"], text[match.end() :]
     word_follows = re.match(r"\s+\w", behind) is not None and not match["close"] and not _REASON.match(behind)
-    if letter.islower() and (word_follows or not (marked or not behind.strip())):
+    alone = marked or ")" in match["close"] or not behind.strip(" \n.!*_")
+    if letter.islower() and (word_follows or not alone):
         return None  # "a number", "i think"
     if letter == "I" and word_follows:
         return None
@@ -137,6 +140,7 @@ def _leading(text: str, letters: str, *, marked: bool) -> str | None:
 
 def _said(text: str, letters: str) -> list[_Said]:
     """The letters of a free text that mean choices, and what is said of them."""
+    text = _LOWER.sub(lambda match: match[1] + match[2].upper(), text)
     found: list[_Said] = []
     for token in list(_TOKEN.finditer(text))[-_TOKENS_READ:]:
         letter, before, after = (

@@ -22,14 +22,17 @@ _LINES_READ = 500
 _LINE_START = re.compile(r"(?:^|\n)[ \t*]*+\Z")
 _HEADING = re.compile(r"[.):]\s*[^\W\d]")
 _REMARK = re.compile(
-    r"\((?=[^()\n]*(?:=|[^\W\d_]))|—|\b(?:because|since|where|given|i\.e\.|check(?:ing)?|verif\w{1,8}|note)\b",
+    r"[(\[](?=[^()\[\]\n]*(?:=|[^\W\d_]))|—|\b(?:because|since|where|given|i\.e\.|check(?:ing)?|verif\w{1,8}|note)\b",
     re.IGNORECASE,
 )
 """Where a remark on the answer begins."""
 _BESIDE = re.compile(r"[,;]\s|\.\s|\s-\s(?=[^\W\d])|\b(?:and|with|plus|as|after|from|so|for|if|when|which|that)\b")
 """Where something else begins, unless the line is a calculation."""
-_CALCULATION = re.compile(r"[*/×÷^]|\\(?:times|cdot|div|d?frac)|[\d)$%\w]\s?[-+]\s?[\d($]|\d\s?[xX]\s?\d|%\s?of\s")
+_CALCULATION = re.compile(
+    r"[*/×÷^]\s?[\d($\\]|\\(?:times|cdot|div|d?frac)|[\d)$%\w]\s?[-+]\s?[\d($]|\d\s?[xX]\s?\d|%\s?of\s"
+)
 _SUM = re.compile(rf"{DECIMAL}[^=,;/*]{{0,40}}\sand\s[$]?{DECIMAL}[^=,;/*]{{0,40}}$")
+_UNIT = re.compile(r"\s?[^\W\d_]+(?:[\s-][^\W\d_]{2,}){0,3}\s?")
 _UNSETTLED = re.compile(rf"(?:-|~|\s(?:to|or)\s)(?:{CURRENCY})?{DECIMAL}|:\d\d(?!\d)|/\d+/\d+")
 
 
@@ -118,17 +121,18 @@ def number_of_line(line: str) -> str | None:
     left, equals, right = clause.partition("=")
     if equals and (_CALCULATION.search(_BESIDE.split(left, maxsplit=1)[0]) or _SUM.match(left)):  # "6 * 7 = 42"
         return _result(clause)
-    if equals and left[match.end() :].strip() and not _BESIDE.search(left):  # "3 dozen = 36", but not "8 = 5 + 3"
+    if equals and _UNIT.fullmatch(left, match.end()) and not _BESIDE.search(left):  # "2 hours = 120 minutes"
         found = NUMBER.search(right)
-        if found and not _CALCULATION.search(right):
+        if found and not re.search(r"\d", right[found.end() :]):
             return found.group().strip()
     return _number_at(line, match)
 
 
+_GROUPS = (re.compile(r"^(\d{1,3}) (\d{3})(?: (\d{3}))?(?![ ]?\d|[.,/]\d)"), r"\1\2\3")
 _BEGINNINGS = (
     (re.compile(r"^(?:minus\s|-\s)\s*(?=[\d$.])", re.IGNORECASE), "-"),
     (re.compile(r"^not\b[^,.;\n]{0,60}?\bbut\b\s*"), ""),
-    (re.compile(r"^(\d{1,3}) (\d{3})(?: (\d{3}))?(?![ ]?\d|[.,/]\d)"), r"\1,\2\3"),
+    _GROUPS,
 )
 
 
@@ -143,7 +147,7 @@ def _number_at(line: str, match: re.Match[str]) -> str:
 
 def _expression_at(line: str) -> str | None:
     """What a line begins with, where that is more than a number, as far as the sentence goes."""
-    whole = _SENTENCE_END.split(line, maxsplit=1)[0].rstrip("*.$ \t\r")
+    whole = _SENTENCE_END.split(line, maxsplit=1)[0].strip("*.$ \t\r")
     complete = whole[-1:] in ")}" or whole[-1:].isdigit()
     expression = complete and is_expression(whole) and HARMLESS.fullmatch(whole) and not re.search(r"\d-\d", whole)
     return whole if expression else None
@@ -162,7 +166,7 @@ def _result(clause: str) -> str | None:
 
 
 def _number_of_box(box: str) -> str | None:
-    content = _unwrapped(box.rpartition("=")[2] or box)
+    content = _GROUPS[0].sub(_GROUPS[1], _unwrapped(box), count=1)
     if is_expression(content) and HARMLESS.fullmatch(content):
         return content
     return number_of_line(content) or _last_number(content)

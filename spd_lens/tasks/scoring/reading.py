@@ -22,7 +22,10 @@ _TURN = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 """What ends a turn of the model, or begins one of somebody else."""
-_KIND = r"(?:question|problem|exercise|example|puzzle|task|scenario|prompt|query|instruction|input|user|human|q)"
+_KIND = (
+    r"(?:question|problem|exercise|example|puzzle|task|scenario|context|passage|prompt|query|instruction|input"
+    r"|user|human|q)"
+)
 _LEAD_IN = (
     r"(?:\d{1,3}[.)][ \t])?(?:now,?[ \t])?(?:here(?:'s|[ \t]is)[ \t])?(?:(?:an?|the)[ \t])?"
     r"(?:(?:new|next|another|similar|follow-?up|sample|practice|word|math)[ \t]){0,2}"
@@ -35,7 +38,8 @@ _REQUEST = (
 _FIXED = re.compile(_REQUEST, re.MULTILINE)
 """Lines of the tasks' own prompts, which models repeat."""
 _LABEL = re.compile(
-    rf"^[ \t>*_#-]{{0,12}}{_LEAD_IN}{_KIND}(?:[*_ \t]{{0,4}}[:：]|[ \t]?#?[ \t]?\d{{1,4}}[*_ \t]{{0,4}}(?:[:：.)-]|$))"
+    rf"^[ \t>*_#\[<(-]{{0,12}}{_LEAD_IN}{_KIND}(?:[*_ \t]{{0,4}}[:：\]>]|(?<=q)[.)][ \t]"
+    rf"|[ \t]?(?:#|no\.?|number)?[ \t]?\d{{1,4}}[*_ \t]{{0,4}}(?:[:：.)\]-]|$))"
     rf"|^[ \t]{{0,3}}#{{1,6}}[ \t]{{0,3}}{_LEAD_IN}{_KIND}[ \t]{{0,3}}$|{_REQUEST}",
     re.MULTILINE | re.IGNORECASE,
 )
@@ -63,6 +67,10 @@ _RETRACTION = re.compile(
     r"|[.!?\n]+\s*(?:that|this|it)(?:['’]s|\sis|\swas)\s(?:\w{1,10}\s)?(?:wrong|incorrect|not\s(?:right|correct)|a\smistake))",
     re.IGNORECASE,
 )
+_TOLD_TO = re.compile(
+    r"(?:^|[.!?]\s)(?:find|calculate|compute|determine|solve|evaluate|choose|select|name)\s", re.IGNORECASE
+)
+"""How a question is put without a question mark."""
 _CHOICE_LINE = re.compile(r"\s*\(?(?P<letter>[A-Z])[.):]\s")
 
 _LINK = (
@@ -170,8 +178,8 @@ def _unlabelled(text: str) -> int:
     position, before = min(given), ""
     lines = text[position:].split("\n")
     for number, line in enumerate(lines):
-        question = line.rstrip(" \t*_\"')").endswith("?") and len(line.split()) > 4
-        question = question and not (_SECOND_THOUGHT.match(line) or _LABEL.match(line))
+        question = line.rstrip(" \t*_\"')").endswith("?") or (not lines[number - 1].strip() and _TOLD_TO.search(line))
+        question = question and len(line.split()) > 3 and not (_SECOND_THOUGHT.match(line) or _LABEL.match(line))
         if question or (not before.endswith(":") and _begins_choices(lines[number : number + 3])):
             return position
         position += len(line) + 1

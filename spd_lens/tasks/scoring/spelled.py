@@ -30,7 +30,7 @@ SPELLED = re.compile(
     r"|half\b(?=\s+(?:an?|of|the)\b|\W*$)"
     rf"|(?:(?:a\s(?={'|'.join(_LARGE)}))?(?:{_WORD})\b(?:(?:\sand\s|[ -])(?:{_WORD})\b){{0,12}}"
     rf"(?:\sand\sa\s(?:{_PART})\b)?)"
-    r"(?!\s(?:of|that|which|who|can|must|should)\b))",
+    r"(?P<percent>\s(?:percent|per\scent))?(?!\s(?:of|that|which|who|can|must|should)\b))",
     re.IGNORECASE,
 )
 """A number in words; `one of them` is none."""
@@ -41,7 +41,7 @@ def spelled_value(text: str) -> list[Fraction]:
     match = SPELLED.match(text)
     if match is None:
         return []
-    words = re.split(r"[\s-]+", match.group().lower())
+    words = re.split(r"[\s-]+", match.group().lower().removesuffix(match["percent"] or ""))
     negative = words[0] in ("negative", "minus")
     total = group = Fraction(0)
     for word in words[negative:]:
@@ -55,4 +55,5 @@ def spelled_value(text: str) -> list[Fraction]:
             mixed = " and a " in match.group().lower()
             group = group + Fraction(1, part) if mixed else (group or Fraction(1)) / part
     total += group
-    return [-total if negative else total]
+    total = -total if negative else total
+    return [total, total / 100] if match["percent"] else [total]

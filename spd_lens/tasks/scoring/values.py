@@ -24,7 +24,7 @@ NUMBER = re.compile(
     r"|(?P<continental>\d{1,3}(?:\.\d{3}){1,4},\d{1,2}(?!\d))"
     r"|(?P<comma>(?<![\d,.])\d+,\d{1,2}(?![\d,]|\.\d))"
     rf"|(?P<plain>{DECIMAL}))"
-    r"(?:[kK]\b(?P<kilo>))?(?P<percent>\s?\\?%|\s(?:percent|per\scent|pct)\b)?"
+    r"(?:[kK]\b(?P<kilo>))?(?P<percent>\s?\\?%|\s?(?:percent|per\scent|pct)\b)?"
     r"(?:\s(?P<scale>thousand|million|billion|trillion|dozen)\b)?",
 )
 """A number as people and models write it: `-1,234.50`, `$3`, `3/4`, `\\frac{3}{4}`, `1 1/2`, `50%`, `7 × 10^4`."""

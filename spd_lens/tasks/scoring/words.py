@@ -39,7 +39,7 @@ _SAYING = re.compile(
     re.IGNORECASE,
 )
 _ENDING = re.compile(r".*(?:\b(?:is|are|be|equals|to)\b|[=:→])\s*(?:therefore\s|\w{2,15}ly\s)?", re.IGNORECASE)
-_HEAD_END = re.compile(r"[,.;:(\n]|\s[-\u2013\u2014]\s|\b(?:because|since|as)\b")
+_HEAD_END = re.compile(r"[,.;:!?(\n]|\s[-\u2013\u2014]\s|\b(?:because|since|as)\b")
 _WORD = re.compile(r"[^\W_]+(?:[&'’-][^\W_]+)*")
 
 
@@ -83,42 +83,44 @@ def same_text(gold: str, said: str) -> bool:
     """Whether two texts are the same but for case, spaces, outer punctuation, quotes and markdown.
 
     Brackets and symbols are part of an answer: `[]` is not `()`, `[1, 2]` is not `(1, 2)`, and `f` is not `f()`. One
-    pair of brackets around a word may be missing on either side: `(B)` is `B`, and `[Paris]` is `Paris`.
+    pair of brackets around a word, or one mark at its end, may be missing on either side, but not be another: `(B)` is
+    `B`, `[Paris]` is `Paris`, and `Stop!` is `Stop`, but not `Stop?`.
     """
-    wanted = set(_variants(squashed(gold), gold_side=True))
+    wanted = list(_variants(squashed(gold), gold_side=True))
     return any(
-        text == other and not (opened and also_opened)
-        for text, opened in _variants(squashed(said), gold_side=False)
-        for other, also_opened in wanted
+        text == other and all(not one or not two or one == two == "." for one, two in zip(gone, also_gone, strict=True))
+        for text, gone in _variants(squashed(said), gold_side=False)
+        for other, also_gone in wanted
     )
 
 
-def _variants(text: str, *, gold_side: bool) -> Iterator[tuple[str, bool]]:
-    """`text`, and what is left of it without its wrapping, layer by layer; and whether a pair of brackets went."""
-    opened = False
+def _variants(text: str, *, gold_side: bool) -> Iterator[tuple[str, tuple[str, str]]]:
+    """`text`, and what is left of it without its wrapping, layer by layer; and the bracket and the mark that went."""
+    bracket = mark = ""
     for _ in range(8):
         if not text:
             return
-        yield text, opened
+        yield text, (bracket, mark)
         wordy = re.search(r"[^\W_]", text) is not None
         if not gold_side and (macro := _MACRO.fullmatch(text)):
             text = next(group for group in macro.groups() if group is not None).strip()
-        elif (end := _trailing(text, wordy)) and not (gold_side and not wordy):
-            text = text[:-end]
+        elif _trailing(text, wordy) and not (gold_side and not wordy):
+            mark = "." if text[-1] in ".," else text[-1]
+            text = text[:-1]
         elif _pair_around(text, wordy, gold_side):
-            opened = opened or text[0] in _BRACKETS
+            bracket = text[0] if text[0] in _BRACKETS else bracket
             text = text[1:-1].strip()
         else:
             return
 
 
-def _trailing(text: str, wordy: bool) -> int:
-    """How many characters of punctuation end the sentence that `text` is."""
-    if len(text) < 2:
-        return 0
-    if text[-1] in ".,;:" and not text.endswith(".."):
-        return 1
-    return int(wordy and text[-1] in "!?" and re.search(r"[^\W\d_]{2,}[!?]+$", text[-40:]) is not None)
+def _trailing(text: str, wordy: bool) -> bool:
+    """Whether punctuation ends the sentence that `text` is."""
+    if len(text) < 2 or text.endswith(".."):
+        return False
+    return text[-1] in ".,;:" or (
+        wordy and text[-1] in "!?" and re.search(r"[^\W\d_]{2,}[!?]+$", text[-40:]) is not None
+    )
 
 
 def _pair_around(text: str, wordy: bool, gold_side: bool) -> bool:
@@ -130,6 +132,8 @@ def _pair_around(text: str, wordy: bool, gold_side: bool) -> bool:
         return False  # the gold answer is a list, a name like `__init__`, or nothing but symbols
     if first not in _BRACKETS:
         return True
+    if not wordy:
+        return False
     depth = 0
     for place, character in enumerate(text):
         depth += (character == first) - (character == _PAIRS[first])
