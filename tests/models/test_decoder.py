@@ -133,8 +133,9 @@ def seeing_all(inner):
 def test_parts_that_mix_positions_are_run_whole():
     pair = ModelPair(WORKS["a recurrence beside the attention"](), TOKENIZER)
     assert TwinTap(pair, pair.sites())._last == []
-    pair = ModelPair(WORKS["like Llama, and unknown"](), TOKENIZER)
-    assert TwinTap(pair, pair.sites())._last
+    for name in ("like Llama, and unknown", "a mixture whose layers return what the router said"):
+        pair = ModelPair(WORKS[name](), TOKENIZER)
+        assert TwinTap(pair, pair.sites())._last
 
 
 LEFT_ON = [
