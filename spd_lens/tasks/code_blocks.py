@@ -54,9 +54,11 @@ def extract_code(text: str, functions: Collection[str] = (), header: str = "") -
         functions: Names that the tests call. Without any: any function or class will do.
         header: `def f(a, b)`, for a completion that goes on where it ends.
     """
-    text = _without_marks(without_thoughts(text).replace("\r\n", "\n").replace("\r", "\n"))
+    text = _without_marks(without_thoughts(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
     blocks = list(_blocks(text))
     places = [place for place, block in enumerate(blocks) if _has(block, functions)]
+    # how the function is used elsewhere: `from solution import f`
+    places = [place for place in places if not _only_imports(blocks[place], functions)] or places
     while len(places) > 1 and _stands_behind(blocks[places[-1]], [blocks[place] for place in places[:-1]]):
         places.pop()
     if places:
@@ -72,6 +74,13 @@ def extract_code(text: str, functions: Collection[str] = (), header: str = "") -
 
 def _has(block: Block, functions: Collection[str]) -> bool:
     return bool(block.names & set(functions) if functions else _DEFINES.search(block.code))
+
+
+def _only_imports(block: Block, functions: Collection[str]) -> bool:
+    tree = parse(block.code)
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)] if tree else []
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    return bool(imported & set(functions)) and not set(functions) & set(_DEFINES.findall(block.code))
 
 
 def _stands_behind(block: Block, earlier: Sequence[Block]) -> bool:

@@ -78,6 +78,12 @@ from spd_lens.tasks.scoring import (
         ("#### 18 dollars = 9 * 2", "18"),
         ("#### 2 hours = 120 minutes", "120"),
         ("#### 3 apples and 4 apples = 7 apples", "7"),
+        ("#### Half of 36 is 18", "18"),
+        ("#### 50% of 36 apples is 18", "18"),
+        ("#### 2**4", "2^4"),
+        ("\\boxed{9\\times2}", "9\\times2"),
+        ("\\boxed{5 \\text{ or } 6}", "5 or 6"),
+        ("#### 18\nBonus question: how many?\n#### 3", "18"),
         ("#### 5 apples and x = 3", "5"),
         ("#### 18 - 3 more than before", "18"),
         ("#### **72** (48 + 24)", "72"),
@@ -192,12 +198,16 @@ def test_final_number(text, expected):
         ("70000", "$70k"),
         ("12", "١٢"),
         ("12", "12 o'clock"),
+        ("18", "9\\times2"),
+        ("70000", "70\\text{,}000"),
+        ("2.5", "2 and a half hours"),
+        ("500", "5 hundred"),
         ("12:30", "12:30"),  # the gold answer itself, whatever it is
         ("10-15", "10-15"),
     ],
 )
 def test_same_number(gold, answer):
-    if "sqrt" in gold + answer or "^" in answer:
+    if "sqrt" in gold + answer or "^" in answer or "times2" in answer:
         pytest.importorskip("math_verify")
     assert same_number(gold, answer)
 
@@ -223,6 +233,8 @@ def test_same_number(gold, answer):
         ("42", None),
         ("1", "9^{9^{9^{9}}}"),  # never handed to a computer algebra system
         ("12", "12:30"),
+        ("2", "2 and a half"),
+        ("5", "5 hundred"),
         ("5", "5 or 6"),
         ("10", "10-15"),
         ("12", "12/25/1937"),
@@ -303,6 +315,7 @@ def test_different_number(gold, answer):
         ("Option A is a city. Option B is correct", "B"),
         ("A good question! I think C is right", "C"),
         ("I think B", "B"),
+        ("b.", "B"),
         # what is said to be wrong
         ("not A but C", "C"),
         ("A is wrong; B is right", "B"),
@@ -320,6 +333,12 @@ def test_different_number(gold, answer):
         ("The answer is B, not C.", "B"),
         ("It can't be A. So it must be C or D.", None),
         ("Both B and C are right", None),
+        ("Answer: B/C", None),
+        ("B&C", None),
+        ("Answer: B|C", None),
+        ("B (or maybe C)", None),
+        ("B C D", None),
+        ("anything but B", None),
         # other roles
         ("Vitamin D is good", None),
         ("plan B is not", None),
@@ -327,6 +346,7 @@ def test_different_number(gold, answer):
         ("It's a trap", None),
         ("U.S. is a country", None),
         ("D. H. Lawrence wrote it", None),
+        ("Mr. B went home", None),
         ("C++ is a language", None),
         ("Let A = 5.", None),
         # wrapped and doubled marks
@@ -390,6 +410,43 @@ def test_same_choice(gold, text, right):
     assert same_choice(gold, ["vitamin D", "vitamin B", "vitamin C", "none"], text) is right
 
 
+@pytest.mark.parametrize("text", ["3", "\\boxed{3}", "The answer is 3 because 5 - 2 = 3", "Answer: 3 and not 5"])
+def test_the_number_of_a_choice_picks_it(text):
+    assert same_choice("B", ["2", "3", "5", "6"], text)
+
+
+@pytest.mark.parametrize("number", ["-300", "300/7", "1,300", "300,000", "300.5", "300%", "1300", "300 or 400"])
+@pytest.mark.parametrize("before", ["The answer is ", "It is "])
+def test_a_number_that_holds_a_choice_does_not_pick_it(before, number):
+    assert not same_choice("A", ["300", "400", "500", "600"], before + number)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("cell", True),
+        ("A cell.", True),
+        ("Answer: cell", True),
+        ("The answer is the cell, not a gene or an atom.", True),
+        ("The answer is the cell, i.e. more than an atom.", True),
+        ("An atom is not alive. The cell is.", True),
+        ("It is not an atom, but a cell.", True),
+        ("It cannot be the cell.", False),
+        ("It isn't a cell", False),
+        ("The cell is wrong.", False),
+        ("Answer: cell is not the unit", False),
+        ("It is neither a cell nor an atom", False),
+        ("Everything but the cell", False),
+        ("I rule out the cell.", False),
+        ("Which of them? The cell?", False),
+        ("the cell or an atom", False),
+        ("a non-cell", False),
+    ],
+)
+def test_the_text_of_a_choice_in_a_sentence(text, right):
+    assert same_choice("B", ["the gene", "the cell", "the atom", "a star"], text) is right
+
+
 @pytest.mark.parametrize(
     ("gold", "text", "right"),
     [
@@ -405,6 +462,8 @@ def test_same_choice(gold, text, right):
         ("Yes", "**Answer:** **Yes**", True),
         ("Yes", "Answer: Yes and no", False),
         ("Yes", "Yes", True),
+        ("Yes", "Answer: - Yes", True),  # some prompts list the answers so
+        ("Yes", "- No", False),
         ("No", "Answer: Not really", False),
         ("True", "Answer: False", False),
         ("valid", "Answer: invalid", False),
@@ -469,6 +528,11 @@ def test_lists_line_by_line(text):
     [
         ("[]", "()", False),
         ("[]", "`[]`.", True),
+        ("[]", "[[]]", False),
+        ("()", "(())", False),
+        ("[1, 2]", "[[1, 2]]", False),
+        ("(a + b) * (c + d)", "((a + b) * (c + d))", True),
+        ("日本", "日本。", True),
         (")", "(", False),
         ("!", "?", False),
         ("!", "...", False),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
-from spd_lens.tasks.scoring.reading import answer_part, boxes, marks, retracted, without_choices
+from spd_lens.tasks.scoring.reading import answer_part, boxes, marks, retracted, tidy, without_choices
 from spd_lens.tasks.scoring.words import same_text, short_answer, squashed
 
 _SAYS = r"(?:think|believe|choose|chose|would|pick|select|guess|say|go|am|will|conclude)"
@@ -20,11 +21,15 @@ _LEADING = re.compile(
 """A letter, after markup and words that say no more than that it comes."""
 _TOKEN = re.compile(
     r"(?<![\w'’+#&/\\^.-])(?P<open>[(\[<“\"'*`{]{0,3})(?P<letter>[A-Z])(?P<close>[)\]>”\"'*`}]{0,3})"
-    r"(?![\w+#]|['’]\w|-\w|\s?=|\.\w)"
+    r"(?![\w+#]|['’]\w|[-/&]\w|\s?=|\.\w)"
 )
-_JOINED = re.compile(r"\s*(?:,|/|&|,?\s?\b(?:or|and|nor)\b)\s*(?:option|choice)?\s*", re.IGNORECASE)
+_JOINED = re.compile(
+    r"\s*(?:,|/|&|\||,?\s?\b(?:or|and|nor)\b)\s*(?:maybe|perhaps|possibly|also)?\s*(?:option|choice)?\s*", re.IGNORECASE
+)
 _OTHER_LETTER = re.compile(
-    r"\s*(?:,|/|&|,?\s?\b(?:or|and)\b)\s*\(?[A-Z](?![\w'’])(?!\s(?:is|was|can|cannot|can['’]t|would|does|has)\b)"
+    r"\s*(?:,|/|&|\||,?\s?\(?\b(?:or|and)\b(?:\s(?:maybe|perhaps|possibly|also))?)\s*\(?[A-Z](?![\w'’])"
+    r"(?!\s(?:is|was|can|cannot|can['’]t|would|does|has)\b)"
+    r"|(?:\s+\(?[A-Z]\)?(?![\w'’.])){2}"
 )
 _VERB = re.compile(
     r"\s(?:is|was|has|would|will|must|should|seems|appears|because|since|as|and|or|but|cannot|can|does"
@@ -42,7 +47,7 @@ _NEGATED_AFTER = re.compile(
 _NAME = r"(?:the\s)?(?:correct\s|right\s|best\s)?(?:options?|choices?|answers?|letters?|statements?)?"
 _NEGATED_BEFORE = re.compile(
     r"(?:\bnot|n['’]t(?:\sbe)?|\bneither|\bnor|\bnever|\brather\sthan|\binstead\sof|\bunlike|\bexcept|\beliminat\w{1,4}"
-    rf"|\bexclud\w{{1,4}}|\breject\w{{0,3}}|\brul\w{{1,3}}\sout|\bcannot\sbe|\bthan)\s{_NAME}[^\w\n]{{0,4}}$",
+    rf"|\bexclud\w{{1,4}}|\breject\w{{0,3}}|\brul\w{{1,3}}\sout|\bcannot\sbe|\bthan|\b(?:anything|everything|all)\sbut)\s{_NAME}[^\w\n]{{0,4}}$",
     re.IGNORECASE,
 )
 _AFFIRMED_AFTER = re.compile(
@@ -65,10 +70,15 @@ _BEFORE_A_LETTER = frozenset(
     therefore thus hence then because since and or nor but not than of between either neither both while although
     though if as when only just likely probably definitely clearly correct right best think believe prefer prefers
     eliminate eliminates exclude excludes out reject over unlike except isn't wasn't aren't considered considering
-    leaves like that means indicates""".split()
+    leaves like that means indicates maybe perhaps possibly also""".split()
 )
 """What may stand before a letter that means a choice; "vitamin D" and "plan B" are something else."""
-_TOKENS_READ = 400
+_TITLE = re.compile(r"\b(?:Mrs?|Ms|Dr|Prof|St)\.\s$")
+_NO_CHOICE_BEFORE = re.compile(
+    r"(?:\b(?:not|never|nor|neither|no|cannot|than|except|unlike|eliminate|exclude|reject|rule\sout|instead\sof|(?:any|every)thing\sbut"
+    r"|all\sbut)|n['’]t)(?:\s\w+){0,3}\s$"
+)
+_TOKENS_READ, _TEXTS_READ = 400, 50
 
 
 class _Said(NamedTuple):
@@ -167,8 +177,14 @@ def _means_a_choice(token: re.Match[str], before: str, after: str) -> bool:
         return False  # "A cat", "I think"
     if token["letter"] == "I" and re.match(r"\s(?!is\b)[a-z]|['’]", after):
         return False
+    if _TITLE.search(before):
+        return False
     word = re.search(r"([\w'’]+)[ \t]+$", before)
-    return word is None or word[1].lower().replace("’", "'") in _BEFORE_A_LETTER
+    return (
+        word is None
+        or re.fullmatch("[A-Z]", word[1]) is not None
+        or word[1].lower().replace("’", "'") in _BEFORE_A_LETTER
+    )
 
 
 def _joined(said: list[_Said], text: str) -> list[_Said]:
@@ -195,7 +211,7 @@ def same_choice(gold: str, choices: Sequence[str], text: str) -> bool:
     """Whether a completion picks the right choice: by its letter, or by giving the choice's own text."""
     letters = "".join(chr(65 + index) for index in range(len(choices)))
     said = short_answer(text) or ""
-    if len(said.strip()) > 1:
+    if len(said.strip()) > 1 or said.upper() not in letters:
         named = [letter for letter, choice in zip(letters, choices, strict=True) if same_text(choice, said)]
         if len(named) == 1:
             return named[0] == gold
@@ -206,22 +222,42 @@ def same_choice(gold: str, choices: Sequence[str], text: str) -> bool:
 
 
 def _choice_in(text: str, choices: Sequence[str], letters: str) -> str | None:
-    """The only choice whose text stands in what is named as the answer, or, if nothing is, in the whole text."""
+    """The choice with whose text begins what is named as the answer; else the only one whose text stands there, or, if
+    nothing is named, in the whole text, and is neither denied nor asked about."""
     part = without_choices(answer_part(text))
     named = [mark.rest for mark in marks(part)]
-    where = squashed(named[-1] if named else part)
-    spans: list[tuple[int, int, str]] = []
-    texts = sorted(zip(map(squashed, choices), letters, strict=True), key=lambda pair: -len(pair[0]))
-    for choice, letter in texts:
-        choice = choice.rstrip(".")
+    where = " ".join(tidy(named[-1] if named else part).casefold().split())
+    taken: list[tuple[int, int]] = []
+    found, denied = set[str](), set[str]()
+    for letter, choice in sorted(_without_articles(choices, letters).items(), key=lambda item: -len(item[1])):
         if not choice or (not named and len(choice) < 3):  # a small number stands in any calculation
             continue
-        for match in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", where):
-            inside = any(start <= match.start() and match.end() <= end for start, end, _ in spans)
-            if not inside and not re.search(
-                r"\b(?:not|n['’]t|never|nor|than|no)\s(?:an?\s|the\s)?$", where[: match.start()]
-            ):
-                spans.append((*match.span(), letter))
-                break
-    found = {letter for _, _, letter in spans}
+        for match in islice(_whole(choice).finditer(where), _TEXTS_READ):
+            if any(start <= match.start() and match.end() <= end for start, end in taken):
+                continue
+            taken.append(match.span())
+            before, after = where[max(0, match.start() - 80) : match.start()], where[match.end() : match.end() + 120]
+            if _NO_CHOICE_BEFORE.search(before) or _NEGATED_AFTER.match(after) or _ASKED.match(after):
+                denied.add(letter)
+            elif named and before in ("", "the ", "a ", "an ") and not re.match(r",?\s(?:or|and)\b|\s?[/&]", after):
+                return letter
+            else:
+                found.add(letter)
+    found -= denied
     return found.pop() if len(found) == 1 else None
+
+
+def _without_articles(choices: Sequence[str], letters: str) -> dict[str, str]:
+    """The choices by letter, without the article and full stop that a sentence may give otherwise."""
+    plain = [re.sub(r"^(?:the|an?) (?=\w\w)", "", squashed(choice).rstrip(".")) for choice in choices]
+    whole = [squashed(choice).rstrip(".") for choice in choices]
+    return dict(zip(letters, plain if len(set(plain)) == len(plain) else whole, strict=True))
+
+
+def _whole(choice: str) -> re.Pattern[str]:
+    """A choice that stands in a text, and not as a part of another word or number."""
+    pieces = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", choice)))
+    return re.compile(rf"(?<![\w+/-])(?<!\d[.,]){pieces}(?![\w%/]|-\w|[.,]\d)")
+
+
+_ASKED = re.compile(r"[^.!?]{0,80}\?")

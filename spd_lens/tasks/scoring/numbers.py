@@ -108,7 +108,7 @@ def number_of_line(line: str) -> str | None:
     """
     start = _START.match(line)
     assert start is not None  # the pattern matches the empty string
-    line = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", line[start.end() :])
+    line = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", line[start.end() :]).replace("**", "^")
     for pattern, plain in _BEGINNINGS:
         line = pattern.sub(plain, line, count=1)
     match = NUMBER.match(line)
@@ -132,6 +132,7 @@ _GROUPS = (re.compile(r"^(\d{1,3}) (\d{3})(?: (\d{3}))?(?![ ]?\d|[.,/]\d)"), r"\
 _BEGINNINGS = (
     (re.compile(r"^(?:minus\s|-\s)\s*(?=[\d$.])", re.IGNORECASE), "-"),
     (re.compile(r"^not\b[^,.;\n]{0,60}?\bbut\b\s*"), ""),
+    (re.compile(r"^(?:[\d.]+\s?%|\w{1,9})\sof\s\$?\d[\d.,]*(?:\s\w{1,20})?\s(?:is|are|equals)\s(?=\$?\d)"), ""),
     _GROUPS,
 )
 
@@ -176,7 +177,7 @@ def _unwrapped(latex: str) -> str:
     """`12 apples` for `\\text{12 apples}`."""
     for _ in range(3):
         latex = re.sub(r"\\(?:text\w{0,2}|math\w{2}|mbox|operatorname)\{([^{}]*)\}", r" \1 ", latex)
-    return latex.strip()
+    return " ".join(latex.split())
 
 
 def _first_number(text: str) -> str | None:

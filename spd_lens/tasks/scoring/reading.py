@@ -28,7 +28,7 @@ _KIND = (
 )
 _LEAD_IN = (
     r"(?:\d{1,3}[.)][ \t])?(?:now,?[ \t])?(?:here(?:'s|[ \t]is)[ \t])?(?:(?:an?|the)[ \t])?"
-    r"(?:(?:new|next|another|similar|follow-?up|sample|practice|word|math)[ \t]){0,2}"
+    r"(?:(?:new|next|another|similar|follow-?up|bonus|extra|sample|practice|word|math)[ \t]){0,2}"
 )
 _REQUEST = (
     r"^.*\ba line that says '(?:Answer: |#### )' followed by\b.*$"

@@ -25,14 +25,14 @@ NUMBER = re.compile(
     r"|(?P<comma>(?<![\d,.])\d+,\d{1,2}(?![\d,]|\.\d))"
     rf"|(?P<plain>{DECIMAL}))"
     r"(?:[kK]\b(?P<kilo>))?(?P<percent>\s?\\?%|\s?(?:percent|per\scent|pct)\b)?"
-    r"(?:\s(?P<scale>thousand|million|billion|trillion|dozen)\b)?",
+    r"(?:\s(?P<scale>hundred|thousand|million|billion|trillion|dozen)\b)?",
 )
 """A number as people and models write it: `-1,234.50`, `$3`, `3/4`, `\\frac{3}{4}`, `1 1/2`, `50%`, `7 × 10^4`."""
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 HARMLESS = re.compile(
     r"(?=.{1,100}$)(?=[^^]*(?:\^[^^]*){0,2}$)"
-    r"(?:[\d.,+\-/(){}\s]|\*(?!\*)|\^\{?[-+]?\d{1,2}\}?(?![\d^{(])|\\(?:sqrt|[dtc]?frac|cdot|times|div|pi|left|right)\b)+",
+    r"(?:[\d.,+\-/(){}\s]|\*(?!\*)|\^\{?[-+]?\d{1,2}\}?(?![\d^{(])|\\(?:sqrt|[dtc]?frac|cdot|times|div|pi|left|right)(?![a-zA-Z]))+",
     re.DOTALL,
 )
 """LaTeX that a computer algebra system is done with at once."""
@@ -118,7 +118,8 @@ def plain_numbers(text: str) -> str:
     """`text` with the ways in which LaTeX and Unicode write plain numbers made plain: `1{,}080`, `45^{\\circ}`, `½`."""
     text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
     text = tidy(text.replace("\\!", ""))
-    text = re.sub(r"(?<=\d)\{\\?[,; ]\}(?=\d)|(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)
+    text = re.sub(r"(?<=\d) and a half\b", " 1/2", text)
+    text = re.sub(r"(?<=\d)(?:\\text)?\{\\?[,; ]\}(?=\d)|(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree\b|[°º]", " ", text)
     text = re.sub(r"(?<=\d)[⁰¹²³⁴-⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
     return re.sub(r"\\([dtc]?frac)\s?(\d)\s?(\d)", r"\\\1{\2}{\3}", re.sub(r"\\[,;:]", " ", text))

@@ -69,7 +69,7 @@ def _bare(text: str) -> str:
             text = inside.strip()
     if text.count("**") == 1 and text.endswith("**"):
         text = text[:-2].strip()
-    return text
+    return re.sub(r"^[-•] +(?=[^\W\d_]{2})", "", text)
 
 
 def squashed(text: str) -> str:
@@ -105,7 +105,7 @@ def _variants(text: str, *, gold_side: bool) -> Iterator[tuple[str, tuple[str, s
         if not gold_side and (macro := _MACRO.fullmatch(text)):
             text = next(group for group in macro.groups() if group is not None).strip()
         elif _trailing(text, wordy) and not (gold_side and not wordy):
-            mark = "." if text[-1] in ".," else text[-1]
+            mark = "." if text[-1] in ".,。" else text[-1]
             text = text[:-1]
         elif _pair_around(text, wordy, gold_side):
             bracket = text[0] if text[0] in _BRACKETS else bracket
@@ -118,7 +118,7 @@ def _trailing(text: str, wordy: bool) -> bool:
     """Whether punctuation ends the sentence that `text` is."""
     if len(text) < 2 or text.endswith(".."):
         return False
-    return text[-1] in ".,;:" or (
+    return text[-1] in ".,;:。" or (
         wordy and text[-1] in "!?" and re.search(r"[^\W\d_]{2,}[!?]+$", text[-40:]) is not None
     )
 
@@ -132,8 +132,8 @@ def _pair_around(text: str, wordy: bool, gold_side: bool) -> bool:
         return False  # the gold answer is a list, a name like `__init__`, or nothing but symbols
     if first not in _BRACKETS:
         return True
-    if not wordy:
-        return False
+    if not wordy or (text[1] in _BRACKETS and _pair_around(text[1:-1], wordy, gold_side)):
+        return False  # `[[]]` is not `[]`
     depth = 0
     for place, character in enumerate(text):
         depth += (character == first) - (character == _PAIRS[first])
