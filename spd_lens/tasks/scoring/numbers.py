@@ -30,6 +30,7 @@ _BESIDE = re.compile(r"[,;]\s|\.\s|\s-\s(?=[^\W\d])|\b(?:and|with|plus|as|after|
 """Where something else begins, unless the line is a calculation."""
 _CALCULATION = re.compile(
     r"[*/×÷^]\s?[\d($\\]|\\(?:times|cdot|div|d?frac)|[\d)$%\w]\s?[-+]\s?[\d($]|\d\s?[xX]\s?\d|%\s?of\s"
+    r"|\d\(\d|[^\W\d_]\s(?:x|at|times)\s\$?\d"
 )
 _SUM = re.compile(rf"{DECIMAL}[^=,;/*]{{0,40}}\sand\s[$]?{DECIMAL}[^=,;/*]{{0,40}}$")
 _UNIT = re.compile(r"\s?[^\W\d_]+(?:[\s-][^\W\d_]{2,}){0,3}\s?")
