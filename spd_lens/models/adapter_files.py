@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from spd_lens.errors import SPDError
 from spd_lens.models import hub
+from spd_lens.models.settings import numbers_in
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.storage import read_json
 
@@ -91,6 +92,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise SPDError(f"{directory} holds no readable adapter_config.json: {error!s:.300}") from error
     if not isinstance(settings, dict):
         raise SPDError(f"{directory} holds no readable adapter_config.json: it is a {type(settings).__name__}")
+    for name, number in numbers_in(settings, kind=float):
+        if not math.isfinite(number):
+            raise SPDError(f"{name} of the adapter in {directory} is {number}; write a finite number")
     return settings
 
 
@@ -161,9 +165,13 @@ def _spelled_out(what: str, field: str, value: Any, names: list[str], until: flo
         if not found and field == "target_modules":
             raise SPDError(f"{what} fits no module of this model: {value!r:.80}; it is another architecture's")
         return found
-    if isinstance(value, dict) and field.endswith("_pattern"):
-        first = {name: next((key for key in value if _named(what, key, name, until)), None) for name in names}
-        return {name: value[key] for name, key in first.items() if key is not None}
+    if field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value, dict):
+            raise SPDError(f"{what} is {value!r:.80}; it gives a number for each of some layers")
+        masks = {key: mask for key, mask in value.items() if isinstance(mask, list)}  # of AdaLoRA
+        keys = [key for key in value if key not in masks]
+        first = {name: next((key for key in keys if _named(what, key, name, until)), None) for name in names}
+        return masks | {name: value[key] for name, key in first.items() if key is not None}
     if isinstance(value, (list, set)):
         parts = {name[i:] for name in names for i in _starts(name)}
         if found := [part for part in value if part in parts]:

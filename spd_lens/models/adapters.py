@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -78,6 +78,8 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # a fault below
             torch.manual_seed(0)  # PEFT draws even what it overwrites, and of some kinds it stays: the same each time
             wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device=place)
+            if config.peft_type == PeftType.ADALORA:
+                config.rank_pattern = None  # it has been followed: what it leaves out is not there any more
             # again, for what PEFT tells here alone: it takes what it finds, and warns at most
             mapping = getattr(twin, "_checkpoint_conversion_mapping", {})
             stored = load_peft_weights(str(directory), device=place, key_mapping=mapping)

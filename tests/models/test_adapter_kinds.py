@@ -125,6 +125,25 @@ def test_each_kind_of_peft_is_decided_on():
     assert not TAKEN & REFUSED.keys()
 
 
+def test_adalora_that_was_trained_to_its_end_has_fewer_ranks_in_some_layers(hf, subspace, tmp_path):
+    settings = {"init_r": 4, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 3, "target_modules": ATTENTION}
+    tuned = peft.get_peft_model(copy.deepcopy(hf), peft.AdaLoraConfig(**settings, task_type="CAUSAL_LM"))
+    weights = [weight for weight in tuned.parameters() if weight.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    for step in range(8):
+        tuned(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        tuned.base_model.update_and_allocate(step)
+        tuned.zero_grad()
+    tuned.save_pretrained(tmp_path)
+    masks = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert not all(all(mask) for mask in masks.values())
+    own = check(hf, tmp_path, subspace)
+    assert far(own, logits(tuned.eval())) < 1e-4
+    assert far(logits(merged_copy(hf, tmp_path)), own) < 1e-3
+
+
 @pytest.mark.parametrize("kind", sorted(TAKEN & set(PeftType.__members__)))
 def test_a_kind_that_is_taken_is_what_peft_says(hf, kind, subspace, tmp_path):
     if kind == "ADAMSS":
