@@ -109,6 +109,7 @@ from spd_lens.tasks.scoring import (
         ("She sold 72 clips (48 in April, 24 in May).", "72"),
         ("### Answer\n18\nbecause 9 * 2 is that", "18"),
         ("#### Answer:\n18", "18"),
+        ("We can now find the answer:\n1. 14 + 9 = 23\n2. 23 - 4 = 19", "19"),
         ("#### 2. The final answer is 20.", "20"),
         # a line that was cut off is no answer
         ("#### 3 * 4 = 12\n#### 3 * 4 =", "12"),

@@ -18,6 +18,7 @@ _START = re.compile(
 )
 """Markup and words that may stand between a mark and its number."""
 _HASHES = re.compile(r"#{4,}(?P<rest>(?:[^#\n]|#(?!###))*)")
+_ENUMERATED = re.compile(r"1[.)]\s+\S")
 _LINES_READ = 500
 _LINE_START = re.compile(r"(?:^|\n)[ \t*]*+\Z")
 _HEADING = re.compile(r"[.):]\s*[^\W\d]")
@@ -66,6 +67,8 @@ def _given_number(text: str) -> tuple[str | None, int]:
             return next(given, (found, place))
     for read in (number_of_line, _first_number):
         for mark in reversed(named):
+            if _ENUMERATED.match(mark.rest):  # "We can find the answer:", and then steps
+                continue
             if (found := read(mark.rest)) is not None:
                 return found, mark.end
     return None, 0
