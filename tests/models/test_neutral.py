@@ -318,7 +318,7 @@ TOGETHER = {
     ],
 }  # fmt: skip
 """All calls are made in these at once, and a few in each state by itself."""
-FEW = ("extract on the lens model", "generate under a projection", "finetune")
+FEW = ("extract on the twin", "check", "finetune")
 
 
 def bits(value: Any) -> Any:
@@ -424,6 +424,19 @@ def test_a_state_would_change_the_numbers(pair, state):
     if state != "products in bfloat16" or torch.cpu.get_capabilities().get("avx512_bf16"):
         assert not torch.equal(found.float(), expected)
     assert torch.equal(kept, expected)
+
+
+def test_training_recomputes_only_what_it_was_asked_to(pair, tmp_path):
+    passes: list[int] = []
+    handle = pair.hf.transformer.h[1].mlp.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        CALLS["finetune"](pair, tmp_path / "plain")
+        plain = len(passes)
+        with checkpointed(pair):
+            CALLS["finetune"](pair, tmp_path / "checkpointed")
+    finally:
+        handle.remove()
+    assert len(passes) == 2 * plain > 0
 
 
 def test_who_takes_token_gradients_is_not_inside(pair):
