@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from spd_lens.config import SPDConfig, check_whole
 from spd_lens.corpus import Corpus
-from spd_lens.errors import SPDError
+from spd_lens.errors import DamagedFile, SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.models import ModelPair
 from spd_lens.moments import GradientMoments
@@ -49,7 +49,10 @@ class Folder:
     def notes(self) -> dict[str, Any]:
         """What the folder says about how it was made."""
         path = self.path / self.notes_file
-        return read_json(path) if path.exists() and not is_blank(path) else {}
+        notes = read_json(path) if path.exists() and not is_blank(path) else {}
+        if type(notes) is not dict:
+            raise DamagedFile(f"{path} holds no notes of a {type(self).__name__.lower()}; start a new directory")
+        return notes
 
     def note(self, **fields: Any) -> None:
         """Add to the notes."""

@@ -311,3 +311,12 @@ def test_a_place_that_cannot_be_written_is_found_out_first(command, tmp_path):
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert isinstance(result.exception, SPDError)
     assert str(out) in str(result.exception) and "choose another" in str(result.exception)
+
+
+@pytest.mark.parametrize("kind", [Run, Study, Rounds])
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "3"])
+def test_notes_that_are_no_table_are_refused(kind, content, tmp_path):
+    folder = kind(tmp_path)
+    (tmp_path / folder.notes_file).write_text(content)
+    with refused(tmp_path / folder.notes_file, f"notes of a {kind.__name__.lower()}"):
+        _ = folder.notes

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from spd_lens.errors import SPDError
@@ -34,8 +33,8 @@ class SyntheticTask(Task):
     """A task that makes its own examples; `path` is not read, and the splits never share a problem."""
 
     difficulties: ClassVar[tuple[str, ...]] = ("easy", "medium", "hard")
-    files: ClassVar[tuple[str, ...]]
-    """The files of this package that decide what is generated, for the fingerprint."""
+    generator: ClassVar[str]
+    """Names what `make` and `draw` generate. It changes when the examples do, and with nothing else."""
 
     difficulty: Literal["easy", "medium", "hard"] = "easy"
     """More steps and larger numbers; what each task makes of it stands in docs/tasks.md."""
@@ -80,10 +79,8 @@ class SyntheticTask(Task):
 
     def sources(self) -> dict[str, str]:
         options = {item.name: getattr(self, item.name) for item in fields(self) if item.name in ("difficulty", "span")}
-        here = Path(__file__).parent
-        code = "".join((here / file).read_text(encoding="utf-8") for file in ("synthetic.py", *self.files))
         label = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
-        return {f"generator of {self.name} ({label})": digest(code)}
+        return {f"generator of {self.name} ({label})": self.generator}
 
     def card(self) -> dict[str, Any]:
         return {**super().card(), "counts": "as many as are asked for"}

@@ -28,7 +28,7 @@ class SyntheticCode(CodeTask, SyntheticTask):
     and then one number out of it."""
 
     name: ClassVar[str] = "synthetic-code"
-    files: ClassVar[tuple[str, ...]] = ("synthetic_code.py", "code.py")
+    generator: ClassVar[str] = "ac205dbd9d8dd520a78ea68b52c1fbccfed7bd629d49b4f8b6c225b6db2e025b"
 
     max_new_tokens: int = 200
 

@@ -59,7 +59,7 @@ class SyntheticMath(FinalNumber, SyntheticTask):
     """
 
     name: ClassVar[str] = "synthetic-math"
-    files: ClassVar[tuple[str, ...]] = ("synthetic_math.py", "synthetic_words.py", "forms.py")
+    generator: ClassVar[str] = "db92a066c6777a6721c38f7c2fd70b42d22743a29c9b201a5bf9476b5c42d13d"
 
     max_new_tokens: int = 96
 

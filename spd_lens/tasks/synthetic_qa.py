@@ -44,7 +44,7 @@ class SyntheticQA(ChosenLetter, SyntheticTask):
     sequences; hard: alphabetical order from behind, sums, sequences with growing steps."""
 
     name: ClassVar[str] = "synthetic-qa"
-    files: ClassVar[tuple[str, ...]] = ("synthetic_qa.py", "forms.py")
+    generator: ClassVar[str] = "12ea09c9661ec0604e0c6da9f7d3f2e8f72e27f953dee8e15780eefad67b8bb1"
 
     max_new_tokens: int = 24
 

@@ -1,5 +1,6 @@
 """The generator of word problems: correct by recomputation, disjoint, the same in every process."""
 
+import hashlib
 import operator
 import re
 import subprocess
@@ -83,6 +84,27 @@ def test_bad_options():
         tasks.get("synthetic-math", difficulty="brutal")
     with pytest.raises(SPDError, match="say how many"):
         tasks.get("synthetic-math").train(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "generator", "drawn"),
+    [
+        ("synthetic-math", "db92a066c677", "8df521722f52"),
+        ("synthetic-qa", "12ea09c9661e", "1b7c5d848241"),
+        ("synthetic-code", "ac205dbd9d8d", "da16cd97b80a"),
+    ],
+)
+def test_examples_change_only_with_the_name_of_their_generator(name, generator, drawn):
+    """Runs that an earlier version began go on: what they noted of their data is what is generated now."""
+    found = hashlib.sha256()
+    for difficulty in ("easy", "medium", "hard"):
+        task = tasks.get(name, difficulty=difficulty)
+        ((label, noted),) = task.sources().items()
+        assert f"difficulty={difficulty}" in label and noted.startswith(generator)
+        for split in ("calibration", "train", "test"):
+            for example in task.draw(split, 20, 42):
+                found.update(repr((example.id, example.prompt, example.completion, example.spans)).encode())
+    assert found.hexdigest()[:12] == drawn
 
 
 def test_the_fingerprint_tells_difficulties_apart():
