@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, worked_examples
+from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.attention import fastest_attention
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
@@ -146,7 +147,9 @@ def token_gradients(
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
-        for batch in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+        for batch in batches_by_length(
+            [len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(pair.hf.config)
+        ):
             yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
 
@@ -217,15 +220,19 @@ class _TokenLosses(torch.autograd.Function):
         return (gradients[0][:, None].to(slopes.dtype) * slopes).to(ctx.dtype), None
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_tokens: int, apart: int | None = None) -> list[list[int]]:
     """Indices grouped by similar length; the largest batch first, so that a lack of memory shows at once and what it
     needed is there for the others.
 
-    A batch holds at most `batch_tokens` tokens counting padding, and at least one row.
+    A batch holds at most `batch_tokens` tokens counting padding, and at least one row. Rows of more than `apart` tokens
+    (`angles_change_beyond`) never share one with shorter rows.
     """
     batches: list[list[int]] = []
+    limit = max(lengths, default=0) if apart is None else apart
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        alike = (longest > limit) == (lengths[index] > limit)
+        if batches and alike and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from spd_lens.decoding import Completions, Decoding, Job, Row
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import adapted
-from spd_lens.models.architectures import takes_slots
+from spd_lens.models.architectures import angles_change_beyond, takes_slots
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.twin import named_outputs
@@ -63,7 +64,7 @@ def twin_engine(
         _contiguous_unembed(pair),
         packed(pair.hf),
     ):
-        yield lambda jobs: _as_memory_allows(pair, decoding, jobs, batch_size or fitting(pair, decoding, jobs))
+        yield partial(_together, pair, decoding, batch_size)
 
 
 @contextlib.contextmanager
@@ -72,6 +73,20 @@ def lens_engine(pair: ModelPair, decoding: Decoding, subspace: Subspace | None, 
     lens = pair.proven_lens
     with projected(lens, subspace, strength) if subspace is not None else contextlib.nullcontext():
         yield lambda jobs: ([(job, _complete_on_lens(pair, job, decoding))] for job in jobs)
+
+
+def _together(
+    pair: ModelPair, decoding: Decoding, batch_size: int | None, jobs: Sequence[Job]
+) -> Iterator[Completions]:
+    """All jobs at once, but for those that may reach the length from which on their batch would have other angles."""
+    apart = angles_change_beyond(pair.hf.config)
+    sides: dict[bool, list[Job]] = {False: [], True: []}
+    for job in jobs:
+        sides[apart is not None and len(job.prompt_ids) + decoding.max_new_tokens > apart].append(job)
+    if shared := sides[False]:
+        yield from _as_memory_allows(pair, decoding, shared, batch_size or fitting(pair, decoding, shared))
+    for job in sides[True]:
+        yield from _as_memory_allows(pair, decoding, [job], 1)
 
 
 def fitting(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> int:

@@ -257,7 +257,11 @@ def test_the_last_block_runs_only_where_a_scored_token_is_predicted(tiny_pair):
     seen: dict[str, int] = {}
 
     def count(name):
-        return lambda module, args, out: seen.update({name: seen.get(name, 0) + out.shape[:-1].numel()})
+        def hook(module, args, out):
+            if torch.is_grad_enabled():  # a short pass before, which finds out whether that is exact, makes no gradient
+                seen[name] = seen.get(name, 0) + out.shape[:-1].numel()
+
+        return hook
 
     layers = {"q": last.self_attn.q_proj, "o": last.self_attn.o_proj, "down": last.mlp.down_proj}
     layers |= {"k": last.self_attn.k_proj, "before": before.mlp.down_proj}

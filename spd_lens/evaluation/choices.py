@@ -12,6 +12,7 @@ from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.neutral import neutrally
 
 
@@ -40,7 +41,8 @@ def most_likely(
     encoded = [pair.encode(variant) for _, _, variant in variants]
     scores: dict[str, dict[str, float]] = {item.id: {} for item in items}
     with policy.applied(pair) as model, tqdm(total=len(variants), desc="choices", disable=not progress) as bar:
-        for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
+        for indices in batches_by_length(lengths, batch_tokens, apart):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             losses = token_losses(forced_logits(pair, model, batch), batch.target)
             for i, index in enumerate(indices):

@@ -18,6 +18,7 @@ from spd_lens.errors import SPDError
 from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example, worked_examples
 from spd_lens.models import ModelPair
+from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import right_pad
@@ -95,7 +96,8 @@ def teacher_forced(
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
     with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
-        for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
+        for indices in batches_by_length(lengths, batch_tokens, apart):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
             for policy in policies:

@@ -102,6 +102,23 @@ def context_length(config: Any) -> int | None:
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
+def angles_change_beyond(config: Any) -> int | None:
+    """The length in tokens at which a model takes other rotary angles for a whole batch, by its longest row.
+
+    So transformers computes LongRoPE: a short row beside a long one is another row than alone. None for other models.
+    """
+    config = config.get_text_config()
+    named = [value for value in config.to_dict().values() if isinstance(value, dict)]
+    named += [
+        value for outer in named for value in outer.values() if isinstance(value, dict)
+    ]  # one for each kind of layer
+    for rope in named:
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            found = rope.get("original_max_position_embeddings")
+            return found or getattr(config, "original_max_position_embeddings", None) or context_length(config)
+    return None
+
+
 def n_kv_heads(config: Any) -> int:
     """Key/value heads, under the names that configurations have for them."""
     if config.model_type == "falcon" and not config.new_decoder_architecture:

@@ -32,10 +32,16 @@ def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def passes(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A padded batch as several, each cut to its longest row."""
+def passes(batch: dict[str, Tensor], apart: int | None = None) -> list[dict[str, Tensor]]:
+    """A padded batch as several, each cut to its longest row.
+
+    Rows of more than `apart` tokens (`angles_change_beyond`) never share a pass with shorter rows.
+    """
     lengths: list[int] = batch["attention_mask"].sum(1).tolist()
     groups = split_by_length(lengths, _PASS_COSTS.get(batch["input_ids"].device.type, 0))
+    if apart is not None:
+        sides = [[[i for i in group if (lengths[i] > apart) == long] for long in (True, False)] for group in groups]
+        groups = [side for both in sides for side in both if side]
     return [{name: value[group, : max(lengths[i] for i in group)] for name, value in batch.items()} for group in groups]
 
 

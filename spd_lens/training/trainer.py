@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
+from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.attention import fastest_attention
 from spd_lens.storage import read_json, write_text
 from spd_lens.training.loss import IGNORED, NextTokenLoss
@@ -92,7 +93,7 @@ class CorpusTrainer(Trainer):
     ) -> Tensor:
         """Forth and back, pass by pass: none is left when the next begins."""
         losses = []
-        for part in passes(inputs):
+        for part in passes(inputs, angles_change_beyond(self._inner.config)):
             with fastest_attention(self._inner, part["input_ids"].shape[1]):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()

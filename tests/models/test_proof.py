@@ -11,11 +11,13 @@ from spd_lens.analysis.attention import attention_patterns
 from spd_lens.capture import extract
 from spd_lens.check import MOMENTS_TOLERANCE, check_model
 from spd_lens.config import SPDConfig
+from spd_lens.evaluation import Policy, teacher_forced
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair, lens
 from spd_lens.models.parity import CHECK_TEXTS
 from spd_lens.models.proof import beyond, long_text, parity_at, regimes
 from spd_lens.pipeline import run
+from spd_lens.training.passes import passes
 from tests.conftest import BACKENDS, build_tokenizer, randomise
 from tests.helpers import EXAMPLES, LONG_EXAMPLE, greedy, make_adapter, refused, relative_error
 from tests.models.zoo import build_twin
@@ -55,6 +57,34 @@ def worst(pair, engine):
     twin = extract(pair, [LONG_EXAMPLE, *EXAMPLES[:2]], layers="all", engine="twin", progress=False)
     found = extract(pair, [LONG_EXAMPLE, *EXAMPLES[:2]], layers="all", progress=False, **engine)
     return max(relative_error(found.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites)
+
+
+def test_rotary_angles_of_a_row_do_not_depend_on_its_batch():
+    """LongRoPE: transformers chooses the angles of a whole batch by its longest row."""
+    pair = ModelPair(twin_of("longrope"), TOKENIZER)
+    texts = [LONG_EXAMPLE, *EXAMPLES]
+    lengths = [len(pair.encode(text).ids) for text in texts]
+    assert min(lengths) <= 64 < max(lengths)  # so that the two regimes would meet
+
+    together, alone = (extract(pair, texts, engine="twin", batch_tokens=tokens, progress=False) for tokens in (4096, 1))
+    for site in alone.sites:
+        assert relative_error(together.gradient[site], alone.gradient[site]) < 1e-5
+    together, alone = (
+        teacher_forced(pair, texts, [Policy("base")], batch_tokens=tokens, progress=False)["base"]
+        for tokens in (4096, 1)
+    )
+    assert [item.aligned_loss for item in together] == pytest.approx([item.aligned_loss for item in alone], abs=1e-5)
+
+    prompts = [text.prompt for text in texts]
+    corpus = generate(pair, prompts, max_new_tokens=16, temperature=0.0, progress=False)
+    for prompt, record in zip(prompts, corpus, strict=True):
+        ids = torch.tensor([pair.format.prompt_ids(prompt)])
+        reference = pair.hf.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert list(record.completion_ids) == reference[: len(record.completion_ids)]
+
+    rows = {"attention_mask": (torch.arange(90) < torch.tensor([[90], [60], [70], [50]])).long()}
+    rows["input_ids"] = rows["attention_mask"]
+    assert all(len({n > 64 for n in part["attention_mask"].sum(1).tolist()}) == 1 for part in passes(rows, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
