@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from spd_lens.digests import subspace_digest
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, Policy, evaluate
 from spd_lens.examples import Example
@@ -84,7 +83,7 @@ def write(
     results: dict[str, EvalResult] = {}
     for name, each in subspaces.items():
         # by content: the same name in another sweep is another subspace
-        stem = "base" if each is None else subspace_digest(each)
+        stem = "base" if each is None else each.digest()
         path = None if folder is None else Path(folder) / f"{stem}.jsonl"
         results[name] = evaluate(
             pair, task, n, each, strength=strength, seed=data_seed, batch_size=batch_size, name=name, forced=[],

@@ -12,11 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spd_lens.capture import extract
-from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.moments import GradientMoments
 from spd_lens.pipeline import load_pair, make_tasks
 from spd_lens.rundir import Run

@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
 from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.rundir import Folder

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import spd_lens as spd
-from spd_lens.config import DEFAULT_MODEL
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.models.devices import resolve_device
 
 DATA = Path(os.environ.get("SPD_LENS_DATA", Path(__file__).parents[2] / "shared" / "data"))

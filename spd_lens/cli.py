@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.cli_options import with_settings
-from spd_lens.config import DEFAULT_MODEL, DEMO, SPDConfig
+from spd_lens.config import DEMO, SPDConfig
 from spd_lens.console import set_up_logging, start
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.publishing import check_writable
 
 app = typer.Typer(

@@ -11,15 +11,12 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.numbers import plain
 from spd_lens.sites import KINDS
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.tasks import PRESETS
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
-
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

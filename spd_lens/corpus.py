@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,6 +84,14 @@ class Corpus(Sequence[Record]):
         if header is None:
             return cls(records.values(), path=path)
         return cls(header.sort(records), settings=header.settings, path=path, expected=len(header.order))
+
+
+def corpus_digest(corpus: Iterable[Record]) -> str:
+    """Names a corpus by what training sees: ids and tokens of its completions, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for record in corpus:
+        digest.update(json.dumps([record.id, record.sample, record.prompt_ids, record.completion_ids]).encode())
+    return digest.hexdigest()
 
 
 def settings_path(path: Path) -> Path:

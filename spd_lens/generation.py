@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 
 from spd_lens.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
 from spd_lens.decoding import Decoding, Job, stop_tokens
-from spd_lens.digests import adapter_digest, subspace_digest, weights_digest
 from spd_lens.engines import lens_engine, twin_engine
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair
+from spd_lens.models.adapter_files import adapter_digest
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import whole
 from spd_lens.projection import check_strength
@@ -167,7 +168,7 @@ def _groups(jobs: Sequence[Job], subspace: Subspace | PerPrompt | None) -> list[
     subspaces = {name: _choice(subspace, example) for name, example in chosen.items()}  # asked once for all samples
     # each object is hashed once: thousands of prompts share a few
     distinct = {id(found): found for found in subspaces.values()}
-    digests = {key: None if found is None else subspace_digest(found) for key, found in distinct.items()}
+    digests = {key: None if found is None else found.digest() for key, found in distinct.items()}
     groups: dict[str | None, _Group] = {}
     for job in jobs:
         found = subspaces[job.example.id]

@@ -12,13 +12,13 @@ from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
 from spd_lens.corpus import NOT_APPLIED, Corpus
 from spd_lens.decoding import stop_tokens
-from spd_lens.digests import weights_digest
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.generation import generate
 from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair, load
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
 from spd_lens.moments import GradientMoments

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
-from spd_lens.digests import weights_digest
 from spd_lens.drift import Drift, StopRule, drift_frame
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
@@ -25,6 +24,7 @@ from spd_lens.examples import Example
 from spd_lens.fitting import fitted
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import merged_copy
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
 from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -185,6 +186,16 @@ class Subspace:
         """Spectra, energies and overlaps with `others`, as one page in a notebook: `analysis.dashboard.explore`."""
         # found by name when asked for: the library does not depend on its analyses
         return importlib.import_module("spd_lens.analysis.dashboard").explore(self, moments, others=others)
+
+    def digest(self) -> str:
+        """Names it by the numbers that act, its bases and offsets: a short hexadecimal text."""
+        digest = hashlib.blake2b(digest_size=8)
+        for site in self.sites:
+            for part in (self.bases, self.offset):
+                if site in part:
+                    digest.update(f"{site} {tuple(part[site].shape)}".encode())
+                    digest.update(part[site].detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""

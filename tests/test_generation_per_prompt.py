@@ -7,7 +7,6 @@ import torch
 
 import spd_lens.generation
 from spd_lens.corpus import Corpus
-from spd_lens.digests import subspace_digest
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.generation import generate
@@ -70,7 +69,7 @@ def test_the_settings_say_which(tiny_pair, prompts, choice):
     first, second = subspaces(tiny_pair)
     choice = {**choice, "p0": first, "p3": first, "p2": second, "p5": second}
     settings = generate(tiny_pair, prompts, subspace=choice, **OPTIONS).settings
-    digests = [subspace_digest(first), None, subspace_digest(second)]
+    digests = [first.digest(), None, second.digest()]
     assert settings["subspace"] == dict(zip(choice, digests * 2, strict=True))
     assert settings["strength"] == 1.0
     nothing = generate(tiny_pair, prompts, subspace=lambda example: None, **OPTIONS)

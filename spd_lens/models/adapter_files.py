@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -74,6 +75,15 @@ def check_adapter(adapter: str | Path) -> Path:
     for file in (*directory.glob("*.json"), *directory.glob("*.safetensors")):
         refuse_stand_in(file)
     return directory
+
+
+def adapter_digest(adapter: str | Path) -> str:
+    """Names an adapter or checkpoint by its files' content, wherever the directory has moved to."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(check_adapter(adapter).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def is_peft(directory: Path) -> bool:

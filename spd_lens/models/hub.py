@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spd_lens.config import DEFAULT_MODEL
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.publishing import damage, filling, inventory, make_directory, unreadable_weights
 from spd_lens.stand_ins import refuse_stand_in

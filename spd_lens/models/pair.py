@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spd_lens.config import DEFAULT_MODEL
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import adapters, hub, parity, processed

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from spd_lens import tasks
 from spd_lens.config import SPDConfig
-from spd_lens.digests import weights_digest
 from spd_lens.evaluation import EvalResult
 from spd_lens.fitting import Draws, fitted, left_out
 from spd_lens.models import ModelPair
+from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
 from spd_lens.pipeline import decided_by, load_pair, note_set_up
 from spd_lens.preflight import check_data, check_model, check_settings

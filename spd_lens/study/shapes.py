@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spd_lens.config import DEFAULT_MODEL
+from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import SPDError
 from spd_lens.models.architectures import context_length
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens import methods
-from spd_lens.corpus import Corpus, Header, settings_path
-from spd_lens.digests import adapter_digest, corpus_digest, subspace_digest
+from spd_lens.corpus import Corpus, Header, corpus_digest, settings_path
 from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
 from spd_lens.evaluation.forced import ForcedItem
 from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.methods import Workshop
 from spd_lens.models import ModelPair
+from spd_lens.models.adapter_files import adapter_digest
 from spd_lens.pipeline import finetune_with
 from spd_lens.publishing import replacing
 from spd_lens.sampling import Sampling
@@ -63,7 +63,7 @@ def project(bench: Bench, cell: Cell) -> None:
     found = methods.get(cell.method).projection(bench.workshop(cell))
     if found is not None:
         found.subspace.save(cell.subspace_path)
-    digest = None if found is None else subspace_digest(cell.subspace)  # as it is read back
+    digest = None if found is None else cell.subspace.digest()  # as it is read back
     write_json(cell.path / "projection.json", {"digest": digest, "strength": None if found is None else found.strength})
 
 

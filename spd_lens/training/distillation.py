@@ -18,11 +18,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
-from spd_lens.corpus import Corpus
-from spd_lens.digests import corpus_digest, weights_digest
+from spd_lens.corpus import Corpus, corpus_digest
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
-from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.launchers import single_process
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.twin import check_saveable

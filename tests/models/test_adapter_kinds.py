@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 import spd_lens as spd
 from spd_lens.capture import extract
-from spd_lens.digests import adapter_digest
 from spd_lens.evaluation import Policy, evaluate, teacher_forced
-from spd_lens.models.adapter_files import REFUSED, TAKEN
+from spd_lens.models.adapter_files import REFUSED, TAKEN, adapter_digest
 from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.projection import fold_to, folded, projected_twin
 from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, refused, save_adapter
