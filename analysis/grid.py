@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict, Field, field_validator
 
 from spd_lens.config import Settings, read_yaml, validated
@@ -207,17 +208,11 @@ class Cell:
         full = moments.subspace(self.rank, per_head=self.projector == "per_head", sites=self.sites, center=center)
         if self.head == "all":
             return full
-        bases, ranks = {}, {}
-        for site, basis in full.bases.items():
-            n_blocks, width, rank = basis.shape
-            padded = basis.new_zeros(n_blocks, width, width)
-            padded[:, :, :rank] = basis
-            for block in range(n_blocks):
-                if block != int(self.head):
-                    padded[block] = padded.new_ones(width).diag()
-            bases[site] = padded
-            ranks[site] = tuple(own if b == int(self.head) else width for b, own in enumerate(full.ranks[site]))
-        return replace(full, bases=bases, ranks=ranks)
+        blocks = {}
+        for site in full.sites:
+            whole = torch.eye(full.bases[site].shape[1], dtype=torch.float64)
+            blocks[site] = [own if i == int(self.head) else whole for i, own in enumerate(full.blocks(site))]
+        return Subspace.from_blocks(blocks, full)
 
 
 def split_kinds(kinds: str) -> list[str]:

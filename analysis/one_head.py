@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -33,21 +32,17 @@ def only_head(subspace: Subspace, site: Site, head: int) -> Subspace:
 
     Raises `SPDError` for a joint subspace, which has no heads to take one of, or a head that does not exist.
     """
-    basis = subspace.select([site]).bases[site]
-    n_blocks, width, rank = basis.shape
+    bases = subspace.select([site]).blocks(site)
     if not subspace.per_head:
         raise SPDError("a joint subspace has no head of its own; make it per head: moments.subspace(per_head=True)")
-    if not 0 <= head < n_blocks:
-        raise SPDError(f"site {site} has no head {head}: it has heads 0 to {n_blocks - 1}")
-    alone = torch.eye(width, dtype=basis.dtype).repeat(n_blocks, 1, 1)  # P = I, exactly
-    alone[head] = 0
-    alone[head, :, :rank] = basis[head]
-    own = subspace.ranks[site][head]
+    if not 0 <= head < len(bases):
+        raise SPDError(f"site {site} has no head {head}: it has heads 0 to {len(bases) - 1}")
+    whole = torch.eye(len(bases[head]), dtype=bases[head].dtype)  # P = I, exactly
+    alone = {site: [basis if block == head else whole for block, basis in enumerate(bases)]}
     offset = {}
     if site in subspace.offset:
-        offset[site] = subspace.offset[site] * (torch.arange(n_blocks) == head)[:, None]
-    ranks = {site: tuple(own if block == head else width for block in range(n_blocks))}
-    return replace(subspace, bases={site: alone}, ranks=ranks, singular_values={}, offset=offset)
+        offset[site] = subspace.offset[site] * (torch.arange(len(bases)) == head)[:, None]
+    return Subspace.from_blocks(alone, subspace, singular_values={}, offset=offset)
 
 
 @neutrally

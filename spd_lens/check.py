@@ -231,12 +231,11 @@ def _logits(pair: ModelPair, rows: list[list[int]]) -> Float[Tensor, "token d_vo
 
 
 def _random(pair: ModelPair, sites: list[Site]) -> Subspace:
-    bases, ranks = {}, {}
+    shape = {}
     for site in sites:
         n_heads, d_head = pair.fingerprint.heads_at(site)
-        bases[site] = torch.zeros(n_heads, d_head, max(d_head // 2, 1), dtype=torch.float64)
-        ranks[site] = (bases[site].shape[2],) * n_heads
-    return Subspace(bases, ranks, fingerprint=pair.fingerprint).random_like(0)
+        shape[site] = [torch.zeros(d_head, max(d_head // 2, 1), dtype=torch.float64)] * n_heads
+    return Subspace.from_blocks(shape, fingerprint=pair.fingerprint).random_like(0)
 
 
 def _silent(moments: GradientMoments) -> list[str]:

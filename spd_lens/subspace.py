@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lens.algebra import complement, intersection, union
+from spd_lens.bases import TOLERANCE, Basis, random_basis, rest, shared, side_by_side, span
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.neutral import neutral, without_autocast
@@ -23,7 +23,6 @@ from spd_lens.sites import Site
 from spd_lens.storage import load_tensors, reading, save_tensors
 
 Rank = int | float
-Basis = Float[Tensor, "block width rank"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Subspace:
     stored: the bases are. Subspaces compose: `a | b` spans both, `a & b` is what they share, `~a` what `a` leaves out.
     """
 
-    bases: Mapping[Site, Basis]
+    bases: Mapping[Site, Float[Tensor, "block width rank"]]
     """Orthonormal columns, float64; zero columns behind a block's rank."""
     ranks: Mapping[Site, tuple[int, ...]]
     """Rank of each block: what was asked for, or less where the gradients had fewer directions."""
@@ -58,6 +57,25 @@ class Subspace:
                 raise SPDError(f"the basis of site {site} must be [block, width, rank], not {tuple(basis.shape)}")
         # one memory layout: products of strided tensors differ in the last bit, and a loaded subspace has none
         object.__setattr__(self, "bases", {site: basis.contiguous() for site, basis in self.bases.items()})
+
+    @classmethod
+    def from_blocks(
+        cls, blocks: Mapping[Site, Sequence[Basis]], like: Subspace | None = None, **fields: Any
+    ) -> Subspace:
+        """The subspace of these bases, which may be of different rank from block to block.
+
+        Args:
+            blocks: The basis of each block of each site, `[width, rank]`.
+            like: The subspace whose other attributes it takes over, where they are not among `fields`.
+            fields: Other attributes, by name.
+        """
+        bases = {site: side_by_side(own) for site, own in blocks.items()}
+        ranks = {site: tuple(block.shape[1] for block in own) for site, own in blocks.items()}
+        return cls(bases, ranks, **fields) if like is None else replace(like, bases=bases, ranks=ranks, **fields)
+
+    def blocks(self, site: Site) -> list[Basis]:
+        """The basis of each block, without the zero columns behind its rank."""
+        return [basis[:, :rank] for basis, rank in zip(self.bases[site], self.ranks[site], strict=True)]
 
     @property
     def sites(self) -> list[Site]:
@@ -120,15 +138,11 @@ class Subspace:
 
     def truncate(self, rank: Rank) -> Subspace:
         """The leading directions alone: an integer per block or a fraction of its width; never more than it has."""
-        bases, ranks = {}, {}
-        rank = plain(rank)
+        rank, leading = plain(rank), {}
         for site, basis in self.bases.items():
             limit = resolve_rank(rank, basis.shape[1])
-            ranks[site] = tuple(min(limit, own) for own in self.ranks[site])
-            bases[site] = basis[:, :, : max(ranks[site])].clone()
-            for block, own in enumerate(ranks[site]):
-                bases[site][block, :, own:] = 0
-        return replace(self, bases=bases, ranks=ranks, rank=rank)
+            leading[site] = [block[:, :limit] for block in self.blocks(site)]
+        return Subspace.from_blocks(leading, self, rank=rank)
 
     def select(self, sites: Iterable[Site]) -> Subspace:
         """Some of its sites."""
@@ -146,26 +160,98 @@ class Subspace:
         """Uniformly random directions with the same blocks and ranks: the control that any claim needs beside it."""
         seed = whole("seed", seed, least=None)
         generator = torch.Generator().manual_seed(seed)
-        bases = {}
+        drawn = {}
         for site in self.sites:  # in a fixed order, so that a seed names one subspace
-            basis = torch.zeros_like(self.bases[site])
-            for block, rank in enumerate(self.ranks[site]):
-                gaussian = torch.randn(basis.shape[1], rank, generator=generator, dtype=torch.float64)
-                basis[block, :, :rank] = torch.linalg.qr(gaussian).Q  # Q of a Gaussian matrix is Haar up to signs
-            bases[site] = basis
-        return replace(self, bases=bases, singular_values={}, origin={"random": seed})
+            width = self.bases[site].shape[1]
+            drawn[site] = [random_basis(width, rank, generator) for rank in self.ranks[site]]
+        return Subspace.from_blocks(drawn, self, singular_values={}, origin={"random": seed})
+
+    @neutral()
+    def union(self, other: Subspace, tolerance: float = TOLERANCE) -> Subspace:
+        """The span of both, block by block; `a | b` is the same with the default tolerance.
+
+        A site that only one of them projects is kept whole by the other, so the union leaves it alone: the result has
+        the sites they share. To weigh two domains by their gradients instead, add their moments.
+
+        Raises:
+            SPDError: different blocks or means, different models, or no site in common.
+        """
+        if not set(self.bases) & set(other.bases):
+            raise SPDError("the two subspaces have no site in common, so their union keeps everything; nothing is left")
+        spans = {}
+        for site, pairs in self._beside(other).items():
+            spans[site] = [span(torch.cat(pair, dim=1), tolerance) for pair in pairs]
+        return self._composed(other, spans, "union")
+
+    @neutral()
+    def intersection(self, other: Subspace, tolerance: float = TOLERANCE) -> Subspace:
+        """The directions that both hold, block by block; `a & b` is the same with the default tolerance.
+
+        A direction counts as shared if some direction of the other is within `tolerance` radians; the result holds the
+        bisector of the two. Half-rank subspaces of different origin share none exactly: give the angle that you would
+        call the same. A site that only one of them projects keeps that one's directions. Blocks may end up with rank 0,
+        which removes their activation altogether; `ranks` says where.
+
+        Raises:
+            SPDError: different blocks or means, or different models.
+        """
+        if not 0.0 <= tolerance < torch.pi / 2:
+            raise SPDError(
+                f"tolerance {tolerance} is no angle between 0 and pi/2 radians; give a small one such as 0.1"
+            )
+        spans = {site: self.blocks(site) for site in self.bases} | {site: other.blocks(site) for site in other.bases}
+        for site, pairs in self._beside(other).items():
+            spans[site] = [shared(mine, theirs, tolerance) for mine, theirs in pairs]
+        return self._composed(other, spans, "intersection")
+
+    @neutral()
+    def complement(self) -> Subspace:
+        """What it leaves out, block by block: the projector is `I - P`, around the same mean if there is one; `~a`."""
+        spans = {site: [rest(block) for block in self.blocks(site)] for site in self.sites}
+        origin = {"complement": dict(self.origin)}
+        return Subspace.from_blocks(spans, self, singular_values={}, rank=None, origin=origin)
 
     def __or__(self, other: Subspace) -> Subspace:
-        """The span of both: `algebra.union`."""
-        return union(self, other) if isinstance(other, Subspace) else NotImplemented
+        return self.union(other) if isinstance(other, Subspace) else NotImplemented
 
     def __and__(self, other: Subspace) -> Subspace:
-        """What both hold, to within rounding: `algebra.intersection`, which takes a wider tolerance."""
-        return intersection(self, other) if isinstance(other, Subspace) else NotImplemented
+        return self.intersection(other) if isinstance(other, Subspace) else NotImplemented
 
     def __invert__(self) -> Subspace:
-        """What it leaves out: `algebra.complement`."""
-        return complement(self)
+        return self.complement()
+
+    def _beside(self, other: Subspace) -> dict[Site, list[tuple[Basis, Basis]]]:
+        """The bases of both, block by block, at the sites they share; `SPDError` if they do not fit together."""
+        if self.fingerprint is not None and other.fingerprint is not None:
+            self.fingerprint.check(other.fingerprint, "the first of the two subspaces")
+        pairs = {}
+        for site in (site for site in self.sites if site in other.bases):
+            mine, theirs = self.bases[site].shape[:2], other.bases[site].shape[:2]
+            if mine != theirs:
+                raise SPDError(
+                    f"at site {site} one subspace has {mine[0]} blocks of width {mine[1]} and the other {theirs[0]} of "
+                    f"{theirs[1]}; make both per head or both joint"
+                )
+            means = [one.offset[site] for one in (self, other) if site in one.offset]
+            if len(means) == 1 or (means and not torch.equal(*means)):
+                raise SPDError(
+                    f"the subspaces are centred differently at site {site}, so they are not composed; centre neither, "
+                    "or add their moments and centre the sum"
+                )
+            pairs[site] = list(zip(self.blocks(site), other.blocks(site), strict=True))
+        return pairs
+
+    def _composed(self, other: Subspace, spans: Mapping[Site, Sequence[Basis]], how: str) -> Subspace:
+        means = {**other.offset, **self.offset}
+        return Subspace.from_blocks(
+            spans,
+            self,
+            singular_values={},
+            offset={site: means[site] for site in spans if site in means},
+            rank=None,
+            fingerprint=self.fingerprint or other.fingerprint,
+            origin={how: [dict(self.origin), dict(other.origin)]},
+        )
 
     @neutral()
     def check(self, model: nn.Module) -> None:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from spd_lens.algebra import complement, intersection, union
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
 from tests.helpers import refused
@@ -49,7 +48,7 @@ def test_of_coordinate_subspaces_in_a_rotated_frame(seed):
 
 def test_bases_stay_orthonormal():
     a, b = spanned(rotation(1)[:, :2]), spanned(rotation(2)[:, :3])
-    for made in (a | b, ~a, intersection(a, b, 1.5)):
+    for made in (a | b, ~a, a.intersection(b, 1.5)):
         basis = made.bases[K][0, :, : made.ranks[K][0]]
         assert torch.allclose(basis.T @ basis, torch.eye(made.ranks[K][0], dtype=torch.float64), atol=1e-12)
 
@@ -59,13 +58,13 @@ def test_the_tolerance_is_an_angle(degrees):
     angle = math.radians(degrees)
     a = spanned(E[:, [0, 3]])
     b = spanned(torch.stack([math.cos(angle) * E[0] + math.sin(angle) * E[1], E[4]], dim=1))
-    assert intersection(a, b, 0.99 * angle).ranks[K] == (0,)
-    near = intersection(a, b, 1.01 * angle)
+    assert a.intersection(b, 0.99 * angle).ranks[K] == (0,)
+    near = a.intersection(b, 1.01 * angle)
     assert near.ranks[K] == (1,)
     bisector = math.cos(angle / 2) * E[0] + math.sin(angle / 2) * E[1]
     assert torch.allclose(near.projector(K)[0], torch.outer(bisector, bisector), atol=1e-9)
-    assert union(a, b, 0.99 * angle).ranks[K] == (4,)
-    assert union(a, b, 1.01 * angle).ranks[K] == (3,)
+    assert a.union(b, 0.99 * angle).ranks[K] == (4,)
+    assert a.union(b, 1.01 * angle).ranks[K] == (3,)
 
 
 def test_de_morgan():
@@ -106,7 +105,7 @@ def test_complement_and_projection_add_up_to_the_identity_around_a_mean(tmp_path
     mean = torch.randn(1, 6, dtype=torch.float64)
     a = spanned(rotation(0)[:, :2], offset={K: mean})
     x = torch.randn(4, 1, 6, dtype=torch.float64)
-    assert torch.allclose(a(x, K) + complement(a)(x, K), x + mean, atol=1e-12)
+    assert torch.allclose(a(x, K) + a.complement()(x, K), x + mean, atol=1e-12)
     again = Subspace.load((~a).save(tmp_path / "rest.safetensors"))
     assert torch.equal(again.bases[K], (~a).bases[K])
 
@@ -118,6 +117,6 @@ def test_refusals():
     with refused("centred differently", "1.k"):
         a | spanned(E[:, :2], offset={K: torch.ones(1, 6, dtype=torch.float64)})
     with refused("tolerance 2.0"):
-        intersection(a, a, 2.0)
+        a.intersection(a, 2.0)
     with pytest.raises(TypeError):
         a | 3

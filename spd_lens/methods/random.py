@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -65,22 +64,17 @@ def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -
     Per block, directions of one random basis are taken until the next would overshoot by more than stopping short.
     """
     full = {
-        site: torch.eye(basis.shape[1], dtype=torch.float64).expand(len(basis), -1, -1)
-        for site, basis in subspace.bases.items()
+        site: [torch.eye(basis.shape[1], dtype=torch.float64)] * len(basis) for site, basis in subspace.bases.items()
     }
-    ranks = {site: (basis.shape[1],) * len(basis) for site, basis in subspace.bases.items()}
-    drawn = Subspace(full, ranks, offset=subspace.offset, fingerprint=subspace.fingerprint).random_like(seed)
+    drawn = Subspace.from_blocks(full, offset=subspace.offset, fingerprint=subspace.fingerprint).random_like(seed)
     chosen = {}
     for site in subspace.sites:
         gram = moments.blocks(site, subspace.bases[site].shape[0] > 1, of="activation")
         kept = _energy(subspace.bases[site], gram).sum(dim=1, keepdim=True)
         running = _energy(drawn.bases[site], gram).cumsum(dim=1)
-        chosen[site] = tuple((1 + (running - kept).abs().argmin(dim=1)).tolist())
-    bases = {site: basis[:, :, : max(chosen[site])].clone() for site, basis in drawn.bases.items()}
-    for site, own in chosen.items():
-        for block, rank in enumerate(own):
-            bases[site][block, :, rank:] = 0
-    return replace(drawn, bases=bases, ranks=chosen, origin={"random": seed, "matched": "activation energy"})
+        ranks = 1 + (running - kept).abs().argmin(dim=1)
+        chosen[site] = [basis[:, :rank] for basis, rank in zip(drawn.bases[site], ranks.tolist(), strict=True)]
+    return Subspace.from_blocks(chosen, drawn, origin={"random": seed, "matched": "activation energy"})
 
 
 def _energy(basis: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,53 @@
+"""Linear algebra on the directions of one block: a basis is `[width, rank]`, with orthonormal columns, float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Basis = Float[Tensor, "width rank"]
+
+TOLERANCE = 1e-6
+"""Radians. Two directions that are closer count as one; extraction in float64 leaves angles of about 1e-8."""
+
+
+def span(directions: Float[Tensor, "width n"], tolerance: float = TOLERANCE) -> Basis:
+    """Basis of the span of unit vectors, of which two that are closer than `tolerance` count as one.
+
+    Two unit vectors at an angle θ have the singular values `√2 cos(θ/2)` and `√2 sin(θ/2)`.
+    """
+    left, values, _ = torch.linalg.svd(directions, full_matrices=False)
+    return left[:, values > 2**0.5 * math.sin(tolerance / 2)]
+
+
+def shared(a: Basis, b: Float[Tensor, "width other"], tolerance: float = TOLERANCE) -> Float[Tensor, "width both"]:
+    """Bisectors of the principal vectors of `a` and `b` that are within `tolerance` radians of each other."""
+    left, _, right = torch.linalg.svd(a.T @ b, full_matrices=False)
+    u, v = a @ left, b @ right.mT  # principal vectors, in pairs; of different pairs orthogonal
+    # From the chord and not from the cosine, which cannot tell angles below 1e-8 from 0.
+    angle = 2 * torch.asin(((u - v).norm(dim=0) / 2).clamp(max=1.0))
+    both = (u + v)[:, angle <= tolerance]
+    return both / both.norm(dim=0, keepdim=True)
+
+
+def rest(basis: Basis) -> Float[Tensor, "width other"]:
+    """Basis of what is orthogonal to all of `basis`."""
+    # the complete factorisation appends an orthonormal basis of the rest
+    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+
+
+def random_basis(width: int, rank: int, generator: torch.Generator) -> Basis:
+    """Basis of a uniformly random subspace: Q of a Gaussian matrix is Haar up to signs."""
+    return torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64)).Q
+
+
+def side_by_side(blocks: Sequence[Basis]) -> Float[Tensor, "block width rank"]:
+    """Bases of one width as one tensor, with zero columns behind those of lower rank."""
+    stacked = blocks[0].new_zeros(len(blocks), blocks[0].shape[0], max(block.shape[1] for block in blocks))
+    for place, block in zip(stacked, blocks, strict=True):
+        place[:, : block.shape[1]] = block
+    return stacked
