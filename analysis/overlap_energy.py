@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
+from spd_lens.spectrum import BlockSpectrum
 from spd_lens.subspace import Rank, Subspace, resolve_rank
 
 from .angles import (
@@ -28,7 +29,7 @@ from .angles import (
     random_bases,
 )
 from .inputs import place
-from .shardwise import directions, filled, half_width, halves, shard_grams, summed
+from .shardwise import filled, half_width, halves, shard_grams, summed
 from .subspace_pairs import check_model, check_sites
 
 MAX_SHARD_RATIO = 1.5
@@ -77,12 +78,12 @@ def energy_overlap(
         if name not in moments or not torch.equal(one.n_examples, moments[name].n_examples):
             raise SPDError(f"the shuffled moments {name!r} are not of the same shards as a domain of that name")
     for site in first.sites:
-        parts = {name: _Halves(shard_grams(one, site, per_head), _dtype(one), seed) for name, one in moments.items()}
+        parts = {name: _Halves(shard_grams(one, site, per_head), one.dtype, seed) for name, one in moments.items()}
         used = {
-            name: _Halves(shard_grams(one, site, per_head, "activation"), _dtype(one), seed)
+            name: _Halves(shard_grams(one, site, per_head, "activation"), one.dtype, seed)
             for name, one in moments.items()
         }
-        null = {name: _Halves(shard_grams(one, site, per_head), _dtype(one), seed) for name, one in wrong.items()}
+        null = {name: _Halves(shard_grams(one, site, per_head), one.dtype, seed) for name, one in wrong.items()}
         width = parts[names[0]].whole.shape[-1]
         kept = sorted({resolve_rank(rank, width) for rank in ranks if isinstance(rank, float) or rank <= width})
         random = random_bases(draws, width, max(kept), seed)
@@ -151,7 +152,7 @@ def permutation_test(
         pool = torch.cat([shard_grams(a, site, per_head), shard_grams(b, site, per_head)])
         k = resolve_rank(rank, pool.shape[-1])
         first, second = summed(sides, pool), summed(1 - sides, pool)
-        both = [directions(gram, _dtype(a))[1][..., :k] for gram in (first, second)]
+        both = [BlockSpectrum.of(gram).known(a.dtype)[1][..., :k] for gram in (first, second)]
         cross = (energy_share(both[0], second) + energy_share(both[1], first)) / 2
         for block in range(cross.shape[1]):
             if bool(torch.isfinite(cross[:, block]).all()):
@@ -208,8 +209,9 @@ class _Halves:
         self.whole = shards.sum(dim=0)
         self._held = summed(weights, shards)
         self._others = summed(1 - weights, shards)
-        self._directions = directions(self._held, dtype)[1]
-        self._all_directions = directions(self.whole, dtype)[1]
+        self._directions, self._all_directions = (
+            BlockSpectrum.of(gram).known(dtype)[1] for gram in (self._held, self.whole)
+        )
 
     def energy_of(
         self, other: _Halves, *, same: bool
@@ -238,10 +240,6 @@ def _exchanges(n_a: int, n_b: int, permutations: int, seed: int) -> Float[Tensor
     for row in rows[1:]:
         row[torch.randperm(n_a + n_b, generator=generator)[:n_a]] = 1
     return rows
-
-
-def _dtype(moments: GradientMoments) -> str:
-    return moments.settings.get("dtype", "float32")
 
 
 def _check_moments(a: GradientMoments, b: GradientMoments, any_model: bool) -> None:

@@ -1,4 +1,4 @@
-"""Intervals from the shards of moments: the delete-half jackknife, with its batched Gram matrices and directions.
+"""Intervals from the shards of moments: the delete-half jackknife, with the Gram matrices of sets of shards.
 
 Every statistic is computed again on each half of the shards (all halves if there are few, else a random choice). The
 spread over halves without repetition estimates the standard error on the whole set without any factor (delete-d
@@ -23,13 +23,11 @@ from scipy import stats
 from torch import Tensor
 
 from spd_lens.errors import SPDError
-from spd_lens.moments import GradientMoments, numerical_rank
+from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site
 
 MAX_HALVES = 128
 """Of more halves than this, as many are drawn at random; 8 shards have 70."""
-
-Grams = Float[Tensor, "set block width width"]
 
 
 def filled(moments: GradientMoments) -> GradientMoments:
@@ -85,16 +83,3 @@ def summed(weights: Float[Tensor, "set shard"], shards: Float[Tensor, "shard ...
 def sets(n_shards: int, seed: int = 0) -> Float[Tensor, "set shard"]:
     """All shards as the first row, then every half."""
     return torch.cat([torch.ones(1, n_shards, dtype=torch.float64), halves(n_shards, seed)])
-
-
-def directions(
-    gram: Float[Tensor, "*n width width"], dtype: str
-) -> tuple[Float[Tensor, "*n width"], Float[Tensor, "*n width width"]]:
-    """Energies `σ²`, descending, and right singular vectors as columns.
-
-    Energies and directions that rounding in `dtype` (the model's) alone would leave are zero, as `Subspace` has it.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
-    known = torch.arange(gram.shape[-1]) < numerical_rank(values.sqrt(), dtype)[..., None]
-    return values * known, vectors * known[..., None, :]

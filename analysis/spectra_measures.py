@@ -20,10 +20,11 @@ from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site
+from spd_lens.spectrum import BlockSpectrum
 
 from .angles import energy_by_rank, entropy_rank, participation_ratio, random_bases, rank_holding, stable_rank
 from .inputs import place
-from .shardwise import directions, filled, half_width, sets, shard_grams, summed
+from .shardwise import filled, half_width, sets, shard_grams, summed
 
 GRADIENTS, SHUFFLED = "gradients", "gradients of shuffled answers"
 ACTIVATIONS, CENTRED = "activations", "activations, centred"
@@ -60,7 +61,7 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
         grams = _grams(moments, site, per_head, source, weights)
-        energies, vectors = directions(grams, moments.settings.get("dtype", "float32"))
+        energies, vectors = BlockSpectrum.of(grams).known(moments.dtype)
         share = energies.cumsum(-1) / energies.sum(-1, keepdim=True)
         held = energy_by_rank(vectors[1:], _grams(moments, site, per_head, source, 1 - weights[1:]))
         # a half's energies are brought to the size of the whole
@@ -94,7 +95,7 @@ def effective_ranks(moments: GradientMoments, *, per_head: bool = True, source: 
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
         grams = _grams(moments, site, per_head, source, weights)
-        energies, _ = directions(grams, moments.settings.get("dtype", "float32"))
+        energies, _ = BlockSpectrum.of(grams).known(moments.dtype)
         for block in range(energies.shape[1]):
             here = energies[:, block]
             if not here[0].any():
@@ -128,15 +129,11 @@ def activation_kept(
     """
     moments = filled(moments)
     weights, n = sets(moments.n_shards), moments.n_shards
-    tokens = weights @ moments.n_tokens.double()
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
-        _, vectors = directions(
-            _grams(moments, site, per_head, GRADIENTS, weights), moments.settings.get("dtype", "float32")
-        )
+        _, vectors = BlockSpectrum.of(_grams(moments, site, per_head, GRADIENTS, weights)).known(moments.dtype)
         full = _grams(moments, site, per_head, ACTIVATIONS, weights)
-        sums = summed(weights, moments.activation_sum[site]).view(len(weights), full.shape[1], -1)
-        mean = sums[..., :, None] * sums[..., None, :] / tokens[:, None, None, None]
+        mean = _means(moments, site, weights, full.shape[1])
         width = full.shape[-1]
         chance = torch.arange(1, width + 1, dtype=torch.float64) / width
         random = random_bases(draws, width, width, seed)
@@ -179,7 +176,7 @@ def rank_difference(
         ranks = []
         for one in (moments, other):
             grams = _grams(one, site, per_head, GRADIENTS, weights)
-            ranks.append(RANKS[measure](directions(grams, one.settings.get("dtype", "float32"))[0]))
+            ranks.append(RANKS[measure](BlockSpectrum.of(grams).known(one.dtype)[0]))
         differences.append(ranks[0] - ranks[1])
     mean = torch.cat(differences, dim=1).nanmean(dim=1)  # a head without gradients has no rank
     spread = float(half_width(mean[1:], moments.n_shards))
@@ -220,10 +217,17 @@ def _grams(
         return summed(weights, shard_grams(moments, site, per_head))
     grams = summed(weights, shard_grams(moments, site, per_head, "activation"))
     if source == CENTRED:
-        sums = summed(weights, moments.activation_sum[site]).view(len(weights), grams.shape[1], -1)
-        tokens = (weights @ moments.n_tokens.double())[:, None, None, None]
-        grams = grams - sums[..., :, None] * sums[..., None, :] / tokens
+        grams = grams - _means(moments, site, weights, grams.shape[1])
     return grams
+
+
+def _means(
+    moments: GradientMoments, site: Site, weights: Float[Tensor, "set shard"], n_blocks: int
+) -> Float[Tensor, "set block width width"]:
+    """The part of each set's activation Gram matrix that its mean activation alone makes: `n μᵀμ`."""
+    sums = summed(weights, moments.activation_sum[site]).view(len(weights), n_blocks, -1)
+    tokens = (weights @ moments.n_tokens.double())[:, None, None, None]
+    return sums[..., :, None] * sums[..., None, :] / tokens
 
 
 def _each_measure(

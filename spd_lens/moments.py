@@ -16,6 +16,7 @@ from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.neutral import neutral
 from spd_lens.numbers import plain, whole
 from spd_lens.sites import Site
+from spd_lens.spectrum import BlockSpectrum
 from spd_lens.storage import load_tensors, reading, save_tensors
 from spd_lens.subspace import Rank, Subspace, resolve_rank
 
@@ -50,6 +51,9 @@ class GradientMoments:
     """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How they were taken: `loss`, `engine`, `dtype` of the model."""
+    _spectra: dict[tuple[Site, bool, str], BlockSpectrum] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     @neutral()
@@ -91,6 +95,11 @@ class GradientMoments:
     def mean_loss(self) -> float:
         """Mean over examples of the loss, in nats per scored token."""
         return (self.loss_sum.sum() / self.n_examples.sum()).item()
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model, in which the gradients were rounded."""
+        return self.settings.get("dtype", "float32")
 
     def __repr__(self) -> str:
         return (
@@ -152,6 +161,14 @@ class GradientMoments:
         heads = gram.unfold(0, d_head, d_head).unfold(1, d_head, d_head)
         return heads.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
 
+    @neutral()
+    def spectrum(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> BlockSpectrum:
+        """The decomposition of `blocks(...)`, computed once and kept for as long as these sums stay what they are."""
+        gram, key = self.blocks(site, per_head, of=of), (site, per_head, of)
+        if key not in self._spectra or not torch.equal(self._spectra[key].gram, gram):
+            self._spectra[key] = BlockSpectrum.of(gram)
+        return self._spectra[key]
+
     def mean(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
         """Mean activation over all tokens."""
         mean = self.activation_sum[site].sum(dim=0) / self.n_tokens.sum()
@@ -159,8 +176,7 @@ class GradientMoments:
 
     def singular_values(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
         """Singular values of the stacked gradients, descending (Eq. 9)."""
-        values = torch.linalg.eigvalsh(self.blocks(site, per_head))
-        return values.flip(-1).clamp_min(0).sqrt()  # rounding leaves eigenvalues of -1e-20 where there is none
+        return self.spectrum(site, per_head).singular_values
 
     @neutral()
     def subspace(
@@ -186,25 +202,18 @@ class GradientMoments:
             raise SPDError("there are no examples in these moments, so there is no subspace")
         rank = plain(rank)
         chosen = self.sites if sites is None else sorted(sites)
-        dtype = self.settings.get("dtype", "float32")
-        bases, ranks, values = {}, {}, {}
+        bases: dict[Site, list[Tensor]] = {}
+        values: dict[Site, Tensor] = {}
         for site in chosen:
             if site not in self.gradient:
                 raise SPDError(f"site {site} was not extracted; the moments have {', '.join(map(str, self.sites))}")
-            blocks = self.blocks(site, per_head, of=of)
-            limit = resolve_rank(rank, blocks.shape[-1])
-            eigenvalues, vectors = torch.linalg.eigh(blocks)
-            values[site] = eigenvalues.flip(-1).clamp_min(0).sqrt()
-            ranks[site] = tuple(min(limit, int(n)) for n in numerical_rank(values[site], dtype))
-            if not any(ranks[site]):
+            limit = resolve_rank(rank, self.gradient[site].shape[-1] // (self.n_heads[site] if per_head else 1))
+            spectrum = self.spectrum(site, per_head, of=of)
+            values[site], bases[site] = spectrum.singular_values, spectrum.leading(limit, self.dtype)
+            if not any(basis.shape[1] for basis in bases[site]):
                 raise SPDError(f"the {of}s at site {site} are all zero; the scored tokens do not depend on it")
-            basis = _fixed_signs(vectors.flip(-1)[:, :, : max(ranks[site])])
-            for block, own in enumerate(ranks[site]):
-                basis[block, :, own:] = 0
-            bases[site] = basis
-        return Subspace(
-            bases=bases,
-            ranks=ranks,
+        return Subspace.from_blocks(
+            bases,
             singular_values=values,
             offset={site: self.mean(site, per_head) for site in chosen} if center else {},
             rank=rank,
@@ -244,25 +253,3 @@ class GradientMoments:
 
 _PER_SITE = ("gradient", "activation", "activation_sum")
 _PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")
-
-
-def numerical_rank(values: Float[Tensor, "*n width"], dtype: str) -> Int[Tensor, "*n"]:
-    """How many singular values stand above what rounding of the gradients alone would leave.
-
-    Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width` directions, so
-    each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
-
-    Args:
-        values: Descending.
-        dtype: Of the model, such as `"bfloat16"`.
-    """
-    width = values.shape[-1]
-    noise = torch.finfo(getattr(torch, dtype)).eps * values.norm(dim=-1, keepdim=True) / width**0.5
-    gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[..., :1]
-    return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
-
-
-def _fixed_signs(basis: Float[Tensor, "block width rank"]) -> Float[Tensor, "block width rank"]:
-    """Singular vectors are defined up to sign: make each one's largest entry positive, so that files compare."""
-    largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
-    return basis * torch.where(largest < 0, -1.0, 1.0)

@@ -53,6 +53,34 @@ def test_every_example_goes_into_one_shard(moments):
     assert (moments.n_tokens > 0).all()
 
 
+def test_each_gram_matrix_is_decomposed_once(tiny_pair, monkeypatch):
+    moments, site = taken(tiny_pair, shards=2), Site(1, "v")
+    decomposed = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: decomposed.append(gram) or eigh(gram))
+    first = moments.subspace(2, sites=[site])
+    again, values = moments.subspace(0.5, sites=[site]), moments.singular_values(site)
+    assert len(decomposed) == 1
+    assert torch.equal(values, first.singular_values[site])
+    assert torch.equal(again[:2].bases[site], first.bases[site])
+    values.zero_(), first.bases[site].zero_()  # what was handed out belongs to the caller
+    assert torch.equal(moments.subspace(0.5, sites=[site]).bases[site], again.bases[site])
+    assert torch.equal(moments.singular_values(site), again.singular_values[site])
+    moments.singular_values(site, per_head=False), moments.subspace(2, sites=[site], of="activation")
+    assert len(decomposed) == 3
+
+
+def test_moments_that_have_changed_are_decomposed_again(tiny_pair):
+    moments, site = taken(tiny_pair, shards=2), Site(1, "v")
+    before = moments.singular_values(site)
+    moments.gradient[site] *= 4
+    assert torch.equal(moments.singular_values(site), 2 * before)
+    width = moments.gradient[site].shape[-1]
+    moments.add_tokens(site, 0, 1e3 * torch.eye(width), torch.zeros(width, width))
+    assert (moments.singular_values(site) >= 1e3).all()
+    assert not moments.shards([1])._spectra and not (moments + moments)._spectra
+
+
 def test_chosen_shards_count_as_often_as_they_are_chosen(moments):
     picked = moments.shards([2, 0, 2])
     for site in moments.sites:

@@ -230,3 +230,16 @@ def test_a_subspace_needs_bases_of_the_right_form():
         Subspace(bases={SITE: torch.eye(8)[:, :3]}, ranks={SITE: (3,)})
     with refused("1.k"):
         Subspace(bases={SITE: torch.eye(8)[None]}, ranks={SITE: (8, 8)})
+
+
+def test_blocks_of_a_subspace_make_it_again():
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    blocks = [q[:, :3], q[:, :0], q[:, 3:4]]
+    subspace = Subspace.from_blocks({SITE: blocks}, rank=3, origin={"random": 1})
+    assert subspace.ranks == {SITE: (3, 0, 1)} and subspace.bases[SITE].shape == (3, 8, 3)
+    assert not subspace.bases[SITE][1].any() and not subspace.bases[SITE][2, :, 1:].any()
+    assert all(torch.equal(mine, given) for mine, given in zip(subspace.blocks(SITE), blocks, strict=True))
+    fewer = Subspace.from_blocks({SITE: [block[:, :1] for block in blocks]}, subspace, rank=1)
+    assert (fewer.ranks[SITE], fewer.rank, fewer.origin) == ((1, 0, 1), 1, {"random": 1})
+    blocks[0].zero_()
+    assert subspace.bases[SITE][0].any(), "the subspace shares memory with what it was made of"

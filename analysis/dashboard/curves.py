@@ -76,14 +76,8 @@ class Directions:
 
     @classmethod
     def of(cls, moments: GradientMoments, site: Site, per_head: bool) -> Directions:
-        gradient = moments.blocks(site, per_head)
-        energies, vectors = torch.linalg.eigh(gradient)
-        return cls(
-            vectors.flip(-1),
-            energies.flip(-1).clamp_min(0),
-            gradient,
-            moments.blocks(site, per_head, of="activation"),
-        )
+        own = moments.spectrum(site, per_head)
+        return cls(own.vectors, own.energies, own.gram, moments.blocks(site, per_head, of="activation"))
 
     @property
     def n_blocks(self) -> int:
@@ -157,7 +151,7 @@ def jackknife_band(moments: GradientMoments, site: Site, per_head: bool) -> tupl
     k = len(filled)
     error = ((k - 1) / k * (curves - curves.mean(0)).square().sum(0)).sqrt()
     reach = float(stats.t.ppf(0.975, k - 1)) * error
-    value = shares(own_spectrum(moments.blocks(site, per_head)))
+    value = shares(moments.spectrum(site, per_head).energies)
     return (value - reach).clamp(0, 1), (value + reach).clamp(0, 1)
 
 

@@ -16,13 +16,14 @@ from scipy import stats
 from spd_lens.analysis import spectra, spectra_figures
 from spd_lens.analysis.angles import entropy_rank, participation_ratio, rank_holding, stable_rank
 from spd_lens.analysis.index import analyze
-from spd_lens.analysis.shardwise import directions, filled, half_width, halves, sets, shard_grams
+from spd_lens.analysis.shardwise import filled, half_width, halves, sets, shard_grams
 from spd_lens.analysis.spectra_measures import ACTIVATIONS, CENTRED, ENERGY, GRADIENTS, HELD_OUT, SHUFFLED, SINGULAR
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.moments import GradientMoments
 from spd_lens.rundir import Run
 from spd_lens.sites import Site
+from spd_lens.spectrum import BlockSpectrum
 
 SHAPE = Fingerprint(n_layers=4, d_model=32, n_heads=4, n_kv_heads=2, d_head=8, sample=(1.0,))
 SITES = [Site(1, "k"), Site(3, "v")]
@@ -77,7 +78,7 @@ def test_shards_add_up_to_the_blocks(few: GradientMoments) -> None:
 def test_directions_are_singular_vectors_and_stop_at_rounding() -> None:
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(20, 3)) @ rng.normal(size=(3, 8))
-    energies, vectors = directions(torch.from_numpy(rows.T @ rows), "float32")
+    energies, vectors = BlockSpectrum.of(torch.from_numpy(rows.T @ rows)).known("float32")
     _, values, right = np.linalg.svd(rows)
     np.testing.assert_allclose(energies.sqrt()[:3], values[:3], rtol=1e-8)
     assert energies[3:].eq(0).all() and vectors[:, 3:].eq(0).all()
