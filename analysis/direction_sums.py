@@ -121,12 +121,18 @@ class Vocabulary:
                 best[head, head * group + member] = torch.stack(poles, dim=1).cpu()
         return kurtosis, best
 
-    def rows(self, found: Mapping[tuple[int, int], Tensor], random: Mapping[tuple[int, int], Tensor]) -> Iterable[Any]:
+    def rows(
+        self,
+        found: Mapping[tuple[int, int], Tensor],
+        random: Mapping[tuple[int, int], Tensor],
+        ranks: Sequence[int],
+    ) -> Iterable[dict[str, Any]]:
+        """The tokens of each head's leading directions, as many as its rank, beside how common they are at random."""
         for (head, query), best in found.items():
             ids, counts = random[head, query][:, :, 1].long().unique(return_counts=True)
             poles = 2 * len(random[head, query])
             often = dict(zip(ids.tolist(), (counts / poles).tolist(), strict=True))
-            for i in range(len(best)):
+            for i in range(ranks[head]):
                 for p, pole in enumerate("+-"):
                     for rank, (value, id) in enumerate(best[i, p].T.tolist()):
                         yield {

@@ -10,7 +10,7 @@ directions of that head: an unembedding makes some tokens of any direction, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,10 +73,10 @@ def read_directions(
         pair: The model that the moments were taken from.
         examples: Calibration examples, whose tokens pull and query.
         moments: Their moments.
-        n: Directions per head.
-        top: Tokens per pole and query head, and contexts per direction.
-        n_random: Random directions per head, the null.
-        seed: Of the random directions.
+        n: Number of directions per head.
+        top: Number of tokens per pole and query head, and of contexts per direction.
+        n_random: Number of random directions per head, the null.
+        seed: Seed of the random directions.
         loss: As in `extract`.
         engine: As in `extract`.
         progress: Show a progress bar.
@@ -101,38 +101,39 @@ def read_directions(
     moments.fingerprint.check(pair.fingerprint, "the moments")
     subspace = moments.subspace(n, per_head=True, sites=sites)
     unembed = Unembedding.of(pair.hf) if any(site.kind == "v" for site in sites) else None
-    tallies, nulls = {}, {}
-    for i, site in enumerate(sites):
-        tallies[site] = Tally(site, subspace.bases[site])
-        nulls[site] = Tally(site, random_directions(subspace.bases[site], n_random, seed + i), keep=False)
-    kinds = [*sorted({site.kind for site in sites}), *(["q"] if any(site.kind == "k" for site in sites) else [])]
-    for rows in token_gradients(
-        pair, examples, layers=sorted({site.layer for site in sites}), kinds=kinds, loss=loss, engine=engine,
-        progress=progress,
-    ):  # fmt: skip
-        for site in sites:
-            tallies[site].add(pair.hf, rows)
-            nulls[site].add(pair.hf, rows)
+    tallies = [Tally(site, subspace.bases[site]) for site in sites]
+    drawn = [random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies)]
+    nulls = [Tally(site, random, keep=False) for site, random in zip(sites, drawn, strict=True)]
+    _fill([*tallies, *nulls], pair, examples, loss=loss, engine=engine, progress=progress)
+    texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     measures: list[dict[str, Any]] = []
     tokens: list[dict[str, Any]] = []
-    texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
-    for site in sites:
-        tally, null = tallies[site], nulls[site]
-        signs = tally.signs
-        values, chance = tally.measures(), null.measures()
-        if site.kind == "v" and unembed is not None:
+    for site, tally, null in zip(sites, tallies, nulls, strict=True):
+        values, chance, signs = tally.measures(), null.measures(), tally.signs
+        if unembed is not None and site.kind == "v":
             read = Vocabulary(pair, unembed, site, top)
             values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
             chance["vocabulary kurtosis"], random = read(null.directions)
-            tokens += [row for row in read.rows(found, random) if row["direction"] <= _rank(subspace.ranks[site], row)]
-        singular = subspace.singular_values[site]
+            tokens += read.rows(found, random, subspace.ranks[site])
         for head, rank in enumerate(subspace.ranks[site]):
             for i in range(rank):
                 where = {**place(site, head, per_head=True), "direction": i + 1}
-                common = {**where, "singular_value": singular[head, i].item(), "sign": signs[head, i].item()}
-                measures += [{**common, **_against(m, values[m][head, i], chance[m][head])} for m in values]
-                tokens += [{**where, **row} for row in tally.contexts(head, i, signs[head, i].item(), texts, top)]
+                sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
+                for name, value in values.items():
+                    row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
+                    measures.append({**row, **_against(value[head, i].item(), chance[name][head])})
+                tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
+
+
+def _fill(tallies: Sequence[Tally], pair: ModelPair, examples: Sequence[Example], **options: Any) -> None:
+    """Add all tokens of the examples to the tallies, in one pass; `options` are those of `token_gradients`."""
+    kinds = sorted({tally.site.kind for tally in tallies})
+    layers = sorted({tally.site.layer for tally in tallies})
+    kinds += ["q"] if "k" in kinds else []  # keys are compared with the queries of their layer
+    for rows in token_gradients(pair, examples, layers=layers, kinds=kinds, **options):
+        for tally in tallies:
+            tally.add(pair.hf, rows)
 
 
 def random_directions(like: Directions, n: int, seed: int) -> Directions:
@@ -248,17 +249,11 @@ def main(
         console.print(f"written: {', '.join(map(str, paths))}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _against(measure: str, value: Tensor, random: Float[Tensor, " n"]) -> dict[str, Any]:
+def _against(value: float, random: Float[Tensor, " n"]) -> dict[str, float]:
     null = random.numpy()
     low, high = np.quantile(null, [0.025, 0.975])
-    p = (1 + int((null >= value.item()).sum())) / (1 + len(null))
-    return {
-        "measure": measure, "value": value.item(), "null": null.mean(), "null_low": low, "null_high": high, "p": p
-    }  # fmt: skip
-
-
-def _rank(ranks: Sequence[int], row: Mapping[str, Any]) -> int:
-    return ranks[int(row["head"])]
+    p = (1 + int((null >= value).sum())) / (1 + len(null))
+    return {"value": value, "null": null.mean(), "null_low": low, "null_high": high, "p": p}
 
 
 def _at(moments: GradientMoments, sites: Sequence[Site]) -> GradientMoments:
