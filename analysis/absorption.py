@@ -13,13 +13,13 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from spd_lens.capture import batches_by_length
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import Policy
 from spd_lens.evaluation.forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import kl_divergence
 from spd_lens.statistics import paired_difference

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.capture import batches_by_length
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import Policy
 from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.neutral import neutrally
 from spd_lens.sites import Site
 from spd_lens.statistics import mean_interval, paired_difference

@@ -16,8 +16,8 @@ import spd_lens as spd
 from benchmarks import machine, subjects
 from benchmarks.measure import Sample, in_fresh_process, in_turn, settle, timed
 from benchmarks.table import Row
-from spd_lens.capture import batches_by_length
 from spd_lens.models.backends import lens_logits
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.weights import site_layer
 
 ROUNDS = {"smollm2": 4, "qwen2.5-0.5b-shape": 2}

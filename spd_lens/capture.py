@@ -20,7 +20,9 @@ from spd_lens.examples import Example, worked_examples
 from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.attention import fastest_attention
 from spd_lens.models.backends import lens_logits
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
+from spd_lens.models.losses import token_losses
 from spd_lens.models.memory import free_memory
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.pair import ModelPair
@@ -41,9 +43,6 @@ ENGINES = ("lens", "twin")
 # float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. A larger
 # one would overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
 _HALF_SCALE = 2.0**10
-
-_ROWS = 32
-"""Rows of the vocabulary in float64 at a time."""
 
 
 @neutrally
@@ -191,52 +190,6 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
             },
             activation={site: x.detach()[i, :length].flatten(1) for site, x in activations.items()},
         )
-
-
-def token_losses(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """`-log p(z_t | z_<t)` in nats, in float64: in float32 the sum over a vocabulary is the largest error of a gradient
-    (1e-4 for SmolLM2, of which 1e-5 are left)."""
-    return _TokenLosses.apply(logits, targets)
-
-
-class _TokenLosses(torch.autograd.Function):
-    """A few rows at a time, so that float64 takes no more memory than float32 does otherwise."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses, slopes = [], []
-        for some, wanted in zip(logits.split(_ROWS), targets[:, None].split(_ROWS), strict=True):
-            log_p = some.double().log_softmax(dim=-1)
-            losses.append(-log_p.gather(1, wanted)[:, 0])
-            slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
-            slopes.append(slope.to(torch.promote_types(logits.dtype, torch.float32)))
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (slopes,) = ctx.saved_tensors
-        return (gradients[0][:, None].to(slopes.dtype) * slopes).to(ctx.dtype), None
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int, apart: int | None = None) -> list[list[int]]:
-    """Indices grouped by similar length; the largest batch first, so that a lack of memory shows at once and what it
-    needed is there for the others.
-
-    A batch holds at most `batch_tokens` tokens counting padding, and at least one row. Rows of more than `apart` tokens
-    (`angles_change_beyond`) never share one with shorter rows.
-    """
-    batches: list[list[int]] = []
-    limit = max(lengths, default=0) if apart is None else apart
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        alike = (longest > limit) == (lengths[index] > limit)
-        if batches and alike and (len(batches[-1]) + 1) * longest <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
 
 
 def fitting_tokens(pair: ModelPair, n_layers: int) -> int:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from spd_lens.capture import batches_by_length, extract, fitting_tokens, token_losses
+from spd_lens.capture import extract, fitting_tokens
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.batches import batches_by_length
+from spd_lens.models.losses import token_losses
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS
 from tests.helpers import (

@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from spd_lens.capture import batches_by_length
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example, worked_examples
 from spd_lens.models import ModelPair
 from spd_lens.models.architectures import angles_change_beyond
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import right_pad
