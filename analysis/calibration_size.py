@@ -26,10 +26,8 @@ from spd_lens.examples import Example
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, Subspace
 
+from .agreements import ENERGY, MEASURES, agreement
 from .calibration_faults import (
-    ENERGY,
-    MEASURES,
-    agreement,
     biased,
     faults_figure,
     faults_sentence,

@@ -36,6 +36,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
 from spd_lens.storage import write_text
 
+from .angles import p_value
 from .direction_sums import Tally, Vocabulary
 from .directions_page import cards_page
 from .inputs import place, subjects
@@ -252,7 +253,7 @@ def main(
 def _against(value: float, random: Float[Tensor, " n"]) -> dict[str, float]:
     null = random.numpy()
     low, high = np.quantile(null, [0.025, 0.975])
-    p = (1 + int((null >= value).sum())) / (1 + len(null))
+    p = p_value(value, random)
     return {"value": value, "null": null.mean(), "null_low": low, "null_high": high, "p": p}
 
 

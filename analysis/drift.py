@@ -29,7 +29,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank
 
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
-from .calibration_faults import ENERGY, MEASURES, agreement
+from .agreements import ENERGY, MEASURES, agreement
 from .inputs import Subject, place, subjects
 from .shardwise import half_width, halves
 from .style import figure, line

@@ -24,7 +24,7 @@ from spd_lens.subspace import Rank, resolve_rank
 from . import overlap_figures as draw
 from .inputs import Subject, subjects
 from .overlap_energy import energy_overlap, held_by, permutation_test
-from .spectra import shuffled_moments
+from .shuffled import shuffled_moments
 from .subspace_pairs import angle_table, check_comparable, compare
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
 

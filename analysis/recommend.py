@@ -100,11 +100,6 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
     )
 
 
-def kl_sentence(table: pd.DataFrame) -> str:
-    """In how many cells the subspace does less damage than all random ones of its shape."""
-    return overall(table, "kl")
-
-
 def _none(
     loss: pd.DataFrame,
     kl: pd.DataFrame,
