@@ -26,17 +26,38 @@ class Estimate:
         """Whether there is an interval at all."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    def __str__(self) -> str:
+    @property
+    def interval(self) -> str:
+        """The value and its interval without the number of units: `0.42 [0.33, 0.51]`."""
         if not self.bounded:
-            return f"{_number(self.value, decimals(abs(self.value)))} [no interval] (n={self.n})"
+            return f"{_number(self.value, decimals(abs(self.value)))} [no interval]"
         places = decimals(self.high - self.low)
         value, low, high = (_number(x, places) for x in (self.value, self.low, self.high))
-        return f"{value} [{low}, {high}] (n={self.n})"
+        return f"{value} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return f"{self.interval} (n={self.n})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: missing ends are `None`."""
         record = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+    def to_row(self) -> dict[str, Any]:
+        """`value`, `low`, `high` and `n`, the columns of an estimate in a table; missing ends are `None`."""
+        record = self.to_dict()
+        del record["method"]
+        return record
+
+
+def bracketed(value: float, low: float, high: float, places: int = 3, sign: str = "") -> str:
+    """`0.423 [0.331, 0.512]` with a fixed number of decimals; the value alone where the ends are missing.
+
+    With `sign="+"` positive numbers have a sign too.
+    """
+    text = f"{value:{sign}.{places}f}"
+    missing = low is None or math.isnan(low)
+    return text if missing else f"{text} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
 
 
 def decimals(width: float) -> int:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -36,6 +36,8 @@ Scores = Mapping[Hashable, Mapping[Hashable, float]] | Sequence[Sequence[float]]
 MIN_BOOTSTRAP = 10
 """Below this many values a bootstrap interval of a mean is clearly too short (about 83 % coverage at n = 5 for a
 nominal 95 %), so Student's t is used."""
+TOO_FEW, WITHIN_NOISE = "too few items", "within noise"
+"""Verdicts on a difference that is not shown to go in either direction."""
 
 
 class McNemar(NamedTuple):
@@ -195,6 +197,16 @@ def within_noise(estimate: Estimate) -> bool:
     return estimate.low <= 0 <= estimate.high
 
 
+def verdict(difference: Estimate, p_value: float | None = None, alpha: float = 0.05) -> str:
+    """`"higher"`, `"lower"`, `"within noise"` unless the interval and the test, if any, exclude chance, or `"too few
+    items"` where there is no interval."""
+    if not difference.bounded:
+        return TOO_FEW
+    if within_noise(difference) or (p_value is not None and p_value >= alpha):
+        return WITHIN_NOISE
+    return "higher" if difference.value > 0 else "lower"
+
+
 def difference_sentence(
     estimate: Estimate, *, measure: str, first: str, second: str, test: McNemar | None = None, alpha: float = 0.05
 ) -> str:
@@ -206,11 +218,40 @@ def difference_sentence(
     if test is not None:
         evidence += f", exact McNemar p = {test.p_value:.2g} (only {first} {test.n_only_a}, only {second} "
         evidence += f"{test.n_only_b})"
-    if not estimate.bounded:
-        return f"{evidence}; too few items to say."
-    if within_noise(estimate) or (test is not None and test.p_value >= alpha):
-        return f"{evidence}; within noise."
-    return f"{evidence}; {second} is {'higher' if estimate.value > 0 else 'lower'}."
+    found = verdict(estimate, None if test is None else test.p_value, alpha)
+    said = {TOO_FEW: f"{TOO_FEW} to say", WITHIN_NOISE: WITHIN_NOISE}.get(found, f"{second} is {found}")
+    return f"{evidence}; {said}."
+
+
+def bootstrap_ends(
+    columns: Sequence[Values],
+    statistic: Callable[..., Any],
+    *,
+    method: str = "percentile",
+    confidence: float = 0.95,
+    n_resamples: int = 9999,
+    seed: int = 0,
+    vectorized: bool = True,
+) -> tuple[float, float]:
+    """The ends of a bootstrap interval (`scipy.stats.bootstrap`), reproducible through `seed`.
+
+    Args:
+        columns: Values of the same units; a unit is drawn with its value in every column.
+        statistic: Of the columns; where `vectorized`, along the axis that it is given as `axis`.
+        method: `percentile` or `BCa`, whose ends are NaN where it is undefined.
+        confidence: Confidence of the interval.
+        n_resamples: Number of resamples.
+        seed: Seed of the resampling.
+        vectorized: Whether the statistic takes all resamples at once.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller sees NaN
+        result = stats.bootstrap(
+            tuple(columns), statistic, method=method, confidence_level=confidence, n_resamples=n_resamples,
+            batch=max(1, 4_000_000 // len(columns[0])),  # bounds memory: 32 MB a batch, however many items
+            paired=len(columns) > 1, vectorized=vectorized, rng=np.random.default_rng(seed),
+        )  # fmt: skip
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _mean(values: Values, confidence: float, seed: int, n_resamples: int, label: str) -> Estimate:
@@ -223,19 +264,10 @@ def _mean(values: Values, confidence: float, seed: int, n_resamples: int, label:
         return Estimate(constant, constant, constant, n, f"{label}constant values, no spread to resample")
     if n < MIN_BOOTSTRAP:
         return _t_interval(values, confidence, f"{label}fewer than {MIN_BOOTSTRAP} values")
-    for method in ("BCa", "percentile"):
-        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where BCa is undefined, percentile follows
-            result = stats.bootstrap(
-                (values,),
-                np.mean,
-                method=method,
-                confidence_level=confidence,
-                n_resamples=n_resamples,
-                batch=max(1, 4_000_000 // n),  # bounds memory: 32 MB a batch, however many items
-                rng=np.random.default_rng(seed),
-            )
-        low, high = (float(end) for end in result.confidence_interval)
+    for method in ("BCa", "percentile"):  # where BCa is undefined, percentile follows
+        low, high = bootstrap_ends(
+            [values], np.mean, method=method, confidence=confidence, n_resamples=n_resamples, seed=seed
+        )
         if math.isfinite(low) and math.isfinite(high):
             break
     return Estimate(mean, low, high, n, f"{label}{method} bootstrap {_percent(confidence)}")
