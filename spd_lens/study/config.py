@@ -194,6 +194,13 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def may_project(method: str) -> bool:
+    """Whether a method generates under a projection, as far as can be known before it does."""
+    from spd_lens import methods  # which import torch
+
+    return type(methods.get(method)).projection is not methods.Method.projection
+
+
 def preset_names() -> list[str]:
     """Names of the ready-made studies."""
     folder = resources.files("spd_lens.study.presets")

@@ -1,6 +1,5 @@
 """The plan: shapes against published numbers, costs against hand counts, units against what a study does."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -8,9 +7,9 @@ import sys
 import pytest
 
 from spd_lens.study import StudyConfig, make_plan, preset_names
-from spd_lens.study.costs import A100, TWO_CORES, TWO_CORES_FLOAT32, Cost, Costs, Machine
+from spd_lens.study.costs import A100, LENGTHS, TWO_CORES, TWO_CORES_FLOAT32, Cost, Costs, Machine, bytes_per_weight
 from spd_lens.study.plan import Clock, Unit, duration, rate, schedule, unit_costs
-from spd_lens.study.shapes import Shape, known, read_shape
+from spd_lens.study.shapes import TABLE, Shape, read_shape
 from tests.helpers import refused
 
 PUBLISHED = {
@@ -30,25 +29,16 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("model", known())
+@pytest.mark.parametrize("model", TABLE)
 def test_the_built_in_shapes_have_the_published_number_of_weights(model):
-    shape = read_shape(model)
-    assert shape.n_params == PUBLISHED[model]
-    # the matrices of the blocks, and the embeddings once or twice: all but norms and biases
-    embeddings = shape.d_vocab * shape.d_model
-    small = (shape.n_params - shape.n_block_params) / embeddings
-    assert small == pytest.approx(round(small), abs=0.01)
+    assert read_shape(model).n_params == PUBLISHED[model]
 
 
 def test_a_directory_tells_its_shape(tiny_llama_dir, tiny_qwen2_dir, tiny_pair):
     shape = read_shape(str(tiny_llama_dir))
-    assert (shape.n_layers, shape.d_model, shape.n_heads, shape.n_kv_heads, shape.d_head) == (4, 32, 4, 2, 8)
+    assert shape[2:-1] == (4, 32, 2, 8)  # layers, d_model, KV heads of d_head
+    assert shape.d_vocab == tiny_pair.hf.config.vocab_size
     assert shape.n_params == sum(p.numel() for p in tiny_pair.hf.parameters())
-    assert shape.n_block_params == 4 * (32 * 8 * 12 + 3 * 32 * 64)
-    assert shape.widths("q_proj") == (32, 32)
-    assert shape.widths("k_proj") == shape.widths("v_proj") == (32, 16)
-    assert shape.widths("down_proj") == (64, 32)
-    assert shape.widths("lm_head") is None
     assert read_shape(str(tiny_qwen2_dir)).n_params > shape.n_params  # biases
 
 
@@ -59,53 +49,65 @@ def test_a_model_that_nobody_knows_is_refused(tmp_path):
         read_shape(str(tmp_path))
 
 
-SHAPE = Shape("toy", 2, 8, 4, 2, 4, 16, 100, 5000, 512, "test")
-"""q and o: 8 x 16, k and v: 8 x 8, MLP: 3 matrices of 8 x 16; so 384 + 384 weights in each of two layers."""
+SHAPE = Shape("toy", 5000, 2, 8, 2, 4, 100)
+"""5000 weights, two layers, d_model 8, two KV heads of 4, a vocabulary of 100."""
 
 
 def test_costs_are_what_one_counts_by_hand():
     machine = Machine("test", flops=1000.0, bandwidth=100.0, step=0.5)
-    cell = StudyConfig.make(
+    config = StudyConfig.make(
         {
-            "sources": ["synthetic-math"],
+            "sources": ["synthetic-math"], "methods": ["spd"], "n_forced": 10,
             "settings": {
                 "dtype": "float32", "device": "cpu", "n_calibration": 3, "n_train": 5, "max_new_tokens": 16,
-                "epochs": 2, "train_batch_size": 2, "generation_batch_size": 4, "lora_rank": 2, "engine": "twin",
-                "lora_targets": ["q_proj", "v_proj"],
+                "epochs": 2, "train_batch_size": 2, "generation_batch_size": 4, "engine": "twin",
             },
         }
-    ).cell("synthetic-math", 42)  # fmt: skip
-    assert SHAPE.n_block_params == 2 * (384 + 384)
-    costs = Costs(SHAPE, machine, cell)
-    prompt, gold = costs.lengths("synthetic-math")
+    )  # fmt: skip
+    prompt, gold = LENGTHS["synthetic-math"]
+    weights = 4 * 5000
 
-    extract = costs.extract("synthetic-math", cell)
+    def cost(stage, machine=machine, **changes):
+        changed = config.model_copy(update={"settings": {**config.settings, **changes}})
+        unit = Unit(stage, target="synthetic-math") if stage == "measure" else Unit(stage, "synthetic-math", "spd", 42)
+        return Costs(changed, SHAPE, machine).of(unit)
+
+    extract = cost("extract")
     assert extract.tokens == 3 * (prompt + gold)
-    assert extract.seconds == pytest.approx(4 * extract.tokens * 1536 / 1000)
-    assert extract.memory["weights"] == 4 * 5000
-    hooked = costs.extract("synthetic-math", cell.model_copy(update={"engine": "lens"}))
-    assert hooked.memory["weights"] == 2 * 4 * 5000  # lens model and twin
-    everywhere = costs.extract("synthetic-math", cell.model_copy(update={"layers": "all"}))
-    assert everywhere.memory["activations"] == extract.memory["activations"]  # last_mid of two layers begins at 0
-    last = costs.extract("synthetic-math", cell.model_copy(update={"layers": [1]}))
-    assert last.memory["activations"] == everywhere.memory["activations"] / 2
+    assert extract.seconds == pytest.approx(4 * extract.tokens * 5000 / 1000)
+    assert extract.memory == weights + 2 * 2048 * 8 * 4 * 34  # layers, tokens, d_model, bytes, values kept of each
+    last = cost("extract", layers=[1])  # last_mid of two layers begins at 0
+    assert last.memory == weights + (extract.memory - weights) / 2
+    assert cost("extract", engine="lens").memory == extract.memory + weights  # lens model and twin
 
-    generate = costs.generate("synthetic-math", cell)
+    generate = cost("generate")
     assert generate.tokens == 5 * (prompt + 16)
-    step = max(2 * 4 * (1536 + 800) / 1000, 4 * 5000 / 100) + 0.5 * 2
-    assert generate.seconds == pytest.approx(2 * 16 * step + 2 * 5 * prompt * 1536 / 1000)
-    assert generate.memory["KV cache"] == 2 * 2 * 2 * 4 * 4 * 4 * (prompt + 16)  # K and V, layers, heads, d_head, bytes
+    step = max(2 * 4 * 5000 / 1000, weights / 100) + 0.5 * 2
+    assert generate.seconds == pytest.approx(2 * 16 * step + 2 * 5 * prompt * 5000 / 1000)
+    cache = 2 * 2 * 2 * 4 * 4 * 4 * (prompt + 16)  # K and V, layers, heads, d_head, bytes, rows
+    assert generate.memory == weights + cache + 4 * 4 * 100
 
-    finetune = costs.finetune("synthetic-math", cell)
+    finetune = cost("finetune")
     assert finetune.tokens == 2 * 5 * (prompt + 16)
-    assert finetune.seconds == pytest.approx(6 * finetune.tokens * (1536 + 800) / 1000)  # a GPU keeps no activations
-    assert finetune.memory["optimiser"] == 12 * 2 * 2 * ((8 + 16) + (8 + 8))
-    on_cpu = Costs(SHAPE, TWO_CORES, cell).finetune("synthetic-math", cell)
-    assert on_cpu.seconds == pytest.approx(4 * finetune.tokens * (1536 + 800) / TWO_CORES.flops)
+    assert finetune.seconds == pytest.approx(6 * finetune.tokens * 5000 / 1000)  # a GPU keeps no activations
+    on_cpu = cost("finetune", TWO_CORES)
+    assert on_cpu.seconds == pytest.approx(4 * finetune.tokens * 5000 / TWO_CORES.flops)
+    batch = 2 * (prompt + 16)
+    assert on_cpu.memory == weights + 2 * batch * 8 * 4 * 34 + batch * 100 * 12
+    assert finetune.memory == pytest.approx(weights + (34 + 2) * batch * 8 * 4 + batch * 100 * 12)
+    full = cost("finetune", method="full")
+    assert full.memory == pytest.approx(finetune.memory + 16 * 5000)  # float32 weights, gradients and moments
+    assert full.seconds == pytest.approx(8 * finetune.tokens * 5000 / 1000)
 
-    measure = costs.measure(10, (30, 5), n_policies=3)
-    assert measure.tokens == 10 * 35 * 4
-    assert measure.seconds == pytest.approx(2 * (measure.tokens * 1536 + 10 * 5 * 4 * 800) / 1000)
+    measure = cost("measure")
+    assert measure.tokens == 10 * (prompt + gold) * 3  # the base, after training, under the projection
+    assert measure.seconds == pytest.approx(2 * measure.tokens * 5000 / 1000)
+
+
+def test_bytes_of_a_weight():
+    assert [bytes_per_weight(name, "cpu") for name in ("float64", "float32", "bfloat16", "float16")] == [8, 4, 2, 2]
+    assert bytes_per_weight("auto", "cuda") == 2  # planned where there is none
+    assert bytes_per_weight("float32", "cuda:7") == 4
 
 
 def test_units_of_a_study(study_of):
@@ -149,11 +151,10 @@ def test_every_preset_has_a_plan(name):
     assert plan.memory < 80e9
     text = plan.to_markdown()
     assert config.settings["model"] in text
-    assert "| finetune |" in text and "memory in GB" in text and "KV cache" in text and "optimiser" in text
+    assert "| finetune |" in text and "| memory in GB |" in text
     assert "Assumed: " in text and "TFLOP/s" in text
-    weights = next(row.cost.memory["weights"] for row in plan.rows if row.stage == "generate")
     if name.startswith("paper"):
-        assert weights == 2 * PUBLISHED[config.settings["model"]]  # bfloat16
+        assert plan.memory > 2 * PUBLISHED[config.settings["model"]]  # bfloat16
 
 
 def test_measured_seconds_replace_the_assumption(study_of):
@@ -165,6 +166,9 @@ def test_measured_seconds_replace_the_assumption(study_of):
         factor = 3 if after.measured else 1
         assert after.cost.seconds == pytest.approx(before.cost.seconds * factor)
     assert ", measured rate |" in plan.to_markdown()
+    assert (plan.seconds, plan.memory) == (
+        sum(row.cost.seconds for row in plan.rows), max(row.cost.memory for row in plan.rows)
+    )  # fmt: skip
 
 
 def test_the_clock_says_what_it_knows_and_no_more():
@@ -184,9 +188,6 @@ def test_numbers_for_readers():
     assert rate({}) is None
     assert rate({"seconds": 0.0, "work": 1.0}) is None
     assert rate({"seconds": 3.0, "work": 2.0}) == 1.5
-    total = Cost.total([Cost(1, 2.0, {"weights": 5.0}), Cost(3, 4.0, {"weights": 1.0, "logits": 9.0})])
-    assert (total.tokens, total.seconds, total.memory) == (4, 6.0, {"weights": 1.0, "logits": 9.0})
-    assert dataclasses.replace(total, seconds=1.0).tokens == 4
 
 
 def test_the_dry_run_writes_nothing_and_needs_no_weights(tmp_path):
