@@ -16,7 +16,6 @@ from spd_lens.evaluation import EvalResult
 from spd_lens.storage import write_text
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.folder import Cell, Study
-from spd_lens.study.side_effects import in_asked_form
 from spd_lens.tasks import Task
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
@@ -86,7 +85,7 @@ def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:
         for measure in _SCORED:
             if (value := MEASURES[measure](item)) is not None:
                 yield item.id, measure, value
-        yield item.id, "format", float(in_asked_form(task, item.completion))
+        yield item.id, "format", float(task.in_asked_form(item.completion))
         yield item.id, "finished", float(item.finish_reason != "length")
 
 

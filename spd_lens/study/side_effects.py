@@ -19,7 +19,6 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.tasks import Task
-from spd_lens.tasks.asked_form import in_asked_form
 
 if TYPE_CHECKING:
     from spd_lens.study.config import StudyConfig
@@ -96,4 +95,4 @@ def _fits(pair: ModelPair, example: Example) -> bool:
 
 def format_compliance(task: Task, completions: Iterable[str]) -> list[float]:
     """1.0 for every completion in the asked form, else 0.0: the measure "format" of a study."""
-    return [float(in_asked_form(task, completion)) for completion in completions]
+    return [float(task.in_asked_form(completion)) for completion in completions]

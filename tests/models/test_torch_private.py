@@ -1,8 +1,7 @@
 """A canary: which of PyTorch's and transformers' private interfaces are still what the library takes them for.
 
-Seen to work with torch 2.13.0 and transformers 5.23.0. Where one of these tests fails with another release, an interface
-is gone or has changed: the module says what the library loses without it, and that is what to decide about. The rest of
-the tests shows that nothing else depends on it.
+Seen to work with torch 2.13.0 and transformers 5.23.0. Where one of these tests fails with another release, an
+interface is gone or has changed: the module says what the library loses without it.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ SEEN = "2.13.0"
 
 
 def gone(what: str) -> str:
-    return (
-        f"torch {torch.__version__} has {what} no more, or another; it was there in {SEEN} (see models/torch_private)"
-    )
+    return f"{what} of torch {SEEN} is gone or another in {torch.__version__}: see models/torch_private"
 
 
 @pytest.fixture
