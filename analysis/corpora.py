@@ -21,7 +21,6 @@ from spd_lens.estimate import Estimate
 from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.storage import write_json, write_text
 from spd_lens.tasks import Task
-from spd_lens.tasks.asked_form import in_asked_form
 
 from .corpora_page import corpora_page
 from .corpora_sources import Corpora, corpora_sets, shared_prompts
@@ -184,7 +183,7 @@ def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], floa
     def behind(record: Record) -> float | None:
         return None if task.extract(record.completion) is None else share_after_answer(record, task)
 
-    measures["in the asked form"] = ("share", lambda record: float(in_asked_form(task, record.completion)))
+    measures["in the asked form"] = ("share", lambda record: float(task.in_asked_form(record.completion)))
     measures["after the answer"] = ("share", behind)
     return measures
 

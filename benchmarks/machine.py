@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from spd_lens.products import available, onednn_product
+from spd_lens.models.torch_private import onednn_packed, onednn_product
+from spd_lens.products import available
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "peft", "trl", "accelerate", "numpy")
 
@@ -60,8 +61,7 @@ def fastest(products: Products) -> Callable[[], None]:
     """
     ways = [partial(_multiply, torch.mm, products)]
     if products[0][0].device.type == "cpu" and available(products[0][0].dtype):
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        packed = [(left, pack(right.t().contiguous(), None)) for left, right in products]
+        packed = [(left, onednn_packed(right.t().contiguous())) for left, right in products]
         ways.append(partial(_multiply, partial(onednn_product, bias=None), packed))
     return min(ways, key=_seconds)
 

@@ -15,7 +15,6 @@ from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.statistics import MIN_BOOTSTRAP, bootstrap_ends, mean_interval, score_interval
 from spd_lens.tasks import Task
-from spd_lens.tasks.asked_form import in_asked_form
 
 GROUP = 10
 """Prompts whose completions are pooled for one value of distinct-n, which falls with the size of the pool."""
@@ -51,7 +50,7 @@ def corpus_diagnostics(
     | `loops` | share of completions that end on the same two or more tokens said three times or more (Holtzman 2020) |
     | `distinct-1`, `distinct-2` | distinct n-grams over all (Li et al. 2016), in pools of ten prompts |
     | `answered` | share from which the task extracts an answer |
-    | `in the asked form` | share that gives it in the form that the prompt asks for (`tasks.asked_form`) |
+    | `in the asked form` | share that gives it in the form that the prompt asks for (`Task.in_asked_form`) |
     | `after the answer` | share of tokens behind the settled answer (`share_after_answer`), of completions with one |
 
     Args:
@@ -147,7 +146,7 @@ def _repetition(table: _Measures) -> None:
 def _answers(table: _Measures, task: Task, decode: Callable[[Sequence[int]], str] | None) -> None:
     answered = {record.key: task.extract(record.completion) is not None for record in table.records}
     table.mean("answered", "share", lambda record: float(answered[record.key]))
-    table.mean("in the asked form", "share", lambda record: float(in_asked_form(task, record.completion)))
+    table.mean("in the asked form", "share", lambda record: float(task.in_asked_form(record.completion)))
     kept = [[record for record in samples if answered[record.key]] for samples in table.prompts]
     with_answer = [samples for samples in kept if samples]
     if with_answer:
@@ -215,13 +214,13 @@ def settled_at(text: str, task: Task) -> int:
     if answer is None:
         return len(text)
     # The form too: in "5 + 7 = 12\n#### 12" a lenient reader has the answer before the line that gives it.
-    in_form = in_asked_form(task, text)
+    in_form = task.in_asked_form(text)
     ends = _word_ends(text)
     settled = len(ends) - 1
     # From behind: most answers stand at the end, and a beginning may have had the right one by chance.
     while settled > 0:
         before = text[: ends[settled - 1]]
-        if task.extract(before) != answer or in_asked_form(task, before) != in_form:
+        if task.extract(before) != answer or task.in_asked_form(before) != in_form:
             break
         settled -= 1
     if settled + 1 < len(ends) and not text[ends[settled] : ends[settled + 1]].strip(_CLOSING):

@@ -28,6 +28,7 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import angles_change_beyond, takes_slots
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.transformers_private import attention
 from spd_lens.models.twin import named_outputs
 from spd_lens.products import packed
 from spd_lens.projection import folded, projected
@@ -139,7 +140,7 @@ def complete(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int
 
     Slots rely on how an architecture takes masks and positions, which tests show for those of the table.
     """
-    if takes_slots(pair.hf) and pair.hf.config._attn_implementation in ("sdpa", "eager"):
+    if takes_slots(pair.hf) and attention(pair.hf.config) in ("sdpa", "eager"):
         yield from Slots(pair.hf, decoding, size).run(jobs)
         return
     ordered = sorted(jobs, key=lambda job: -len(job.prompt_ids))

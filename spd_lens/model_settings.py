@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StopStringCriteria
+from transformers import GenerationConfig, StopStringCriteria
 
 from spd_lens.corpus import NOT_APPLIED
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
+from spd_lens.models.transformers_private import default_generation_settings, logits_processors
 from spd_lens.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class ModelSettings:
                 applied,
                 {name: value for name, value in asked.items() if name not in applied},
                 Sampling(1.0, 1.0, None) if whole else None,
-                (lambda prompt_ids: _processor(pair, config, prompt_ids, stop_ids)) if names else None,
+                (lambda prompt_ids: logits_processors(pair.hf, config, prompt_ids, stop_ids)) if names else None,
                 StopStringCriteria(pair.tokenizer, own.stop_strings) if "stop_strings" in asked else None,
             )
             if found.make is not None:  # once, since some values are looked at in the first step
@@ -162,7 +163,7 @@ class ModelSettings:
 
 def _asked(own: Any) -> dict[str, Any]:
     """What a generation config sets and transformers does not set anyway, as JSON has it."""
-    neutral = {**GenerationConfig._get_default_generation_params(), **_NEUTRAL}
+    neutral = {**default_generation_settings(), **_NEUTRAL}
     asked = {}
     for name in vars(GenerationConfig()):
         if name.startswith("_") or name in _ELSEWHERE:
@@ -175,23 +176,6 @@ def _asked(own: Any) -> dict[str, Any]:
         if is_set:
             asked[name] = value
     return asked
-
-
-def _processor(
-    pair: ModelPair, config: Mapping[str, Any], prompt_ids: Sequence[int], stop_ids: Sequence[int]
-) -> Processor:
-    """As transformers' `generate` makes it for a batch of this prompt alone."""
-    prepared = GenerationConfig(**config)
-    prepared._eos_token_tensor = torch.tensor(stop_ids, device=pair.device) if stop_ids else None
-    made: LogitsProcessorList = pair.hf._get_logits_processor(
-        generation_config=prepared,
-        input_ids_seq_length=len(prompt_ids),
-        encoder_input_ids=torch.tensor([prompt_ids], device=pair.device),
-        logits_processor=LogitsProcessorList(),
-        device=pair.device,
-        model_kwargs={},
-    )
-    return made
 
 
 def _no_logits(pair: ModelPair) -> Float[Tensor, "1 d_vocab"]:

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spd_lens.models.backends import is_lazy
 from spd_lens.models.devices import onednn_takes
 from spd_lens.models.memory import free_memory
+from spd_lens.models.torch_private import has_onednn_product, is_lazy, onednn_packed, onednn_product
 
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
@@ -30,13 +30,13 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     return (
         platform.machine().lower() in ("x86_64", "amd64")
         and onednn_takes(dtype)
-        and torch._C._get_mkldnn_enabled()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkldnn.enabled
+        and has_onednn_product()
     )
 
 
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """While open, products with frozen float32 weights on the CPU go to oneDNN, forth and back; all else is as it was.
+    """While open, oneDNN computes products with frozen float32 weights on the CPU, in forward and backward passes.
 
     For passes over many tokens: every call of a torch function costs a microsecond or two more. The backward pass
     computes checkpointed activations again outside of it: see `recomputed_alike`.
@@ -80,7 +80,7 @@ def packed(model: nn.Module) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            weight = torch.ops.mkldnn._reorder_linear_weight(_readable(layer.weight.detach()), None)
+            weight = onednn_packed(_readable(layer.weight.detach()))
             layer.forward = partial(onednn_product, weight=weight, bias=layer.bias)  # type: ignore[method-assign]
             stack.callback(vars(layer).pop, "forward")
         yield
@@ -117,13 +117,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # oneDNN reads the transpose by its strides, as fast as a copy in order
         return onednn_product(gradients[0], _readable(ctx.weight).t(), None), None, None
-
-
-def onednn_product(
-    rows: Float[Tensor, "*row inner"], weight: Float[Tensor, "outer inner"], bias: Float[Tensor, " outer"] | None
-) -> Float[Tensor, "*row outer"]:
-    """`rows @ weight.T + bias`, without a gradient; the weight dense, or packed by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
 
 
 def _readable(weight: Tensor) -> Tensor:

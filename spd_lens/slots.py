@@ -20,6 +20,7 @@ from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.neutral import ordinary_buffers
 from spd_lens.models.parity import right_pad
+from spd_lens.models.transformers_private import attention
 from spd_lens.models.twin import run_twin
 
 MIN_PREFIX = 64
@@ -241,7 +242,7 @@ def step_mask(model: Any, positions: Int[Tensor, " row"], length: int, added: bo
     True where `column <= position`, and in a layer with a sliding window `column > position - window`. A mask that is
     `added` to scores, as eager attention's is, has 0 there and the lowest number elsewhere.
     """
-    added = added or model.config._attn_implementation == "eager"
+    added = added or attention(model.config) == "eager"
 
     def wanted(mask: Bool[Tensor, "row 1 1 column"]) -> Tensor:
         if not added:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
 from spd_lens.models.adapter_files import check_adapter, is_peft, peft_config
-from spd_lens.models.backends import lazy_copy
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.neutral import neutral, random_kept
 from spd_lens.models.parity import Parity
+from spd_lens.models.torch_private import lazy_copy
 from spd_lens.models.twin import in_float32, run_twin
 from spd_lens.models.untouched import untouched
 

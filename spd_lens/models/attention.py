@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from spd_lens.models.transformers_private import attention, call_attention, may_change_attention
+
 _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
 _ONE_QUERY = "spd_lens_one_query"
@@ -23,20 +25,19 @@ _FEW_QUERIES = 4
 
 @contextlib.contextmanager
 def fastest_attention(model: Any, length: int) -> Iterator[None]:
-    """In bfloat16 on a CPU plain matrix products: torch's kernel takes twice as long there, forth and back.
+    """In bfloat16 on a CPU plain matrix products: torch's kernel takes twice as long there, forward and backward.
 
     They keep all attention weights for the backward pass, so not where sequences are long.
     """
-    own = model.config._attn_implementation
     fitting = model.dtype == torch.bfloat16 and model.device.type == "cpu" and length <= _SHORT
-    if not fitting or own != "sdpa" or not model._can_set_attn_implementation():  # it warns where it cannot
+    if not fitting or attention(model.config) != "sdpa" or not may_change_attention(model):
         yield
         return
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        model.set_attn_implementation("sdpa")
 
 
 @contextlib.contextmanager
@@ -47,15 +48,14 @@ def one_query_at_a_time(model: Any) -> Iterator[bool]:
     for their attention by name.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or model.device.type != "cpu" or not model._can_set_attn_implementation():
+    if attention(config) != "sdpa" or model.device.type != "cpu" or not may_change_attention(model):
         yield False
         return
-    # not by set_attn_implementation, which walks through all modules: this is for every step
-    config._attn_implementation = _ONE_QUERY
+    call_attention(config, _ONE_QUERY)  # in every step
     try:
         yield True
     finally:
-        config._attn_implementation = "sdpa"
+        call_attention(config, "sdpa")
 
 
 def one_query_attention(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
 from spd_lens.models.tokenizer import text_ids
+from spd_lens.models.torch_private import lazy_copy, own_memory
 
 BACKENDS = ("auto", "hooked", "bridge")
 
@@ -29,9 +30,6 @@ BACKENDS = ("auto", "hooked", "bridge")
 _COMPUTED = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 # TransformerLens picks an architecture by name for paths that hold one of these words, and then misreads the config.
 _MISLEADING = ("llama", "gemma", "medgemma")
-# Where torch's operations tell reading from writing. On MPS some write through a pointer that they took for reading
-# (pytorch#150569), which copy-on-write storage does not notice.
-_SHARING = ("cpu", "cuda")
 
 
 class NoLens(SPDError):
@@ -80,38 +78,6 @@ def choose_backends(name: str) -> list[Backend]:
     if name == "auto":
         return [HookedBackend(), BridgeBackend()] if has_hooked else [BridgeBackend()]
     return [HookedBackend() if name == "hooked" else BridgeBackend()]
-
-
-def lazy_copy(weight: Tensor) -> Tensor:
-    """A copy that takes memory only when it or the original is written to; of a view as of a whole tensor.
-
-    Torch's copy-on-write storage: who writes gets a storage of its own, so that neither ever sees the other's edits. On
-    CUDA, edit weights on the stream that they were loaded on (the default one), with which torch orders that copy.
-    """
-    if weight.device.type not in _SHARING:
-        return weight.detach().clone()
-    try:
-        return torch._lazy_clone(weight.detach())
-    except (AttributeError, RuntimeError):  # a private function of torch's; not for storage that torch does not manage
-        return weight.detach().clone()
-
-
-def is_lazy(weight: Tensor) -> bool:
-    """Whether a weight's storage is, or was, shared with a `lazy_copy`; true where torch cannot say."""
-    return bool(getattr(torch._C, "_is_cow_tensor", lambda _: True)(weight))
-
-
-def own_memory(model: nn.Module) -> None:
-    """Read weights that lie in a mapped file, as safetensors leaves them, into memory that `lazy_copy` can share."""
-    for parameter in model.parameters():
-        if parameter.device.type != "cpu":
-            continue
-        try:
-            torch._lazy_clone(parameter.detach())
-        except RuntimeError:
-            parameter.data = parameter.detach().clone()
-        except AttributeError:  # a torch without it
-            return
 
 
 def lens_logits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spd_lens.errors import SPDError
+from spd_lens.models.torch_private import onednn_takes_bfloat16
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -53,4 +54,4 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_takes_bfloat16())

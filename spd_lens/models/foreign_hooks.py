@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
 from spd_lens.models.hooks import named_parts
+from spd_lens.models.torch_private import hook_tables, times_written
 
-_TABLES = {
-    "_forward_pre_hooks": lambda passed: passed if len(passed) > 1 else passed[0],
-    "_forward_hooks": lambda passed: passed[-1],
-    "_backward_pre_hooks": lambda passed: passed[0],
-    "_backward_hooks": lambda passed: passed[0],
+_KINDS = {
+    "forward_pre": lambda passed: passed if len(passed) > 1 else passed[0],
+    "forward": lambda passed: passed[-1],
+    "backward_pre": lambda passed: passed[0],
+    "backward": lambda passed: passed[0],
 }
-"""Where a module keeps its hooks, and which of what they are given they may replace."""
+"""Kinds of hooks, and which of what they are given they may replace."""
 
 
 @contextlib.contextmanager
@@ -29,10 +30,9 @@ def watched(model: nn.Module) -> Iterator[None]:
     One that only looks, to count passes or to keep activations, works as ever.
     """
     put = []
-    everywhere: Any = torch.nn.modules.module
     for name, module in {"every module": None, **named_parts(model)}.items():
-        for attribute, replaceable in _TABLES.items():
-            table = getattr(everywhere, f"_global{attribute}") if module is None else getattr(module, attribute)
+        for kind, replaceable in _KINDS.items():
+            table = hook_tables(module, kind)
             for key, hook in table.items():
                 if _is_foreign(hook, module):
                     put.append((table, key, hook))
@@ -56,11 +56,9 @@ def _looking_only(
     hook: Callable[..., Any], name: str, replaceable: Callable[..., Any], module: nn.Module, *passed: Any
 ) -> Any:
     tensors = [value for value in _flat(passed) if isinstance(value, Tensor)]
-    # an inference tensor does not count its changes
-    before = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    before = list(map(times_written, tensors))
     result = hook(module, *passed)
-    after = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    if before != after or (result is not None and not _same(result, replaceable(passed))):
+    if before != list(map(times_written, tensors)) or (result is not None and not _same(result, replaceable(passed))):
         raise SPDError(
             f"a hook on {name or 'the model'} changes what passes there, so the numbers would not be those of the "
             "model; take it off (handle.remove(), lens.reset_hooks(including_permanent=True)), or only look in it"

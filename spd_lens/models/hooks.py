@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
+from spd_lens.models.torch_private import hook_tables
 from spd_lens.sites import Site
 
 HookFunction = Callable[[Float[Tensor, "batch pos head d_head"]], Tensor]
@@ -30,7 +31,8 @@ class LensHook:
         self._point.add_hook(lambda activation, hook: function(activation))
         self._handle = self._point.fwd_hooks[-1]
         # TransformerLens wraps the function: let it be known as one of this library's all the same
-        self._point._forward_hooks[self._handle.hook.id].__module__ = __name__
+        if (hook := hook_tables(self._point, "forward").get(self._handle.hook.id)) is not None:
+            hook.__module__ = __name__
 
     @property
     def attached(self) -> bool:

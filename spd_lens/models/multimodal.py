@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from spd_lens.errors import SPDError
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
+from spd_lens.models.transformers_private import attention, call_attention, causal_class, is_known_to
 from spd_lens.models.twin import run_twin
 
 _OTHER_SENSES = ("vision", "image", "audio", "speech", "video", "perceiver", "qformer", "vq", "vlm")
@@ -57,8 +58,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
 
 def auto_class(config: Any) -> Any:
     """Which of transformers' classes reads a checkpoint with this configuration."""
-    causal = type(config) in AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118 (it is no dict)
-    several = type(config) in AutoModelForImageTextToText._model_mapping.keys()  # noqa: SIM118 (it is no dict)
+    causal, several = (is_known_to(auto, config) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))
     return AutoModelForImageTextToText if several and not causal else AutoModelForCausalLM
 
 
@@ -70,7 +70,7 @@ def _language_model(model: PreTrainedModel, text: Any) -> PreTrainedModel | None
     text.dtype = model.dtype
     if text.model_type in _SAME_ON_TEXT:
         return _renamed(model.get_decoder(), head, text)
-    kind = AutoModelForCausalLM._model_mapping.get(type(text), None)
+    kind = causal_class(text)
     if kind is None or head is None:
         return None
     whole = [module for module in model.modules() if type(module) is kind]
@@ -93,7 +93,7 @@ def _renamed(decoder: nn.Module, head: nn.Module, text: Any) -> PreTrainedModel:
         key: value for key, value in settings["rope_parameters"].items() if "mrope" not in key
     } | {"rope_type": "default"}  # fmt: skip
     config = AutoConfig.for_model(_SAME_ON_TEXT[settings.pop("model_type")], **settings)
-    config._attn_implementation = text._attn_implementation
+    call_attention(config, attention(text))
     with torch.device("meta"):
         part = AutoModelForCausalLM.from_config(config)
     state = {f"model.{key}": weight for key, weight in decoder.state_dict().items()}

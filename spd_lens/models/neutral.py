@@ -19,13 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from spd_lens.errors import SPDError
 from spd_lens.models.foreign_hooks import watched
 from spd_lens.models.hooks import named_parts
+from spd_lens.models.torch_private import (
+    attention_order,
+    is_compiled,
+    is_wrapped_by_compile,
+    open_modes,
+    without_wrappers,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,28 +119,11 @@ def in_neutral(model: nn.Module) -> bool:
     return id(model) in getattr(_local, "inside", frozenset())
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` or `module.compile()` runs this very module: a hook inside may have no effect then."""
-    forward = vars(module).get("forward")
-    return (
-        "_orig_mod" in module._modules
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-    )
-
-
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether the module's `forward` is its class's own in a wrapper, as `torch.compile(module.forward)` is one, and
     what accelerate leaves behind a training in mixed precision."""
     forward = vars(module).get("forward")
-    return forward is not None and _unwrapped(forward) is _unwrapped(type(module).forward)
-
-
-def _unwrapped(function: Any) -> Any:
-    for name in ("__func__", "__wrapped__", "_torchdynamo_orig_callable"):
-        if hasattr(function, name):
-            return _unwrapped(getattr(function, name))
-    return function
+    return forward is not None and without_wrappers(forward) is without_wrappers(type(module).forward)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -181,7 +168,7 @@ def _modes() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda", "mps", "xpu"):
             stack.enter_context(without_autocast(kind))
-        if any(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+        if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if dtype != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
@@ -213,13 +200,7 @@ def _products() -> Iterator[None]:
 @contextlib.contextmanager
 def _attention_kernels() -> Iterator[None]:
     """All kernels of scaled dot product attention, in PyTorch's order."""
-    order = torch._C._get_sdp_priority_order()
-    usual = [int(kernel) for kernel in _ATTENTIONS]  # type: ignore[call-overload]  # pybind's enums are integers
-    with contextlib.ExitStack() as stack:
-        if order != usual:
-            stack.callback(torch._C._set_sdp_priority_order, order)
-            torch._C._set_sdp_priority_order(usual)
-        stack.enter_context(sdpa_kernel(_ATTENTIONS))
+    with attention_order(_ATTENTIONS), sdpa_kernel(_ATTENTIONS):
         yield
 
 
@@ -262,12 +243,12 @@ def ordinary_buffers(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         made = {name: x for name, x in module.named_buffers(recurse=False) if x.is_inference()}
         for name, buffer in made.items():
-            module._buffers[name] = buffer.clone()
+            setattr(module, name, buffer.clone())
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
     for name, module in named_parts(model).items():
-        if "_orig_mod" in module._modules:
+        if is_wrapped_by_compile(module):
             raise SPDError(
                 f"{name} of {type(model).__name__} was put behind torch.compile, which changes the names of its "
                 "weights; compile it in place (layer.compile()), or leave it as it was"
@@ -281,10 +262,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 def _refuse_modes() -> None:
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    for mode in modes:
-        if not isinstance(mode, DeviceContext):
-            raise SPDError(
-                f"a {type(mode).__name__} is open, through which every operation of PyTorch would pass; close it "
-                "around calls of spd_lens (to measure them, torch.profiler works)"
-            )
+    for mode in open_modes():
+        raise SPDError(
+            f"a {type(mode).__name__} is open, through which every operation of PyTorch would pass; close it around "
+            "calls of spd_lens (to measure them, torch.profiler works)"
+        )

@@ -31,6 +31,7 @@ from spd_lens.models.neutral import neutral, neutrally
 from spd_lens.models.probe import probe_unknown
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
 from spd_lens.models.tokenizer import read_tokenizer, text_ids
+from spd_lens.models.torch_private import before_compile
 from spd_lens.sites import Site, resolve_sites
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class ModelPair:
                 multimodal with a text part that cannot be had alone; its architecture is not in the table, and its
                 heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
-        hf = getattr(hf, "_orig_mod", hf)  # torch.compile puts itself around the model
+        hf = before_compile(hf)
         check_whole(hf)
         hf = text_part(hf)
         check_decoder(hf)

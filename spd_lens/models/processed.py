@@ -23,6 +23,7 @@ from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import TOLERANCE, Parity
+from spd_lens.models.torch_private import times_written
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import UnknownLayer, twin_hook
 from spd_lens.sites import Site
@@ -129,7 +130,7 @@ def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
 
 def _state(lens: nn.Module) -> Any:
     """Changes whenever a weight is replaced or written to."""
-    return [(name, id(weight), weight._version) for name, weight in lens.named_parameters()]
+    return [(name, id(weight), times_written(weight)) for name, weight in lens.named_parameters()]
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

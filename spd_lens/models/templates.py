@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template  # transformers' environment: tags, filters
+
+from spd_lens.models.transformers_private import template_environment
 
 Message = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ def _compiled(source: str) -> Template:
 
 def _environment() -> Any:
     """transformers' own tags, filters and functions; made of an empty template, since compiling folds constants."""
-    environment: Any = _compile_jinja_template("").environment.overlay()
+    environment = template_environment()
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.call_binop = _arithmetic
     return environment

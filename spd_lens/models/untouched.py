@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from spd_lens.errors import SPDError
-from spd_lens.models.backends import is_lazy, lazy_copy, own_memory
 from spd_lens.models.neutral import neutral
+from spd_lens.models.torch_private import is_lazy, lazy_copy, own_memory, times_written
 
 
 @contextlib.contextmanager
@@ -63,8 +63,9 @@ def state_digest(twin: PreTrainedModel) -> str:
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         flat = tensor.detach().flatten()
         some = flat[:: max(flat.numel() // 16, 1)].clone().cpu().view(torch.uint8)  # numpy would end lazy sharing
-        version = None if tensor.is_inference() else tensor._version
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {version} {tensor.requires_grad}".encode())
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype} {times_written(tensor)} {tensor.requires_grad}".encode()
+        )
         digest.update(some.numpy().tobytes())
     for config in (twin.config, twin.generation_config):
         digest.update(repr(None if config is None else sorted(config.to_dict().items(), key=str)).encode())

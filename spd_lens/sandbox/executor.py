@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spd_lens.sandbox import run_python
+from spd_lens.sandbox.runner import run_python
 
 
 def passes_tests(code: str, tests: Sequence[str], setup: str) -> bool:

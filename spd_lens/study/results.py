@@ -86,7 +86,7 @@ def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:
         for measure in _SCORED:
             if (value := MEASURES[measure](item)) is not None:
                 yield item.id, measure, value
-        yield item.id, "format", float(in_asked_form(task, item.completion))
+        yield item.id, "format", float(task.in_asked_form(item.completion))
         yield item.id, "finished", float(item.finish_reason != "length")
 
 

@@ -71,6 +71,14 @@ class Task(ABC):
     def score(self, item: Example, text: str) -> float:
         """How right the completion `text` is for `item`, in [0, 1]."""
 
+    def in_asked_form(self, text: str) -> bool:
+        """Whether the completion `text` gives an answer in the form that its prompt asks for, if in any.
+
+        Stricter than `extract`, which takes the last number, or the only letter, of any text. The form is looked for
+        where the answer is read from (`scoring.answer_part`): not in thoughts, and not behind a second question.
+        """
+        return self.extract(text) is not None
+
     def check_scorable(self) -> None:
         """Raise `SPDError` if `score` would, before anyone spends time on completions."""
         return None  # most tasks can always score

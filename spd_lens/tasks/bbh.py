@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Pools, PublishedTask, split_off
-from spd_lens.tasks.forms import ANSWER_MARK, answer_example
+from spd_lens.tasks.forms import ANSWER_MARK, AnswerLine, answer_example
 from spd_lens.tasks.scoring import same_choice, same_short_answer, short_answer
 from spd_lens.tasks.sources import Row
 
@@ -37,7 +37,7 @@ _OPTION = re.compile(r"^(\([A-Z]\)) (.*\S)", re.MULTILINE)
 
 
 @dataclass(kw_only=True)
-class BBH(PublishedTask):
+class BBH(AnswerLine, PublishedTask):
     """250 examples (some fewer) per subtask. The source has no split: 60 % of each subtask, always the same, are for
     testing. Draws take from the subtasks in turn. The authors ask that the files stay out of training corpora; the
     paper only evaluates on them."""

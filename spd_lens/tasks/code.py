@@ -15,7 +15,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Task, normalised
 from spd_lens.tasks.code_blocks import extract_code
-from spd_lens.tasks.code_names import compiled, parse
+from spd_lens.tasks.code_names import UNPARSABLE, compiled, parse, syntax_tree
 
 Executor = Callable[[str, Sequence[str], str], bool]
 """`(code, tests, setup) -> passed`: `code` is a model's and not trusted; `tests` are asserts, `setup` statements before
@@ -57,7 +57,7 @@ class CodeTask(Task):
         try:
             header, functions = signature(solution, tests)
             relative = [expected_values(test, functions) for test in tests]
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        except UNPARSABLE as error:
             raise SPDError(f"{where}: the code or an assert is not valid Python ({error})") from error
         completion = solution + "\n"
         spans: list[Span] = []
@@ -81,6 +81,14 @@ class CodeTask(Task):
 
     def extract(self, text: str) -> str | None:
         return extract_code(text)
+
+    def in_asked_form(self, text: str) -> bool:
+        """Python that parses and defines something."""
+        try:
+            tree = syntax_tree(extract_code(text) or "")
+        except UNPARSABLE:
+            return False
+        return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in tree.body)
 
     def score(self, item: Example, text: str) -> float:
         """1.0 if the completion's code passes the item's asserts (pass@1 of one sample), else 0.0."""

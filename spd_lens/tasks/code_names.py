@@ -13,6 +13,9 @@ from typing import NamedTuple
 BUILTIN = frozenset(dir(builtins))
 """Names that every program has."""
 
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+"""What Python raises on code that is none."""
+
 _FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 
 
@@ -20,17 +23,22 @@ def parse(code: str) -> ast.Module | None:
     """The tree of a program, or `None` if it is none."""
     try:
         return compiled(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except UNPARSABLE:
         return None
 
 
 def compiled(code: str) -> ast.Module:
     """The tree of a program; raises what Python's compiler does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\d" in somebody's code is not the user's concern
-        tree = ast.parse(code)
+    tree = syntax_tree(code)
+    with warnings.catch_warnings(action="ignore"):
         compile(code, "<code>", "exec", dont_inherit=True)  # says more: a `return` outside a function
     return tree
+
+
+def syntax_tree(code: str) -> ast.Module:
+    """The tree of what is written like a program; raises what Python's parser does."""
+    with warnings.catch_warnings(action="ignore"):  # "\d" in somebody's code is not the user's concern
+        return ast.parse(code)
 
 
 def first_line(node: ast.stmt) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Task, normalised
-from spd_lens.tasks.scoring import answer_letter, final_number, same_choice, same_number
+from spd_lens.tasks.scoring import answer_letter, answer_part, final_number, hash_lines, same_choice, same_number
 
 NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '#### ' followed by the final number."
 
@@ -46,11 +47,16 @@ class FinalNumber(Task):
     def extract(self, text: str) -> str | None:
         return final_number(text)
 
+    def in_asked_form(self, text: str) -> bool:
+        """A line of `####` and a number."""
+        return super().in_asked_form(text) and bool(hash_lines(answer_part(text), line_start=True))
+
     def score(self, item: Example, text: str) -> float:
         return float(same_number(item.meta["answer"], final_number(text)))
 
 
 ANSWER_MARK = "Answer: "
+_ANSWER_LINE = re.compile(rf"^[ \t*]*+{ANSWER_MARK.strip()}[\s*]*+\S", re.MULTILINE | re.IGNORECASE)
 LETTER_REQUEST = f"Reply with one line that says '{ANSWER_MARK}' followed by the letter of the right choice."
 
 
@@ -64,7 +70,16 @@ def answer_example(
 
 
 @dataclass(kw_only=True)
-class ChosenLetter(Task):
+class AnswerLine(Task):
+    """Answers on a line `Answer: ...`: a letter or a few words."""
+
+    def in_asked_form(self, text: str) -> bool:
+        """A line `Answer: ...` from which the answer can be taken."""
+        return super().in_asked_form(text) and _ANSWER_LINE.search(answer_part(text)) is not None
+
+
+@dataclass(kw_only=True)
+class ChosenLetter(AnswerLine):
     """Multiple choice (paper table 6: the span is the letter after `Answer:`, 1 token)."""
 
     span: Literal["letter", "line"] = "letter"

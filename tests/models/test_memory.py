@@ -13,7 +13,7 @@ from benchmarks.measure import settle
 from spd_lens import extract, projected
 from spd_lens.models import ModelPair, load
 from spd_lens.models.adapters import adapted
-from spd_lens.models.backends import lazy_copy
+from spd_lens.models.torch_private import lazy_copy
 from spd_lens.projection import folded
 from tests.conftest import build_tokenizer
 from tests.helpers import EXAMPLES, assert_same_bits, make_adapter

@@ -9,7 +9,7 @@ import pytest
 
 from spd_lens import sandbox
 from spd_lens.errors import SPDError
-from spd_lens.sandbox import mechanisms, run_python
+from spd_lens.sandbox import mechanisms, run_python, runner
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEST = ["assert f(2) == 4"]
@@ -86,7 +86,7 @@ def test_a_program_is_a_module_that_is_imported(shut_in, program):
 
 
 def test_refuses_where_no_mechanism_works(monkeypatch):
-    sandbox._problem.cache_clear()
+    runner._problem.cache_clear()
     monkeypatch.setattr(mechanisms, "missing", lambda name: f"{name} is not installed")
     try:
         assert sandbox.available() is None
@@ -95,18 +95,18 @@ def test_refuses_where_no_mechanism_works(monkeypatch):
         with pytest.raises(SPDError, match="'unshare' does not work"):
             run_python(HONEST, TEST, mechanism="unshare")
     finally:
-        sandbox._problem.cache_clear()
+        runner._problem.cache_clear()
 
 
 def test_a_mechanism_that_shuts_nothing_in_is_not_used(monkeypatch):
     plain = [sys.executable, "-I", "-S"]
     monkeypatch.setattr(mechanisms, "missing", lambda name: "")
     monkeypatch.setattr(mechanisms, "command", lambda mechanism, arguments, **_: [*plain, *arguments])
-    sandbox._problem.cache_clear()
+    runner._problem.cache_clear()
     try:
         assert "does not shut in" in sandbox.unavailable()["unshare"]
     finally:
-        sandbox._problem.cache_clear()
+        runner._problem.cache_clear()
         Path("/usr/probe").unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ import spd_lens as spd
 from spd_lens.diagnostics import corpus_diagnostics
 from spd_lens.study import corpora_frame, results_frame
 from spd_lens.study.results import COLUMNS, DIAGNOSTICS
-from spd_lens.study.side_effects import in_asked_form
 from tests.helpers import refused
 
 FORCED = {"aligned_loss": "aligned loss", "completion_loss": "completion loss", "kl": "KL from base"}
@@ -68,7 +67,7 @@ def test_every_number_is_that_of_its_file(finished_study, frame):
                 assert values("tokens") == {item["id"]: item["n_tokens"] for item in items}
                 assert values("finished") == {item["id"]: float(item["finish_reason"] == "eos") for item in items}
                 task = spd.tasks.get(target)
-                assert values("format") == {i["id"]: float(in_asked_form(task, i["completion"])) for i in items}
+                assert values("format") == {i["id"]: float(task.in_asked_form(i["completion"])) for i in items}
                 chosen = {item["id"]: item["choice_score"] for item in items if item["choice_score"] is not None}
                 assert values("accuracy by likelihood") == chosen
                 assert bool(chosen) == (target == "synthetic-qa")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from spd_lens import tasks
-from spd_lens.tasks.asked_form import in_asked_form
 
 FORMS = {
     "synthetic-math": {
@@ -42,18 +41,18 @@ FORMS = {
 
 @pytest.mark.parametrize(("name", "text", "holds"), [(n, t, h) for n, own in FORMS.items() for t, h in own.items()])
 def test_by_hand(name, text, holds):
-    assert in_asked_form(tasks.get(name), text) is holds
+    assert tasks.get(name).in_asked_form(text) is holds
 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("difficulty", ["easy", "hard"])
 def test_gold_completions_have_the_form(name, difficulty):
     task = tasks.get(name, difficulty=difficulty)
-    assert all(in_asked_form(task, item.completion) for item in task.test(30, 0))
+    assert all(task.in_asked_form(item.completion) for item in task.test(30, 0))
 
 
 def test_a_task_of_ones_own_asks_for_what_it_can_extract(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "p", "completion": "value=3", "spans": [[6, 7]], "split": "test"}\n')
     task = tasks.get(str(path), pattern=r"value=(?P<answer>\d)")
-    assert in_asked_form(task, "so value=4") and not in_asked_form(task, "4")
+    assert task.in_asked_form("so value=4") and not task.in_asked_form("4")

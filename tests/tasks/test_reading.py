@@ -7,7 +7,6 @@ import time
 import pytest
 
 from spd_lens import tasks
-from spd_lens.tasks.asked_form import in_asked_form
 from spd_lens.tasks.scoring import answer_letter, final_number, same_choice, same_short_answer
 
 FORMS = {
@@ -126,13 +125,11 @@ def test_questions_of_the_same_task(text, expected):
 
 def test_the_asked_form_is_looked_for_in_what_is_read():
     task = tasks.get("synthetic-math")
-    assert not in_asked_form(task, "<think>\n#### 7\n</think>\nIt is 7.")
-    assert not in_asked_form(task, "It is 7.\n\nQuestion: 1 + 1?\n#### 2")
-    assert in_asked_form(task, "<think>no</think>\n#### negative 7") and in_asked_form(task, "#### ½")
+    assert not task.in_asked_form("<think>\n#### 7\n</think>\nIt is 7.")
+    assert not task.in_asked_form("It is 7.\n\nQuestion: 1 + 1?\n#### 2")
+    assert task.in_asked_form("<think>no</think>\n#### negative 7") and task.in_asked_form("#### ½")
     choice = tasks.get("synthetic-qa")
-    assert not in_asked_form(choice, "<think>\nAnswer: B</think>\nB is right") and in_asked_form(
-        choice, "Answer: B</s>"
-    )
+    assert not choice.in_asked_form("<think>\nAnswer: B</think>\nB is right") and in_asked_form(choice, "Answer: B</s>")
 
 
 UNITS = (
