@@ -118,8 +118,10 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
 
 def html_of(markdown: str) -> str:
     """HTML of a report's Markdown. HTML in it is text, and there are no links and no images."""
+    # only cells of tables need their bars escaped
+    lines = [line if line.startswith("|") else line.replace("\\|", "|") for line in markdown.split("\n")]
     rules = ["link", "image", "autolink", "reference", "html_block", "html_inline"]
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").disable(rules).render(markdown)
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").disable(rules).render("\n".join(lines))
     return html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 

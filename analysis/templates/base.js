@@ -27,8 +27,9 @@ function options(select, pairs, chosen) {
 
 // A figure's layout in the page's own colours; Plotly knows no CSS.
 function inked(layout) {
-  const line = color("line");
+  const line = color("line"), defaults = layout.template?.layout ?? {};
   layout.font = { ...layout.font, color: color("ink") };
-  for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) Object.assign(layout[key], { gridcolor: line, zerolinecolor: line });
+  // among the defaults, since a colour of an axis's own would draw a grid where there is none
+  for (const axis of ["xaxis", "yaxis"]) Object.assign(defaults[axis] ?? {}, { gridcolor: line, zerolinecolor: line, linecolor: line });
   return layout;
 }
