@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from spd_lens.audit.core import Piece
 from spd_lens.examples import Example
+from spd_lens.pages import render
 
-from .reading import context, document, safe
+from .reading import context
+from .style import PACKAGE
 
 COMMON = 0.05
 """A read-out token that more than this share of the random poles of its head have too is shown pale: it says little
@@ -32,46 +34,30 @@ def cards_page(
     """The page as HTML, from what `directions.read_directions` gave.
 
     Args:
-        name: Of the run.
-        measures: Its first frame.
-        tokens: Its second frame.
+        name: Name of the run.
+        measures: The first frame of what it gave.
+        tokens: The second frame.
         examples: The calibration examples.
-        pieces: Their tokens (`reading.pieces_of`).
+        pieces: The tokens of the examples (`reading.pieces_of`).
         says: The findings, in sentences.
         model: Name of the model.
     """
-    sites = list(dict.fromkeys(measures["site"]))
-    links = " · ".join(f'<a href="#s{safe(site)}">{safe(_site_name(site))}</a>' for site in sites)
-    body = [_LEGEND, f'<p class="note">Go to {links}</p>']
-    for site in sites:
-        body.append(f'<h2 id="s{safe(site)}">{safe(_site_name(site))}</h2>')
-        part = measures[measures["site"] == site]
+    sites = []
+    for site, part in measures.groupby("site", sort=False):
+        heads = []
         for head, rows in part.groupby("head", sort=False):
             mine = tokens[(tokens["site"] == site) & (tokens["head"] == head)]
+            cards = [
+                _card(int(direction), numbers, mine[mine["direction"] == direction], examples, pieces)
+                for direction, numbers in rows.groupby("direction", sort=True)
+            ]
             queries = sorted({int(q) for q in mine["query_head"] if q >= 0})
-            serves = f", read by query heads {', '.join(map(str, queries))}" if queries else ""
-            body.append(f'<h3 class="head">KV head {safe(head)}{serves}</h3>')
-            for direction, numbers in rows.groupby("direction", sort=True):
-                own = mine[mine["direction"] == direction]
-                body.append(_card(site, str(head), int(direction), numbers, own, examples, pieces))
-    facts = [f"{len(examples)} calibration examples", f"run {name}", model]
-    style = files("spd_lens.analysis").joinpath("directions.css").read_text(encoding="utf-8")
-    return document("What singular directions mean", "\n".join(body), says=says, facts=facts, style=style)
-
-
-_LEGEND = f"""<section class="panel how">
-<p>A singular vector has no sign, so both poles are read. For values, moving along <b class="plus">+</b> lowers the loss
-on average; for keys, whose gradients cancel over tokens (softmax does not see a shift that all keys share),
-<b class="plus">+</b> is where the head's queries point on average, and <b class="minus">−</b> the other way.</p>
-<p><b>Values</b>: tokens whose logits rise most when a value moves that way, through each query head's part of
-W<sub>O</sub>, the final norm's gain and the unembedding; hover for standard deviations over the vocabulary. Tokens that
-more than {COMMON:.0%} of random directions of the head promote too are <span class="common">pale</span>. Layers in
-between are left out: for early layers this is only what reaches the output directly.</p>
-<p><b>Keys</b>: tokens whose queries point along the pole (cosine, before RoPE: relative position 0). They attend more
-to tokens whose keys move that way.</p>
-<p><b>Pull</b>: tokens whose own gradient is largest along the direction, in nats per unit, and the pole they ask for.
-At most one token per example, and not the first token, which the numbers of each card are about. Numbers in grey: mean
-of random directions of the same head; p: share of them that have as much.</p></section>"""
+            heads.append({"name": head, "queries": queries, "cards": cards})
+        sites.append({"id": site, "name": _site_name(site), "heads": heads})
+    return render(
+        "directions.html", package=PACKAGE, title="What singular directions mean", says=says, sites=sites,
+        facts=[f"{len(examples)} calibration examples", f"run {name}", model], common=f"{COMMON:.0%}",
+    )  # fmt: skip
 
 
 def _site_name(site: str) -> str:
@@ -80,16 +66,14 @@ def _site_name(site: str) -> str:
 
 
 def _card(
-    site: str,
-    head: str,
     direction: int,
     numbers: pd.DataFrame,
     own: pd.DataFrame,
     examples: Sequence[Example],
     pieces: Sequence[Sequence[Piece]],
-) -> str:
+) -> dict[str, Any]:
     by = numbers.set_index("measure")
-    facts = [f"singular value <b>{numbers['singular_value'].iloc[0]:.3g}</b>"]
+    facts = []
     for measure, shown in (
         ("energy share", "{:.1%} of the head’s energy"),
         ("first-token share", "{:.0%} of it at the first token"),
@@ -100,67 +84,46 @@ def _card(
     ):
         if measure in by.index:
             value, null, p = (float(by[column][measure]) for column in ("value", "null", "p"))
-            number = shown.format(value)
             null_number = f"{null:.1%}" if "%" in shown else f"{null:.2f}"
-            facts.append(f'<b>{safe(number)}</b> <span class="null">random {null_number}, p {p:.2g}</span>')
-    sections = []
-    vocabulary = own[own["role"] == "vocabulary"]
-    if len(vocabulary):
-        sections.append(_vocabulary(vocabulary))
-    queries = own[own["role"] == "query"]
-    for pole in "+-" if len(queries) else "":
-        rows = queries[queries["pole"] == pole]
-        title = f"{_pole(pole)} queries that match"
-        sections.append(_contexts(title, rows, examples, pieces, lambda r: f"{r.value:.2f} · head {r.query_head}"))
-    pulls = own[own["role"] == "pull"]
-    sections.append(
-        _contexts("pull hardest", pulls, examples, pieces, lambda r: f"{r.value:.2g}", with_pole=True)
-    )  # fmt: skip
-    name = f"{_site_name(site)}, head {head}, direction {direction}"
-    return (
-        f'<article class="card" aria-label="{safe(name)}"><header><h3>direction {direction}</h3>'
-        f'<span class="size">{" · ".join(facts)}</span></header>{"".join(sections)}</article>'
-    )
+            facts.append((shown.format(value), f"random {null_number}, p {p:.2g}"))
+
+    def contexts(title: str, rows: pd.DataFrame, number: Callable[[Any], str], pole: str = "") -> dict[str, Any]:
+        """Tokens in their contexts; each has a pole of its own unless the whole section is of one."""
+        lines = [
+            {
+                "pole": "" if pole else row.pole,
+                "number": number(row),
+                "where": f"{examples[int(row.example)].id} · position {int(row.position)}",
+                "text": context(pieces[int(row.example)], int(row.position)),
+            }
+            for row in rows.sort_values("place").itertuples()
+        ]
+        return {"title": title, "pole": pole, "rows": lines}
+
+    queries, pulls = own[own["role"] == "query"], own[own["role"] == "pull"]
+    sections = [
+        contexts("queries that match", own_pole, lambda r: f"{r.value:.2f} · head {r.query_head}", pole)
+        for pole in ("+-" if len(queries) else "")
+        for own_pole in (queries[queries["pole"] == pole],)
+    ]
+    sections.append(contexts("pull hardest", pulls, lambda r: f"{r.value:.2g}"))
+    return {
+        "direction": direction, "value": f"{numbers['singular_value'].iloc[0]:.3g}", "numbers": facts,
+        "vocabulary": _vocabulary(own[own["role"] == "vocabulary"]), "contexts": sections,
+    }  # fmt: skip
 
 
-def _vocabulary(rows: pd.DataFrame) -> str:
-    lines = []
-    for query, mine in rows.groupby("query_head", sort=True):
-        cells = []
-        for pole in "+-":
-            chosen = mine[mine["pole"] == pole].sort_values("place")
-            cells.append(f"<td>{_pole(pole)} {' '.join(map(_read_token, chosen.itertuples()))}</td>")
-        lines.append(f'<tr><td class="n">query head {int(query)}</td>{"".join(cells)}</tr>')
-    return f'<table class="vocabulary">{"".join(lines)}</table>'
+def _vocabulary(rows: pd.DataFrame) -> list[tuple[int, list[tuple[str, list[tuple[str, str, bool]]]]]]:
+    """For each query head and pole: the tokens with their hover texts, and whether each says little."""
+    return [
+        (int(query), [(p, [_read_token(r) for r in part.sort_values("place").itertuples()])
+                      for p in "+-" for part in (mine[mine["pole"] == p],)])
+        for query, mine in rows.groupby("query_head", sort=True)
+    ]  # fmt: skip
 
 
-def _read_token(row: object) -> str:
-    value, null, text = (getattr(row, name) for name in ("value", "null", "token"))
-    kind = "tok common" if null > COMMON else "tok"
-    shown = safe(text).replace(" ", "␣", 1) if str(text).startswith(" ") else safe(text).replace("\n", "↵")
-    title = f"{value:.1f} standard deviations; among the first of {null:.1%} of random poles"
-    return f'<span class="{kind}" title="{safe(title)}">{shown}</span>'
-
-
-def _contexts(
-    title: str,
-    rows: pd.DataFrame,
-    examples: Sequence[Example],
-    pieces: Sequence[Sequence[Piece]],
-    number: object,
-    *,
-    with_pole: bool = False,
-) -> str:
-    assert callable(number)
-    lines: Iterable[str] = (
-        f'<tr><td class="n">{_pole(r.pole) + " " if with_pole else ""}{safe(number(r))}</td>'
-        f'<td class="ctx" title="{safe(examples[int(r.example)].id)} · position {int(r.position)}">'
-        f"{context(pieces[int(r.example)], int(r.position))}</td></tr>"
-        for r in rows.sort_values("place").itertuples()
-    )
-    inside = f"<table>{''.join(lines)}</table>" if len(rows) else '<p class="none">no query points this way</p>'
-    return f'<section class="contexts"><h4>{title}</h4>{inside}</section>'
-
-
-def _pole(pole: str) -> str:
-    return '<b class="plus">+</b>' if pole == "+" else '<b class="minus">−</b>'
+def _read_token(row: Any) -> tuple[str, str, bool]:
+    text = str(row.token)
+    shown = text.replace(" ", "␣", 1) if text.startswith(" ") else text.replace("\n", "↵")
+    title = f"{row.value:.1f} standard deviations; among the first of {row.null:.1%} of random poles"
+    return shown, title, row.null > COMMON

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from markdown_it import MarkdownIt
 
 from spd_lens.storage import write_text
 from spd_lens.study.contrasts import FOCUS, RANDOM, contrasts, means
@@ -118,45 +117,12 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
 
 
 def html_of(markdown: str) -> str:
-    """HTML of the Markdown that reports use: headings, paragraphs, lists, tables, bold, emphasis and code spans.
-
-    Everything else is text, and is escaped.
-    """
-    parts = []
-    for block in re.split(r"\n\s*\n", markdown.strip()):
-        lines = block.split("\n")
-        if heading := re.fullmatch(r"(#{1,4}) (.*)", block):
-            level = len(heading[1])
-            parts.append(f"<h{level}>{_inline(heading[2])}</h{level}>")
-        elif block.startswith("| "):
-            parts.append(_html_table(lines))
-        elif block.startswith("- "):
-            parts.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
-        elif block:
-            parts.append(f"<p>{_inline(' '.join(lines))}</p>")
-    return "\n".join(parts)
-
-
-def _html_table(lines: Sequence[str]) -> str:
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in lines]
-    head, body = rows[0], rows[2:]
-    cells = ["<tr>" + "".join(f"<th>{_inline(cell)}</th>" for cell in head) + "</tr>"]
-    cells += ["<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    return f'<div class="wide"><table>{"".join(cells)}</table></div>'
-
-
-def _inline(text: str) -> str:
-    """Code spans first: nothing in them is markup."""
-    parts = re.split(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", text.replace("\\|", "|"))
-    # split gives text, fence, code, text, ...
-    out = []
-    for place in range(0, len(parts), 3):
-        plain_text = escape(parts[place].replace("&lt;", "<"), quote=False)
-        plain_text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", plain_text)
-        out.append(re.sub(r"\*\((.+?)\)\*", r"<em>(\1)</em>", plain_text))
-        if place + 2 < len(parts):
-            out.append(f"<code>{escape(parts[place + 2].strip(), quote=False)}</code>")
-    return "".join(out)
+    """HTML of a report's Markdown. HTML in it is text, and there are no links and no images."""
+    # only cells of tables need their bars escaped
+    lines = [line if line.startswith("|") else line.replace("\\|", "|") for line in markdown.split("\n")]
+    rules = ["link", "image", "autolink", "reference", "html_block", "html_inline"]
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").disable(rules).render("\n".join(lines))
+    return html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
 def _points(fig: go.Figure, order: Sequence[str], own: pd.DataFrame, target: str, index: int) -> None:

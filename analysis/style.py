@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -11,6 +12,11 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
+
+from spd_lens.pages import render, source
+
+PACKAGE = "spd_lens.analysis"
+"""Whose `templates/` hold the pages of the analyses."""
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#666666")
 """Okabe and Ito's palette without yellow and black, which vanish on white and on black. Never the only distinction:
@@ -26,28 +32,24 @@ NULL_COLOR = "#8A8A8A"
 """Every control and every null is grey and dotted, in every figure."""
 
 
-def _template(ink: str, grid: str) -> go.layout.Template:
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": "outside", "automargin": True}
-    return go.layout.Template(
-        layout=go.Layout(
-            colorway=COLORS,
-            font={"family": "system-ui, sans-serif", "size": 14, "color": ink},
-            title={"x": 0, "xanchor": "left", "font": {"size": 17}},
-            # transparent, so that a page's light or dark ground shows through
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            xaxis=axis,
-            yaxis=axis,
-            legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
-            margin={"l": 70, "r": 20, "t": 70, "b": 60},
-            hovermode="closest",
-            colorscale={"sequential": SEQUENTIAL, "diverging": DIVERGING},
-        )
+_GRID = "#d0d7de"
+_AXIS = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": _GRID, "ticks": "outside", "automargin": True}
+pio.templates["spd_light"] = go.layout.Template(
+    layout=go.Layout(
+        colorway=COLORS,
+        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1f2328"},
+        title={"x": 0, "xanchor": "left", "font": {"size": 17}},
+        # transparent, so that a page's light or dark ground shows through; a page gives figures its own ink as well
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        margin={"l": 70, "r": 20, "t": 70, "b": 60},
+        hovermode="closest",
+        colorscale={"sequential": SEQUENTIAL, "diverging": DIVERGING},
     )
-
-
-pio.templates["spd_light"] = _template("#1f2328", "#d0d7de")
-pio.templates["spd_dark"] = _template("#e6edf3", "#3d444d")
+)
 
 
 def figure(title: str, x: str, y: str, *, says: str = "") -> go.Figure:
@@ -115,59 +117,36 @@ def page(
 
     `before` and `after` are HTML around the figures, whose author has escaped what is in it; the rest is plain text.
     """
-    parts = [
-        pio.to_html(fig, full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
-        for fig in figures
-    ]
-    shown = " · ".join(f"{escape(str(key))}: {escape(str(value))}" for key, value in (facts or {}).items())
-    slots = {
-        "TITLE": escape(title),
-        "SAYS": escape(says),
-        "FACTS": shown,
-        "FIGURES": "\n".join([before, *parts, after]),
-        "DARK": pio.templates["spd_dark"].layout.font.color,
-        "PLOTLY": get_plotlyjs(),
-    }
-    # in one pass: what fills one slot may itself look like another
-    return re.sub(r"@([A-Z]+)@", lambda slot: slots[slot.group(1)], _PAGE)
+    return drawn(
+        "figures.html", "figures.js", title=title, says=says, facts=listed(facts), before=before, after=after,
+        figures=[as_data(fig) for fig in figures],
+    )  # fmt: skip
+
+
+def drawn(template: str, *scripts: str, **context: Any) -> str:
+    """A page whose figures are drawn in the browser by plotly, by what all scripts share, and by `scripts`."""
+    script = "\n".join(source(name, PACKAGE) for name in ("base.js", *scripts))
+    return render(template, package=PACKAGE, scripts=(plotly_script(), script), **context)
+
+
+def listed(facts: Mapping[str, Any] | None) -> list[str]:
+    """Settings as the short texts under a page's title."""
+    return [f"{key}: {value}" for key, value in (facts or {}).items()]
+
+
+def as_data(fig: go.Figure) -> dict[str, Any]:
+    """A figure as plotly.js takes it."""
+    data: dict[str, Any] = json.loads(pio.to_json(fig))
+    return data
+
+
+@cache
+def plotly_script() -> str:
+    """plotly.js as it goes into a page; a browser hashes it with plain line feeds."""
+    script: str = get_plotlyjs()
+    return script.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def plain(text: str) -> str:
     """Text for labels and hovers: plotly reads tags in them, and what comes from data or a model is not trusted."""
     return escape(text, quote=False).replace("\n", "<br>")
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  background: #fff; color: #1f2328; }
-.facts { color: #656d76; font-size: .85rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #d0d7de; padding: .25rem .6rem; text-align: left; vertical-align: top; }
-@media (prefers-color-scheme: dark) {
-  body { background: #0d1117; color: #e6edf3; } .facts { color: #9198a1; } th, td { border-color: #3d444d; }
-}
-</style>
-<script>@PLOTLY@</script></head>
-<body><h1>@TITLE@</h1><p>@SAYS@</p>
-@FIGURES@
-<p class="facts">@FACTS@</p>
-<script>
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function recolor() {
-  const ink = dark.matches ? "@DARK@" : "#1f2328", grid = dark.matches ? "#3d444d" : "#d0d7de";
-  for (const plot of document.querySelectorAll(".plotly-graph-div")) {
-    const change = {"font.color": ink};
-    for (const key of Object.keys(plot.layout)) if (/^[xy]axis\\d*$/.test(key)) {
-      change[key + ".gridcolor"] = grid; change[key + ".zerolinecolor"] = grid;
-    }
-    Plotly.relayout(plot, change);
-  }
-}
-recolor(); dark.addEventListener("change", recolor);
-</script></body></html>
-"""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from spd_lens.audit.core import Piece
 from spd_lens.examples import Example
+from spd_lens.pages import render
 
-from .reading import document, safe, token
+from .style import PACKAGE
 
 _MOST_SITES = 12
 """Beyond that the page offers the sums over keys and over values only; numbers per site are in the table."""
@@ -30,7 +31,7 @@ def text_page(
     """The page as HTML.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         read: Each example's tokens in order of position.
         examples: The examples, in the order of the frame's `example` numbers.
         energy: What `tokens.token_energy` gave for them.
@@ -39,31 +40,14 @@ def text_page(
         model: Name of the model.
     """
     views = _views(energy)
-    radios = "".join(
-        f'<label><input type="radio" name="site" id="s{i}"{" checked" if not i else ""}>{safe(label)}</label>'
-        for i, label in enumerate(views)
-    )
-    style = files("spd_lens.analysis").joinpath("tokens.css").read_text(encoding="utf-8") + "".join(
-        f"body:has(#s{i}:checked):has(#norm:checked) pre span {{ --w: var(--n{i}) }}\n"
-        f"body:has(#s{i}:checked):has(#part:checked) pre span {{ --w: var(--p{i}) }}\n"
-        for i in range(len(views))
-    )
-    bar = (
-        f'<div class="bar-top"><fieldset><legend>site</legend>{radios}</fieldset>'
-        "<fieldset><legend>colour</legend>"
-        '<label><input type="radio" name="what" id="norm" checked>gradient norm, of the example’s largest behind the '
-        "first token</label>"
-        '<label><input type="radio" name="what" id="part">part of it inside the subspace</label></fieldset>'
-        '<span>0 <span class="ramp"></span> 1 · <b style="box-shadow: inset 0 -2px">bold</b>: more than 5 % of the '
-        'example’s energy · <span style="outline:1.5px dashed var(--minus)">dashed</span>: scored</span></div>'
-    )
-    cards = "\n".join(
-        _card(examples[index], read[index], part, views) for index, part in energy.groupby("example", sort=True)
-    )
-    facts = [f"{len(examples)} calibration examples", f"run {name}", model, "hover a token for its numbers"]
-    return document(
-        "Where the gradient sits, token by token", _summary(shares) + bar + cards, says=says, facts=facts,
-        style=style,
+    part = shares[(shares["site"] == "all") & (shares["of"] == shares["of"].iloc[0])]
+    table = part.pivot(index="category", columns="measure", values="value")
+    return render(
+        "tokens.html", package=PACKAGE, title="Where the gradient sits, token by token", says=says, views=views,
+        facts=[f"{len(examples)} calibration examples", f"run {name}", model, "hover a token for its numbers"],
+        categories=[(c, table["energy"][c], table["tokens"][c]) for c in dict.fromkeys(part["category"])],
+        widest=max(table["energy"].max(), table["tokens"].max(), 1e-9),
+        cards=[_card(examples[i], read[i], own, views) for i, own in energy.groupby("example", sort=True)],
     )  # fmt: skip
 
 
@@ -79,7 +63,7 @@ def _views(energy: pd.DataFrame) -> dict[str, list[str]]:
     return views
 
 
-def _card(example: Example, tokens: Sequence[Piece], part: pd.DataFrame, views: dict[str, list[str]]) -> str:
+def _card(example: Example, tokens: Sequence[Piece], part: pd.DataFrame, views: dict[str, list[str]]) -> dict[str, Any]:
     tables = {what: part.pivot(index="position", columns="site", values=what) for what in ("energy", "inside")}
     category = part.drop_duplicates("position").set_index("position")["category"]
     styles = [""] * len(tokens)
@@ -97,41 +81,15 @@ def _card(example: Example, tokens: Sequence[Piece], part: pd.DataFrame, views: 
     kept = np.divide(
         tables["inside"].sum(axis=1).to_numpy(), total.to_numpy(), out=np.zeros(len(tokens)), where=total.to_numpy() > 0
     )
-    spans = "".join(
-        token(
-            piece,
-            classes=" ".join(filter(None, ("s" if piece.scored else "", "top" if share[i] > 0.05 else ""))),
-            style=styles[i],
-            title=f"{category[i]} · position {i} · {share[i]:.2%} of the energy · {kept[i]:.0%} inside",
-        )
-        for i, piece in enumerate(tokens)
-    )
+    classes = ["s " * piece.scored + "top" * bool(share[i] > 0.05) for i, piece in enumerate(tokens)]
     inside_all = tables["inside"].to_numpy().sum() / total.sum() if total.sum() > 0 else 0.0
     most = int(np.argmax(share))
-    return (
-        f'<article class="card"><header><h3>{safe(example.id)}</h3><span class="size">{len(tokens)} tokens · '
-        f"<b>{inside_all:.0%}</b> of the energy inside the subspace · most on position {most} "
-        f"<b>{safe(repr(tokens[most].text))}</b> ({share[most]:.0%})</span></header><pre>{spans}</pre></article>"
-    )
-
-
-def _summary(shares: pd.DataFrame) -> str:
-    part = shares[(shares["site"] == "all") & (shares["of"] == shares["of"].iloc[0])]
-    table = part.pivot(index="category", columns="measure", values="value")
-    order = list(dict.fromkeys(part["category"]))
-    widest = max(table["energy"].max(), table["tokens"].max(), 1e-9)
-    rows = []
-    for name in order:
-        energy, tokens = table["energy"][name], table["tokens"][name]
-        rows.append(
-            f'<span>{safe(name)}</span><span class="pair"><div class="e" style="width:{energy / widest:.1%}"></div>'
-            f'<div class="t" style="width:{tokens / widest:.1%}"></div></span>'
-            f'<span class="n">{energy:.1%} of energy, {tokens:.1%} of tokens</span>'
-        )
-    return (
-        '<section class="panel"><p class="note" style="margin-top:0"><span class="key" style="background:var(--bar)">'
-        '</span> share of the gradient energy, all sites · <span class="key" style="background:repeating-linear-'
-        'gradient(45deg, var(--null) 0 3px, transparent 3px 5px)"></span> share of the tokens that can matter (null); '
-        "means over examples, intervals in tokens.html</p>"
-        f'<div class="bars">{"".join(rows)}</div></section>'
-    )
+    return {
+        "id": example.id, "inside": f"{inside_all:.0%}", "most": most, "most_token": repr(tokens[most].text),
+        "most_share": f"{share[most]:.0%}",
+        "tokens": [
+            (piece, classes[i].strip(), styles[i],
+             f"{category[i]} · position {i} · {share[i]:.2%} of the energy · {kept[i]:.0%} inside")
+            for i, piece in enumerate(tokens)
+        ],
+    }  # fmt: skip

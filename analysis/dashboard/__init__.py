@@ -1,6 +1,6 @@
 """The dashboard: runs as one self-contained page, as a live app that generates, and inside a notebook.
 
-One page serves all three: `write_dashboard` writes it, `serve` frames it beside the generator, `explore` shows it in a
+One page serves all three: `write_dashboard` writes it, `serve` adds a tab that generates, `explore` shows it in a
 notebook's output, where it works without a kernel too.
 """
 
@@ -52,7 +52,7 @@ def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:
     try:
         from .live import serve as serve_live
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("dash", "flask", "werkzeug"):
+        if (error.name or "").partition(".")[0] not in ("flask", "werkzeug"):
             raise
-        raise SPDError("the live app needs dash; install it with pip install 'spd-lens[dashboard]'") from error
+        raise SPDError("the live app needs flask; install it with pip install 'spd-lens[dashboard]'") from error
     serve_live(runs, port=port)

@@ -9,12 +9,14 @@ import pytest
 
 from spd_lens.analysis.dashboard import write_dashboard
 from spd_lens.analysis.dashboard.data import assemble
-from spd_lens.analysis.dashboard.page import as_json, digest, page, plotly_script
+from spd_lens.analysis.dashboard.page import page
 from spd_lens.analysis.dashboard.records import effects, relative_to
 from spd_lens.analysis.inputs import Subject, subjects
+from spd_lens.analysis.style import plotly_script
 from spd_lens.audit.safe_text import visible
 from spd_lens.corpus import Corpus
 from spd_lens.moments import GradientMoments
+from spd_lens.pages import digest
 from spd_lens.rundir import Run
 from spd_lens.subspace import Subspace
 from tests.helpers import refused
@@ -82,9 +84,10 @@ def test_the_policy_names_the_scripts_that_are_there_and_no_other_source(documen
 
 
 def test_json_has_no_nan(document):
-    assert "NaN" not in as_json(document) and "Infinity" not in as_json(document)
+    data = re.search(r'id="data">(.*?)</script>', page(document, title="x"), re.DOTALL)[1]
+    assert "NaN" not in data and "Infinity" not in data
     with pytest.raises(ValueError):
-        as_json({"value": float("nan")})
+        page({"value": float("nan")}, title="x")
 
 
 def test_saved_sweeps_are_drawn_from_their_tables(document):

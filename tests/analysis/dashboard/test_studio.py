@@ -1,6 +1,7 @@
 """The studio against `generate` and plain forward passes; the app in a real headless Chromium."""
 
 import http.client
+import json
 import threading
 import time
 import urllib.error
@@ -128,7 +129,7 @@ def lock():
 
 @pytest.fixture(scope="module")
 def app_url(subject, lock):
-    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="dash is not installed")
+    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="flask is not installed")
     app = live.create_app([subject], lock)
     with live.listen(0) as waiting:
         server = live.start(app, waiting)
@@ -165,8 +166,8 @@ def until(page, condition):
 
 
 def ask(page, prompt, tokens="10"):
-    page.fill("#prompt", prompt)
-    page.fill("#tokens", tokens)
+    page.fill("#ask-prompt", prompt)
+    page.fill("#ask-tokens", tokens)
     page.keyboard.press("Tab")
     page.click("#go")
     until(page, "document.getElementById('go').textContent === 'Generate'")
@@ -178,8 +179,8 @@ def test_a_prompt_produces_text_and_probabilities(page, studio):
     expected = studio.answer(replace(ASK, rank=4, strength=1.0, seed=42, also=["random"]))
     for said in expected.said:
         assert page.text_content(f"#said-{said.policy}") == said.text
-    page.wait_for_selector("#next-tokens .js-plotly-plot .bars")
-    bars = page.evaluate("document.querySelector('#next-tokens .js-plotly-plot').data.map(t => [t.name, t.x])")
+    page.wait_for_selector("#next-tokens .bars")
+    bars = page.evaluate("document.querySelector('#next-tokens').data.map(t => [t.name, t.x])")
     assert [name for name, _ in bars] == ["base", "under the projection", "random subspace of the same ranks"]
     assert bars[0][1] == pytest.approx(list(expected.said[0].probabilities), abs=1e-6)
     assert bars[1][1] == pytest.approx(list(expected.said[1].probabilities), abs=1e-6)
@@ -188,25 +189,25 @@ def test_a_prompt_produces_text_and_probabilities(page, studio):
 
 
 def test_rank_and_projector_reach_the_model(page, studio):
-    page.check("#form input >> nth=1")
-    until(page, "document.getElementById('rank').max === '16'")
-    assert page.input_value("#rank") == "8"
-    page.locator("#rank").fill("2")
-    page.locator("#strength").fill("0.5")
+    page.check("#ask-form input >> nth=1")
+    until(page, "document.getElementById('ask-rank').max === '16'")
+    assert page.input_value("#ask-rank") == "8"
+    page.locator("#ask-rank").fill("2")
+    page.locator("#ask-strength").fill("0.5")
     until(page, "document.getElementById('rank-label').textContent.startsWith('Rank: 2 of 16')")
-    page.uncheck("#also input >> nth=0")
+    page.uncheck("#ask-also input >> nth=0")
     ask(page, PROMPT)
     until(page, "!document.getElementById('said-random')")
     expected = studio.answer(replace(ASK, rank=2, per_head=False, seed=42, also=[]))
     assert page.text_content("#said-projected") == expected.said[1].text
     assert "ranks 1.k: 2;" in page.inner_text("#answer")
-    page.check("#form input >> nth=0")
-    page.check("#also input >> nth=0")
+    page.check("#ask-form input >> nth=0")
+    page.check("#ask-also input >> nth=0")
 
 
 def test_hostile_prompts_and_wrong_input_are_answered_in_words(page):
     ask(page, HOSTILE, tokens="5")
-    assert page.inner_text("#message") == "" and page.locator("main img").count() == 0
+    assert page.inner_text("#message") == "" and page.locator("#studio img").count() == 0
     ask(page, "")
     until(page, "document.getElementById('message').textContent.includes('prompt is empty')")
     ask(page, PROMPT, tokens="")
@@ -221,19 +222,19 @@ def test_a_second_question_has_to_wait(page, lock):
     until(page, "document.getElementById('message').textContent === ''")
 
 
-def test_the_views_are_framed_and_follow_the_colours(page):
+def test_the_views_are_a_tab_in_the_same_colours(page):
+    assert page.is_hidden("#all-views")
     page.click("#tab-views")
-    frame = page.frame_locator("iframe")
-    frame.locator("html[data-ready=yes]").wait_for(state="attached")
-    assert frame.locator("#readouts .tile").count() > 3
-    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert page.is_hidden("#studio") and page.locator("#readouts .tile").count() > 3
+    until(page, "document.querySelector('#plot-energy .main-svg').clientWidth > 300")
+    look = "[getComputedStyle(document.body).backgroundColor, document.getElementById('next-tokens').layout.font.color]"
+    before = page.evaluate(look)
     page.click("#theme")
-    until(page, f"getComputedStyle(document.body).backgroundColor !== '{before}'")
-    frame.locator("html[data-theme=dark]").wait_for(state="attached")
+    assert not set(before) & set(page.evaluate(look))
     page.click("#theme")
-    frame.locator("html[data-theme=light]").wait_for(state="attached")
+    assert page.evaluate(look) == before
     page.click("#tab-studio")
-    page.wait_for_selector("#go")
+    assert page.is_visible("#go") and page.is_hidden("#all-views")
 
 
 @pytest.mark.parametrize("width", [1280, 768])
@@ -258,9 +259,11 @@ def test_the_app_fits_the_screen(page, width):
 )
 def test_only_this_machines_own_pages_are_answered(app_url, headers, status):
     port = app_url.rsplit(":", 1)[1]
-    for path in ("/", "/views", "/_dash-layout"):
+    sent = {name: value.replace("PORT", port) for name, value in headers.items()}
+    for method, path in (("GET", "/"), ("GET", "/analysis/alpha/rank_sweep.html"), ("POST", "/generate")):
         connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
-        connection.request("GET", path, headers={name: value.replace("PORT", port) for name, value in headers.items()})
+        body = "{}" if method == "POST" else None
+        connection.request(method, path, body, {"Content-Type": "application/json", **sent})
         answer = connection.getresponse()
         assert answer.status == status, path
         if status == 403:
@@ -268,6 +271,35 @@ def test_only_this_machines_own_pages_are_answered(app_url, headers, status):
         else:
             assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"]
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run": "nobody"}, "there is no run"),
+        ({"run": ["alpha"]}, "there is no run"),
+        ({"prompt": 5}, "prompt is empty"),
+        ({"layers": None}, "no layer is chosen"),
+        ({"rank": "<b>"}, "rank is <b>"),
+        ({"tokens": 10.5}, "max new tokens is 10.5"),
+        ({"temperature": None}, "temperature is empty"),
+        ({"also": 5}, "the generation failed"),
+    ],
+)
+def test_what_a_form_cannot_send_is_refused_in_words_too(app_url, change, words):
+    asked = {
+        "run": "alpha", "prompt": PROMPT, "layers": [1], "kinds": ["k"], "form": "head", "rank": 2, "strength": 1,
+        "tokens": 5, "temperature": 0, "seed": 1, "also": [],
+    }  # fmt: skip
+    body, headers = json.dumps(asked | change).encode(), {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{app_url}/generate", body, headers)) as answer:
+        assert words in json.load(answer)["error"]
+
+
+@pytest.mark.parametrize(("kind", "body"), [("text/plain", b"{}"), ("application/json", b"no json")])
+def test_only_json_is_a_question(app_url, kind, body):
+    with urllib.request.urlopen(urllib.request.Request(f"{app_url}/generate", body, {"Content-Type": kind})) as answer:
+        assert "there is no run" in json.load(answer)["error"]
 
 
 def test_saved_pages_are_served_by_name_alone(app_url):
@@ -285,7 +317,7 @@ def test_saved_pages_are_served_by_name_alone(app_url):
 
 
 def test_it_listens_to_this_machine_alone_and_names_a_taken_port():
-    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="dash is not installed")
+    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="flask is not installed")
     with live.listen(0) as waiting:
         address, port = waiting.getsockname()
         assert address == "127.0.0.1"

@@ -1,28 +1,15 @@
-"use strict";
 // The state that all views share, the controls that change it, and what every figure has in common.
-// Text from models and data goes into the page through textContent alone, and into figures through `label`.
 
-const D = JSON.parse(document.getElementById("data").textContent);
+const D = read("data");
 const S = D.style;
+const alsoDrawn = [];  // what an app draws beside the views
 const state = { run: 0, site: null, head: null, rank: 1 };
-const $ = (id) => document.getElementById(id);
-
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "class") node.className = value; else node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
-  return node;
-}
 
 // Sentences in which `commands` stand between backticks.
 function prose(id, text) {
   $(id).replaceChildren(...text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : document.createTextNode(part))));
 }
 
-// Plotly reads a few tags in labels: what looks like one is shown, not obeyed.
-const label = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const percent = (x, digits = 1) => x === undefined || x === null ? "–" : (100 * x).toFixed(digits) + "%";
 const signed = (x, digits = 3) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 const between = ([, low, high], show) => low === null || high === null ? "" : `[${show(low)}, ${show(high)}]`;
@@ -43,7 +30,6 @@ function at(curve, rank, width) {
 }
 
 /* ---- theme ---- */
-const media = window.matchMedia("(prefers-color-scheme: dark)");
 let theme = null;  // the reader's choice; without one the system's
 const isDark = () => (theme ?? (media.matches ? "dark" : "light")) === "dark";
 function applyTheme() {
@@ -52,11 +38,8 @@ function applyTheme() {
   $("theme").setAttribute("aria-label", isDark() ? "Switch to light colours" : "Switch to dark colours");
 }
 function setTheme(name) { theme = name; applyTheme(); drawAll(); }
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
 /* ---- figures ---- */
-const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
-
 function layout(x, y, more = {}) {
   const ink = color("ink"), line = color("line");
   const title = (text) => ({ text, standoff: 8, font: { size: 13 } });
@@ -140,10 +123,6 @@ function swatch(trace) {
 }
 
 function show(id, visible) { $(id).hidden = !visible; }
-function options(select, pairs, chosen) {
-  select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, text)));
-  select.value = chosen;
-}
 
 /* ---- controls ---- */
 const bySite = (a, b) => parseInt(a) - parseInt(b) || a.localeCompare(b);

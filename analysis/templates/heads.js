@@ -1,29 +1,12 @@
-"use strict";
-const read = id => JSON.parse(document.getElementById(id).textContent);
-const maps = read("data-maps"), example = read("data-example"), inks = read("data-inks");
-const at = id => document.getElementById(id);
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const config = {displaylogo: false, responsive: true};
+const maps = read("data-maps"), example = read("data-example");
 const n = example.tokens.length;
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const named = {k: "keys", v: "values"};
 const shown = {map: 0, layer: 0, kind: "", head: 0, row: example.rows.length - 1};
 
-function look(layout) {
-  const ink = dark.matches ? inks.dark : inks.light, grid = dark.matches ? "#3d444d" : "#d0d7de";
-  layout.font = {...layout.font, color: ink};
-  for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) Object.assign(layout[key], {gridcolor: grid, zerolinecolor: grid});
-  return layout;
-}
-
-function options(select, entries, value, change) {
-  select.replaceChildren(...entries.map(([key, text]) => {
-    const option = document.createElement("option");
-    option.value = key; option.textContent = text;
-    return option;
-  }));
-  select.value = String(value);
-  select.onchange = () => change(select.value);
+function choices(id, entries, value, change) {
+  options($(id), entries, value);
+  $(id).onchange = () => change($(id).value);
 }
 
 function plain(text) {  // plotly reads tags in titles
@@ -39,16 +22,14 @@ function drawMap() {
   const trace = fig.data.find(t => t.meta === shown.kind);
   if (trace && trace.x.includes(String(shown.layer)))
     fig.data.push({...ring, x: [String(shown.layer)], y: [String(shown.head)], xaxis: trace.xaxis, yaxis: trace.yaxis});
-  Plotly.react("maps", fig.data, look(fig.layout), config);
+  Plotly.react("maps", fig.data, inked(fig.layout), CONFIG);
 }
 
 function colour(pre, values, {top, from} = {}) {
   const order = [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, 3);
   pre.replaceChildren(...example.tokens.map((text, i) => {
-    const span = document.createElement("span");
-    span.textContent = text;
+    const span = el("span", { title: `position ${i} · ${(values[i] / 255).toFixed(2)}` }, text);
     span.style.setProperty("--w", (values[i] / 255).toFixed(3));
-    span.title = `position ${i} · ${(values[i] / 255).toFixed(2)}`;
     if (example.scored.includes(i)) span.classList.add("s");
     if (i === from) span.classList.add("from");
     if (top && order.includes(i) && values[i] > 12) span.classList.add("top");
@@ -56,13 +37,10 @@ function colour(pre, values, {top, from} = {}) {
   }));
 }
 
-function strip(title, values, options, extra) {
-  const box = document.createElement("div"), head = document.createElement("h3"), pre = document.createElement("pre");
-  box.className = "strip" + (extra || "");
-  head.textContent = title;
-  colour(pre, values, options);
-  box.append(head, pre);
-  return box;
+function strip(title, values, marks, extra) {
+  const pre = el("pre");
+  colour(pre, values, marks);
+  return el("div", { class: "strip" + (extra || "") }, el("h3", {}, title), pre);
 }
 
 function drawTexts() {
@@ -75,8 +53,8 @@ function drawTexts() {
   }
   if (gradient) boxes.push(strip(
     `gradient norm of these ${named[shown.kind]}, of the largest`, bytes(gradient[shown.head]), {top: true}, " gradient"));
-  at("texts").replaceChildren(...boxes);
-  at("explain").textContent = `Example ${example.id}. Attention from position ${from} (${JSON.stringify(example.tokens[from])}), ` +
+  $("texts").replaceChildren(...boxes);
+  $("explain").textContent = `Example ${example.id}. Attention from position ${from} (${JSON.stringify(example.tokens[from])}), ` +
     `which predicts ${JSON.stringify(example.tokens[from + 1])}. Dashed: scored tokens. Bold: the three largest.`;
 }
 
@@ -87,10 +65,10 @@ function drawPatterns() {
   for (let m = 0; m < g; m++) {
     const q = shown.head * g + m, all = bytes(example.pattern[shown.layer][q]);
     const id = m ? String(m + 1) : "";
-    const label = i => `${i} ${JSON.stringify(example.tokens[i])}`.replace(/</g, "&lt;");
+    const token = i => label(`${i} ${JSON.stringify(example.tokens[i])}`);
     data.push({type: "heatmap", coloraxis: "coloraxis", xaxis: "x" + id, yaxis: "y" + id, x: [...Array(n).keys()], y: example.rows,
       z: example.rows.map((_, r) => Array.from(all.subarray(r * n, (r + 1) * n), v => v / 255)),
-      customdata: example.rows.map(r => example.tokens.map((_, c) => `${label(r)} → ${label(c)}`)),
+      customdata: example.rows.map(r => example.tokens.map((_, c) => `${token(r)} → ${token(c)}`)),
       hovertemplate: "%{customdata}: %{z:.2f}<extra></extra>"});
     const from = (m + .02) / g, to = (m + 1) / g - .03;
     layout["xaxis" + id] = {domain: [from, to], title: {text: "attended position"}, anchor: "y" + id};
@@ -99,7 +77,7 @@ function drawPatterns() {
     layout.annotations.push({text: `query head ${q}`, xref: "paper", yref: "paper", x: (from + to) / 2, y: 1.02, xanchor: "center",
       yanchor: "bottom", showarrow: false});
   }
-  Plotly.react("patterns", data, look(layout), config).then(plot => {
+  Plotly.react("patterns", data, inked(layout), CONFIG).then(plot => {
     plot.removeAllListeners("plotly_click");
     plot.on("plotly_click", event => choose({row: example.rows.indexOf(event.points[0].y)}));
   });
@@ -107,8 +85,8 @@ function drawPatterns() {
 
 function choose(change) {
   Object.assign(shown, change);
-  at("chosen").textContent = `Layer ${shown.layer}, ${named[shown.kind] || shown.kind}, KV head ${shown.head}`;
-  at("layer").value = shown.layer; at("kind").value = shown.kind; at("head").value = shown.head; at("row").value = shown.row;
+  $("chosen").textContent = `Layer ${shown.layer}, ${named[shown.kind] || shown.kind}, KV head ${shown.head}`;
+  $("layer").value = shown.layer; $("kind").value = shown.kind; $("head").value = shown.head; $("row").value = shown.row;
   drawMap(); drawTexts();
   if (!("row" in change) || Object.keys(change).length > 1) drawPatterns();
 }
@@ -121,17 +99,17 @@ function begin() {
   }));
   shown.row = Math.max(0, example.rows.indexOf(Math.min(...example.scored) - 1));
   const same = values => values.map(v => [v, named[v] || v]);
-  options(at("map"), maps.map((m, i) => [i, plain(m.layout.title.text)]), 0, v => { shown.map = +v; drawMap(); });
-  options(at("layer"), same(example.pattern.map((_, i) => i)), shown.layer, v => choose({layer: +v}));
-  options(at("kind"), same(kinds), shown.kind, v => choose({kind: v}));
-  options(at("head"), same(first.y.map(Number)), shown.head, v => choose({head: +v}));
-  options(at("row"), example.rows.map((p, i) => [i, `${p} ${JSON.stringify(example.tokens[p])} → ${JSON.stringify(example.tokens[p + 1] || "")}`]),
+  choices("map", maps.map((m, i) => [i, plain(m.layout.title.text)]), 0, v => { shown.map = +v; drawMap(); });
+  choices("layer", same(example.pattern.map((_, i) => i)), shown.layer, v => choose({layer: +v}));
+  choices("kind", same(kinds), shown.kind, v => choose({kind: v}));
+  choices("head", same(first.y.map(Number)), shown.head, v => choose({head: +v}));
+  choices("row", example.rows.map((p, i) => [i, `${p} ${JSON.stringify(example.tokens[p])} → ${JSON.stringify(example.tokens[p + 1] || "")}`]),
     shown.row, v => choose({row: +v}));
   choose({...shown});
-  at("maps").on("plotly_click", event => {
+  $("maps").on("plotly_click", event => {
     const point = event.points[0];
     if (point.data.meta) choose({layer: +point.x, kind: point.data.meta, head: +point.y});
   });
 }
 begin();
-dark.addEventListener("change", () => choose({...shown}));
+media.addEventListener("change", () => choose({...shown}));

@@ -1,4 +1,3 @@
-"use strict";
 // Completions side by side, saved tables, provenance: text alone, put in as text.
 
 const PER_PAGE = 3;

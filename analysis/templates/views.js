@@ -1,4 +1,3 @@
-"use strict";
 // The views over the rank. Each reads the state and draws itself anew; nothing is computed that Python has not.
 
 function drawRanks() {
@@ -11,6 +10,7 @@ function drawAll() {
     .filter(Boolean).join(" · ");
   startEffects();
   drawRanks(); drawTexts(); drawSaved(); drawProvenance();
+  alsoDrawn.forEach((drawOne) => drawOne());
 }
 
 /* ---- numbers ---- */
