@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from spd_lens.errors import SPDError
-from spd_lens.numbers import plain
+from spd_lens.numbers import plain, whole
 from spd_lens.sites import KINDS
 
 
@@ -181,6 +181,14 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
     keywords = {name: name for name in SamplingKeywords.__annotations__} | {"batch_size": "generation_batch_size"}
 
     samples_per_prompt: int = Field(1, ge=1, description="How many completions of each prompt.")
+
+    def check(self) -> None:
+        """Raise `SPDError` if a count or the seed is no such number. `Sampling.resolve` checks the others."""
+        whole("max_new_tokens", self.max_new_tokens)
+        whole("samples_per_prompt", self.samples_per_prompt)
+        if self.generation_batch_size is not None:
+            whole("batch_size", self.generation_batch_size)
+        whole("seed", self.seed, least=None)
 
 
 class OptimisationGroup(Settings):

@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 
 from spd_lens.capture import batches_by_length, token_losses
 from spd_lens.evaluation.forced import ForcedBatch, forced_logits
-from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.architectures import angles_change_beyond
 from spd_lens.models.neutral import neutrally
+from spd_lens.policy import Policy
 
 
 @neutrally

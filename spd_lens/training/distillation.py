@@ -223,7 +223,7 @@ def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Modul
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=_lasting_name(pair.name),
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a fraction works too
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
     )
