@@ -49,12 +49,18 @@ def remeasure(
 
     The best of many cells looks better than it is; fresh items and fresh random draws undo that.
     """
+    policies = _policies(chosen, n_random, seed, strength)
+    found = measure(pair, items, policies, batch_tokens=batch_tokens)
+    return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
+
+
+def _policies(chosen: Mapping[str, Subspace], n_random: int, seed: int, strength: float) -> list[Policy]:
+    """The base model, each chosen subspace, and random ones of its shape."""
     policies = [Policy("base")]
     for name, subspace in chosen.items():
         policies.append(Policy(name, subspace, strength))
         policies += [Policy(f"{name}/{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
-    found = measure(pair, items, policies, batch_tokens=batch_tokens)
-    return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
+    return policies
 
 
 def write(
@@ -77,23 +83,19 @@ def write(
     Beside these the KL from the base model on the base model's own completions of the same prompts: gold completions
     are another's text, on which a model may be less sure. With `folder` an interrupted run goes on.
     """
-    subspaces: dict[str, Subspace | None] = {"base": None}
-    for name, subspace in chosen.items():
-        subspaces[name] = subspace
-        subspaces |= {f"{name}/{i}": subspace.random_like(seed + i) for i in range(n_random)}
+    policies = _policies(chosen, n_random, seed, strength)
     results: dict[str, EvalResult] = {}
-    for name, each in subspaces.items():
+    for policy in policies:
         # by content: the same name in another sweep is another subspace
-        stem = "base" if each is None else each.digest()
+        stem = "base" if policy.subspace is None else policy.subspace.digest()
         path = None if folder is None else Path(folder) / f"{stem}.jsonl"
-        results[name] = evaluate(
-            pair, task, n, each, strength=strength, seed=data_seed, batch_size=batch_size, name=name, forced=[],
-            path=path, progress=progress,
+        results[policy.name] = evaluate(
+            pair, task, n, policy=policy, seed=data_seed, batch_size=batch_size, forced=[], path=path,
+            progress=progress,
         )  # fmt: skip
     found = {name: written(pair, result) for name, result in results.items()}
     own = own_completions(results["base"])
     if own:
-        policies = [Policy(name, each, strength) for name, each in subspaces.items()]
         for name, values in measure(pair, own, policies, batch_tokens=batch_tokens).items():
             found[name]["kl_own"] = values["kl"]
     return _rows(found, chosen, n_random, ("accuracy", "kl_own", "repetition", "truncated"))

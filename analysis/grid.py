@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field, field_validator
 
-from spd_lens.config import Settings, read_yaml, validated
+from spd_lens.config import read_yaml, validated
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
+from spd_lens.settings import Settings
 from spd_lens.sites import KINDS, Site, resolve_layers
 from spd_lens.subspace import Subspace, resolve_rank
 
@@ -22,7 +23,7 @@ THIRDS = ("first_third", "middle_third", "last_third")
 class Grid(Settings):
     """What to sweep: all combinations of the lists. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     ranks: list[int | float] = Field(
         [0.0625, 0.125, 0.25, 0.5, 0.75],

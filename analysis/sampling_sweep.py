@@ -88,10 +88,9 @@ def sampled(
         setting = (policy.name, float(temperature), 1.0 if greedy else float(top_p))
         name = f"{policy.name}-t{setting[1]:g}-p{setting[2]:g}.jsonl"
         found[setting] = generate(
-            pair, items, subspace=policy.subspace, strength=policy.strength, adapter=policy.adapter,
-            temperature=setting[1], top_p=setting[2], top_k=0, samples_per_prompt=1 if greedy else samples, seed=seed,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
-            path=None if folder is None else folder / name,
+            pair, items, policy=policy, temperature=setting[1], top_p=setting[2], top_k=0, seed=seed,
+            samples_per_prompt=1 if greedy else samples, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            path=None if folder is None else folder / name, progress=progress,
         )  # fmt: skip
     return found
 

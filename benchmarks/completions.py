@@ -13,6 +13,7 @@ from benchmarks.measure import Sample, ratios
 from benchmarks.table import Row
 from spd_lens.decoding import Decoding, Job
 from spd_lens.engines import twin_engine
+from spd_lens.policy import Policy
 
 
 def jobs_of(pair: spd.ModelPair, n: int, cut: int | None = None) -> list[Job]:
@@ -28,7 +29,7 @@ def in_slots(
     batch_size: int | None,
 ) -> list[list[int]]:
     """Our way: the folded twin in slots; `batch_size` None is our own choice."""
-    with twin_engine(pair, decoding, subspace, 1.0, None, batch_size) as run:
+    with twin_engine(pair, decoding, Policy(subspace=subspace), batch_size) as run:
         made = {job.key: ids for completions in run(jobs) for job, ids in completions}
     return [made[job.key] for job in jobs]
 

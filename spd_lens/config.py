@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import SPDError
-from spd_lens.numbers import plain
-from spd_lens.sites import KINDS
+from spd_lens.settings import (
+    COMMAS,
+    CompletionGroup,
+    Extraction,
+    GradientGroup,
+    OptimisationGroup,
+    SamplingSettings,
+    SeedGroup,
+    Settings,
+    SiteGroup,
+    TrainingSettings,
+)
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.tasks import PRESETS
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class Settings(BaseModel):
-    """Settings whose numbers may be numpy's or torch's, and in which true and false are no numbers."""
+class ModelGroup(Settings):
+    """The model, and how prompts are written for it."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_numbers(cls, given: Any) -> Any:
-        return plain(dict(given)) if isinstance(given, dict) else given
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take true for 1."""
-        kinds = get_args(kind := cls.model_fields[str(info.field_name)].annotation) or (kind,)
-        numbers = int in kinds or float in kinds
-        if numbers and bool not in kinds and any(type(part) is bool for part in (value, *_parts(value))):
-            raise ValueError("true and false are no numbers")
-        return value
-
-
-def _parts(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else list(value.values()) if isinstance(value, dict) else ()
-
-
-class SPDConfig(Settings):
-    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    # model
     model: str = Field(DEFAULT_MODEL, description="Hub name, model directory or .gguf file.")
     backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
@@ -62,66 +45,6 @@ class SPDConfig(Settings):
     prompt_date: str | None = Field(
         None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
     )
-    # data
-    task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
-    data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
-    task_options: dict[str, Any] = Field(default_factory=dict, description="Options of the source task.")
-    eval_tasks: list[str] = Field(default_factory=list, description="Tasks to evaluate on; the source task if empty.")
-    n_calibration: int = Field(50, ge=1, description="Calibration examples.")
-    n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
-    n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
-    too_long: Literal["error", "drop"] = Field(
-        "error", description="Texts beyond the context: refuse them, or leave them out and count them."
-    )
-    allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
-    # subspace
-    layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
-    kinds: list[str] = Field(["k", "v"], min_length=1, description="Activations to project: k, v, q, z, resid.")
-    rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
-    per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
-    center: bool = Field(False, description="Project around the mean activation instead of the origin.")
-    strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
-    loss: Literal["aligned", "full"] = Field("aligned", description="Score correctness tokens or whole completions.")
-    engine: Literal["lens", "twin"] = Field("lens", description="Where gradients are captured.")
-    # generation
-    max_new_tokens: int = Field(256, ge=1, description="Token limit of a self-generated completion.")
-    temperature: float | None = Field(None, ge=0, description="Sampling temperature; else the model's own, else 0.7.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus mass; else the model's own, else 0.95.")
-    top_k: int | None = Field(None, ge=0, description="Tokens kept; else the model's own, else all (0).")
-    generation_batch_size: int | None = Field(None, ge=1, description="Completions at once; else what memory holds.")
-    # training
-    method: Literal["lora", "full"] = Field("lora", description="LoRA adapter or full fine-tuning.")
-    epochs: int = Field(5, ge=1, description="Passes over the corpus.")
-    lr: float = Field(1e-5, gt=0, description="Peak learning rate, cosine schedule.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
-    train_batch_size: int = Field(8, ge=1, description="Sequences per optimiser step.")
-    lora_rank: int = Field(8, ge=1, description="LoRA rank.")
-    lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
-    lora_targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1, description="Modules with LoRA."
-    )
-    loss_on: Literal["all", "completion"] = Field("all", description="Train on prompt and completion, or completion.")
-    # evaluation
-    policies: list[Literal["base", "projected", "spd"]] = Field(
-        ["base", "spd"], min_length=1, description="Policies to score by generation: base, projected, spd."
-    )
-    n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
-    n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
-    data_seed: int = Field(
-        42, ge=0, lt=2**32, description="Seed of the draws of examples; the same for runs to compare."
-    )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, training and random subspaces.")
-
-    @field_validator("kinds", "eval_tasks", "lora_targets", "policies", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-    @field_validator("model", "data_dir", mode="before")
-    @classmethod
-    def _path_to_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
 
     @field_validator("prompt_date", mode="before")
     @classmethod
@@ -132,26 +55,44 @@ class SPDConfig(Settings):
         except ValueError as error:
             raise ValueError("write a day as YYYY-MM-DD") from error
 
-    @field_validator("kinds")
-    @classmethod
-    def _known_kinds(cls, kinds: list[str]) -> list[str]:
-        for kind in kinds:
-            if kind not in KINDS:
-                raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
-        return kinds
 
-    @field_validator("layers", mode="before")
+class DataGroup(Settings):
+    """The examples."""
+
+    task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
+    data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
+    task_options: dict[str, Any] = Field(default_factory=dict, description="Options of the source task.")
+    eval_tasks: Annotated[list[str], COMMAS] = Field(
+        default_factory=list, description="Tasks to evaluate on; the source task if empty."
+    )
+    n_calibration: int = Field(50, ge=1, description="Calibration examples.")
+    n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
+    n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="Texts beyond the context: refuse them, or leave them out and count them."
+    )
+    allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
+
+    @field_validator("n_eval", mode="before")
     @classmethod
-    def _one_spelling(cls, value: Any) -> Any:
-        """`14`, `"14,29"` and `[14, 29]` are block indices; a run resumed with another spelling is the same run."""
-        if value in ("last_mid", "all"):
-            return value
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        if not parts or not all(
-            type(part) is int or isinstance(part, str) and part.strip().isdigit() for part in parts
-        ):
-            raise ValueError("write last_mid, all or block indices such as 14,29")
-        return sorted({int(part) for part in parts})
+    def _counts(cls, value: Any) -> Any:
+        if isinstance(value, str) and "=" in value:
+            value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
+        counts = dict(value) if isinstance(value, dict) else {"": value}
+        for name, count in counts.items():
+            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
+            if type(counts[name]) is not int or counts[name] < 1:
+                raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
+        return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
+
+
+class SubspaceGroup(Settings):
+    """Which subspace is taken from the gradients, and how it is applied."""
+
+    rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
+    per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
+    center: bool = Field(False, description="Project around the mean activation instead of the origin.")
+    strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -166,17 +107,50 @@ class SPDConfig(Settings):
             raise ValueError("write a number of directions of at least 1, or a fraction of the width up to 1.0")
         return rank
 
-    @field_validator("n_eval", mode="before")
+
+class EvaluationGroup(Settings):
+    """What is measured, and the seed of the draws of examples."""
+
+    policies: Annotated[list[Literal["base", "projected", "spd"]], COMMAS] = Field(
+        ["base", "spd"], min_length=1, description="Policies to score by generation: base, projected, spd."
+    )
+    n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
+    n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
+    data_seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of the draws of examples; the same for runs to compare."
+    )
+
+
+# Settings are written in the order of the groups from the last to the first, since bases come before their classes.
+class SPDConfig(
+    SeedGroup, EvaluationGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup, SiteGroup, DataGroup,
+    ModelGroup,
+):  # fmt: skip
+    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
+
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
+
+    lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")  # in files and flags a whole number
+
+    @field_validator("model", "data_dir", mode="before")
     @classmethod
-    def _counts(cls, value: Any) -> Any:
-        if isinstance(value, str) and "=" in value:
-            value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
-        counts = dict(value) if isinstance(value, dict) else {"": value}
-        for name, count in counts.items():
-            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
-            if type(counts[name]) is not int or counts[name] < 1:
-                raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
-        return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
+    def _path_to_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @property
+    def extraction(self) -> Extraction:
+        """The settings of `extract`."""
+        return Extraction.of(self)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The settings of `generate`."""
+        return SamplingSettings.of(self)
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The settings of `finetune`."""
+        return TrainingSettings.of(self)
 
     def n_test(self, task: str) -> int:
         """Test items of one of the tasks to evaluate on."""

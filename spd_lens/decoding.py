@@ -16,6 +16,7 @@ from spd_lens.model_settings import ModelSettings, Processor
 from spd_lens.models import ModelPair
 from spd_lens.record import FinishReason, Key
 from spd_lens.sampling import Sampling, choose, require_finite, row_uniforms
+from spd_lens.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class Decoding:
     stop_ids: tuple[int, ...]
     own: ModelSettings = ModelSettings()
     """What the model's generation config asks for beside `sampling`."""
+
+    @classmethod
+    def of(cls, pair: ModelPair, settings: SamplingSettings) -> Decoding:
+        """What a model makes of what is asked; `SPDError` if a setting is out of range."""
+        sampling = Sampling.resolve(pair, settings.temperature, settings.top_p, settings.top_k)
+        stop_ids = stop_tokens(pair)
+        own = ModelSettings.of(pair, sampling, stop_ids)
+        return cls(sampling, settings.seed, settings.max_new_tokens, stop_ids, own)
 
     def row(self, job: Job) -> Row:
         """A completion without a token."""

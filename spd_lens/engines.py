@@ -7,7 +7,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +23,15 @@ from transformers import (
 from spd_lens.decoding import Completions, Decoding, Job, Row
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
-from spd_lens.models.adapters import adapted
 from spd_lens.models.architectures import angles_change_beyond, takes_slots
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.transformers_private import attention
 from spd_lens.models.twin import named_outputs
+from spd_lens.policy import Policy
 from spd_lens.products import packed
-from spd_lens.projection import folded, projected
+from spd_lens.projection import projected
 from spd_lens.slots import Slots
-from spd_lens.subspace import Subspace
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +45,20 @@ _SHARE = 0.5
 
 
 @contextlib.contextmanager
-def twin_engine(
-    pair: ModelPair,
-    decoding: Decoding,
-    subspace: Subspace | None,
-    strength: float,
-    adapter: str | Path | None,
-    batch_size: int | None = None,
-) -> Iterator[Engine]:
-    """The twin, batched, with the adapter on and the projection folded into its weights.
+def twin_engine(pair: ModelPair, decoding: Decoding, policy: Policy, batch_size: int | None = None) -> Iterator[Engine]:
+    """The twin, batched, under the policy.
 
     `batch_size` completions at a time; None: as many as memory allows, up to `MOST_AT_A_TIME`.
     """
-    with (
-        adapted(pair.hf, adapter),
-        folded(pair.hf, subspace, strength),  # after the adapter, so that what it adds is projected too
-        _contiguous_unembed(pair),
-        packed(pair.hf),
-    ):
+    with policy.applied(pair), _contiguous_unembed(pair), packed(pair.hf):
         yield partial(_together, pair, decoding, batch_size)
 
 
 @contextlib.contextmanager
-def lens_engine(pair: ModelPair, decoding: Decoding, subspace: Subspace | None, strength: float) -> Iterator[Engine]:
+def lens_engine(pair: ModelPair, decoding: Decoding, policy: Policy) -> Iterator[Engine]:
     """The lens model, one prompt at a time, with the projection as hooks."""
-    lens = pair.proven_lens
-    with projected(lens, subspace, strength) if subspace is not None else contextlib.nullcontext():
+    lens, subspace = pair.proven_lens, policy.subspace
+    with projected(lens, subspace, policy.strength) if subspace is not None else contextlib.nullcontext():
         yield lambda jobs: ([(job, _complete_on_lens(pair, job, decoding))] for job in jobs)
 
 

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 
 from spd_lens.check import require_core
 from spd_lens.config import SPDConfig
-from spd_lens.decoding import stop_tokens
+from spd_lens.decoding import Decoding
 from spd_lens.errors import SPDError
 from spd_lens.fitting import forced_texts
 from spd_lens.generation import check_room
-from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair
 from spd_lens.models.backends import choose_backends
 from spd_lens.models.devices import resolve_device, resolve_dtype
-from spd_lens.sampling import Sampling
 from spd_lens.subspace import resolve_rank
 from spd_lens.tasks import Task
 from spd_lens.training import resolve_targets
@@ -50,7 +48,7 @@ def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mappi
     Everything is tokenised once for this: a prompt that is too long should not come to light after the training.
     """
     check_subspace(config, pair)
-    ModelSettings.of(pair, Sampling.resolve(pair, config.temperature, config.top_p, config.top_k), stop_tokens(pair))
+    Decoding.of(pair, config.sampling)
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less

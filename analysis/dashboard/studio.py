@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.audit.safe_text import visible
+from spd_lens.decoding import Decoding
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy
 from spd_lens.examples import Example
@@ -21,7 +22,6 @@ from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import kl_divergence
 from spd_lens.models.twin import run_twin
 from spd_lens.moments import GradientMoments
-from spd_lens.sampling import Sampling
 from spd_lens.sites import Site
 from spd_lens.subspace import Rank, Subspace
 
@@ -151,8 +151,8 @@ class Studio:
         texts = []
         for policy in policies:
             corpus = generate(
-                self.pair, [prompt], subspace=policy.subspace, strength=policy.strength, adapter=policy.adapter,
-                max_new_tokens=ask.max_new_tokens, temperature=ask.temperature, seed=ask.seed, progress=False,
+                self.pair, [prompt], policy=policy, max_new_tokens=ask.max_new_tokens, temperature=ask.temperature,
+                seed=ask.seed, progress=False,
             )  # fmt: skip
             texts.append(corpus[0])
         logits = torch.stack([self._next_logits(policy, prompt) for policy in policies])
@@ -183,8 +183,7 @@ class Studio:
     @property
     def temperature(self) -> float:
         """The run's own sampling temperature."""
-        config = self.subject.run.config
-        return Sampling.resolve(self.pair, config.temperature, config.top_p, config.top_k).temperature
+        return Decoding.of(self.pair, self.subject.run.config.sampling).sampling.temperature
 
     def _first_of_each_kind(self) -> list[Site]:
         return list({site.kind: site for site in self.moments.sites}.values())

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.policies import Policy
 from spd_lens.examples import Example, worked_examples
 from spd_lens.models import ModelPair
 from spd_lens.models.architectures import angles_change_beyond
@@ -25,6 +24,7 @@ from spd_lens.models.parity import right_pad
 from spd_lens.models.prompts import Encoded
 from spd_lens.models.twin import run_twin
 from spd_lens.numbers import whole
+from spd_lens.policy import Policy
 from spd_lens.products import fast_products
 
 

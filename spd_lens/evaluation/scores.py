@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from spd_lens import tasks
-from spd_lens.corpus import NOT_APPLIED, recorded_settings
+from spd_lens.corpus import NOT_APPLIED, Corpus, recorded_settings
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.forced import ForcedItem, teacher_forced
-from spd_lens.evaluation.policies import Policy
 from spd_lens.evaluation.results import EvalResult, ItemResult
+from spd_lens.examples import Example
 from spd_lens.generation import check_room, generate
 from spd_lens.model_settings import APPLIED
 from spd_lens.models import ModelPair
 from spd_lens.models.neutral import neutrally
 from spd_lens.numbers import whole
-from spd_lens.projection import check_strength
+from spd_lens.policy import Policy
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
@@ -30,6 +32,7 @@ def evaluate(
     subspace: Subspace | None = None,
     adapter: str | Path | None = None,
     *,
+    policy: Policy | None = None,
     strength: float = 1.0,
     seed: int = 42,
     max_new_tokens: int | None = None,
@@ -47,13 +50,14 @@ def evaluate(
         pair: The model.
         task: A task, or the name of one that needs no path.
         n: Number of test items. The same `n` and `seed` give the same items to every policy.
-        subspace: Project with it; None is the model without projection.
-        adapter: Directory of a fine-tuned adapter; None is the model without one.
-        strength: Of the projection, from 0 to 1.
-        seed: Of the draw of items. Completions are greedy and need none.
+        subspace: The subspace of the policy; None is the model without projection.
+        adapter: The policy's directory of a fine-tuned adapter; None is the model without one.
+        policy: What to score. None: what `subspace`, `strength` and `adapter` say.
+        strength: The policy's strength, from 0 to 1.
+        seed: Seed of the draw of items. Completions are greedy and need none.
         max_new_tokens: Token limit; the task's own by default.
         batch_size: Completions at once. None: as many as memory allows.
-        name: What to call this policy; by default `base`, `projected`, `tuned` or `tuned+projected`.
+        name: What to call the policy, if not by its own name.
         forced: What `teacher_forced` found for this policy on these items, where that is known already.
         path: Keep completions in this JSONL file as they come, so that an interrupted evaluation goes on.
         progress: Show progress bars.
@@ -64,11 +68,12 @@ def evaluate(
             f"evaluate takes a task or the name of one, not a {type(task).__name__}; data of your own is a task as "
             "tasks.get('items.jsonl')"
         )
-    n, seed, strength = whole("n", n), whole("seed", seed, least=None), check_strength(strength)
+    n, seed = whole("n", n), whole("seed", seed, least=None)
+    policy = Policy.given(policy, subspace, strength, adapter)
+    policy = replace(policy, name=name or policy.name)
     pair = pair.dated((recorded_settings(path) or {}).get("prompt_date"))
     items = task.test(n, seed)
     task.check_scorable()
-    policy = Policy(name or _policy_name(subspace, adapter), subspace, strength, adapter)
     limit = task.max_new_tokens if max_new_tokens is None else whole("max_new_tokens", max_new_tokens)
     check_room(pair, items, limit)
     if forced is None:
@@ -76,35 +81,43 @@ def evaluate(
         with_spans = [item for item in items if item.spans]
         found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {}
         forced = found.get(policy.name, [])
-    measured = {item.id: item for item in forced}
     choices = {item.id: allowed for item in items if (allowed := task.choices(item))}
     chosen = most_likely(pair, [item for item in items if item.id in choices], choices, policy, progress=progress)
     corpus = generate(
-        pair, items, subspace=subspace, strength=strength, adapter=adapter, max_new_tokens=limit, temperature=0.0,
-        batch_size=batch_size, path=path, progress=progress,
+        pair, items, policy=policy, max_new_tokens=limit, temperature=0.0, batch_size=batch_size, path=path,
+        progress=progress,
     )  # fmt: skip
-    results = []
-    for item, record in zip(items, corpus, strict=True):
-        seen = measured.get(item.id)
-        results.append(
-            ItemResult(
-                id=item.id,
-                prompt=item.prompt,
-                gold=item.completion,
-                completion=record.completion,
-                answer=task.extract(record.completion),
-                score=task.score(item, record.completion),
-                n_tokens=record.n_completion_tokens,
-                finish_reason=record.finish_reason,
-                aligned_loss=seen.aligned_loss if seen else None,
-                completion_loss=seen.completion_loss if seen else None,
-                kl=seen.kl if seen else None,
-                token_accuracy=seen.token_accuracy if seen else None,
-                choice=chosen.get(item.id),
-                choice_score=task.score(item, chosen[item.id]) if item.id in chosen else None,
-            )
+    results = _results(task, items, corpus, forced, chosen)
+    return EvalResult(policy.name, task.name, results, _settings(pair, task, n, seed, limit, policy, corpus))
+
+
+def _results(
+    task: Task, items: Sequence[Example], corpus: Corpus, forced: Sequence[ForcedItem], chosen: Mapping[str, str]
+) -> list[ItemResult]:
+    """What was measured of each item, side by side."""
+    measured = {item.id: asdict(item) for item in forced}
+    return [
+        ItemResult(
+            prompt=item.prompt,
+            gold=item.completion,
+            completion=record.completion,
+            answer=task.extract(record.completion),
+            score=task.score(item, record.completion),
+            n_tokens=record.n_completion_tokens,
+            finish_reason=record.finish_reason,
+            choice=chosen.get(item.id),
+            choice_score=task.score(item, chosen[item.id]) if item.id in chosen else None,
+            **measured.get(item.id, {"id": item.id}),
         )
-    settings = {
+        for item, record in zip(items, corpus, strict=True)
+    ]
+
+
+def _settings(
+    pair: ModelPair, task: Task, n: int, seed: int, limit: int, policy: Policy, corpus: Corpus
+) -> dict[str, Any]:
+    """What one needs to make the result again."""
+    return {
         "model": pair.name,
         "dtype": str(pair.dtype).removeprefix("torch."),
         **pair.format.settings,
@@ -112,12 +125,6 @@ def evaluate(
         "n": n,
         "seed": seed,
         "max_new_tokens": limit,
-        "strength": strength if subspace else None,
+        "strength": None if policy.subspace is None else policy.strength,
         **{name: corpus.settings[name] for name in (APPLIED, NOT_APPLIED) if name in corpus.settings},
     }
-    return EvalResult(policy.name, task.name, results, settings)
-
-
-def _policy_name(subspace: Subspace | None, adapter: str | Path | None) -> str:
-    names = [name for name, there in (("tuned", adapter), ("projected", subspace)) if there is not None]
-    return "+".join(names) or "base"

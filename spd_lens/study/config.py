@@ -8,10 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import Settings, SPDConfig, read_yaml, result_name, to_yaml, validated
+from spd_lens.config import SPDConfig, read_yaml, result_name, to_yaml, validated
 from spd_lens.errors import SPDError
+from spd_lens.settings import Settings
 
 BASE = "base"
 """The method that is no training at all; a study always measures it, since everything is compared with it."""
@@ -28,8 +29,6 @@ _GROWING = ("methods", "seeds")
 
 class StudyConfig(Settings):
     """Settings of a study. Unknown keys are refused; `make` and `read` give a sentence instead of a traceback."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     methods: list[str] = Field(["base", "psr", "ssd", "spd", "spd-random"], min_length=1)
     """Names of `spd_lens.methods`; the base model is measured whether or not it is among them."""

@@ -17,7 +17,6 @@ from spd_lens.storage import write_text
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.folder import Cell, Study
 from spd_lens.tasks import Task
-from spd_lens.tasks.asked_form import in_asked_form
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
 _FORCED = {

@@ -1,6 +1,7 @@
 """Distilling a corpus into the model: LoRA or full fine-tuning that can be interrupted (paper section 3.4, Eq. 14)."""
 
-from spd_lens.training.distillation import TrainingSettings, finetune
+from spd_lens.settings import TrainingSettings
+from spd_lens.training.distillation import finetune
 from spd_lens.training.targets import ATTENTION, resolve_targets
 
 __all__ = ["ATTENTION", "TrainingSettings", "finetune", "resolve_targets"]

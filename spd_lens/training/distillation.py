@@ -7,10 +7,9 @@ import copy
 import errno
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -25,53 +24,15 @@ from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.launchers import single_process
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.twin import check_saveable
-from spd_lens.numbers import plain, whole
+from spd_lens.numbers import whole
 from spd_lens.products import fast_products, recomputed_alike
+from spd_lens.settings import TrainingKeywords, TrainingSettings
 from spd_lens.storage import reading
 from spd_lens.training.passes import needs_checkpointing
 from spd_lens.training.place import TrainingPlace, default_place
 from spd_lens.training.restoring import as_it_was, isolated_random, on_device
-from spd_lens.training.targets import ATTENTION, resolve_targets
+from spd_lens.training.targets import resolve_targets
 from spd_lens.training.trainer import CorpusTrainer, TokenRows, save_weights
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that decides the result beside the model and the corpus. Defaults are the paper's (appendix A.2)."""
-
-    method: str = "lora"
-    rank: int = 8
-    alpha: int = 8
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ATTENTION
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    epochs: int = 5
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    loss_on: str = "all"
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))  # JSON takes no numbers of numpy
-
-        def require(holds: bool, name: str, rule: str) -> None:
-            if not holds:
-                raise SPDError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
-
-        require(self.method in ("lora", "full"), "method", "'lora' or 'full'")
-        require(self.loss_on in ("all", "completion"), "loss_on", "'all' (prompt and completion) or 'completion'")
-        for name in ("rank", "epochs", "batch_size", "gradient_accumulation"):
-            whole(name, getattr(self, name))
-        require(0 <= whole("seed", self.seed, least=None) < 2**32, "seed", "from 0 to 4294967295")
-        for name in ("alpha", "dropout", "lr", "weight_decay"):
-            value = getattr(self, name)
-            require(isinstance(value, int | float) and not isinstance(value, bool), name, "a number")
-        require(self.alpha > 0, "alpha", "above 0")
-        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
-        require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0")
-        require(self.weight_decay >= 0, "weight_decay", "at least 0")
 
 
 @neutrally
@@ -80,23 +41,13 @@ def finetune(
     pair: ModelPair,
     corpus: Corpus,
     *,
+    settings: TrainingSettings | None = None,
     out: str | Path | None = None,
-    method: str = "lora",
-    rank: int = 8,
-    alpha: int = 8,
-    dropout: float = 0.05,
-    targets: str | Sequence[str] = ATTENTION,
-    lr: float = 1e-5,
-    weight_decay: float = 0.01,
-    epochs: int = 5,
-    batch_size: int = 8,
-    gradient_accumulation: int = 1,
-    loss_on: str = "all",
     gradient_checkpointing: bool | None = None,
-    seed: int = 42,
     resume: bool = True,
     save_steps: int | None = None,
     progress: bool = True,
+    **keywords: Unpack[TrainingKeywords],
 ) -> Path:
     """Train on the corpus' own tokens with next-token loss (Eq. 14), and leave the model as it was, bit for bit.
 
@@ -107,96 +58,91 @@ def finetune(
     Args:
         pair: The model. If its lens model was built already, lens and twin are first checked to agree.
         corpus: From `generate`, complete.
+        settings: Everything that decides the result. None: the paper's values.
         out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
             that has no file.
-        method: `"lora"`: the result is a standard PEFT adapter. `"full"`: all weights are trained, on a float32 copy of
-            the twin (16 bytes per weight); the result is a checkpoint in float32.
-        rank: Of the LoRA matrices.
-        alpha: LoRA's scale is `alpha / rank`.
-        dropout: In front of the LoRA matrices, between 0 and 1.
-        targets: Names of the linear layers that get LoRA matrices. The default stands for the attention's projections
-            under whatever names the architecture has for them.
-        lr: Highest learning rate.
-        weight_decay: AdamW's.
-        epochs: Passes over the corpus.
-        batch_size: Sequences per forward pass.
-        gradient_accumulation: Forward passes per step; their tokens count as one batch.
-        loss_on: `"all"`: prompt and completion, as in the paper; `"completion"`: the completion alone.
         gradient_checkpointing: Less memory for a third more time, and the same result. None: if a batch of the longest
             sequences would otherwise take more than half of the free memory.
-        seed: Of LoRA's first weights, the order of sequences and dropout.
         resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
             every 100 steps. They are deleted at the end.
         progress: Show a progress bar.
+        **keywords: Single settings, over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
+            batch_size, gradient_accumulation, loss_on, seed. `spd_lens.settings.TrainingSettings` says what they mean.
 
     Returns:
         `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
 
     Raises:
-        SPDError: an empty or unfinished corpus, or another model's; a parameter out of range; a target that the model
+        SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a target that the model
             does not have; other settings in `out`; a loss that is no number; memory or disk full.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     save_steps = None if save_steps is None else whole("save_steps", save_steps)
-    settings = TrainingSettings(
-        method,
-        rank,
-        alpha,
-        dropout,
-        targets,
-        lr,
-        weight_decay,
-        epochs,
-        batch_size,
-        gradient_accumulation,
-        loss_on,
-        seed,
-    )
+    settings = TrainingSettings.given(settings, keywords, "finetune")
+    settings.check()
     rows = _rows(pair, corpus, settings.loss_on)
     if pair.has_lens:
         pair.check()
-    if method == "full":
-        check_saveable(pair.hf)
-    if method == "lora":
-        settings = replace(settings, targets=resolve_targets(pair.hf, targets))
+    settings = _for_model(settings, pair)
     identity = {
         "model": pair.name,
         "weights": weights_digest(pair.hf),
         "dtype": str(pair.dtype).removeprefix("torch."),
         "corpus": corpus_digest(corpus),
-        **asdict(settings),
-        "targets": list(settings.targets),
+        **settings.by_keyword(),
     }
     place = TrainingPlace(default_place(corpus) if out is None else Path(out))
     if resume and place.finished(identity):
         return place.directory
     with place.working(identity, resume), isolated_random(settings.seed), on_device(pair.device):
-        start = time.monotonic()
-        with _trainable(pair, settings) as model:
-            if gradient_checkpointing is None:
-                n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-                gradient_checkpointing = needs_checkpointing(pair, settings.batch_size * rows.longest, n_trained)
-            if gradient_checkpointing:
-                _checkpoint_gradients(model)
-            args = _arguments(pair, settings, len(rows), place, save_steps)
-            trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress)
-            with _explained(place), fast_products(pair.device, pair.dtype):
-                trainer.train(resume_from_checkpoint=place.latest_checkpoint())
-                save_weights(model, place.result)
-                if method == "full":
-                    pair.tokenizer.save_pretrained(place.result)
-        summary = {
-            "settings": identity,
-            "n_sequences": len(rows),
-            "n_scored_tokens": rows.n_scored,
-            "n_steps": trainer.state.global_step,
-            "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
-            "log": trainer.loss_log,
-        }
+        summary = _train(pair, settings, rows, place, save_steps, gradient_checkpointing, progress)
         with _explained(place):
-            place.publish(summary)
+            place.publish({"settings": identity, **summary})
     return place.directory
+
+
+def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
+    """The settings with the names that the model has for the LoRA targets, or `SPDError` if it cannot be trained so."""
+    targets = settings.lora_targets
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if settings.full:
+        check_saveable(pair.hf)
+    else:
+        targets = list(resolve_targets(pair.hf, targets))
+    return settings.model_copy(update={"lora_targets": targets})
+
+
+def _train(
+    pair: ModelPair,
+    settings: TrainingSettings,
+    rows: TokenRows,
+    place: TrainingPlace,
+    save_steps: int | None,
+    gradient_checkpointing: bool | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the adapter or checkpoint to `place.result`, and say how the training went."""
+    start = time.monotonic()
+    with _trainable(pair, settings) as model:
+        if gradient_checkpointing is None:
+            n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * rows.longest, n_trained)
+        if gradient_checkpointing:
+            _checkpoint_gradients(model)
+        args = _arguments(pair, settings, len(rows), place, save_steps)
+        trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress)
+        with _explained(place), fast_products(pair.device, pair.dtype):
+            trainer.train(resume_from_checkpoint=place.latest_checkpoint())
+            save_weights(model, place.result)
+            if settings.full:
+                pair.tokenizer.save_pretrained(place.result)
+    return {
+        "n_sequences": len(rows),
+        "n_scored_tokens": rows.n_scored,
+        "n_steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
+        "log": trainer.loss_log,
+    }
 
 
 def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
@@ -232,11 +178,11 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
 def _arguments(
     pair: ModelPair, settings: TrainingSettings, n_rows: int, place: TrainingPlace, save_steps: int | None
 ) -> TrainingArguments:
-    per_epoch = math.ceil(math.ceil(n_rows / settings.batch_size) / settings.gradient_accumulation)
-    every = save_steps or (min(per_epoch, 100) if settings.method == "lora" else per_epoch)
+    per_epoch = math.ceil(math.ceil(n_rows / settings.train_batch_size) / settings.gradient_accumulation)
+    every = save_steps or (per_epoch if settings.full else min(per_epoch, 100))
     args = TrainingArguments(
         output_dir=str(place.checkpoints),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs,
         optim="adamw_torch",
@@ -246,7 +192,7 @@ def _arguments(
         warmup_steps=0,
         max_grad_norm=1.0,
         # full training keeps float32 weights and computes in the model's own precision, as LoRA on it does
-        bf16=settings.method == "full" and pair.dtype == torch.bfloat16,
+        bf16=settings.full and pair.dtype == torch.bfloat16,
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps",
@@ -267,7 +213,7 @@ def _arguments(
 @contextlib.contextmanager
 def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Module]:
     """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained."""
-    if settings.method == "full":
+    if settings.full:
         # float32, since steps of 1e-5 vanish in bfloat16 weights
         model = copy.deepcopy(pair.hf).to(torch.float32).requires_grad_(True)
         yield model.train()
@@ -275,10 +221,10 @@ def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Modul
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=_lasting_name(pair.name),
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a fraction works too
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
     )
     with as_it_was(pair.hf):
         model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
