@@ -13,13 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
-from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
-from spd_lens.moments import GradientMoments
 from spd_lens.statistics import difference_sentence
-from spd_lens.storage import is_made
 
 from . import spectra_figures as draw
 from .inputs import Subject, subjects
@@ -36,21 +32,7 @@ from .spectra_measures import (
     spectrum,
 )
 
-__all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "shuffled_moments", "spectrum"]
-
-
-def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) -> GradientMoments:
-    """Moments of the run's calibration examples with shuffled answers: extracted once, kept in `analysis/`."""
-    path = subject.folder / f"moments-shuffled-{seed}.safetensors"
-    if not is_made(path, GradientMoments.load):
-        config = subject.run.config
-        layers = sorted({site.layer for site in moments.sites})
-        wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
-        extract(
-            subject.pair, wrong, layers=layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
-            progress=subject.progress,
-        ).save(path)  # fmt: skip
-    return GradientMoments.load(path)
+__all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "spectrum"]
 
 
 def main(
@@ -74,7 +56,7 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
     console = Console()
     if shuffled:
         try:
-            sources[SHUFFLED] = shuffled_moments(subject, moments, seed)
+            sources[SHUFFLED] = subject.experiment.moments(shuffled=True, seed=seed)
         except SPDError as error:  # most examples have one and the same answer
             console.print(f"shuffled answers left out: {error}", highlight=False, markup=False)
     spectra, ranks = [], []

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spd_lens import methods, tasks
-from spd_lens.methods import Method, Workshop
+from spd_lens.experiment import Experiment
+from spd_lens.methods import Method
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.costs import Cost, Costs, Machine, bytes_per_weight
 from spd_lens.study.shapes import Shape
@@ -74,9 +75,11 @@ class _Asked(Exception):
     pass
 
 
-@dataclass(frozen=True)
-class _Spy(Workshop):
-    """Tells which moments a method would extract first, and stops it there."""
+class _Spy(Experiment):
+    """Tells which moments a method would extract first, and stops it there; it has no model and no data."""
+
+    pair: Any = None
+    tasks: Any = None
 
     def moments(self, **asked: Any) -> Any:
         raise _Asked(tuple(sorted(asked.items())))
@@ -86,10 +89,8 @@ def extraction_of(config: StudyConfig, unit: Unit) -> tuple[Any, ...]:
     """What decides the extraction that a unit of stage `extract` needs: equal ones are done once."""
     assert unit.seed is not None
     source = named(config.sources)[unit.source]
-    nothing: Any = None
-    spy = _Spy(nothing, nothing, config.cell(source, unit.seed), nothing)
     try:
-        methods.get(unit.method).projection(spy)
+        methods.get(unit.method).projection(_Spy(config.cell(source, unit.seed), unit.source))
     except _Asked as asked:
         options = dict(asked.args[0])
         return (unit.source, str(options), unit.seed if options.get("shuffled") else None)
