@@ -10,7 +10,7 @@ from spd_lens import methods as registry
 from spd_lens import tasks
 from spd_lens.corpus import Corpus, Record
 from spd_lens.errors import SPDError
-from spd_lens.pipeline import make_tasks
+from spd_lens.experiment import make_tasks
 from spd_lens.rundir import Run
 from spd_lens.study import Study
 from spd_lens.tasks import Task

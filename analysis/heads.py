@@ -21,13 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
-from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
-from spd_lens.storage import is_made, write_text
+from spd_lens.storage import write_text
 from spd_lens.subspace import resolve_rank
 
 from .attention import attention_of
@@ -183,19 +181,11 @@ def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"
 
 def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
     """Moments at all layers of the same prompts with other examples' answers: extracted once."""
-    path = subject.folder / f"moments-all-layers-shuffled-{seed}.safetensors"
-    config = subject.run.config
-    if not is_made(path, GradientMoments.load):
-        try:
-            wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
-        except SPDError as error:
-            log.warning("no null of shuffled answers: %s", error)
-            return None
-        extract(
-            subject.pair, wrong, layers="all", kinds=config.kinds, loss=config.loss, engine=config.engine,
-            progress=subject.progress,
-        ).save(path)  # fmt: skip
-    return GradientMoments.load(path)
+    try:
+        return subject.experiment.moments(layers="all", shuffled=True, seed=seed)
+    except SPDError as error:
+        log.warning("no null of shuffled answers: %s", error)
+        return None
 
 
 def _capital(text: str) -> str:

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.capture import extract
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.fitting import fitted
+from spd_lens.experiment import Experiment
 from spd_lens.models import ModelPair
-from spd_lens.models.fingerprint import weights_digest
 from spd_lens.moments import GradientMoments
-from spd_lens.pipeline import load_pair, make_tasks
 from spd_lens.rundir import Run
 from spd_lens.sites import Site
-from spd_lens.storage import is_made, read_json, write_json, write_text
+from spd_lens.storage import read_json, write_json, write_text
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
 from .style import page
 
-log = logging.getLogger(__name__)
-
 
 class Subject:
-    """One run, with its model, data and all-layer moments at hand, each loaded when first asked for."""
+    """One run: the experiment that it was made by, with its model and data at hand, and what analyses save of it."""
 
     def __init__(self, run: Run | str | Path, *, pair: ModelPair | None = None, progress: bool = True) -> None:
         self.run = run if isinstance(run, Run) else Run.open(run)
+        self.experiment = Experiment.opened(self.run, pair=pair, progress=progress)
         self.progress = progress
-        self._pair = pair
-        self._siblings: Sequence[Subject] = ()
 
     @property
     def name(self) -> str:
@@ -52,44 +44,21 @@ class Subject:
     @property
     def pair(self) -> ModelPair:
         """The model that the run was made with; `SPDError` if its weights have changed since."""
-        if self._pair is None:
-            loaded = (other._pair for other in self._siblings if other._pair and _same_model(self, other))
-            self._pair = next(loaded, None)
-        if self._pair is None:
-            log.info("loading %s", self.run.config.model)
-            self._pair = load_pair(self.run.config)
-        self._pair = self.run.dated(self._pair)
-        known = self.run.notes.get("weights")
-        if known is not None and known != weights_digest(self._pair.hf):
-            raise SPDError(
-                f"{self._pair.name} no longer has the weights that {self.run.path} was made with; analyse it with the "
-                "model it was run on"
-            )
-        return self._pair
-
-    @cached_property
-    def _tasks(self) -> tuple[Task, dict[str, Task]]:
-        config = self.run.config
-        source, targets = make_tasks(config)
-        if config.too_long == "drop":  # what fits depends on the model, which not every analysis reads
-            source = fitted(source, self.pair, config)
-            targets = {name: fitted(task, self.pair, config) for name, task in targets.items()}
-        return source, targets
+        return self.experiment.pair
 
     @property
     def task(self) -> Task:
         """The source task."""
-        return self._tasks[0]
+        return self.experiment.task
 
     @property
     def targets(self) -> dict[str, Task]:
         """The tasks that the run was evaluated on."""
-        return self._tasks[1]
+        return self.experiment.targets
 
     def calibration(self, n: int | None = None) -> list[Example]:
         """The run's calibration examples, or `n` drawn in the same way."""
-        config = self.run.config
-        return self.task.calibration(n or config.n_calibration, config.data_seed)
+        return self.task.calibration(n, self.run.config.data_seed) if n else self.experiment.calibration
 
     def held_out(self, n: int, task: str | None = None) -> list[Example]:
         """Test items with gold completions and spans: of the source task, or of one of the targets."""
@@ -110,15 +79,7 @@ class Subject:
 
     def moments_everywhere(self) -> GradientMoments:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
-        path = self.folder / "moments-all-layers.safetensors"
-        if not is_made(path, GradientMoments.load):
-            config = self.run.config
-            log.info("extracting gradients at all layers of %s", self.pair.name)
-            extract(
-                self.pair, self.calibration(), layers="all", kinds=config.kinds, loss=config.loss,
-                engine=config.engine, progress=self.progress,
-            ).save(path)  # fmt: skip
-        return GradientMoments.load(path)
+        return self.experiment.moments(layers="all")
 
     def save(
         self, name: str, frame: pd.DataFrame, figures: Sequence[go.Figure] = (), *, says: str = "", **facts: Any
@@ -126,7 +87,7 @@ class Subject:
         """Write `analysis/NAME.csv`, `.json` (settings and provenance) and, with figures, one page `.html`.
 
         Args:
-            name: Of the analysis, with a suffix if it has several tables.
+            name: Name of the analysis, with a suffix if it has several tables.
             frame: Tidy: one row per measurement, units in `facts` or column names.
             figures: Shown one under the other.
             says: What the figures show, in a paragraph over them.
@@ -161,16 +122,11 @@ def place(site: Site, block: int, per_head: bool) -> dict[str, Any]:
 def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject]:
     """Several runs; those of one model share one pair."""
     found = [Subject(path, progress=progress) for path in paths]
-    for subject in found:
-        subject._siblings = found
+    experiments = [subject.experiment for subject in found]
+    for experiment in experiments:
+        experiment.lenders = experiments
     names = [subject.name for subject in found]
     for name in names:
         if names.count(name) > 1:
             raise SPDError(f"two of the run directories are called {name!r}; rename one, since names label the figures")
     return found
-
-
-def _same_model(one: Subject, other: Subject) -> bool:
-    """Whether two runs load the same pair."""
-    fields = ("model", "backend", "dtype", "device", "prompt_format", "system", "enable_thinking", "prompt_date")
-    return all(getattr(one.run.config, name) == getattr(other.run.config, name) for name in fields)

@@ -24,7 +24,6 @@ from spd_lens.subspace import Rank, resolve_rank
 from . import overlap_figures as draw
 from .inputs import Subject, subjects
 from .overlap_energy import energy_overlap, held_by, permutation_test
-from .shuffled import shuffled_moments
 from .subspace_pairs import angle_table, check_comparable, compare
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
 
@@ -135,7 +134,7 @@ def _shuffled(found: list[Subject], seed: int) -> dict[str, GradientMoments]:
     moments = {}
     for subject in found:
         try:
-            moments[subject.name] = shuffled_moments(subject, subject.moments, seed)
+            moments[subject.name] = subject.experiment.moments(shuffled=True, seed=seed)
         except SPDError as error:  # most examples have one and the same answer
             log.warning("shuffled answers of %s left out: %s", subject.name, error)
     return moments

@@ -19,7 +19,6 @@ from spd_lens.statistics import difference_sentence
 
 from . import spectra_figures as draw
 from .inputs import Subject, subjects
-from .shuffled import shuffled_moments
 from .spectra_measures import (
     ACTIVATIONS,
     CENTRED,
@@ -57,7 +56,7 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
     console = Console()
     if shuffled:
         try:
-            sources[SHUFFLED] = shuffled_moments(subject, moments, seed)
+            sources[SHUFFLED] = subject.experiment.moments(shuffled=True, seed=seed)
         except SPDError as error:  # most examples have one and the same answer
             console.print(f"shuffled answers left out: {error}", highlight=False, markup=False)
     spectra, ranks = [], []

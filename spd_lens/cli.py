@@ -115,24 +115,14 @@ def rounds_command(
 def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     set_up_logging(quiet)
-    from spd_lens.capture import extract
-    from spd_lens.fitting import fitted, left_out
-    from spd_lens.pipeline import load_pair, make_tasks
-    from spd_lens.preflight import check_settings, check_subspace
+    from spd_lens.experiment import Experiment
+    from spd_lens.preflight import check_stage
 
     check_writable(out, directory=True)
-    source, _ = make_tasks(config)
-    check_settings(config)
-    source.calibration(config.n_calibration, config.data_seed)  # refused before the model is read
-    pair = load_pair(config)
-    check_subspace(config, pair)
-    source = fitted(source, pair, config)
-    left_out(pair, config, {"calibration": {config.task: (source, config.n_calibration)}})
-    moments = extract(
-        pair, source.calibration(config.n_calibration, config.data_seed), layers=config.layers, kinds=config.kinds,
-        loss=config.loss, engine=config.engine, progress=not quiet,
-    )  # fmt: skip
-    subspace = moments.subspace(config.rank, per_head=config.per_head, center=config.center)
+    experiment = Experiment(config, out, progress=not quiet)
+    check_stage(experiment, "calibration", config.n_calibration)
+    moments = experiment.extract()
+    subspace = experiment.subspace(moments)
     moments.save(out / "moments.safetensors")
     subspace.save(out / "subspace.safetensors")
     Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)
@@ -153,24 +143,15 @@ def generate_command(
 ) -> None:
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
     set_up_logging(quiet)
-    from spd_lens.fitting import fitted, left_out
-    from spd_lens.generation import generate
-    from spd_lens.pipeline import load_pair, make_tasks
-    from spd_lens.preflight import check_settings
+    from spd_lens.evaluation import Policy
+    from spd_lens.experiment import Experiment
+    from spd_lens.preflight import check_stage
     from spd_lens.subspace import Subspace
 
-    source, _ = make_tasks(config)
-    check_settings(config)
-    source.train(config.n_train, config.data_seed)  # refused before the model is read
     kept = Subspace.load(subspace) if subspace else None
-    pair = load_pair(config)
-    source = fitted(source, pair, config)
-    left_out(pair, config, {"train": {config.task: (source, config.n_train)}})
-    corpus = generate(
-        pair, source.train(config.n_train, config.data_seed), subspace=kept, strength=config.strength, adapter=adapter,
-        seed=config.seed, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-        top_k=config.top_k, batch_size=config.generation_batch_size, engine=engine, path=out, progress=not quiet,
-    )  # fmt: skip
+    experiment = Experiment(config, out.parent, progress=not quiet)
+    check_stage(experiment, "train", config.n_train)
+    corpus = experiment.generate(out, Policy("", kept, config.strength, adapter), engine=engine)
     Console().print(f"{corpus}", highlight=False, markup=False)
 
 
@@ -188,12 +169,11 @@ def finetune_command(
     """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
     set_up_logging(quiet)
     from spd_lens.corpus import Corpus
-    from spd_lens.pipeline import finetune_with, load_pair
+    from spd_lens.experiment import Experiment
     from spd_lens.preflight import check_settings
 
     check_settings(config)
-    records = Corpus.load(corpus)
-    path = finetune_with(config, load_pair(config), records, out, progress=not quiet)
+    path = Experiment(config, out.parent, progress=not quiet).finetune(Corpus.load(corpus), out)
     Console().print(f"written to {path}", highlight=False, markup=False)
 
 
@@ -209,26 +189,19 @@ def evaluate_command(
 ) -> None:
     """Score the base, projected or fine-tuned model on a task's test items."""
     set_up_logging(quiet)
-    from spd_lens.evaluation import evaluate
-    from spd_lens.fitting import fitted, left_out
-    from spd_lens.pipeline import load_pair, make_tasks
-    from spd_lens.preflight import check_settings
+    from spd_lens.evaluation import Policy
+    from spd_lens.experiment import Experiment
+    from spd_lens.preflight import check_stage
     from spd_lens.subspace import Subspace
 
     check_writable(out)
-    source, _ = make_tasks(config)
-    check_settings(config)
-    n = config.n_test(config.task)
-    source.test(n, config.data_seed)  # refused before the model is read
     kept = Subspace.load(subspace) if subspace else None
-    pair = load_pair(config)
-    source = fitted(source, pair, config, max_new_tokens)
-    left_out(pair, config, {"test": {config.task: (source, n)}})
-    result = evaluate(
-        pair, source, n, kept, adapter, strength=config.strength, seed=config.data_seed,
-        max_new_tokens=max_new_tokens, batch_size=config.generation_batch_size, progress=not quiet,
-    )  # fmt: skip
-    result.save(out)
+    own = config.model_copy(update={"eval_tasks": [config.task]})
+    experiment = Experiment(own, out.parent, progress=not quiet, answer_tokens=max_new_tokens)
+    n = config.n_test(config.task)
+    check_stage(experiment, "test", n)
+    policy = Policy("", kept, config.strength, adapter)
+    result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)
     Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
 
 
@@ -282,7 +255,7 @@ def check_command(
     """Does this model work here, provably: hooks, folding, gradients, padding, cache? Exit code 1 if not."""
     set_up_logging(quiet=True)
     from spd_lens.check import print_report
-    from spd_lens.pipeline import load_pair
+    from spd_lens.experiment import load_pair
 
     pair = load_pair(config.model_copy(update={"model": model}))
     if not print_report(pair, Console(soft_wrap=as_json), as_json=as_json, prompt=show_tokens):

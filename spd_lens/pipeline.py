@@ -5,33 +5,27 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from spd_lens import tasks
-from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
 from spd_lens.corpus import NOT_APPLIED, Corpus
 from spd_lens.decoding import stop_tokens
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
-from spd_lens.fitting import Draws, fitted, left_out
-from spd_lens.generation import generate
+from spd_lens.evaluation import EvalResult, Policy
+from spd_lens.experiment import Experiment, decided_by, ready_pair
+from spd_lens.fitting import left_out
 from spd_lens.model_settings import ModelSettings
-from spd_lens.models import ModelPair, load
+from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
 from spd_lens.moments import GradientMoments
-from spd_lens.preflight import check_data, check_model, check_settings
+from spd_lens.preflight import check_data, check_model
 from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
-from spd_lens.rundir import Folder, Run
+from spd_lens.rundir import Folder, Run, write_effects
 from spd_lens.sampling import Sampling
-from spd_lens.sandbox.executor import passes_tests
 from spd_lens.storage import is_made, read_json, write_json
 from spd_lens.subspace import Subspace
-from spd_lens.tasks import CodeTask, Task
-from spd_lens.training import finetune
 from spd_lens.training.place import is_finished
 
 log = logging.getLogger(__name__)
@@ -57,88 +51,49 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     if pair is not None:
         config = config.model_copy(update=decided_by(pair))
     Run(out).check(config)
-    source, targets = make_tasks(config)
-    check_settings(config)
-    check_data(config, source, targets)
+    experiment = Experiment(config, out, progress=progress)
+    check_data(experiment)
     keeps_lens = pair is not None and pair.has_lens
-    if pair is None:
-        log.info("loading %s", config.model)
-        pair = load_pair(config)
-    elif keeps_lens:
-        pair.check()  # an edited lens model would be measured, and the twin trained
-    pair = Run(out).dated(pair)
-    source = fitted(source, pair, config)
-    targets = {name: fitted(task, pair, config) for name, task in targets.items()}
-    check_model(config, pair, source, targets)
+    experiment.pair = ready_pair(pair, config, Run(out))
+    check_model(experiment)
     record = Run.open(out, config)
     with record.locked():
-        _note(record, config, pair, source, targets)
-        subspace = _calibrate(record, pair, source, progress)
-        _prove(record, pair, subspace)
+        _note(record, experiment)
+        subspace = _calibrate(record, experiment)
+        _prove(record, experiment, subspace)
         if not keeps_lens:
-            pair.drop_lens()  # the stages that follow run on the twin
-        _self_generate(record, pair, source, subspace, progress)
-        _distil(record, pair, progress)
-        for name, task in targets.items():
-            _effects(record, pair, name, task, subspace, progress)
-        for name, task in targets.items():
-            _score(record, pair, name, task, subspace, progress)
+            experiment.pair.drop_lens()  # the stages that follow run on the twin
+        steered = Policy("projected", subspace, config.strength)
+        _self_generate(record, experiment, steered)
+        _distil(record, experiment)
+        policies = {p.name: p for p in (Policy("base"), steered, Policy("spd", adapter=record.adapter))}
+        for target in experiment.targets:
+            _effects(record, experiment, target, policies)
+        for target in experiment.targets:
+            _score(record, experiment, target, policies)
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record
 
 
-def load_pair(config: SPDConfig) -> ModelPair:
-    """The pair that a config names."""
-    return load(
-        config.model,
-        backend=config.backend,
-        dtype=config.dtype,
-        device=config.device,
-        prompt_format=config.prompt_format,
-        system=config.system,
-        enable_thinking=config.enable_thinking,
-        prompt_date=config.prompt_date,
-    )
-
-
-def decided_by(pair: ModelPair) -> dict[str, Any]:
-    """The settings that a pair which is loaded already has decided, whatever a config says."""
-    form = pair.format
-    day = form.prompt_date if form.date_given else None
-    return {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
-
-
-def make_tasks(config: SPDConfig) -> tuple[Task, dict[str, Task]]:
-    """The source task, and the tasks to evaluate on by the names that their results are kept under."""
-    source = tasks.configured(config.task, config.data_dir, config.task_options)
-    targets = {
-        key: source if name == config.task else tasks.get(name, config.data_dir) for key, name in config.targets.items()
-    }
-    if config.allow_code_execution:
-        for task in {id(task): task for task in (source, *targets.values())}.values():
-            if isinstance(task, CodeTask):
-                task.executor = passes_tests
-    return source, targets
-
-
-def _note(record: Run, config: SPDConfig, pair: ModelPair, source: Task, targets: dict[str, Task]) -> None:
+def _note(record: Run, experiment: Experiment) -> None:
     """Model, data, set-up and machine of the run; refused where an earlier start saw something else."""
-    record.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
-    record.note_once("the data of the source task", data=source.sources())
-    held_out = {name: task.sources() for name, task in targets.items()}
+    config, pair = experiment.config, experiment.pair
+    note_model(record, pair)
+    record.note_once("the data of the source task", data=experiment.task.sources())
+    held_out = {name: task.sources() for name, task in experiment.targets.items()}
     record.note_once("the data of the evaluation", eval_data=held_out)
     note_set_up(record, config, pair)
-    draws: Draws = {
-        "calibration": {config.task: (source, config.n_calibration)},
-        "train": {config.task: (source, config.n_train)},
-        "test": {name: (task, config.n_test(name)) for name, task in targets.items()},
-    }
-    if counts := left_out(pair, config, draws):
+    if counts := left_out(pair, config, experiment.draws):
         record.note_once("the choice of texts that fit", left_out=counts)
     record.note_environment()
-    cards = {config.task: source.card(), **{name: task.card() for name, task in targets.items()}}
+    cards = {config.task: experiment.task.card(), **{name: task.card() for name, task in experiment.targets.items()}}
     write_json(record.path / "data_card.json", cards)
+
+
+def note_model(folder: Folder, pair: ModelPair) -> None:
+    """Which model is worked with; refused where an earlier start saw another."""
+    folder.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
 
 
 def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
@@ -159,38 +114,27 @@ def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
     folder.note_date(pair)
 
 
-def _calibrate(record: Run, pair: ModelPair, source: Task, progress: bool) -> Subspace:
-    config = record.config
-    if not is_made(record.path / "moments.safetensors", GradientMoments.load):
-        examples = source.calibration(config.n_calibration, config.data_seed)
-        log.info("extracting gradients of %d calibration examples", len(examples))
+def _calibrate(record: Run, experiment: Experiment) -> Subspace:
+    path = record.path / "subspace.safetensors"
+    has_subspace = is_made(path, Subspace.load)
+    if not (has_subspace and is_made(record.path / "moments.safetensors", GradientMoments.load)):
         with record.stage("extract"):
-            moments = extract(
-                pair,
-                examples,
-                layers=config.layers,
-                kinds=config.kinds,
-                loss=config.loss,
-                engine=config.engine,
-                progress=progress,
-            )
-            moments.save(record.path / "moments.safetensors")
-    if not is_made(record.path / "subspace.safetensors", Subspace.load):
-        with record.stage("extract"):
-            subspace = record.moments.subspace(config.rank, per_head=config.per_head, center=config.center)
-            subspace.save(record.path / "subspace.safetensors")
+            moments = experiment.moments()
+            if not has_subspace:
+                experiment.subspace(moments).save(path)
     return record.subspace
 
 
-def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
+def _prove(record: Run, experiment: Experiment, subspace: Subspace) -> None:
     """Hooks and folded weights do the same: the lens model under hooks against the folded twin, firings counted."""
+    pair, strength = experiment.pair, experiment.config.strength
     # without the lens engine no lens model is built, and of some models there is none
-    if "hooks" in record.notes or record.config.engine == "twin" or pair.backend == "none":
+    if "hooks" in record.notes or experiment.config.engine == "twin" or pair.backend == "none":
         return
     with record.stage("extract"):
-        with projected(pair.lens, subspace, record.config.strength) as projection:
+        with projected(pair.lens, subspace, strength) as projection:
             hooked = pair.check_logits(pair.lens)
-        with folded(pair.hf, subspace, record.config.strength):
+        with folded(pair.hf, subspace, strength):
             parity = Parity.between(pair.check_logits(pair.hf), hooked)
         if not parity.within(pair.dtype):
             raise SPDError(
@@ -201,86 +145,52 @@ def _prove(record: Run, pair: ModelPair, subspace: Subspace) -> None:
         record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
 
 
-def _self_generate(record: Run, pair: ModelPair, source: Task, subspace: Subspace, progress: bool) -> None:
-    config = record.config
-    prompts = source.train(config.n_train, config.data_seed)
-    settings: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": config.top_k,
-        "seed": config.seed,
-        "batch_size": config.generation_batch_size,
-        "progress": progress,
-    }
-    if not Corpus.is_finished(record.path / "corpus.jsonl"):
-        log.info("generating %d completions under the projection", len(prompts))
-        with record.stage("generate"):
-            generate(
-                pair, prompts, subspace=subspace, strength=config.strength,
-                path=record.path / "corpus.jsonl", **settings,
-            )  # fmt: skip
-    # the same prompts with the same noise: what differs, the projection changed
-    compared = prompts[: config.n_compared]
-    if not Corpus.is_finished(record.path / "unprojected.jsonl"):
-        log.info("generating %d of them without the projection, to compare", len(compared))
-        with record.stage("compare"):
-            generate(pair, compared, path=record.path / "unprojected.jsonl", **settings)
+def _self_generate(record: Run, experiment: Experiment, steered: Policy) -> None:
+    prompts = experiment.prompts
+    # some of the same prompts with the same noise: what differs, the projection changed
+    compared = prompts[: experiment.config.n_compared]
+    for stage, name, chosen, policy in (
+        ("generate", "corpus.jsonl", prompts, steered),
+        ("compare", "unprojected.jsonl", compared, None),
+    ):
+        if not Corpus.is_finished(record.path / name):
+            log.info("generating %d completions with%s the projection", len(chosen), "" if policy else "out")
+            with record.stage(stage):
+                experiment.generate(record.path / name, policy, chosen)
 
 
-def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
-    config = record.config
+def _distil(record: Run, experiment: Experiment) -> None:
     if is_finished(record.path / "adapter"):
         return
     corpus = record.corpus
-    log.info("fine-tuning on %d completions, %d epochs", len(corpus), config.epochs)
+    log.info("fine-tuning on %d completions, %d epochs", len(corpus), experiment.config.epochs)
     with record.stage("finetune"):
-        finetune_with(config, pair, corpus, record.path / "adapter", progress=progress)
+        experiment.finetune(corpus, record.path / "adapter")
 
 
-def finetune_with(config: SPDConfig, pair: ModelPair, corpus: Corpus, out: Path, *, progress: bool = True) -> Path:
-    """`finetune` with a config's settings."""
-    return finetune(pair, corpus, settings=config.training, out=out, progress=progress)
-
-
-def _effects(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspace, progress: bool) -> None:
+def _effects(record: Run, experiment: Experiment, target: str, policies: dict[str, Policy]) -> None:
     """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
-    config = record.config
-    path = record.path / "effects" / f"{name}.json"
-    items = [item for item in task.test(config.n_test(name), config.data_seed) if item.spans]
+    config, path = experiment.config, record.effects_path(target)
+    items = experiment.items(target)
     if not items or is_made(path, read_json):
         return
-    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), name)
-    random = [subspace.random_like(config.seed + i) for i in range(config.n_random)]
-    policies = [
-        Policy("base"),
-        Policy("projected", subspace, config.strength),
-        Policy("spd", adapter=record.adapter),
-        *(Policy(f"random-{i}", control, config.strength) for i, control in enumerate(random)),
+    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), target)
+    subspace = policies["projected"].subspace
+    assert subspace is not None
+    random = [
+        Policy(f"random-{i}", subspace.random_like(config.seed + i), config.strength) for i in range(config.n_random)
     ]
     with record.stage("effects"):
-        found = teacher_forced(pair, items, policies, progress=progress)
-        write_json(path, {name: [asdict(item) for item in rows] for name, rows in found.items()})
+        write_effects(path, experiment.measure(items, [*policies.values(), *random]))
 
 
-def _score(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspace, progress: bool) -> None:
-    config = record.config
-    chosen: dict[str, dict[str, Any]] = {
-        "base": {},
-        "projected": {"subspace": subspace, "strength": config.strength},
-        "spd": {"adapter": record.adapter},
-    }
-    measured = (record.path / "effects" / f"{name}.json").exists()
-    n_items = len(task.test(config.n_test(name), config.data_seed))
-    for policy in config.policies:
-        path = record.path / "eval" / name / f"{policy}.json"
+def _score(record: Run, experiment: Experiment, target: str, policies: dict[str, Policy]) -> None:
+    measured = record.effects_path(target).exists()
+    for name in experiment.config.policies:
+        path = record.path / "eval" / target / f"{name}.json"
         if is_made(path, EvalResult.load):
             continue
-        log.info("scoring %s on %d items of %s", policy, n_items, name)
+        log.info("scoring %s on the test items of %s", name, target)
         with record.stage("evaluate"):
-            result = evaluate(
-                pair, task, config.n_test(name), seed=config.data_seed, name=policy,
-                batch_size=config.generation_batch_size, path=path.with_suffix(".jsonl"), progress=progress,
-                forced=record.effects(name)[policy] if measured else None, **chosen[policy],
-            )  # fmt: skip
-            result.save(path)
+            forced = record.effects(target)[name] if measured else None
+            experiment.score(target, policies[name], path, completions=path.with_suffix(".jsonl"), forced=forced)

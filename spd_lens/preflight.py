@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from spd_lens.check import require_core
 from spd_lens.config import SPDConfig
 from spd_lens.decoding import Decoding
 from spd_lens.errors import SPDError
-from spd_lens.fitting import forced_texts
+from spd_lens.experiment import Experiment
+from spd_lens.fitting import forced_texts, left_out
 from spd_lens.generation import check_room
 from spd_lens.models import ModelPair
 from spd_lens.models.backends import choose_backends
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.subspace import resolve_rank
-from spd_lens.tasks import Task
+from spd_lens.tasks.base import Split
 from spd_lens.training import resolve_targets
 
 
@@ -24,13 +23,25 @@ def check_settings(config: SPDConfig) -> None:
     resolve_dtype(config.dtype, resolve_device(config.device))
 
 
-def check_data(config: SPDConfig, source: Task, targets: Mapping[str, Task]) -> None:
-    """Refuse sizes that the data sets do not have and tasks that cannot be scored here: needs no model."""
+def check_data(experiment: Experiment) -> None:
+    """Refuse wrong settings, sizes that the data sets do not have and tasks that cannot be scored: needs no model."""
+    config, (source, targets) = experiment.config, experiment.made
+    check_settings(config)
     source.calibration(config.n_calibration, config.data_seed)
     source.train(config.n_train, config.data_seed)
     for name, task in targets.items():
         task.test(config.n_test(name), config.data_seed)
         task.check_scorable()
+
+
+def check_stage(experiment: Experiment, split: Split, n: int) -> None:
+    """Before one stage alone, which takes `n` examples: refuse what is wrong, and count the texts that do not fit."""
+    config, source = experiment.config, experiment.made[0]
+    check_settings(config)
+    getattr(source, split)(n, config.data_seed)  # refused before the model is read
+    if split == "calibration":
+        check_subspace(config, experiment.pair)
+    left_out(experiment.pair, config, {split: {config.task: (experiment.task, n)}})
 
 
 def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
@@ -41,23 +52,27 @@ def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
         resolve_rank(config.rank, d_head * (1 if config.per_head else n_heads))
 
 
-def check_model(config: SPDConfig, pair: ModelPair, source: Task, targets: Mapping[str, Task]) -> None:
+def check_model(experiment: Experiment, *, targets: bool = True) -> None:
     """Refuse settings and texts that this model cannot take: layers, ranks, LoRA targets, prompts beyond its context.
 
     And refuse a model for which hooks, folding and gradients are not what a run takes them for (`require_core`).
     Everything is tokenised once for this: a prompt that is too long should not come to light after the training.
+
+    Args:
+        experiment: Its model is loaded for this.
+        targets: Whether to look at the tasks to evaluate on too.
     """
+    config, pair = experiment.config, experiment.pair
     check_subspace(config, pair)
     Decoding.of(pair, config.sampling)
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
-    texts = source.calibration(config.n_calibration, config.data_seed)
-    longest = max(len(pair.encode(example, config.loss, config.engine).ids) for example in texts)
+    longest = max(len(pair.encode(example, config.loss, config.engine).ids) for example in experiment.calibration)
     if config.engine == "lens":
         pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
-    check_room(pair, source.train(config.n_train, config.data_seed), config.max_new_tokens)
-    for name, task in targets.items():
+    check_room(pair, experiment.prompts, config.max_new_tokens)
+    for name, task in experiment.targets.items() if targets else ():
         items = task.test(config.n_test(name), config.data_seed)
         try:
             check_room(pair, items, task.max_new_tokens)

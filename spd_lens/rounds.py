@@ -15,20 +15,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spd_lens.capture import extract
 from spd_lens.config import SPDConfig
 from spd_lens.drift import Drift, StopRule, drift_frame
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
+from spd_lens.evaluation import ForcedItem, Policy
 from spd_lens.examples import Example
-from spd_lens.fitting import fitted
+from spd_lens.experiment import Experiment, decided_by, ready_pair
 from spd_lens.models import ModelPair
 from spd_lens.models.adapters import merged_copy
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
 from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
-from spd_lens.pipeline import decided_by, load_pair, make_tasks, run
+from spd_lens.pipeline import run
 from spd_lens.preflight import check_data
 from spd_lens.publishing import is_blank, replacing
 from spd_lens.rundir import Folder, Run
@@ -126,38 +125,42 @@ def run_rounds(
     if reextract not in ("current", "first"):
         raise SPDError(f"reextract is {reextract!r}; it must be 'current' or 'first'")
     config = _in_float32(config, pair)
-    source, targets = make_tasks(config)
-    check_data(config, source, targets)
-    held_out_items(config, source, n_held_out)
+    experiment = Experiment(config, out, progress=progress)
+    check_data(experiment)
+    held_out_items(config, experiment.made[0], n_held_out)
     folder = Rounds(out)
-    settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "reextract": reextract, "stop": asdict(rule)}
-    settings["n_held_out"] = n_held_out
     _check_place(folder)
     with folder.locked():
-        folder.note_once("the settings of the rounds", settings=_as_noted(folder, settings))
-        folder.note_environment()
-        first = folder.dated(pair or load_pair(config))
+        settings = {"config": config.model_dump(mode="json"), "reextract": reextract, "stop": asdict(rule)}
+        _note(folder, {**settings, "n_held_out": n_held_out})
+        first = experiment.pair = ready_pair(pair, config, folder)
         folder.note_date(first)
-        source = fitted(source, first, config)
-        held_out = held_out_items(config, source, n_held_out)
+        held_out = held_out_items(config, experiment.task, n_held_out)
         folder.note_once("the first model", weights=weights_digest(first.hf))
-        _measure(folder, 0, first, first, config, source, held_out, progress)
-        current, stopped = first, None
-        for number in range(1, n_rounds + 1):
-            log.info("round %d of at most %d", number, n_rounds)
-            own = config.model_copy(update={"seed": (config.seed + number - 1) % 2**32})
-            known = folder.path / f"after-{number - 1 if reextract == 'current' else 0}" / "moments.safetensors"
-            record = _round(folder.run(number), own, current, known, progress)
-            current = merged(current, record.adapter)
-            _measure(folder, number, first, current, config, source, held_out, progress)
-            drifts = [drift(folder, config, done) for done in range(1, number + 1)]
-            write_text(folder.path / "rounds.csv", drift_frame(drifts).to_csv(index=False))
-            stopped = rule.reason(drifts[-1])
-            if stopped:
-                log.info("stopped after round %d: %s", number, stopped)
+        stopped = None
+        for number in range(n_rounds + 1):
+            if number:
+                log.info("round %d of at most %d", number, n_rounds)
+                known = folder.path / f"after-{number - 1 if reextract == 'current' else 0}" / "moments.safetensors"
+                record = _round(folder.run(number), experiment, number, known)
+                experiment = experiment.varied(pair=merged(experiment.pair, record.adapter))
+            _measure(folder, number, first, experiment, held_out)
+            if stopped := _drifted(folder, config, number, rule):
                 break
         folder.note(stopped=stopped)
     return folder
+
+
+def _drifted(folder: Rounds, config: SPDConfig, number: int, rule: StopRule) -> str | None:
+    """Write the table of the rounds that are done. Returns why to stop."""
+    if not number:
+        return None
+    drifts = [drift(folder, config, done) for done in range(1, number + 1)]
+    write_text(folder.path / "rounds.csv", drift_frame(drifts).to_csv(index=False))
+    reason = rule.reason(drifts[-1])
+    if reason:
+        log.info("stopped after round %d: %s", number, reason)
+    return reason
 
 
 def merged(pair: ModelPair, adapter: str | Path) -> ModelPair:
@@ -234,49 +237,39 @@ def _check_place(folder: Rounds) -> None:
         raise SPDError(f"{folder.path} exists and does not hold rounds; choose a new directory")
 
 
-def _as_noted(folder: Rounds, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as the folder has them, if they are the same: earlier versions had fewer, whose defaults count."""
+def _note(folder: Rounds, settings: dict[str, Any]) -> None:
+    """Settings and machine, or a refusal where the rounds were begun with other settings."""
     noted = folder.notes.get("settings")
-    if noted is None:
-        return settings
-    with reading(folder.path / folder.notes_file):
-        whole_config = SPDConfig.make(noted["config"]).model_dump(mode="json")
-        return noted if {**noted, "config": whole_config} == settings else settings
+    if noted is not None:  # earlier versions had fewer settings, whose defaults count
+        with reading(folder.path / folder.notes_file):
+            whole_config = SPDConfig.make(noted["config"]).model_dump(mode="json")
+            settings = noted if {**noted, "config": whole_config} == settings else settings
+    folder.note_once("the settings of the rounds", settings=settings)
+    folder.note_environment()
 
 
-def _round(record: Run, config: SPDConfig, pair: ModelPair, moments: Path, progress: bool) -> Run:
+def _round(record: Run, experiment: Experiment, number: int, moments: Path) -> Run:
     """One run, with moments that are known already in their place."""
+    config = experiment.config
+    config = config.model_copy(update={"seed": (config.seed + number - 1) % 2**32})
     place = record.path / "moments.safetensors"
     if not is_made(place, GradientMoments.load):
         Run.open(record.path, config)  # a run directory of these settings, into which an extraction may be put
         with replacing(place) as scratch:
             shutil.copyfile(moments, scratch)
-    return run(config, record.path, progress=progress, pair=pair)
+    return run(config, record.path, progress=experiment.progress, pair=experiment.pair)
 
 
-def _measure(
-    folder: Rounds,
-    number: int,
-    first: ModelPair,
-    current: ModelPair,
-    config: SPDConfig,
-    source: Task,
-    items: Sequence[Example],
-    progress: bool,
-) -> None:
-    """Moments and held-out effects of the model after a round."""
-    place = folder.path / f"after-{number}"
-    if not is_made(place / "moments.safetensors", GradientMoments.load):
-        had_lens = current.has_lens
-        extract(
-            current, source.calibration(config.n_calibration, config.data_seed), layers=config.layers,
-            kinds=config.kinds, loss=config.loss, engine=config.engine, progress=progress,
-        ).save(place / "moments.safetensors")  # fmt: skip
-        if not had_lens:
-            current.drop_lens()  # what follows runs on the twin
+def _measure(folder: Rounds, number: int, first: ModelPair, experiment: Experiment, items: Sequence[Example]) -> None:
+    """Moments and held-out effects of the experiment's model, which is that after a round."""
+    current, place = experiment.pair, folder.path / f"after-{number}"
+    had_lens = current.has_lens
+    experiment.varied(path=place).moments()
+    if not had_lens:
+        current.drop_lens()  # what follows runs on the twin
     if not is_made(place / "effects.json", read_json):
         policy = Policy("current") if current is first else _Weights("current", model=current.hf)
-        found = teacher_forced(first, items, [policy], progress=progress)["current"]
+        found = experiment.varied(pair=first).measure(items, [policy])["current"]
         write_json(place / "effects.json", [asdict(item) for item in found])
 
 

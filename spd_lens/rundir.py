@@ -6,7 +6,8 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +209,10 @@ class Run(Folder):
 
     def effects(self, task: str) -> dict[str, list[ForcedItem]]:
         """Teacher-forced effects on one task: `base`, `projected`, `spd`, `random-0`, ..."""
-        path = self.path / "effects" / f"{task}.json"
-        record = read_json(path)
-        try:
-            return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
-        except (AttributeError, TypeError) as error:
-            raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+        return read_effects(self.effects_path(task))
+
+    def effects_path(self, task: str) -> Path:
+        return self.path / "effects" / f"{task}.json"
 
     @property
     def summary(self) -> str:
@@ -222,6 +221,20 @@ class Run(Folder):
         if not path.exists():
             raise SPDError(f"{self.path} has no summary yet; start the run again to finish it")
         return path.read_text(encoding="utf-8")
+
+
+def read_effects(path: Path) -> dict[str, list[ForcedItem]]:
+    """Teacher-forced items by policy, as `write_effects` wrote them; `SPDError` if the file holds something else."""
+    record = read_json(path)
+    try:
+        return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
+    except (AttributeError, TypeError) as error:
+        raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+
+
+def write_effects(path: Path, effects: Mapping[str, Sequence[ForcedItem]]) -> None:
+    """Keep teacher-forced items by policy."""
+    write_json(path, {policy: [asdict(item) for item in items] for policy, items in effects.items()})
 
 
 def environment() -> dict[str, Any]:

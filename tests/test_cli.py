@@ -252,7 +252,7 @@ def test_extraction_checks_ranks_before_it_extracts(call, in_tmp, model_flags, m
     def extract(*_args, **_options):
         raise AssertionError("an expensive stage was begun")
 
-    monkeypatch.setattr("spd_lens.capture.extract", extract)
+    monkeypatch.setattr("spd_lens.experiment.extract", extract)
     one_error(call("extract", *model_flags, "--task", "synthetic-math", "--rank", "9"), "rank 9")
     assert not any(in_tmp.iterdir())
 

@@ -17,8 +17,8 @@ from spd_lens.cli import app
 from spd_lens.controls import shuffled_answers
 from spd_lens.evaluation import evaluate
 from spd_lens.examples import Example
+from spd_lens.experiment import Experiment
 from spd_lens.fitting import fitted, in_words, left_out
-from spd_lens.methods import Workshop
 from spd_lens.rounds import run_rounds
 from spd_lens.study import StudyConfig, run_study
 from spd_lens.tasks.base import Pools, Task
@@ -318,12 +318,13 @@ def test_shuffled_answers_may_make_an_example_too_long(tiny_pair, tmp_path):
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     config = DROP.model_copy(update={"task": str(data), "n_calibration": 11})
-    workshop = Workshop(tiny_pair, fitted(spd.tasks.get(str(data)), tiny_pair, config), config, tmp_path)
-    assert len(workshop.calibration) == 11
-    assert "full" in ids(shuffled_answers(workshop.calibration, config.seed))
+    tasks = (spd.tasks.get(str(data)), {})
     for _ in range(2):  # extracted, and read
-        assert int(workshop.moments(shuffled=True).n_examples.sum()) == 10
-        assert int(workshop.moments().n_examples.sum()) == 11
+        experiment = Experiment(config, tmp_path, pair=tiny_pair, tasks=tasks, shared=True)
+        assert len(experiment.calibration) == 11
+        assert "full" in ids(shuffled_answers(experiment.calibration, config.seed))
+        assert int(experiment.moments(shuffled=True).n_examples.sum()) == 10
+        assert int(experiment.moments().n_examples.sum()) == 11
 
 
 # the stage commands

@@ -19,7 +19,7 @@ from spd_lens.drift import Drift, StopRule, overlap, say
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.pipeline import make_tasks
+from spd_lens.experiment import make_tasks
 from spd_lens.rounds import Rounds, held_out_items, merged, run_rounds
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
@@ -88,7 +88,7 @@ def test_every_rounds_subspace_is_that_of_its_own_model(finished, tiny_pair, con
     examples = source.calibration(config.n_calibration, config.data_seed)
     for number in (0, 1, 2):
         model = finished.model(tiny_pair, number)
-        wanted = spd_lens.rounds.extract(model, examples, engine="twin", progress=False)
+        wanted = spd_lens.extract(model, examples, engine="twin", progress=False)
         for site, gram in wanted.gradient.items():
             assert torch.allclose(
                 finished.moments(number).gradient[site], gram, rtol=1e-3, atol=1e-6 * gram.abs().max()
@@ -146,7 +146,7 @@ def test_killed_rounds_go_on_and_end_alike(config, tiny_pair, finished, folder, 
         path = folder.path / gone
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with monkeypatch.context() as patch:  # what is there is not made again
-        patch.setattr("spd_lens.pipeline.generate", None)
+        patch.setattr("spd_lens.experiment.generate", None)
         again = run_rounds(config, folder.path, 2, stop=NEVER, n_held_out=12, progress=False, pair=tiny_pair)
     pd.testing.assert_frame_equal(again.table, finished.table)
     assert (again.adapters[1] / "adapter_model.safetensors").read_bytes() == (

@@ -2,6 +2,5 @@
 
 from spd_lens.methods.base import Method
 from spd_lens.methods.registry import get, names, register
-from spd_lens.methods.workshop import Workshop
 
-__all__ = ["Method", "Workshop", "get", "names", "register"]
+__all__ = ["Method", "get", "names", "register"]

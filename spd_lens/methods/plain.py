@@ -12,7 +12,6 @@ class Base(Method):
 
     name = "base"
     says = "the model as it is"
-    trains = False
 
 
 @register

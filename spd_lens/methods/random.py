@@ -9,10 +9,9 @@ from einops import einsum
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.methods.base import Projection
+from spd_lens.experiment import Experiment
 from spd_lens.methods.registry import register
 from spd_lens.methods.spd import SelfPolicyDistillation
-from spd_lens.methods.workshop import Workshop
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Subspace
 
@@ -30,8 +29,8 @@ class Random(SelfPolicyDistillation):
     says = "control: random directions of the same ranks"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return workshop.subspace().random_like(workshop.config.seed)
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return experiment.subspace().random_like(experiment.config.seed)
 
 
 @register
@@ -42,8 +41,8 @@ class RandomSameEnergy(SelfPolicyDistillation):
     says = "control: random directions that keep as much activation energy"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return matched_in_energy(workshop.subspace(), workshop.moments(), workshop.config.seed)
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return matched_in_energy(experiment.subspace(), experiment.moments(), experiment.config.seed)
 
 
 @register
@@ -54,8 +53,8 @@ class RandomSameKL(SelfPolicyDistillation):
     says = "control: random directions at the strength with the same KL from base"
     is_control = True
 
-    def projection(self, workshop: Workshop) -> Projection:
-        return matched_in_kl(workshop)
+    def projection(self, experiment: Experiment) -> Policy:
+        return matched_in_kl(experiment)
 
 
 def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -> Subspace:
@@ -82,7 +81,7 @@ def _energy(basis: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return einsum(basis, gram, basis, "block i r, block i j, block j r -> block r")
 
 
-def matched_in_kl(workshop: Workshop) -> Projection:
+def matched_in_kl(experiment: Experiment) -> Policy:
     """Random directions of SPD's ranks, and the strength at which their KL from base is SPD's.
 
     KL is measured on the gold completions of a few calibration examples; it grows with the strength, so bisection finds
@@ -91,15 +90,15 @@ def matched_in_kl(workshop: Workshop) -> Projection:
     Raises:
         SPDError: no number of random directions moves the model as far (SPD's projection is extreme).
     """
-    target = workshop.subspace()
-    examples = workshop.calibration[:N_MATCHING]
+    target = experiment.subspace()
+    examples = experiment.calibration[:N_MATCHING]
 
     def kl(subspace: Subspace, strength: float) -> float:
         policy = Policy("probe", subspace, strength)
-        return fmean(item.kl for item in teacher_forced(workshop.pair, examples, [policy], progress=False)["probe"])
+        return fmean(item.kl for item in teacher_forced(experiment.pair, examples, [policy], progress=False)["probe"])
 
-    wanted = kl(target, workshop.config.strength)
-    random = target.random_like(workshop.config.seed)
+    wanted = kl(target, experiment.config.strength)
+    random = target.random_like(experiment.config.seed)
     while kl(random, 1.0) < wanted:
         largest = max(max(ranks) for ranks in random.ranks.values())
         if largest == 1:
@@ -115,4 +114,4 @@ def matched_in_kl(workshop: Workshop) -> Projection:
         if abs(found - wanted) <= KL_TOLERANCE * wanted:
             break
         low, high = (middle, high) if found < wanted else (low, middle)
-    return Projection(random, middle)
+    return Policy(RandomSameKL.name, random, middle)

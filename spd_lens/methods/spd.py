@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from spd_lens.errors import SPDError
-from spd_lens.methods.base import Method, Projection
+from spd_lens.evaluation import Policy
+from spd_lens.experiment import Experiment
+from spd_lens.methods.base import Method
 from spd_lens.methods.registry import register
-from spd_lens.methods.workshop import Workshop
 from spd_lens.subspace import Subspace
 
 
@@ -16,12 +17,12 @@ class SelfPolicyDistillation(Method):
     name = "spd"
     says = "self-policy distillation (Eq. 6-14)"
 
-    def subspace(self, workshop: Workshop) -> Subspace:
+    def subspace(self, experiment: Experiment) -> Subspace:
         """What is kept of K and V."""
-        return workshop.subspace()
+        return experiment.subspace()
 
-    def projection(self, workshop: Workshop) -> Projection:
-        return Projection(self.subspace(workshop), workshop.config.strength)
+    def projection(self, experiment: Experiment) -> Policy:
+        return Policy(self.name, self.subspace(experiment), experiment.config.strength)
 
 
 @register
@@ -32,8 +33,8 @@ class FullLoss(SelfPolicyDistillation):
     says = "control: gradients of all completion tokens, not of the answer's (paper table 5)"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return workshop.subspace(workshop.moments(loss="full"))
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return experiment.subspace(experiment.moments(loss="full"))
 
 
 @register
@@ -44,8 +45,8 @@ class ShuffledAnswers(SelfPolicyDistillation):
     says = "control: gradients towards another example's answer"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return workshop.subspace(workshop.moments(shuffled=True))
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return experiment.subspace(experiment.moments(shuffled=True))
 
 
 @register
@@ -56,8 +57,8 @@ class ActivationPCA(SelfPolicyDistillation):
     says = "control: top directions of the activations, not of the gradients"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return workshop.subspace(of="activation")
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return experiment.subspace(of="activation")
 
 
 @register
@@ -68,20 +69,20 @@ class Complement(SelfPolicyDistillation):
     says = "control: I - P, what SPD throws away"
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        return ~workshop.subspace()
+    def subspace(self, experiment: Experiment) -> Subspace:
+        return ~experiment.subspace()
 
 
 class _OneKind(SelfPolicyDistillation):
     kind: str
     is_control = True
 
-    def subspace(self, workshop: Workshop) -> Subspace:
-        found = workshop.subspace()
+    def subspace(self, experiment: Experiment) -> Subspace:
+        found = experiment.subspace()
         sites = [site for site in found.sites if site.kind == self.kind]
         if not sites:
             raise SPDError(
-                f"method {self.name!r} projects {self.kind} alone, but kinds = {','.join(workshop.config.kinds)} has "
+                f"method {self.name!r} projects {self.kind} alone, but kinds = {','.join(experiment.config.kinds)} has "
                 f"no {self.kind}; add it or leave the method out"
             )
         return found.select(sites)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spd_lens.corpus import Corpus
+from spd_lens.experiment import Experiment
 from spd_lens.methods.base import Method
 from spd_lens.methods.registry import register
-from spd_lens.methods.workshop import Workshop
 
 
 @register
@@ -18,7 +18,7 @@ class SimpleSelfDistillation(Method):
     says = "simple self-distillation: temperature 1.6, top-p 0.8, top-k 20 (arXiv 2604.01193, model cards)"
     temperature = 1.6
 
-    def sampling(self, workshop: Workshop) -> Mapping[str, float | int | None]:
+    def sampling(self, experiment: Experiment) -> Mapping[str, float | int | None]:
         return {"temperature": self.temperature, "top_p": 0.8, "top_k": 20}
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spd_lens import tasks
-from spd_lens.config import SPDConfig
 from spd_lens.evaluation import EvalResult
-from spd_lens.fitting import Draws, fitted, left_out
+from spd_lens.experiment import Experiment, allow_execution, decided_by, ready_pair
+from spd_lens.fitting import Draws, left_out
 from spd_lens.models import ModelPair
-from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
-from spd_lens.pipeline import decided_by, load_pair, note_set_up
-from spd_lens.preflight import check_data, check_model, check_settings
-from spd_lens.sandbox.executor import passes_tests
+from spd_lens.pipeline import note_model, note_set_up
+from spd_lens.preflight import check_data, check_model
 from spd_lens.storage import is_made, read_json
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.costs import Machine
@@ -28,7 +26,6 @@ from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
 from spd_lens.study.stages import Bench, distil, finish, measure, project, score, self_generate
 from spd_lens.subspace import Subspace
-from spd_lens.tasks import CodeTask, Task
 from spd_lens.training.place import is_finished
 
 log = logging.getLogger(__name__)
@@ -56,102 +53,90 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
             overrides={**config.model_dump(), "settings": {**config.settings, **decided_by(pair)}}
         )
     config = Study(out).admits(config)
-    sources, targets = make_tasks(config)
-    _check(config, sources, targets)
+    experiments = experiments_of(config, Path(out), progress)
+    _check(config, experiments)
     side_effect_examples(config)
     keeps_lens = pair is not None and pair.has_lens
-    if pair is None:
-        log.info("loading %s", config.settings["model"])
-        pair = load_pair(config.shared)
-    pair = Study(out).dated(pair)
-    sources = {key: fitted(sources[key], pair, cell) for key, cell in _cell_of_each(config).items()}
-    targets = {name: fitted(task, pair, config.shared) for name, task in targets.items()}
-    _check_model(config, pair, sources, targets)
+    pair = ready_pair(pair, config.shared, Study(out))
+    for experiment in experiments.values():
+        experiment.pair = pair
+    _check_model(config, experiments)
     study = Study(out)
     with study.locked():
         config = study.admits(config)  # another process may have begun a study meanwhile
         texts = side_effect_examples(config, pair)
         if study.is_free:
             study.begin(config)  # the first file: whatever is killed from now on, this is a study
-        _note(study, config, pair, sources, targets)
+        bench = Bench(study, config, experiments, texts)
+        _note(bench)
         study.begin(config)  # or it has grown
-        bench = Bench(study, config, pair, sources, targets, texts, named(config.sources), progress)
         _work(bench, keeps_lens)
         write_tables(study.path)
         _report(study)
     return study
 
 
-def make_tasks(config: StudyConfig) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Sources and targets by the names that their results are kept under; a task that is both is made once."""
+def experiments_of(config: StudyConfig, path: Path, progress: bool = False) -> dict[str, Experiment]:
+    """The experiment of each source, with the first seed, by the name that its results are kept under.
+
+    A task that is source and target, or source of one experiment and target of another, is made once.
+    """
     shared = config.shared
-    made: dict[str, Task] = {}
-    for name in dict.fromkeys([*config.sources, *config.targets]):
-        task = tasks.configured(name, shared.data_dir, config.task_options.get(name, {}))
-        if shared.allow_code_execution and isinstance(task, CodeTask):
-            task.executor = passes_tests
-        made[name] = task
-    sources = {key: made[name] for key, name in named(config.sources).items()}
-    return sources, {key: made[name] for key, name in shared.targets.items()}
+    made = {
+        name: tasks.configured(name, shared.data_dir, config.task_options.get(name, {}))
+        for name in dict.fromkeys([*config.sources, *config.targets])
+    }
+    allow_execution(shared, made.values())
+    targets = {key: made[name] for key, name in shared.targets.items()}
+    return {
+        key: Experiment(
+            config.cell(name, config.seeds[0]), path / key, tasks=(made[name], targets), progress=progress, shared=True
+        )
+        for key, name in named(config.sources).items()
+    }
 
 
-def _check(config: StudyConfig, sources: dict[str, Task], targets: dict[str, Task]) -> None:
+def _check(config: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
     """What can be refused without a model: sizes that the data do not have, tasks that cannot be scored here."""
-    for key, cell in _cell_of_each(config).items():
-        check_settings(cell)
-        check_data(cell, sources[key], targets)
-    for name, task in targets.items():
+    for experiment in experiments.values():
+        check_data(experiment)
+    for name, task in experiment.made[1].items():  # the targets are the same for all sources
         task.test(config.n_measured(name), config.shared.data_seed)
 
 
-def _check_model(config: StudyConfig, pair: ModelPair, sources: dict[str, Task], targets: dict[str, Task]) -> None:
+def _check_model(config: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
     """What can be refused without work: layers and ranks that the model has not, texts beyond its context."""
-    if pair.has_lens:
-        pair.check()  # an edited lens model would be measured, and the twin trained
-    left = targets
-    for key, cell in _cell_of_each(config).items():
-        check_model(cell, pair, sources[key], left)
-        left = {}  # the targets are the same for all sources
-    for name, task in targets.items():
-        for item in task.test(config.n_measured(name), config.shared.data_seed):
-            if item.spans:
-                pair.encode(item)
+    for place, experiment in enumerate(experiments.values()):
+        check_model(experiment, targets=place == 0)
+    for name in experiment.targets:
+        for item in experiment.items(name, config.n_measured(name)):
+            experiment.pair.encode(item)
 
 
-def _cell_of_each(config: StudyConfig) -> dict[str, SPDConfig]:
-    """By source, what its cells have in common (those of the first seed)."""
-    return {key: config.cell(name, config.seeds[0]) for key, name in named(config.sources).items()}
-
-
-def _note(
-    study: Study, config: StudyConfig, pair: ModelPair, sources: dict[str, Task], targets: dict[str, Task]
-) -> None:
+def _note(bench: Bench) -> None:
     """Who was here: model, data, set-up and machine, or a refusal where an earlier start saw something else."""
-    shared = config.shared
-    study.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
+    study, config, pair, targets = bench.study, bench.config, bench.any.pair, bench.any.targets
+    note_model(study, pair)
+    sources = {key: experiment.task for key, experiment in bench.experiments.items()}
     data = {name: task.sources() for name, task in {**targets, **sources}.items()}
     study.note_once("the data", data=data)
-    note_set_up(study, shared, pair)
-    if counts := left_out(pair, shared, _draws(config, sources, targets)):
-        study.note_once("the choice of texts that fit", left_out=counts)
-    study.note_environment()
-
-
-def _draws(config: StudyConfig, sources: dict[str, Task], targets: dict[str, Task]) -> Draws:
-    cells = _cell_of_each(config)
-    return {
-        "calibration": {key: (sources[key], cell.n_calibration) for key, cell in cells.items()},
-        "train": {key: (sources[key], cell.n_train) for key, cell in cells.items()},
+    note_set_up(study, config.shared, pair)
+    draws: Draws = {
+        "calibration": {key: (own.task, own.config.n_calibration) for key, own in bench.experiments.items()},
+        "train": {key: (own.task, own.config.n_train) for key, own in bench.experiments.items()},
         "test": {
             # a larger draw begins with a smaller one
             name: (task, max(config.n_measured(name), config.n_scored(name)))
             for name, task in targets.items()
         },
     }
+    if counts := left_out(pair, config.shared, draws):
+        study.note_once("the choice of texts that fit", left_out=counts)
+    study.note_environment()
 
 
 def _work(bench: Bench, keeps_lens: bool) -> None:
-    study, config, pair = bench.study, bench.config, bench.pair
+    study, config, pair = bench.study, bench.config, bench.any.pair
     units = schedule(config)
     shape = shape_of(pair.name, pair.hf.config, sum(p.numel() for p in pair.hf.parameters()))
     costs = unit_costs(config, shape, Machine.assumed(str(pair.device), pair.dtype.itemsize))

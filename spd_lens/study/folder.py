@@ -9,9 +9,9 @@ from pathlib import Path
 from spd_lens.config import check_whole
 from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import EvalResult, ForcedItem, Policy
 from spd_lens.publishing import occupants
-from spd_lens.rundir import Folder
+from spd_lens.rundir import Folder, read_effects
 from spd_lens.storage import is_made, read_json, write_text
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.subspace import Subspace
@@ -59,6 +59,17 @@ class Cell:
         return (record["digest"], record["strength"]) if record["digest"] else None
 
     @property
+    def projected(self) -> Policy | None:
+        """What the method generates under; None where that is the model as it is."""
+        under = self.projection
+        return None if under is None else Policy(self.method, self.subspace, under[1])
+
+    @property
+    def trained(self) -> Policy:
+        """The model that the method leaves."""
+        return Policy(self.method, adapter=None if self.method == BASE else self.adapter)
+
+    @property
     def subspace_path(self) -> Path:
         return self.path / "subspace.safetensors"
 
@@ -72,12 +83,7 @@ class Cell:
 
     def effects(self, name: str, *, side: bool = False) -> Effects:
         """What was measured on a target or a set of texts."""
-        path = self.effects_path(name, side=side)
-        record = read_json(path)
-        try:
-            return {phase: [ForcedItem(**item) for item in items] for phase, items in record.items()}
-        except (AttributeError, TypeError) as error:
-            raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+        return read_effects(self.effects_path(name, side=side))
 
     def result_path(self, target: str, phase: str = "trained") -> Path:
         """Scored completions of a target's items."""

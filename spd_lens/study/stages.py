@@ -4,101 +4,82 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spd_lens import methods
 from spd_lens.corpus import Corpus, Header, corpus_digest, settings_path
-from spd_lens.evaluation import EvalResult, Policy, evaluate, teacher_forced
-from spd_lens.evaluation.forced import ForcedItem
+from spd_lens.evaluation import EvalResult, ForcedItem, Policy
 from spd_lens.examples import Example
-from spd_lens.generation import generate
-from spd_lens.methods import Workshop
-from spd_lens.models import ModelPair
+from spd_lens.experiment import Experiment
 from spd_lens.models.adapter_files import adapter_digest
-from spd_lens.pipeline import finetune_with
 from spd_lens.publishing import replacing
+from spd_lens.rundir import write_effects
 from spd_lens.sampling import Sampling
 from spd_lens.storage import is_made, read_json, write_json
-from spd_lens.study.config import BASE, StudyConfig
+from spd_lens.study.config import StudyConfig
 from spd_lens.study.folder import Cell, Study
-from spd_lens.tasks import Task
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every stage works with: one model and one set of tasks for all cells."""
+    """A study at work: its folder, and the experiment of each source, which share one model and one set of targets."""
 
     study: Study
     config: StudyConfig
-    pair: ModelPair
-    sources: Mapping[str, Task]
-    targets: Mapping[str, Task]
+    experiments: Mapping[str, Experiment]
+    """By the name of the source's folder."""
     texts: Mapping[str, list[Example]]
     """Sets of texts on which side effects are measured."""
-    names: Mapping[str, str]
-    """Sources as the settings write them, by the name of their folder."""
-    progress: bool = False
 
-    def workshop(self, cell: Cell) -> Workshop:
+    @property
+    def any(self) -> Experiment:
+        """One of the experiments, for what all have in common: the model, the targets, the settings of evaluation."""
+        return next(iter(self.experiments.values()))
+
+    def of(self, cell: Cell) -> Experiment:
         """What the cell's method works from; all methods and seeds of a source share its extractions."""
         assert cell.seed is not None
-        config = self.config.cell(self.names[cell.source], cell.seed)
-        return Workshop(self.pair, self.sources[cell.source], config, self.study.path / cell.source, self.progress)
+        return self.experiments[cell.source].with_seed(cell.seed)
 
     def cells(self, source: str, seed: int | None = None) -> list[Cell]:
-        """Of one source, with one seed or all."""
+        """The cells of one source, with one seed or all."""
         found = (cell for cell in self.study.cells(self.config) if cell.source == source)
         return [cell for cell in found if seed is None or cell.seed == seed]
 
     def items(self, target: str) -> list[Example]:
-        """Test items that are measured teacher-forced: those with spans."""
-        n, seed = self.config.n_measured(target), self.config.shared.data_seed
-        return [item for item in self.targets[target].test(n, seed) if item.spans]
+        """Test items that are measured teacher-forced."""
+        return self.any.items(target, self.config.n_measured(target))
 
 
 def project(bench: Bench, cell: Cell) -> None:
     """The subspace and strength that the method generates under; `projection.json` is written last."""
-    found = methods.get(cell.method).projection(bench.workshop(cell))
-    if found is not None:
+    found = methods.get(cell.method).projection(bench.of(cell))
+    digest = strength = None
+    if found is not None and found.subspace is not None:
         found.subspace.save(cell.subspace_path)
-    digest = None if found is None else cell.subspace.digest()  # as it is read back
-    write_json(cell.path / "projection.json", {"digest": digest, "strength": None if found is None else found.strength})
+        digest, strength = cell.subspace.digest(), found.strength  # as it is read back
+    write_json(cell.path / "projection.json", {"digest": digest, "strength": strength})
 
 
 def self_generate(bench: Bench, cell: Cell) -> bool:
     """The corpus (Eq. 13). Returns whether it had to be generated: a method that would write the same is copied."""
     if not cell.has_projection:  # a method without one has no unit of stage `extract`
         project(bench, cell)
-    workshop = bench.workshop(cell)
-    sampling = dict(methods.get(cell.method).sampling(workshop))
+    experiment = bench.of(cell)
+    sampling = dict(methods.get(cell.method).sampling(experiment))
     if not cell.corpus_path.exists() and (twin := _same_corpus(bench, cell, sampling)) is not None:
         _copy_corpus(twin.corpus_path, cell.corpus_path)
         return False
-    config, under = workshop.config, cell.projection
-    generate(
-        bench.pair,
-        workshop.task.train(config.n_train, config.data_seed),
-        subspace=cell.subspace if under else None,
-        strength=under[1] if under else 1.0,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        batch_size=config.generation_batch_size,
-        path=cell.corpus_path,
-        progress=bench.progress,
-        **_sampling_options(sampling),
-    )
+    experiment.generate(cell.corpus_path, cell.projected, sampling=sampling)
     return True
-
-
-def _sampling_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: sampling.get(name) for name in ("temperature", "top_p", "top_k")}
 
 
 def _same_corpus(bench: Bench, cell: Cell, sampling: Mapping[str, Any]) -> Cell | None:
     """Another method's cell, same source and seed, whose corpus was generated in just this way."""
-    wanted: dict[str, Any] = Sampling.resolve(bench.pair, **_sampling_options(sampling)).to_dict()
+    options = {name: sampling.get(name) for name in ("temperature", "top_p", "top_k")}
+    wanted: dict[str, Any] = Sampling.resolve(bench.any.pair, **options).to_dict()
     wanted["subspace"], wanted["strength"] = cell.projection or (None, None)
     for other in bench.cells(cell.source, cell.seed):
         if other.method != cell.method and other.has_corpus:
@@ -117,9 +98,7 @@ def _copy_corpus(there: Path, here: Path) -> None:
 
 def distil(bench: Bench, cell: Cell) -> None:
     """The adapter (Eq. 14), trained on what the method keeps of its corpus."""
-    kept = methods.get(cell.method).curated(Corpus.load(cell.corpus_path))
-    config = bench.workshop(cell).config
-    finetune_with(config, bench.pair, kept, cell.adapter, progress=bench.progress)
+    bench.of(cell).finetune(methods.get(cell.method).curated(Corpus.load(cell.corpus_path)), cell.adapter)
 
 
 def measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Example], *, side: bool = False) -> None:
@@ -131,10 +110,10 @@ def measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exam
     missing = [cell for cell in cells if not is_made(cell.effects_path(name, side=side), read_json)]
     if not missing or not items:
         return
-    policies = {}
+    policies: dict[str, Policy] = {}
     known: dict[str, list[ForcedItem]] = {}
     for cell in missing:
-        policies[cell.method] = Policy(cell.method, adapter=None if cell.method == BASE else cell.adapter)
+        policies[cell.method] = cell.trained
         under = cell.projection
         if under is not None and (key := _name(under)) not in {**known, **policies}:
             earlier = _measured_projection(bench, cell, name, side)
@@ -142,13 +121,12 @@ def measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exam
                 known[key] = earlier
             else:
                 policies[key] = Policy(key, cell.subspace, under[1])
-    found = known | teacher_forced(bench.pair, items, list(policies.values()), progress=bench.progress)
+    found = known | bench.any.measure(items, list(policies.values()))
     for cell in missing:
         phases = {"trained": found[cell.method]}
         if (under := cell.projection) is not None:
             phases["projected"] = found[_name(under)]
-        record = {phase: [asdict(item) for item in rows] for phase, rows in phases.items()}
-        write_json(cell.effects_path(name, side=side), record)
+        write_effects(cell.effects_path(name, side=side), phases)
 
 
 def _name(projection: tuple[str, float]) -> str:
@@ -173,35 +151,27 @@ def _measured_projection(bench: Bench, cell: Cell, name: str, side: bool) -> lis
 def score(bench: Bench, cell: Cell, target: str, phase: str) -> bool:
     """Greedy completions and their scores. Returns whether there was anything to do."""
     path = cell.result_path(target, phase)
-    under = cell.projection
+    policy: Policy | None = cell.trained
     if phase == "projected":
-        if under is None:
+        if cell.projection is None:
             return False
         for other in _same_projection(bench, cell):
             if is_made(other.result_path(target, phase), EvalResult.load):
                 replace(other.result(target, phase), policy=cell.method).save(path)
                 return False
-    config = bench.config.shared
-    applied: dict[str, Any] = {}
-    if phase == "projected" and under is not None:
-        applied = {"subspace": cell.subspace, "strength": under[1]}
-    elif cell.method != BASE:
-        applied = {"adapter": cell.adapter}
-    measured = cell.effects_path(target).exists()
-    evaluate(
-        bench.pair, bench.targets[target], bench.config.n_scored(target), seed=config.data_seed, name=cell.method,
-        batch_size=config.generation_batch_size, path=path.with_suffix(".jsonl"), progress=bench.progress,
-        forced=cell.effects(target)[phase] if measured else [], **applied,
-    ).save(path)  # fmt: skip
+        policy = cell.projected
+    assert policy is not None
+    forced = cell.effects(target)[phase] if cell.effects_path(target).exists() else []
+    bench.any.score(target, policy, path, completions=path.with_suffix(".jsonl"), forced=forced)
     return True
 
 
 def finish(bench: Bench, cell: Cell) -> None:
     """Mark a cell that has everything, with short names of what it was made of."""
     phases = ["trained", *(["projected"] if bench.config.score_projected and cell.projection else [])]
-    wanted = [cell.effects_path(name) for name in bench.targets if bench.items(name)]
+    wanted = [cell.effects_path(name) for name in bench.any.targets if bench.items(name)]
     wanted += [cell.effects_path(name, side=True) for name in bench.texts]
-    wanted += [cell.result_path(name, phase) for name in bench.targets for phase in phases]
+    wanted += [cell.result_path(name, phase) for name in bench.any.targets for phase in phases]
     if cell.done or not all(path.exists() for path in wanted):
         return
     corpus = Corpus.load(cell.corpus_path)

@@ -1,4 +1,4 @@
-"""A workshop on the tiny models: what methods are given in a study."""
+"""An experiment on the tiny models: what methods are given in a study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from spd_lens import tasks
 from spd_lens.config import SPDConfig
-from spd_lens.methods import Workshop
+from spd_lens.experiment import Experiment
 from spd_lens.models import ModelPair
 
 SETTINGS: dict[str, Any] = {
@@ -24,21 +24,21 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def workshop_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workshop]:
-    """`workshop_of(pair, kinds=["k"])`: one folder for each pair and settings, so that extractions are shared."""
+def experiment_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Experiment]:
+    """`experiment_of(pair, kinds=["k"])`: one folder for each pair and settings, so that extractions are shared."""
     folders: dict[tuple[str, ...], Path] = {}
 
-    def make(pair: ModelPair, **settings: Any) -> Workshop:
+    def make(pair: ModelPair, **settings: Any) -> Experiment:
         config = SPDConfig.make({**SETTINGS, "model": pair.name, **settings})
         key = (pair.name, *(f"{name}={value}" for name, value in settings.items() if name in ("kinds", "layers")))
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("workshop")
-        return Workshop(pair, tasks.get(config.task), config, folders[key])
+            folders[key] = tmp_path_factory.mktemp("experiment")
+        return Experiment(config, folders[key], pair=pair, tasks=(tasks.get(config.task), {}), shared=True)
 
     return make
 
 
 @pytest.fixture
-def workshop(tiny_pair, workshop_of) -> Workshop:
+def experiment(tiny_pair, experiment_of) -> Experiment:
     """On the Llama."""
-    return workshop_of(tiny_pair)
+    return experiment_of(tiny_pair)

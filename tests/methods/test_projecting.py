@@ -9,12 +9,20 @@ import torch
 
 from spd_lens import methods
 from spd_lens.controls import shuffled_answers
+from spd_lens.experiment import Experiment
 from spd_lens.moments import GradientMoments
 from tests.helpers import reference_rows, refused, relative_error, sine
 
 
-def subspace(name, workshop):
-    return methods.get(name).projection(workshop).subspace
+def subspace(name, experiment):
+    return methods.get(name).projection(experiment).subspace
+
+
+def again_with(experiment, path=None, pair=None, **settings):
+    """Another experiment, with nothing in memory, in the same folder or another one."""
+    config = experiment.config.model_copy(update=settings)
+    where = {"pair": pair or experiment.pair, "tasks": experiment.tasks, "shared": True}
+    return Experiment(config, path or experiment.path, **where)
 
 
 def top_right_singular_vectors(rows, heads, rank):
@@ -24,13 +32,13 @@ def top_right_singular_vectors(rows, heads, rank):
 
 
 @pytest.fixture(params=["llama", "qwen2"])
-def both(request, tiny_pair, tiny_qwen2_pair, workshop_of):
-    return workshop_of(tiny_pair if request.param == "llama" else tiny_qwen2_pair)
+def both(request, tiny_pair, tiny_qwen2_pair, experiment_of):
+    return experiment_of(tiny_pair if request.param == "llama" else tiny_qwen2_pair)
 
 
 @pytest.mark.parametrize("name", ["base", "psr", "ssd", "ssd-config"])
-def test_methods_without_a_projection(workshop, name):
-    assert methods.get(name).projection(workshop) is None
+def test_methods_without_a_projection(experiment, name):
+    assert methods.get(name).projection(experiment) is None
 
 
 def test_spd_is_the_svd_of_the_stacked_gradients(both):
@@ -45,8 +53,8 @@ def test_spd_is_the_svd_of_the_stacked_gradients(both):
             assert sine(basis, wanted) < 1e-3
 
 
-def test_spd_takes_rank_blocks_centring_and_strength_from_the_config(tiny_pair, workshop_of):
-    joint = workshop_of(tiny_pair, rank=3, per_head=False, center=True, strength=0.25)
+def test_spd_takes_rank_blocks_centring_and_strength_from_the_config(tiny_pair, experiment_of):
+    joint = experiment_of(tiny_pair, rank=3, per_head=False, center=True, strength=0.25)
     found = methods.get("spd").projection(joint)
     site = found.subspace.sites[0]
     assert found.strength == 0.25
@@ -81,22 +89,22 @@ def test_activation_pca_is_the_svd_of_the_activations(both):
         assert min(map(sine, found.bases[site], subspace("spd", both).bases[site])) > 0.1
 
 
-def test_shuffled_answers_are_other_answers_and_give_another_subspace(workshop, workshop_of):
-    moved = shuffled_answers(workshop.calibration, workshop.config.seed)
-    for before, after in zip(workshop.calibration, moved, strict=True):
+def test_shuffled_answers_are_other_answers_and_give_another_subspace(experiment, experiment_of):
+    moved = shuffled_answers(experiment.calibration, experiment.config.seed)
+    for before, after in zip(experiment.calibration, moved, strict=True):
         assert before.prompt == after.prompt
         (start, end), (low, high) = before.spans[0], after.spans[0]
         assert before.completion[start:end] != after.completion[low:high]
         assert before.completion[:start] == after.completion[:low]
     texts = lambda examples: sorted(e.completion[slice(*e.spans[0])] for e in examples)  # noqa: E731 (read twice)
-    assert texts(moved) == texts(workshop.calibration)
-    found, aligned = subspace("spd-shuffled", workshop), subspace("spd", workshop)
-    gradients, _, _ = reference_rows(workshop.pair.hf, [workshop.pair.encode(e) for e in moved], found.sites)
+    assert texts(moved) == texts(experiment.calibration)
+    found, aligned = subspace("spd-shuffled", experiment), subspace("spd", experiment)
+    gradients, _, _ = reference_rows(experiment.pair.hf, [experiment.pair.encode(e) for e in moved], found.sites)
     for site in found.sites:
         wanted = top_right_singular_vectors(gradients[site], 2, 4)
         assert max(map(sine, found.bases[site], wanted)) < 1e-3
         assert max(map(sine, found.bases[site], aligned.bases[site])) > 0.1
-    other = subspace("spd-shuffled", workshop_of(workshop.pair, seed=7))
+    other = subspace("spd-shuffled", experiment_of(experiment.pair, seed=7))
     assert any(max(map(sine, found.bases[site], other.bases[site])) > 0.1 for site in found.sites)
 
 
@@ -117,21 +125,21 @@ def test_one_kind_alone_leaves_the_other_untouched(both, kind):
         assert torch.equal(found.bases[site], whole.bases[site])
 
 
-def test_one_kind_that_is_not_there_is_refused(tiny_pair, workshop_of):
-    keys = workshop_of(tiny_pair, kinds=["k"])
+def test_one_kind_that_is_not_there_is_refused(tiny_pair, experiment_of):
+    keys = experiment_of(tiny_pair, kinds=["k"])
     assert subspace("spd-k-only", keys).sites == keys.pair.sites("last_mid", "k")
     with refused("spd-v-only", "kinds = k"):
         subspace("spd-v-only", keys)
 
 
-def test_extractions_are_made_once_and_shared(workshop, monkeypatch, tmp_path):
-    own = replace(workshop, folder=tmp_path)
+def test_extractions_are_made_once_and_shared(experiment, monkeypatch, tmp_path):
+    own = again_with(experiment, path=tmp_path)
     first = own.moments()
     assert [path.name for path in tmp_path.iterdir()] == ["moments-aligned.safetensors"]
     with monkeypatch.context() as patch:
-        patch.setattr("spd_lens.methods.workshop.extract", None)  # a second extraction would fail
+        patch.setattr("spd_lens.experiment.extract", None)  # a second extraction would fail
         for seed in (1, 2):
-            again = replace(own, config=own.config.model_copy(update={"seed": seed})).moments()
+            again = again_with(own, seed=seed).moments()
             assert all(torch.equal(first.gradient[site], again.gradient[site]) for site in first.sites)
     own.moments(loss="full")
     own.moments(shuffled=True)
@@ -141,10 +149,10 @@ def test_extractions_are_made_once_and_shared(workshop, monkeypatch, tmp_path):
         assert int(GradientMoments.load(path).n_examples.sum()) == 12
 
 
-def test_a_folder_of_another_extraction_is_refused(workshop, tiny_qwen2_pair):
-    workshop.moments()
+def test_a_folder_of_another_extraction_is_refused(experiment, tiny_qwen2_pair):
+    experiment.moments()
     for change in ({"layers": [1]}, {"kinds": ["k"]}, {"n_calibration": 6}):
-        with refused(workshop.folder, "another folder"):
-            replace(workshop, config=workshop.config.model_copy(update=change)).moments()
-    with refused(workshop.folder, "another model"):
-        replace(workshop, pair=tiny_qwen2_pair).moments()
+        with refused(experiment.path, "another folder"):
+            again_with(experiment, **change).moments()
+    with refused(experiment.path, "another model"):
+        again_with(experiment, pair=tiny_qwen2_pair).moments()

@@ -32,24 +32,24 @@ def kept_share(subspace, moments, site, of="gradient"):
     return kept / gram.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
-def test_random_directions_have_spds_shape_and_the_seed_names_them(workshop, workshop_of):
-    found, spd = methods.get("spd-random").projection(workshop), methods.get("spd").projection(workshop)
+def test_random_directions_have_spds_shape_and_the_seed_names_them(experiment, experiment_of):
+    found, spd = methods.get("spd-random").projection(experiment), methods.get("spd").projection(experiment)
     assert found.subspace.ranks == spd.subspace.ranks and found.strength == spd.strength
     assert orthonormal(found.subspace)
-    again = methods.get("spd-random").projection(workshop_of(workshop.pair))
-    other = methods.get("spd-random").projection(workshop_of(workshop.pair, seed=1))
+    again = methods.get("spd-random").projection(experiment_of(experiment.pair))
+    other = methods.get("spd-random").projection(experiment_of(experiment.pair, seed=1))
     for site in found.subspace.sites:
         assert torch.equal(found.subspace.bases[site], again.subspace.bases[site])
         assert min(map(sine, found.subspace.bases[site], other.subspace.bases[site])) > 0.1
 
 
-def test_random_directions_know_nothing_of_the_gradients(workshop, workshop_of):
+def test_random_directions_know_nothing_of_the_gradients(experiment, experiment_of):
     """A uniformly random r-dimensional subspace keeps r/d of any energy in the mean; SPD's keeps far more."""
-    moments = workshop.moments()
+    moments = experiment.moments()
     random = [
-        methods.get("spd-random").projection(workshop_of(workshop.pair, seed=seed)).subspace for seed in range(150)
+        methods.get("spd-random").projection(experiment_of(experiment.pair, seed=seed)).subspace for seed in range(150)
     ]
-    spd = methods.get("spd").projection(workshop).subspace
+    spd = methods.get("spd").projection(experiment).subspace
     for site in moments.sites:
         # blocks of one draw are independent of one another, but see different energies: one mean per draw
         shares = [kept_share(subspace, moments, site).mean().item() for subspace in random]
@@ -59,9 +59,9 @@ def test_random_directions_know_nothing_of_the_gradients(workshop, workshop_of):
 
 
 @pytest.mark.parametrize("per_head", [True, False])
-def test_matched_in_energy_is_the_nearest_that_whole_ranks_allow(workshop, per_head):
+def test_matched_in_energy_is_the_nearest_that_whole_ranks_allow(experiment, per_head):
     """Against a walk over all ranks of the same draw of a whole random basis."""
-    moments = workshop.moments()
+    moments = experiment.moments()
     spd = moments.subspace(0.5, per_head=per_head)
     full = moments.subspace(1.0, per_head=per_head)
     full = replace(full, ranks={site: (basis.shape[1],) * len(basis) for site, basis in full.bases.items()})
@@ -82,11 +82,11 @@ def test_matched_in_energy_is_the_nearest_that_whole_ranks_allow(workshop, per_h
                 assert torch.equal(chosen, drawn.bases[site][block, :, :nearest])
 
 
-def test_the_method_matched_in_energy_keeps_spds_share(workshop):
-    moments = workshop.moments()
-    found = methods.get("spd-random-energy").projection(workshop).subspace
-    plain = methods.get("spd-random").projection(workshop).subspace
-    spd = methods.get("spd").projection(workshop).subspace
+def test_the_method_matched_in_energy_keeps_spds_share(experiment):
+    moments = experiment.moments()
+    found = methods.get("spd-random-energy").projection(experiment).subspace
+    plain = methods.get("spd-random").projection(experiment).subspace
+    spd = methods.get("spd").projection(experiment).subspace
     for site in spd.sites:
         wanted = kept_share(spd, moments, site, of="activation")
         gap = (kept_share(found, moments, site, of="activation") - wanted).abs()
@@ -96,15 +96,15 @@ def test_the_method_matched_in_energy_keeps_spds_share(workshop):
     assert found.ranks != plain.ranks
 
 
-def measured_kl(workshop, projection):
+def measured_kl(experiment, projection):
     policy = Policy("p", projection.subspace, projection.strength)
-    items = teacher_forced(workshop.pair, workshop.calibration[:N_MATCHING], [policy], progress=False)["p"]
+    items = teacher_forced(experiment.pair, experiment.calibration[:N_MATCHING], [policy], progress=False)["p"]
     return fmean(item.kl for item in items)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_matched_in_kl_moves_the_model_as_far(workshop_of, any_tiny_pair, seed):
-    own = workshop_of(any_tiny_pair, seed=seed, strength=0.7)
+def test_matched_in_kl_moves_the_model_as_far(experiment_of, any_tiny_pair, seed):
+    own = experiment_of(any_tiny_pair, seed=seed, strength=0.7)
     spd, found = (methods.get(name).projection(own) for name in ("spd", "spd-random-kl"))
     wanted = measured_kl(own, spd)
     assert measured_kl(own, found) == pytest.approx(wanted, rel=KL_TOLERANCE)
@@ -113,17 +113,17 @@ def test_matched_in_kl_moves_the_model_as_far(workshop_of, any_tiny_pair, seed):
     assert 0 < found.strength < 1 and orthonormal(found.subspace)
 
 
-def test_matched_in_kl_takes_fewer_directions_where_all_do_too_little(workshop, monkeypatch):
+def test_matched_in_kl_takes_fewer_directions_where_all_do_too_little(experiment, monkeypatch):
     """SPD's subspace replaced by one direction per head, which does more damage than half of all at random."""
-    harsh = workshop.moments().subspace(1)
-    monkeypatch.setattr(type(workshop), "subspace", lambda self: harsh.truncate(1))
-    found = methods.get("spd-random-kl").projection(workshop)
+    harsh = experiment.moments().subspace(1)
+    monkeypatch.setattr(type(experiment), "subspace", lambda self: harsh.truncate(1))
+    found = methods.get("spd-random-kl").projection(experiment)
     assert {rank for ranks in found.subspace.ranks.values() for rank in ranks} == {1}
     nothing = harsh.select(harsh.sites[:1])
-    monkeypatch.setattr(type(workshop), "subspace", lambda self: nothing)
+    monkeypatch.setattr(type(experiment), "subspace", lambda self: nothing)
     monkeypatch.setattr(matching, "teacher_forced", _kl_that_shrinks)
     with refused("spd-random-kl", "lower the strength"):
-        methods.get("spd-random-kl").projection(workshop)
+        methods.get("spd-random-kl").projection(experiment)
 
 
 def _kl_that_shrinks(pair, examples, policies, progress):

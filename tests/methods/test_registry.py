@@ -13,7 +13,7 @@ from tests.helpers import refused
 OWN = '''
 """A method of a user's own: the complement of two thirds of the rank, sampled hot."""
 from spd_lens.methods import Method, register
-from spd_lens.methods.base import Projection
+from spd_lens.evaluation import Policy
 
 
 @register
@@ -22,10 +22,10 @@ class Mine(Method):
     says = "hot samples under what the gradients leave out"
     is_control = True
 
-    def projection(self, workshop):
-        return Projection(~workshop.subspace(), 0.5)
+    def projection(self, experiment):
+        return Policy("mine", ~experiment.subspace(), 0.5)
 
-    def sampling(self, workshop):
+    def sampling(self, experiment):
         return {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
 '''
 
@@ -48,7 +48,6 @@ def test_all_methods_are_found_the_paper_first():
     for name in found:
         method = methods.get(name)
         assert method.name == name and method.says and method.is_control == (name in controls)
-        assert method.trains == (name != "base")
 
 
 def test_an_unknown_method_is_refused_with_the_names():
@@ -56,17 +55,17 @@ def test_an_unknown_method_is_refused_with_the_names():
         methods.get("spdd")
 
 
-def test_a_method_in_a_module_of_its_own_registers_and_works(own_registry, tmp_path, monkeypatch, workshop):
+def test_a_method_in_a_module_of_its_own_registers_and_works(own_registry, tmp_path, monkeypatch, experiment):
     (tmp_path / "my_methods.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_methods", raising=False)
     import my_methods
 
     assert "mine" in methods.names()[5:]
-    found = methods.get("mine").projection(workshop)
+    found = methods.get("mine").projection(experiment)
     assert isinstance(methods.get("mine"), my_methods.Mine)
     assert found.strength == 0.5 and found.subspace.ranks == {
-        site: tuple(8 - rank for rank in ranks) for site, ranks in workshop.subspace().ranks.items()
+        site: tuple(8 - rank for rank in ranks) for site, ranks in experiment.subspace().ranks.items()
     }
 
 

@@ -12,12 +12,12 @@ from spd_lens.generation import generate
 FLAT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
-def made(workshop, name):
-    method, config = methods.get(name), workshop.config
-    projection = method.projection(workshop)
+def made(experiment, name):
+    method, config = methods.get(name), experiment.config
+    projection = method.projection(experiment)
     return generate(
-        workshop.pair, workshop.task.train(config.n_train, config.data_seed), max_new_tokens=config.max_new_tokens,
-        subspace=projection and projection.subspace, progress=False, **method.sampling(workshop),
+        experiment.pair, experiment.task.train(config.n_train, config.data_seed), max_new_tokens=config.max_new_tokens,
+        subspace=projection and projection.subspace, progress=False, **method.sampling(experiment),
     )  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def rank_of(logits, token):
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("ssd", 1.6), ("ssd-config", 1.5)])
-def test_ssd_samples_from_the_truncated_distribution_alone(workshop, name, temperature):
-    seen = list(steps(workshop.pair, made(workshop, name)))
+def test_ssd_samples_from_the_truncated_distribution_alone(experiment, name, temperature):
+    seen = list(steps(experiment.pair, made(experiment, name)))
     ranks = [rank_of(logits, token) for logits, token in seen]
     assert max(ranks) < 20
     assert sum(rank > 3 for rank in ranks) > len(ranks) / 10  # hot: not just the best few
@@ -61,8 +61,8 @@ def test_ssd_samples_from_the_truncated_distribution_alone(workshop, name, tempe
     assert not all(in_nucleus(logits, token, temperature, 0.8, 14) for logits, token in seen)
 
 
-def test_plain_self_retraining_is_not_truncated(tiny_pair, workshop_of):
-    plain = workshop_of(tiny_pair, **FLAT)
+def test_plain_self_retraining_is_not_truncated(tiny_pair, experiment_of):
+    plain = experiment_of(tiny_pair, **FLAT)
     assert methods.get("psr").sampling(plain) == {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     seen = list(steps(plain.pair, made(plain, "psr")))
     assert max(rank_of(logits, token) for logits, token in seen) >= 20
@@ -70,14 +70,14 @@ def test_plain_self_retraining_is_not_truncated(tiny_pair, workshop_of):
 
 
 @pytest.mark.parametrize("name", ["psr", "spd", "spd-random", "spd-complement"])
-def test_others_sample_as_the_config_says(tiny_pair, workshop_of, name):
+def test_others_sample_as_the_config_says(tiny_pair, experiment_of, name):
     given = {"temperature": 0.9, "top_p": 0.8, "top_k": 7}
-    assert methods.get(name).sampling(workshop_of(tiny_pair, **given)) == given
-    assert methods.get(name).sampling(workshop_of(tiny_pair)) == dict.fromkeys(given)
+    assert methods.get(name).sampling(experiment_of(tiny_pair, **given)) == given
+    assert methods.get(name).sampling(experiment_of(tiny_pair)) == dict.fromkeys(given)
 
 
-def test_the_configs_sampling_does_not_change_ssd(tiny_pair, workshop_of):
-    for own in (workshop_of(tiny_pair, **FLAT), workshop_of(tiny_pair, temperature=0.2, top_p=0.5)):
+def test_the_configs_sampling_does_not_change_ssd(tiny_pair, experiment_of):
+    for own in (experiment_of(tiny_pair, **FLAT), experiment_of(tiny_pair, temperature=0.2, top_p=0.5)):
         assert methods.get("ssd").sampling(own) == {"temperature": 1.6, "top_p": 0.8, "top_k": 20}
         assert methods.get("ssd-config").sampling(own) == {"temperature": 1.5, "top_p": 0.8, "top_k": 20}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from spd_lens.methods import workshop
+from spd_lens import experiment
 from spd_lens.models import ModelPair
-from spd_lens.study import Study, StudyConfig, run_study, stages
+from spd_lens.study import Study, StudyConfig, run_study
 
 
 @contextlib.contextmanager
@@ -31,10 +31,10 @@ def counting() -> Iterator[dict[str, Any]]:
 
             patch.setattr(module, name, call)
 
-        count(workshop, "extract", "extract")
-        count(stages, "generate", "generate")
-        count(stages, "finetune_with", "finetune")
-        count(stages, "teacher_forced", "forced")
+        count(experiment, "extract", "extract")
+        count(experiment, "generate", "generate")
+        count(experiment, "finetune", "finetune")
+        count(experiment, "teacher_forced", "forced")
         yield made
 
 

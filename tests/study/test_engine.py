@@ -342,7 +342,7 @@ def test_refused_before_anything_is_written(study_of, tiny_pair, tmp_path):
             with refused(*words):
                 run_study(config, out, pair=tiny_pair)
         else:  # or the cases of too few examples would be refused for something else
-            engine._check(config, *engine.make_tasks(config))
+            engine._check(config, engine.experiments_of(config, tmp_path))
         assert not out.exists()
 
 
