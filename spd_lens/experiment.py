@@ -266,9 +266,12 @@ class Experiment:
             sampling: `temperature`, `top_p` and `top_k`, where they are not the config's.
             engine: `"twin"` (folded weights) or `"lens"` (hooks).
         """
+        settings = self.config.sampling
+        if sampling is not None:
+            settings = settings.model_copy(update={key: sampling.get(key) for key in ("temperature", "top_p", "top_k")})
         return generate(
-            self.pair, self.prompts if prompts is None else prompts, policy=policy, engine=engine, path=path,
-            settings=self.config.sampling.model_copy(update=dict(sampling or {})), progress=self.progress,
+            self.pair, self.prompts if prompts is None else prompts, policy=policy, settings=settings, engine=engine,
+            path=path, progress=self.progress,
         )  # fmt: skip
 
     def finetune(self, corpus: Corpus, out: Path) -> Path:
