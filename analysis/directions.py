@@ -71,15 +71,15 @@ def read_directions(
 
     Args:
         pair: The model that the moments were taken from.
-        examples: Calibration examples, whose tokens pull and query.
-        moments: Their moments.
+        examples: The calibration examples, whose tokens pull and query.
+        moments: The moments of these examples.
         n: Number of directions per head.
         top: Number of tokens per pole and query head, and of contexts per direction.
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
-        loss: As in `extract`.
-        engine: As in `extract`.
-        progress: Show a progress bar.
+        loss: The loss that was differentiated, as in `extract`.
+        engine: The model that is run, as in `extract`.
+        progress: Whether to show a progress bar.
 
     Returns:
         measures: one row per direction (counted from 1) and measure of `MEASURES`: `value`, the random directions'
@@ -216,7 +216,7 @@ def main(
     top: Annotated[int, typer.Option(min=1, help="tokens per pole, contexts per direction")] = 8,
     n_random: Annotated[int, typer.Option(min=19, help="random directions per head, the null")] = 100,
     layers: Annotated[str, typer.Option(help="block indices such as 9,14; default: the run's own layers")] = "",
-    seed: Annotated[int, typer.Option(help="of the random directions")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the random directions")] = 0,
     quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
 ) -> None:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""

@@ -32,9 +32,9 @@ def cards_page(
     """The page as HTML, from what `directions.read_directions` gave.
 
     Args:
-        name: Of the run.
-        measures: Its first frame.
-        tokens: Its second frame.
+        name: Name of the run.
+        measures: The first frame of `read_directions`.
+        tokens: The second frame of `read_directions`.
         examples: The calibration examples.
         pieces: Their tokens (`reading.pieces_of`).
         says: The findings, in sentences.

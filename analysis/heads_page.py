@@ -27,11 +27,11 @@ def heads_page(
     """The page as HTML.
 
     Args:
-        title: Its heading.
+        title: Heading of the page.
         figures: Maps of `analysis.heads`: each heat map's `meta` is its kind, x the layer, y the head.
         shown: The example to click through.
         says: The findings, in sentences.
-        facts: Settings.
+        facts: Settings of the analysis, shown under the findings.
     """
     folder = files("spd_lens.analysis")
 
@@ -54,5 +54,5 @@ def heads_page(
 
 
 def _json(value: Any) -> str:
-    """For a script element: no text in it can end the element or begin another."""
+    """JSON for a script element: no text in it can end the element or begin another."""
     return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

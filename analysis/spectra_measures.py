@@ -46,9 +46,9 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
     """Singular values and cumulative energy against rank.
 
     Args:
-        moments: With examples in at least two shards.
-        per_head: A spectrum per head, or one over all heads.
-        source: One of `SOURCES`; says what is decomposed and labels the rows. For shuffled answers give their moments.
+        moments: Moments with examples in at least two shards.
+        per_head: Whether to take a spectrum per head, or one over all heads.
+        source: What is decomposed, one of `SOURCES`; it labels the rows. For shuffled answers give their moments.
 
     Returns:
         Columns `site, layer, kind, head, source, measure, rank, width, value, low, high`. Measures: `"singular value"`
@@ -116,10 +116,10 @@ def activation_kept(
     """Share of the *activations'* energy that the gradient subspace of each rank keeps: what a projection leaves.
 
     Args:
-        moments: With examples in at least two shards.
-        per_head: A subspace per head, or one over all heads.
-        draws: Random subspaces for the null's range.
-        seed: Of the random subspaces.
+        moments: Moments with examples in at least two shards.
+        per_head: Whether to take a subspace per head, or one over all heads.
+        draws: Number of random subspaces for the null's range.
+        seed: Seed of the random subspaces.
 
     Returns:
         Columns `site, layer, kind, head, part, rank, width, value, low, high, chance, random_low, random_high`. Parts:
