@@ -178,28 +178,23 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
 
 def say(measures: pd.DataFrame) -> str:
     """What the numbers show against random directions, in sentences."""
-    sentences = []
-    first = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
-    sentences.append(
+    by = {str(measure): rows for measure, rows in measures.groupby("measure")}
+    first = by["energy share"][by["energy share"]["direction"] == 1]
+    sink, carried = by["first-token share"], by["effective examples"]
+    sentences = [
         f"The first direction of a head holds {first['value'].median():.0%} of its gradient energy (median over "
-        f"{len(first)} heads; a random one {first['null'].median():.1%}; it is chosen to hold the most)."
-    )
-    sink = measures[measures["measure"] == "first-token share"]
-    sentences.append(
+        f"{len(first)} heads; a random one {first['null'].median():.1%}; it is chosen to hold the most).",
         f"{sink['value'].median():.0%} of a direction's energy is at the first token (median; random directions: "
-        f"{sink['null'].median():.0%})."
-    )
-    carried = measures[measures["measure"] == "effective examples"]
-    sentences.append(
+        f"{sink['null'].median():.0%}).",
         f"Directions are carried by {carried['value'].median():.1f} examples (median, effective number), random ones "
-        f"by {carried['null'].median():.1f}."
-    )
+        f"by {carried['null'].median():.1f}.",
+    ]
     for measure, claim in (
         ("vocabulary kurtosis", "value directions write a more peaked vocabulary than"),
         ("query energy", "key directions match queries better than"),
     ):
-        part = measures[measures["measure"] == measure]
-        if len(part):
+        if measure in by:
+            part = by[measure]
             beyond = int((part["value"] > part["null_high"]).sum())
             expected = 0.025 * len(part)
             much = "" if beyond > 3 * expected + 1 else ", which is near what chance gives"

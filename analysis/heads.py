@@ -124,11 +124,11 @@ def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
         part = effects[effects["policy"] == "difference"]
         for measure, rows in part.groupby("measure", sort=False):
             less, more = int((rows["high"] < 0).sum()), int((rows["low"] > 0).sum())
-            name = _capital(MEASURES[measure].partition(",")[0])
+            name = MEASURES[measure].partition(",")[0]
             sentences.append(
-                f"{name}: of {len(rows)} heads projected alone, {less} leave it lower and {more} higher than a random "
-                f"subspace of that rank does (95 % intervals over {int(rows['n'].iloc[0])} items, not corrected; "
-                f"{0.025 * len(rows):.1f} each way by chance)."
+                f"{name[0].upper()}{name[1:]}: of {len(rows)} heads projected alone, {less} leave it lower and {more} "
+                "higher than a random subspace of that rank does (95 % intervals over "
+                f"{int(rows['n'].iloc[0])} items, not corrected; {0.025 * len(rows):.1f} each way by chance)."
             )
     return " ".join(sentences)
 
@@ -198,10 +198,6 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
             progress=subject.progress,
         ).save(path)  # fmt: skip
     return GradientMoments.load(path)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _rank(text: str, subject: Subject) -> int | float:
