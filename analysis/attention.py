@@ -22,7 +22,7 @@ from spd_lens.models.prompts import Loss
 from .reading import pieces_of, spelled, tokens_of
 
 _MAX_BYTES = 6_000_000
-"""Of all patterns in a page together; base64 makes a third more of it."""
+"""Most bytes that all patterns of a page take together; base64 makes a third more of it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Attention:
     """Query heads per KV head."""
 
     def record(self) -> dict[str, Any]:
-        """For a page: plain values, arrays as base64 of bytes."""
+        """The same as plain values for a page, with arrays as base64 of their bytes."""
         largest = {key: g.amax(dim=1).clamp_min(1e-300) for key, g in self.gradient.items()}
         return {
             "id": self.example.id,
@@ -95,7 +95,10 @@ def attention_of(
     if id is None:
         example = min(examples, key=lambda e: len(pair.encode(e, loss).ids))
     else:
-        example = next((e for e in examples if e.id == id), None) or _unknown(id, examples)
+        named = [e for e in examples if e.id == id]
+        if not named:
+            raise SPDError(f"no calibration example is called {id!r}; one is called {examples[0].id!r}")
+        example = named[0]
     encoded = pair.encode(example, loss)
     layers = range(pair.n_layers)
     pattern = attention_patterns(pair, encoded.ids, layers)
@@ -103,12 +106,11 @@ def attention_of(
     last = max(encoded.scored)  # the last prediction is made right before it
     room = max(1, _MAX_BYTES // (pattern.shape[0] * pattern.shape[1] * pattern.shape[3]))
     rows = list(range(max(first, last - room), last))
-    gradients = token_gradients(pair, [example], layers="all", kinds=kinds, loss=loss, progress=False)
-    rows_of_gradient = next(iter(gradients))
+    (found,) = token_gradients(pair, [example], layers="all", kinds=kinds, loss=loss, progress=False)
     heads = pair.fingerprint.n_kv_heads
     gradient = {
         str(site): g.cpu().unflatten(1, (heads, -1)).norm(dim=2).T
-        for site, g in rows_of_gradient.gradient.items()
+        for site, g in found.gradient.items()
         if site.kind in ("k", "v")
     }
     pieces = tokens_of(pieces_of([example], pair.format, loss)[0])
@@ -121,10 +123,6 @@ def attention_of(
         gradient=gradient,
         group=pair.fingerprint.n_heads // heads,
     )
-
-
-def _unknown(id: str, examples: Sequence[Example]) -> Example:
-    raise SPDError(f"no calibration example is called {id!r}; one is called {examples[0].id!r}")
 
 
 def _bytes(values: np.ndarray) -> str:

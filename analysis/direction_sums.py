@@ -84,18 +84,24 @@ class Tally:
         self, head: int, i: int, sign: float, texts: Sequence[Sequence[str]], top: int
     ) -> Iterable[dict[str, Any]]:
         """The tokens that pull hardest, and for keys those whose queries match each pole best."""
+
+        def row(role: str, pole: str, query: int, rank: int, n: int, position: int, value: float) -> dict[str, Any]:
+            example = self.examples[n]
+            return {
+                "role": role, "pole": pole, "query_head": query, "place": rank + 1, "token": texts[example][position],
+                "value": value, "null": 0.0, "example": example, "position": position,
+            }  # fmt: skip
+
         pulls = [pull[:, head, i] * sign for pull in self.pulls]
-        for rank, (example, position, value) in enumerate(_hardest(self.examples, [p.abs() for p in pulls], top)):
-            pole = "+" if pulls[self.examples.index(example)][position] > 0 else "-"
-            yield _context("pull", pole, None, rank, value, example, position, texts)
+        for rank, (n, position, value) in enumerate(_hardest([pull.abs() for pull in pulls], top)):
+            yield row("pull", "+" if pulls[n][position] > 0 else "-", -1, rank, n, position, value)
         for pole, turn in (("+", sign), ("-", -sign)) if self.cosines else ():
             best = [(cosine[:, head, :, i] * turn).max(dim=1) for cosine in self.cosines]
-            for rank, (example, position, value) in enumerate(_hardest(self.examples, [b.values for b in best], top)):
+            for rank, (n, position, value) in enumerate(_hardest([b.values for b in best], top)):
                 if value <= 0:
                     break
-                group = self.cosines[0].shape[2]
-                query = head * group + int(best[self.examples.index(example)].indices[position])
-                yield _context("query", pole, query, rank, value, example, position, texts)
+                member = int(best[n].indices[position])
+                yield row("query", pole, head * self.cosines[0].shape[2] + member, rank, n, position, value)
 
 
 class Vocabulary:
@@ -146,17 +152,7 @@ class Vocabulary:
         return text if text and "\ufffd" not in text else str(self._pair.tokenizer.convert_ids_to_tokens(id))
 
 
-def _hardest(examples: Sequence[int], values: Sequence[Tensor], top: int) -> list[tuple[int, int, float]]:
-    """Example, position and value of the largest values behind the first token, one of each example, descending."""
-    best = [(e, 1 + int(v[1:].argmax()), float(v[1:].max())) for e, v in zip(examples, values, strict=True)]
-    return sorted(best, key=lambda row: -row[2])[:top]
-
-
-def _context(
-    role: str, pole: str, query: int | None, rank: int, value: float, example: int, position: int,
-    texts: Sequence[Sequence[str]],
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "role": role, "pole": pole, "query_head": -1 if query is None else query, "place": rank + 1,
-        "token": texts[example][position], "value": value, "null": 0.0, "example": example, "position": position,
-    }  # fmt: skip
+def _hardest(values: Sequence[Tensor], top: int) -> list[tuple[int, int, float]]:
+    """The largest value of each example behind its first token, descending: number of the example, position, value."""
+    best = [(n, 1 + int(v[1:].argmax()), float(v[1:].max())) for n, v in enumerate(values)]
+    return sorted(best, key=lambda found: -found[2])[:top]

@@ -72,15 +72,15 @@ def read_directions(
 
     Args:
         pair: The model that the moments were taken from.
-        examples: Calibration examples, whose tokens pull and query.
-        moments: Their moments.
+        examples: The calibration examples, whose tokens pull and query.
+        moments: The moments of these examples.
         n: Number of directions per head.
         top: Number of tokens per pole and query head, and of contexts per direction.
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
-        loss: As in `extract`.
-        engine: As in `extract`.
-        progress: Show a progress bar.
+        loss: The loss that was differentiated, as in `extract`.
+        engine: The model that is run, as in `extract`.
+        progress: Whether to show a progress bar.
 
     Returns:
         measures: one row per direction (counted from 1) and measure of `MEASURES`: `value`, the random directions'
@@ -179,28 +179,23 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
 
 def say(measures: pd.DataFrame) -> str:
     """What the numbers show against random directions, in sentences."""
-    sentences = []
-    first = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
-    sentences.append(
+    by = {str(measure): rows for measure, rows in measures.groupby("measure")}
+    first = by["energy share"][by["energy share"]["direction"] == 1]
+    sink, carried = by["first-token share"], by["effective examples"]
+    sentences = [
         f"The first direction of a head holds {first['value'].median():.0%} of its gradient energy (median over "
-        f"{len(first)} heads; a random one {first['null'].median():.1%}; it is chosen to hold the most)."
-    )
-    sink = measures[measures["measure"] == "first-token share"]
-    sentences.append(
+        f"{len(first)} heads; a random one {first['null'].median():.1%}; it is chosen to hold the most).",
         f"{sink['value'].median():.0%} of a direction's energy is at the first token (median; random directions: "
-        f"{sink['null'].median():.0%})."
-    )
-    carried = measures[measures["measure"] == "effective examples"]
-    sentences.append(
+        f"{sink['null'].median():.0%}).",
         f"Directions are carried by {carried['value'].median():.1f} examples (median, effective number), random ones "
-        f"by {carried['null'].median():.1f}."
-    )
+        f"by {carried['null'].median():.1f}.",
+    ]
     for measure, claim in (
         ("vocabulary kurtosis", "value directions write a more peaked vocabulary than"),
         ("query energy", "key directions match queries better than"),
     ):
-        part = measures[measures["measure"] == measure]
-        if len(part):
+        if measure in by:
+            part = by[measure]
             beyond = int((part["value"] > part["null_high"]).sum())
             expected = 0.025 * len(part)
             much = "" if beyond > 3 * expected + 1 else ", which is near what chance gives"
@@ -217,7 +212,7 @@ def main(
     top: Annotated[int, typer.Option(min=1, help="tokens per pole, contexts per direction")] = 8,
     n_random: Annotated[int, typer.Option(min=19, help="random directions per head, the null")] = 100,
     layers: Annotated[str, typer.Option(help="block indices such as 9,14; default: the run's own layers")] = "",
-    seed: Annotated[int, typer.Option(help="of the random directions")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the random directions")] = 0,
     quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
 ) -> None:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""

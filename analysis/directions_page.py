@@ -35,8 +35,8 @@ def cards_page(
 
     Args:
         name: Name of the run.
-        measures: The first frame of what it gave.
-        tokens: The second frame.
+        measures: The first frame of `read_directions`.
+        tokens: The second frame of `read_directions`.
         examples: The calibration examples.
         pieces: The tokens of the examples (`reading.pieces_of`).
         says: The findings, in sentences.

@@ -42,8 +42,8 @@ def head_energy(moments: GradientMoments, null: GradientMoments | None = None) -
     """Each KV head's share of the gradient energy `Σ ‖g‖²` of its kind, over all layers of the moments.
 
     Args:
-        moments: At the layers of interest (`Subject.moments_everywhere()`).
-        null: The same of calibration examples with shuffled answers.
+        moments: Moments at the layers of interest (`Subject.moments_everywhere()`).
+        null: Moments of the same calibration examples with shuffled answers.
 
     Returns:
         One row per head: `value`, a share that sums to 1 over layers and heads of a kind, with `low, high` (delete-half
@@ -122,24 +122,26 @@ def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
         part = effects[effects["policy"] == "difference"]
         for measure, rows in part.groupby("measure", sort=False):
             less, more = int((rows["high"] < 0).sum()), int((rows["low"] > 0).sum())
-            name = _capital(MEASURES[measure].partition(",")[0])
+            name = MEASURES[measure].partition(",")[0]
             sentences.append(
-                f"{name}: of {len(rows)} heads projected alone, {less} leave it lower and {more} higher than a random "
-                f"subspace of that rank does (95 % intervals over {int(rows['n'].iloc[0])} items, not corrected; "
-                f"{0.025 * len(rows):.1f} each way by chance)."
+                f"{name[0].upper()}{name[1:]}: of {len(rows)} heads projected alone, {less} leave it lower and {more} "
+                "higher than a random subspace of that rank does (95 % intervals over "
+                f"{int(rows['n'].iloc[0])} items, not corrected; {0.025 * len(rows):.1f} each way by chance)."
             )
     return " ".join(sentences)
 
 
 def main(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
-    rank: Annotated[str, typer.Option(help="of a head: a number, or a fraction such as 0.5; default: the run's")] = "",
+    rank: Annotated[
+        str, typer.Option(help="rank of a head: a number or a fraction such as 0.5; default: the run's")
+    ] = "",
     layers: Annotated[str, typer.Option(help="whose heads are projected: 'all', 'none', or indices: 9,14")] = "all",
     n: Annotated[int, typer.Option(min=2, help="held-out items")] = 8,
     n_random: Annotated[int, typer.Option(min=1, help="random subspaces per head, the null")] = 1,
     example: Annotated[str, typer.Option(help="id of the calibration example to click through")] = "",
     shuffled: Annotated[bool, typer.Option(help="energy also with shuffled answers (a second extraction)")] = True,
-    seed: Annotated[int, typer.Option(help="of shuffled answers and random subspaces")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of shuffled answers and random subspaces")] = 0,
     quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
 ) -> None:
     """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
@@ -188,10 +190,6 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
         return None
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def _rank(text: str, subject: Subject) -> int | float:
     if not text:
         return subject.run.config.rank
@@ -230,15 +228,8 @@ def _maps(
 
 
 def _table(name: str, energy: pd.DataFrame, effects: pd.DataFrame | None) -> Table:
-    table = Table(
-        "layer.head",
-        "kind",
-        "energy share",
-        "with other answers",
-        "KL, subspace",
-        "KL, random",
-        title=f"heads · {name}",
-    )
+    columns = ("layer.head", "kind", "energy share", "with other answers", "KL, subspace", "KL, random")
+    table = Table(*columns, title=f"heads · {name}")
     for _, part in energy.groupby("kind", sort=False):
         for r in part.sort_values("value", ascending=False).head(5).itertuples():
             kl = {"subspace": "–", "random": "–"}

@@ -22,11 +22,11 @@ def heads_page(
     """The page as HTML.
 
     Args:
-        title: The page's heading.
+        title: Heading of the page.
         figures: Maps of `analysis.heads`: each heat map's `meta` is its kind, x the layer, y the head.
         shown: The example to click through.
         says: The findings, in sentences.
-        facts: Settings.
+        facts: Settings of the analysis, shown under the findings.
     """
     return drawn(
         "heads.html", "heads.js", title=title, says=says, facts=listed(facts),

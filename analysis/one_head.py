@@ -61,10 +61,10 @@ def head_effects(
 
     Args:
         pair: The model.
-        items: Held out, with completion and spans.
-        subspace: Per head; every site and head of it is projected in turn.
-        n_random: Random subspaces of the same rank in the same head; their effects are averaged per item.
-        seed: Of the first of them.
+        items: Held-out items with completion and spans.
+        subspace: A subspace per head; each of its sites and heads is projected in turn.
+        n_random: Number of random subspaces of the same rank in the same head; their effects are averaged per item.
+        seed: Seed of the first of them.
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.
 

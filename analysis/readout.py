@@ -17,7 +17,7 @@ from spd_lens.models.weights import site_layer
 from spd_lens.sites import Site
 
 Directions = Float[Tensor, "head d_head n"]
-"""For each KV head, `n` directions of its keys or values as columns."""
+"""The columns are `n` directions of the keys or values of each KV head."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Unembedding:
 
     @classmethod
     def of(cls, hf: Any) -> Unembedding:
-        """Of a transformers model; `SPDError` where its final norm is not to be found."""
+        """Find both in a transformers model; `SPDError` where it has no final norm that is known here."""
         head = hf.get_output_embeddings()
         decoder = hf.get_submodule(architecture(hf).blocks.rpartition(".")[0])  # what holds the list of blocks
         norm = next((getattr(decoder, name) for name in _FINAL_NORMS if hasattr(decoder, name)), None)

@@ -39,8 +39,8 @@ def main(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     shuffled: Annotated[bool, typer.Option(help="Extract gradients of shuffled answers too.")] = True,
     all_layers: Annotated[bool, typer.Option(help="Effective ranks at every layer too; extracts them once.")] = False,
-    draws: Annotated[int, typer.Option(min=20, help="Random subspaces for the range of chance.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling and of the random subspaces.")] = 0,
+    draws: Annotated[int, typer.Option(min=20, help="Number of random subspaces for the range of chance.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffling and of the random subspaces.")] = 0,
     quiet: Annotated[bool, typer.Option(help="Warnings only.")] = False,
 ) -> None:
     """How low-rank the gradients are: spectra, effective ranks and kept activation energy, with their nulls."""

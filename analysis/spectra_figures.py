@@ -24,23 +24,21 @@ _SHOWN = tuple(sorted({round(2 ** (i / 2)) for i in range(30)}))
 def cumulative_figure(curves: pd.DataFrame, *, per_head: bool = True) -> go.Figure:
     """Energy share against rank, a panel per site: each head, the held-out mean over heads, the nulls' means."""
     mine = _thinned(curves[(curves["head"] != "all") == per_head])
-    sites = list(dict.fromkeys(mine.site))
-    fig = panels(
-        [f"site {site}" for site in sites],
+    fig, sites = _site_panels(
+        mine,
         "How much of the gradient energy the leading directions hold",
         "rank (directions, log scale)",
         "share of energy ‖G‖²",
         says=f"{'per head' if per_head else 'all heads jointly'}; bands: 95 %, delete-half jackknife over shards; "
         "grey: nulls, mean over heads",
     )
-    for n, site in enumerate(sites):
-        here: dict[str, Any] = {**panel(n), "showlegend": n == 0}
-        gradients = mine[(mine.site == site) & (mine.source == GRADIENTS)]
+    for part, here in sites:
+        gradients = part[part.source == GRADIENTS]
         used = _heads(fig, gradients[gradients.measure == ENERGY], here)
         held = gradients[gradients.measure == HELD_OUT].groupby("rank", as_index=False).value.mean()
         name = "held-out half"
         line(fig, held["rank"], held.value, name, index=used, legendgroup=name, **here)
-        _nulls(fig, mine[(mine.site == site) & (mine.measure == ENERGY)], here)
+        _nulls(fig, part[part.measure == ENERGY], here)
     _log_ranks(fig, curves.width.max() if not per_head else mine.width.max())
     fig.update_yaxes(range=[0, 1.03])
     fig.add_hline(y=0.9, line={"color": "#999999", "width": 1})
@@ -51,17 +49,14 @@ def singular_figure(curves: pd.DataFrame) -> go.Figure:
     """Singular values relative to the largest, per site; the median over heads, with the nulls."""
     mine = _thinned(curves[(curves["head"] != "all") & (curves.measure == SINGULAR)])
     mine = mine.assign(value=mine.value / mine.groupby(["site", "head", "source"]).value.transform("max"))
-    sites = list(dict.fromkeys(mine.site))
-    fig = panels(
-        [f"site {site}" for site in sites],
+    fig, sites = _site_panels(
+        mine,
         "Singular values, relative to the largest",
         "number of the singular value (log scale)",
         "σ / σ₁ (log scale)",
         says="gradients: median over heads, band from lowest to highest head; grey: nulls, mean over heads",
     )
-    for n, site in enumerate(sites):
-        here: dict[str, Any] = {**panel(n), "showlegend": n == 0}
-        part = mine[mine.site == site]
+    for part, here in sites:
         _range_over_heads(fig, part[part.source == GRADIENTS], here, GRADIENTS)
         _nulls(fig, part, here)
     _log_ranks(fig, mine.width.max())
@@ -104,18 +99,15 @@ def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> g
 def kept_figure(kept: pd.DataFrame) -> go.Figure:
     """Share of the activations' energy that the gradient subspace keeps, of their mean and of the rest."""
     mine = _thinned(kept[kept["head"] != "all"])
-    sites = list(dict.fromkeys(mine.site))
-    fig = panels(
-        [f"site {site}" for site in sites],
+    fig, sites = _site_panels(
+        mine,
         "How much of the activations the gradient subspace keeps",
         "rank (directions, log scale)",
         "share of activation energy",
         says="mean over heads; grey: random subspaces, with the 95 % range of one head's for the rest",
     )
-    for n, site in enumerate(sites):
-        here: dict[str, Any] = {**panel(n), "showlegend": n == 0}
-        columns = ["value", "chance", "random_low", "random_high"]
-        table = mine[mine.site == site].groupby(["part", "rank"])[columns].mean()
+    for at_site, here in sites:
+        table = at_site.groupby(["part", "rank"])[["value", "chance", "random_low", "random_high"]].mean()
         chance = table.loc["rest"]
         band(fig, chance.index, chance.random_low, chance.random_high, null=True, **_axes(here))
         line(fig, chance.index, chance.chance, "chance: rank / width", null=True, legendgroup="chance", **here)
@@ -158,6 +150,15 @@ def kept_sentence(kept: pd.DataFrame, rank: Rank) -> str:
         )
     chance = mine.chance.mean()
     return f"At the run's rank the subspace keeps of the activations {' and '.join(parts)}; chance is {chance:.2f}."
+
+
+def _site_panels(
+    rows: pd.DataFrame, title: str, x: str, y: str, *, says: str
+) -> tuple[go.Figure, list[tuple[pd.DataFrame, dict[str, Any]]]]:
+    """A figure with one panel per site, and the rows of each with where they are drawn."""
+    sites = list(dict.fromkeys(rows.site))
+    fig = panels([f"site {site}" for site in sites], title, x, y, says=says)
+    return fig, [(rows[rows.site == site], {**panel(n), "showlegend": n == 0}) for n, site in enumerate(sites)]
 
 
 def _heads(fig: go.Figure, rows: pd.DataFrame, here: dict[str, Any]) -> int:

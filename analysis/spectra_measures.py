@@ -46,9 +46,9 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
     """Singular values and cumulative energy against rank.
 
     Args:
-        moments: With examples in at least two shards.
-        per_head: A spectrum per head, or one over all heads.
-        source: One of `SOURCES`; says what is decomposed and labels the rows. For shuffled answers give their moments.
+        moments: Moments with examples in at least two shards.
+        per_head: Whether to take a spectrum per head, or one over all heads.
+        source: What is decomposed, one of `SOURCES`; it labels the rows. For shuffled answers give their moments.
 
     Returns:
         Columns `site, layer, kind, head, source, measure, rank, width, value, low, high`. Measures: `"singular value"`
@@ -72,14 +72,8 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
             known = int((energies[0, block] > 0).sum())
             if not known:
                 continue  # nothing flows into this head
-            spread = half_width(half, n)
-            top = float("inf") if name == SINGULAR else 1.0
             where = {**place(site, block, per_head), "source": source, "measure": name}
-            for i in range(known):
-                low, high = _clipped(value[i], spread[i], 0.0, top)
-                rows.append(
-                    {**where, "rank": i + 1, "width": len(value), "value": float(value[i]), "low": low, "high": high}
-                )
+            rows += _curve(where, value[:known], half_width(half, n), float("inf") if name == SINGULAR else 1.0)
     return pd.DataFrame(rows)
 
 
@@ -116,10 +110,10 @@ def activation_kept(
     """Share of the *activations'* energy that the gradient subspace of each rank keeps: what a projection leaves.
 
     Args:
-        moments: With examples in at least two shards.
-        per_head: A subspace per head, or one over all heads.
-        draws: Random subspaces for the null's range.
-        seed: Of the random subspaces.
+        moments: Moments with examples in at least two shards.
+        per_head: Whether to take a subspace per head, or one over all heads.
+        draws: Number of random subspaces for the null's range.
+        seed: Seed of the random subspaces.
 
     Returns:
         Columns `site, layer, kind, head, part, rank, width, value, low, high, chance, random_low, random_high`. Parts:
@@ -147,15 +141,9 @@ def activation_kept(
                     ranges = torch.quantile(
                         energy_by_rank(random, grams[0, block]), torch.tensor([0.025, 0.975]).double(), dim=0
                     )
-                spread = half_width(kept[1:, block], n)
+                null = {"chance": chance, "random_low": ranges[0], "random_high": ranges[1]}
                 where = {**place(site, block, per_head), "part": part}
-                for i in range(known):
-                    low, high = _clipped(kept[0, block, i], spread[i], 0.0, 1.0)
-                    rows.append(
-                        {**where, "rank": i + 1, "width": width, "value": float(kept[0, block, i]), "low": low,
-                         "high": high, "chance": float(chance[i]), "random_low": float(ranges[0][i]),
-                         "random_high": float(ranges[1][i])}
-                    )  # fmt: skip
+                rows += _curve(where, kept[0, block, :known], half_width(kept[1:, block], n), 1.0, **null)
     return pd.DataFrame(rows)
 
 
@@ -236,6 +224,20 @@ def _each_measure(
     for block in range(len(measures[0][1])):
         for name, value, at_halves in measures:
             yield block, (name, value[block], at_halves[:, block])
+
+
+def _curve(
+    where: dict[str, Any],
+    values: Float[Tensor, " known"],
+    spread: Float[Tensor, " width"],
+    highest: float,
+    **others: Float[Tensor, " width"],
+) -> Iterator[dict[str, Any]]:
+    """One row per rank, with the interval around each value and what other curves have at that rank."""
+    for i, value in enumerate(values):
+        low, high = _clipped(value, spread[i], 0.0, highest)
+        row = {**where, "rank": i + 1, "width": len(spread), "value": float(value), "low": low, "high": high}
+        yield row | {name: float(other[i]) for name, other in others.items()}
 
 
 def _clipped(value: Tensor, spread: Tensor, lowest: float, highest: float) -> tuple[float, float]:

@@ -64,22 +64,17 @@ class GradientMoments:
         shapes = {site: fingerprint.heads_at(site) for site in sites}
         widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(n_shards, *shape, dtype=torch.float64)
-
-        def counts() -> Tensor:
-            return torch.zeros(n_shards, dtype=torch.long)
-
+        zeros, counts = torch.zeros(n_shards, dtype=torch.float64), torch.zeros(n_shards, dtype=torch.long)
         return cls(
             fingerprint=fingerprint,
             n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
-            gradient={site: zeros(w, w) for site, w in widths.items()},
-            activation={site: zeros(w, w) for site, w in widths.items()},
-            activation_sum={site: zeros(w) for site, w in widths.items()},
-            n_tokens=counts(),
-            n_scored=counts(),
-            n_examples=counts(),
-            loss_sum=zeros(),
+            gradient={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
+            n_tokens=counts,
+            n_scored=counts.clone(),
+            n_examples=counts.clone(),
+            loss_sum=zeros,
             settings=settings,
         )
 

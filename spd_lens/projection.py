@@ -56,8 +56,8 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
 
     Args:
         lens: A HookedTransformer or TransformerBridge.
-        subspace: What to keep.
-        strength: From 0 (identity, exactly) to 1 (the paper's projection).
+        subspace: The directions to keep.
+        strength: How strongly to project, from 0 (identity, exactly) to 1 (the paper's projection).
 
     Raises:
         SPDError: the subspace belongs to another model; or something inside, such as `reset_hooks()`, removed the
@@ -153,10 +153,10 @@ def fold_to(
 
     Args:
         hf: The twin; left as it was.
-        subspace: What to keep.
-        directory: Where to; must not exist or be empty.
-        strength: From 0 to 1.
-        tokenizer: Saved beside the weights where given.
+        subspace: The directions to keep.
+        directory: The checkpoint's directory, which must be empty or not there yet.
+        strength: How strongly to project, from 0 to 1.
+        tokenizer: A tokenizer to save beside the weights.
 
     Raises:
         SPDError: the directory is not empty; the model carries an adapter; or the subspace is centred and the
