@@ -64,12 +64,12 @@ def stability(
     then says too little about other examples.
 
     Args:
-        moments: In many shards (`extract(..., shards=...)`) of equally many examples: sets are made of whole shards.
+        moments: Moments in many shards (`extract(..., shards=...)`) of equally many examples: a set is of whole shards.
         sizes: Examples per set, multiples of the examples per shard; by default 1, 2, 5, 10, ... shards up to half.
-        rank: Of the subspaces.
+        rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        draws: Pairs of sets per size.
-        seed: Of the division into sets and of the random subspaces.
+        draws: Number of pairs of sets per size.
+        seed: Seed of the division into sets and of the random subspaces.
 
     Returns:
         Columns `site, layer, kind, head, n_examples, draw, of, measure, value`. `of` is `"subspace"` or the null

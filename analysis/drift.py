@@ -45,7 +45,7 @@ def moments_after(
         pair: The model before.
         adapter: A PEFT directory or that of a whole checkpoint.
         examples: The same as before training.
-        settings: Of `extract`, the same as before training.
+        settings: Settings of `extract`, the same as before training.
     """
     with adapted(pair.hf, adapter):
         return extract(pair, examples, **{**settings, "engine": "twin"})
@@ -62,19 +62,18 @@ def drift(
     """The subspace before against the gradients after, by site and head.
 
     Args:
-        before: Of the untrained model.
-        after: Of the trained one: the same examples in the same shards.
-        rank: Of the subspaces.
+        before: Moments of the untrained model.
+        after: Moments of the trained one, of the same examples in the same shards.
+        rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        seed: Of the random subspace, and of the halves where there are many shards.
+        seed: Seed of the random subspace, and of the halves where there are many shards.
 
     Returns:
         Columns `site, layer, kind, head, of, measure, value, low, high`. Measures as in `calibration_size.stability`.
-        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and
-        after alike (`shardwise`); `"halves before"`, two halves
-        of the examples in the untrained model, which is what other examples alone would change; `"random"`, a random
-        subspace against the gradients after; and for the energy share `"after, after"`, the most that this rank can
-        hold. Only the first has an interval.
+        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and after alike (`shardwise`);
+        `"halves before"`, two halves of the examples in the untrained model, which is what other examples alone would
+        change; `"random"`, a random subspace against the gradients after; and for the energy share `"after, after"`,
+        the most that this rank can hold. Only the first has an interval.
     """
     _check_same_examples(before, after)
     before, after = _filled(before), _filled(after)

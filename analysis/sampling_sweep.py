@@ -66,14 +66,14 @@ def sampled(
     Args:
         pair: The model.
         items: Prompts.
-        policies: Base, projected, controls.
+        policies: The base, the projected model and controls.
         temperatures: Temperatures of the grid.
         top_ps: Top-p values of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
         seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
         batch_size: Completions at once. None: as many as memory allows.
-        folder: Keeps the completions, so that a sweep that was interrupted goes on.
+        folder: Folder that keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
 
     Raises:
@@ -244,7 +244,7 @@ def _numbers(text: str, what: str) -> list[float]:
 
 
 def _scores(corpus: Corpus, task: Task, items: Sequence[Example]) -> dict[str, list[float]]:
-    """By prompt, each sample's score; nothing where the task cannot score here."""
+    """Scores of each prompt's samples; nothing where the task cannot score here."""
     try:
         task.check_scorable()
     except SPDError:

@@ -223,7 +223,7 @@ def _sources(table: PaperTable) -> str:
 
 
 def _rich(cells: pd.DataFrame) -> Table:
-    """For the terminal: the paper's number over ours."""
+    """The table for the terminal, with the paper's number over ours."""
     number = int(cells.table.iloc[0])
     whose = "" if number == 1 else f" ({ABLATED})"
     rows = []
