@@ -53,11 +53,11 @@ def absorption(
     Args:
         pair: The base model.
         items: Held-out examples with completion and spans.
-        subspace: What the corpus was generated under.
-        adapter: What was trained on that corpus.
-        strength: Of the projection.
-        n_random: Random subspaces.
-        seed: Of the random subspaces.
+        subspace: The subspace that the corpus was generated under.
+        adapter: The adapter that was trained on that corpus.
+        strength: Strength of the projection.
+        n_random: Number of random subspaces.
+        seed: Seed of the random subspaces.
         batch_tokens: Padded tokens per batch; three float32 rows of the vocabulary per completion token are in memory.
         progress: Show a progress bar.
 

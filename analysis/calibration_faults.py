@@ -74,12 +74,12 @@ def sensitivity(
 
     Args:
         clean: Moments in many shards of equally many examples.
-        spoiled: By the fault's name: moments of the same examples in the same shards, each of them spoiled.
-        shares: Of the half's shards that are spoiled; 0, the half-split ceiling, is always there.
-        rank: Of the subspaces.
+        spoiled: Moments of the same examples in the same shards, each of them spoiled, by the fault's name.
+        shares: Shares of the half's shards that are spoiled; 0, the half-split ceiling, is always there.
+        rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        draws: Divisions into halves.
-        seed: Of the divisions and of the random subspaces.
+        draws: Number of divisions into halves.
+        seed: Seed of the divisions and of the random subspaces.
 
     Returns:
         Columns `site, layer, kind, head, fault, share, draw, of, measure, value`, measures and `of` as in
@@ -127,13 +127,13 @@ def biased(
 
     Args:
         clean: Moments with one example per shard, `extract(..., shards=len(examples))`.
-        keys: By the bias' name, a key for each example. Numbers: the lowest are chosen. Texts (a subject, say): groups
+        keys: A key for each example, by the name of the bias. Numbers: the lowest are chosen. Texts (a subject, say): groups
             are chosen one after the other, in random order, until there are enough examples.
-        shares: Of the half that are chosen.
-        rank: Of the subspaces.
+        shares: Shares of the half that are chosen.
+        rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        draws: Divisions into halves.
-        seed: Of the divisions, of the order of groups and of the random subspaces.
+        draws: Number of divisions into halves.
+        seed: Seed of the divisions, of the order of groups and of the random subspaces.
 
     Returns:
         Columns as in `sensitivity`. The fault `"drawn at random"` is the control: as many, chosen at random; share 1,

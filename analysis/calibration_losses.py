@@ -32,7 +32,7 @@ def losses_under(
 
     Args:
         pair: The model.
-        subspaces: By label; several of one label (other draws) are averaged per item, since items are the sample.
+        subspaces: Subspaces by label; several of one label (other draws) are averaged per item, as items are the sample.
         items: Held-out examples with completion and spans.
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.

@@ -48,7 +48,7 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: flo
     Args:
         effects: For each cell the change of every item under its subspace.
         controls: For each cell the same under `R >= 2` random subspaces of its shape.
-        level: Of the intervals.
+        level: Confidence of the intervals.
     """
     for own, random in zip(effects, controls, strict=True):
         if random.ndim != 2 or random.shape[0] < 2 or random.shape[1:] != own.shape or own.size < 2:

@@ -16,7 +16,7 @@ from spd_lens.study import Study
 from spd_lens.tasks import Task
 
 Corpora = Mapping[str, Sequence[Record]]
-"""By method; the first is what the others are compared with."""
+"""Corpora by method; the first is what the others are compared with."""
 
 _PLAIN = "psr"
 """What methods are compared with where it was run: the model's own raw outputs."""
@@ -37,11 +37,11 @@ class CorporaSet:
     controls: tuple[str, ...]
     folder: Path
     name: str
-    """Of the files in `folder`."""
+    """Name of the files in `folder`."""
 
 
 def shared_prompts(corpora: Corpora) -> dict[str, list[Record]]:
-    """For every corpus its completions of the prompts that all of them answer, in the first one's order.
+    """Completions of the prompts that all corpora answer, by corpus, in the first one's order.
 
     Raises `SPDError` for fewer than two corpora, or no prompt in common.
     """

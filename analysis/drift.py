@@ -16,7 +16,6 @@ import plotly.graph_objects as go
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
@@ -27,6 +26,7 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank
+from spd_lens.tables import terminal
 
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
 from .agreements import ENERGY, MEASURES, agreement
@@ -45,7 +45,7 @@ def moments_after(
         pair: The model before.
         adapter: A PEFT directory or that of a whole checkpoint.
         examples: The same as before training.
-        settings: Of `extract`, the same as before training.
+        settings: Settings of `extract`, the same as before training.
     """
     with adapted(pair.hf, adapter):
         return extract(pair, examples, **{**settings, "engine": "twin"})
@@ -62,19 +62,18 @@ def drift(
     """The subspace before against the gradients after, by site and head.
 
     Args:
-        before: Of the untrained model.
-        after: Of the trained one: the same examples in the same shards.
-        rank: Of the subspaces.
+        before: Moments of the untrained model.
+        after: Moments of the trained one, of the same examples in the same shards.
+        rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.
-        seed: Of the random subspace, and of the halves where there are many shards.
+        seed: Seed of the random subspace, and of the halves where there are many shards.
 
     Returns:
         Columns `site, layer, kind, head, of, measure, value, low, high`. Measures as in `calibration_size.stability`.
-        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and
-        after alike (`shardwise`); `"halves before"`, two halves
-        of the examples in the untrained model, which is what other examples alone would change; `"random"`, a random
-        subspace against the gradients after; and for the energy share `"after, after"`, the most that this rank can
-        hold. Only the first has an interval.
+        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and after alike (`shardwise`);
+        `"halves before"`, two halves of the examples in the untrained model, which is what other examples alone would
+        change; `"random"`, a random subspace against the gradients after; and for the energy share `"after, after"`,
+        the most that this rank can hold. Only the first has an interval.
     """
     _check_same_examples(before, after)
     before, after = _filled(before), _filled(after)
@@ -270,13 +269,14 @@ def _analyse(
     subject.save("drift-spectra", spectra, **facts)
     subject.save("drift-absorption", kls, estimates={k: v.to_dict() for k, v in estimates.items()}, **facts)
     subject.save("drift", frame, figures, says=says, **facts)
-    table = Table("site and head", "energy share", "most", "random", "mean angle", title=f"drift of {subject.name}")
+    rows = []
     cells = frame.set_index(["site", "head", "measure", "of"]).value.sort_index()
     for site, head in dict.fromkeys(zip(frame.site, frame["head"], strict=True)):
         energy = cells[site, head, ENERGY]
         shown = [f"{energy[of]:.3f}" for of in ("before, after", "after, after", "random")]
-        table.add_row(f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°")
-    console.print(table)
+        rows.append([f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°"])
+    head = ["site and head", "energy share", "most", "random", "mean angle"]
+    console.print(terminal(head, rows, title=f"drift of {subject.name}"))
     console.print(says, highlight=False)
 
 

@@ -170,7 +170,7 @@ class Cell:
     """One subspace of a grid."""
 
     layers: str
-    """As the grid names them."""
+    """The layers, as the grid names them."""
     sites: tuple[Site, ...]
     kinds: str
     head: str
@@ -179,7 +179,7 @@ class Cell:
     rank: int
     """Directions per block that were asked for."""
     width: int
-    """Of a block."""
+    """Width of a block."""
 
     @property
     def name(self) -> str:

@@ -47,8 +47,8 @@ def energy_overlap(
         domains: Moments by name, each with examples in at least two shards; of one model, at the same sites.
         ranks: Ranks of the subspaces; those beyond a block's width are left out.
         per_head: A subspace per head, or one over all heads.
-        shuffled: By domain: moments of the same examples in the same shards with shuffled answers, a null.
-        any_model: As in `compare`.
+        shuffled: A null: by domain, moments of the same examples in the same shards with shuffled answers.
+        any_model: Allow moments of two models of one shape, as in `compare`.
         draws: Number of random subspaces for `p_random`.
         seed: Seed of the random subspaces, and of the choice of halves where there are many.
 
@@ -114,7 +114,7 @@ def permutation_test(
         per_head: Subspaces per head, or joint.
         permutations: Number of random exchanges. The smallest possible p-value is `1 / (1 + permutations)`.
         seed: Seed of the exchanges.
-        any_model: As in `compare`.
+        any_model: Allow moments of two models of one shape, as in `compare`.
 
     Returns:
         Columns `site, layer, kind, head, rank, value, null, null_low, null_high, p_permutation`; `null` is the mean
@@ -198,7 +198,7 @@ class _Halves:
     def energy_of(
         self, other: _Halves, *, same: bool
     ) -> tuple[Float[Tensor, "half block rank"], Float[Tensor, "block rank"]]:
-        """By rank: what directions from halves of this hold of halves of the other's energy; and whole of whole.
+        """What directions from halves of this hold of halves of the other's energy, by rank; and whole of whole.
 
         `same`: both are of the same examples, so the other's complementary halves are taken.
         """
@@ -231,7 +231,7 @@ class _Halves:
 
 
 def _exchanges(n_a: int, n_b: int, permutations: int, seed: int) -> Float[Tensor, "set shard"]:
-    """Which of the pooled shards are A's: as it is, then at random."""
+    """Sets of the pooled shards that count as A's: first its own, then random ones."""
     if permutations < 19:
         raise SPDError(f"{permutations} permutations cannot give a p-value of 0.05; give at least 19")
     generator = torch.Generator().manual_seed(seed)

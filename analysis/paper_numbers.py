@@ -30,7 +30,7 @@ class Row:
 
     backbone: str
     label: str
-    """As printed."""
+    """Name of the method, as printed."""
     method: str
     """Our name of the method."""
     values: Numbers

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from spd_lens.errors import SPDError
+from spd_lens.estimate import bracketed
 
 from .sweep_cells import MEASURES
 
@@ -35,7 +36,7 @@ def recommend(
     3. of the cells that meet both, the one with the lowest aligned loss.
 
     Args:
-        table: Of `Sweep.table`.
+        table: The table of `Sweep.table`.
         kl_budget: Largest KL, in nats per token.
         default: Name of the cell to fall back on, the paper's setting for instance.
         alpha: Level of the test.
@@ -77,9 +78,9 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
     same layers overlap, the count over cells is no test. Holm's count assumes more; the placebo says whether too much.
 
     Args:
-        table: Of `Sweep.table`.
+        table: The table of `Sweep.table`.
         measure: `"aligned_loss"`, `"completion_loss"` or `"kl"`.
-        placebo: Of `Sweep.placebo` for the same measure; without it only the first count is given.
+        placebo: The table of `Sweep.placebo` for the same measure; without it only the first count is given.
         alpha: Level of the test.
     """
     rows = _measure(table, measure)
@@ -162,8 +163,8 @@ def _matched(row: pd.Series) -> str:
 
 
 def _interval(row: pd.Series, name: str) -> str:
-    low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
-    return f"{row[name]:+.3f} [{row[low]:+.3f}, {row[high]:+.3f}]"
+    ends = "" if name == "value" else f"{name}_"
+    return bracketed(row[name], row[f"{ends}low"], row[f"{ends}high"], sign="+")
 
 
 def _measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:

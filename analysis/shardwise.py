@@ -27,7 +27,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site
 
 MAX_HALVES = 128
-"""Of more halves than this, as many are drawn at random; 8 shards have 70."""
+"""Where there are more halves than this, as many are drawn at random; 8 shards have 70."""
 
 
 def filled(moments: GradientMoments) -> GradientMoments:

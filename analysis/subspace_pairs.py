@@ -19,7 +19,7 @@ from .inputs import place
 
 COSINE = "mean squared cosine"
 ANGLES = {"smallest angle": 0.0, "median angle": 0.5, "largest angle": 1.0}
-"""In degrees; each as a quantile of the principal angles."""
+"""Angles in degrees, each as a quantile of the principal angles."""
 
 
 def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 999, seed: int = 0) -> pd.DataFrame:
@@ -30,8 +30,8 @@ def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 9
         b: The other.
         any_model: Allow subspaces of two models of one shape. Their coordinates mean the same only if one model was
             made from the other; for unrelated models chance is all there is to find.
-        draws: Random subspaces for the null.
-        seed: Of the random subspaces.
+        draws: Number of random subspaces for the null.
+        seed: Seed of the random subspaces.
 
     Returns:
         Columns `site, layer, kind, head, measure, rank_a, rank_b, width, value, chance, p_random`. The mean squared

@@ -126,11 +126,11 @@ def sweep(
 
     Args:
         pair: The model.
-        moments: At all layers of the grid.
+        moments: Moments at all layers of the grid.
         items: Gold completions with spans, held out from calibration.
-        grid: What to try.
-        folder: Keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
-        strength: Of the projections.
+        grid: The combinations to try.
+        folder: Folder that keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
+        strength: Strength of the projections.
         center: Project around the mean activation.
         chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
             many as make 24 subspaces.

@@ -34,7 +34,7 @@ class Measured:
     random: list[Values]
 
     def change(self, base: Values, measure: str) -> Float[np.ndarray, " item"]:
-        """Of each item from the base model, in nats."""
+        """Change of each item from the base model, in nats."""
         return self.own[measure] - base[measure]
 
     def random_change(self, base: Values, measure: str) -> Float[np.ndarray, "draw item"]:

@@ -30,7 +30,7 @@ _BESIDE = ("middle right", "middle left", "top center", "bottom center")
 """Where a target's points have their labels, so that those of nearby points stay apart."""
 
 Effects = Mapping[str, Sequence[ForcedItem]]
-"""By policy, as `Run.effects` has them: `base`, `projected`, `random-0`, ..."""
+"""Teacher-forced items by policy (`base`, `projected`, `random-0`, ...), as `Run.effects` has them."""
 
 
 def transfer(
@@ -42,10 +42,10 @@ def transfer(
     """For each pair of domains: how much of B's gradient energy A's subspace holds, and what projecting does to B.
 
     Args:
-        subspaces: By domain: the very subspaces that were projected.
-        moments: By domain.
-        effects: By (A, B): teacher-forced items of B at least under `base` and `projected`, by A's subspace.
-        random_seeds: By domain: `random-i` was `subspace.random_like(seed + i)`. Without it no controls.
+        subspaces: The very subspaces that were projected, by domain.
+        moments: Moments by domain.
+        effects: Teacher-forced items of B under A's subspace by (A, B), at least under `base` and `projected`.
+        random_seeds: Seeds by domain: `random-i` was `subspace.random_like(seed + i)`. Without them no controls.
 
     Returns:
         Columns `a, b, of, energy, energy_low, energy_high, chance, change, low, high, n`. `of` is `"projected"` or

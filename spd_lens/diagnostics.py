@@ -56,7 +56,7 @@ def corpus_diagnostics(
     Args:
         corpus: From `generate`, or records read with `Corpus.load`.
         tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
-        task: Whose answers are extracted; None leaves out the last three measures.
+        task: The task whose answers are extracted; None leaves out the last three measures.
         confidence: Confidence of the intervals.
 
     Raises:
@@ -196,7 +196,7 @@ def share_after_answer(record: Record, task: Task, decode: Callable[[Sequence[in
 
     Args:
         record: A completion from which the task extracts an answer.
-        task: Which says what an answer is.
+        task: The task, which says what an answer is.
         decode: Token ids to text, to count in tokens; None counts characters.
     """
     text = record.completion.rstrip()

@@ -46,10 +46,10 @@ class Drift:
         """After round `number`.
 
         Args:
-            number: Counted from 1.
+            number: Number of the round, counted from 1.
             items: The same held-out items under the first model, before the round and after it.
-            subspaces: Of the first model and of the current one.
-            halves: Two of the first model, from disjoint halves of the examples.
+            subspaces: The subspaces of the first model and of the current one.
+            halves: Two subspaces of the first model, from disjoint halves of the examples.
         """
         first, before, after = ([item.aligned_loss for item in own] for own in items)
         start = subspaces[0]

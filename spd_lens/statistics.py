@@ -237,7 +237,7 @@ def bootstrap_ends(
 
     Args:
         columns: Values of the same units; a unit is drawn with its value in every column.
-        statistic: Of the columns; where `vectorized`, along the axis that it is given as `axis`.
+        statistic: Function of the columns; where `vectorized`, along the axis that it is given as `axis`.
         method: `percentile` or `BCa`, whose ends are NaN where it is undefined.
         confidence: Confidence of the interval.
         n_resamples: Number of resamples.
