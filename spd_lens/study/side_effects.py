@@ -7,7 +7,6 @@ capability by forgetting others shows a higher loss here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -19,7 +18,6 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.tasks import Task
-from spd_lens.tasks.asked_form import in_asked_form
 
 if TYPE_CHECKING:
     from spd_lens.study.config import StudyConfig
@@ -92,8 +90,3 @@ def _fits(pair: ModelPair, example: Example) -> bool:
     except SPDError:
         return False
     return True
-
-
-def format_compliance(task: Task, completions: Iterable[str]) -> list[float]:
-    """1.0 for every completion in the asked form, else 0.0: the measure "format" of a study."""
-    return [float(in_asked_form(task, completion)) for completion in completions]

@@ -13,7 +13,6 @@ from spd_lens.evaluation import Policy, teacher_forced
 from spd_lens.study import StudyConfig
 from spd_lens.study.side_effects import (
     SYNTHETIC,
-    format_compliance,
     held_out_texts,
     neutral_texts,
     side_effect_examples,
@@ -87,8 +86,3 @@ def test_the_aligned_loss_of_a_text_is_its_nll_per_token(tiny_pair):
         nll = [-log_p[t - 1, encoded.ids[t]].item() for t in range(start, len(encoded.ids))]
         assert found.aligned_loss == found.completion_loss == pytest.approx(sum(nll) / len(nll), rel=1e-5)
         assert found.kl == pytest.approx(0, abs=1e-6)
-
-
-def test_format_compliance_is_a_share_of_completions():
-    task = tasks.get("synthetic-math")
-    assert format_compliance(task, ["2 + 2 = 4\n#### 4", "four", "The answer is 4."]) == [1.0, 0.0, 0.0]
