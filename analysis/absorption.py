@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from scipy import stats
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from spd_lens.capture import batches_by_length
@@ -22,7 +22,7 @@ from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.parity import kl_divergence
-from spd_lens.statistics import paired_difference
+from spd_lens.statistics import bootstrap_ends, paired_difference, verdict
 from spd_lens.subspace import Subspace
 
 from .style import NULL_COLOR, figure, line
@@ -97,37 +97,37 @@ def absorbed(frame: pd.DataFrame, *, seed: int = 0, n_resamples: int = 2000) -> 
     training brought it no nearer. `"random KL"`, `"random share"` are the same for the mean over random subspaces, and
     `"share beyond random"` the difference of the two shares. Shares have a percentile bootstrap over items.
     """
-    sums = {}
-    for name, part in (("", frame[frame.of == PROJECTED]), ("random ", frame[frame.of != PROJECTED])):
-        if len(part):
-            sums[name] = part.groupby("item")[["kl_base", "kl_tuned"]].mean().sort_index().to_numpy()
+    own, random = (_per_item(frame, null) for null in (False, True))
     found: dict[str, Estimate] = {}
-    for name, table in sums.items():
-        found[f"{name}KL"] = paired_difference(table[:, 0], table[:, 1])
-        found[f"{name}share"] = _bootstrapped(_share, list(table.T), seed, n_resamples)
-    if "random " in sums:
-        columns = [*sums[""].T, *sums["random "].T]
-
-        def beyond(a: Any, b: Any, c: Any, d: Any, axis: int = -1) -> Any:
-            return _share(a, b, axis=axis) - _share(c, d, axis=axis)
-
-        found["share beyond random"] = _bootstrapped(beyond, columns, seed, n_resamples)
+    for name, table in (("", own), ("random ", random)):
+        if len(table):
+            found[f"{name}KL"] = paired_difference(*table.T)
+            found[f"{name}share"] = _bootstrapped(_share, table, seed, n_resamples)
+    if len(random):
+        found["share beyond random"] = _bootstrapped(_share_beyond, np.hstack([own, random]), seed, n_resamples)
     return found
+
+
+def _per_item(frame: pd.DataFrame, null: bool) -> Float[np.ndarray, "item 2"]:
+    """`kl_base` and `kl_tuned` of each item, towards the projection or in the mean towards the random ones."""
+    part = frame[(frame.of != PROJECTED) == null]
+    return part.groupby("item")[["kl_base", "kl_tuned"]].mean().sort_index().to_numpy()
 
 
 def _share(kl_base: Any, kl_tuned: Any, axis: int = -1) -> Any:
     return 1 - kl_tuned.sum(axis=axis) / kl_base.sum(axis=axis)
 
 
-def _bootstrapped(statistic: Any, columns: list[Any], seed: int, n_resamples: int) -> Estimate:
-    value, n = float(statistic(*columns)), len(columns[0])
+def _share_beyond(kl_base: Any, kl_tuned: Any, random_base: Any, random_tuned: Any, axis: int = -1) -> Any:
+    return _share(kl_base, kl_tuned, axis) - _share(random_base, random_tuned, axis)
+
+
+def _bootstrapped(statistic: Any, table: Float[np.ndarray, "item column"], seed: int, n_resamples: int) -> Estimate:
+    value, n = float(statistic(*table.T)), len(table)
     if n < 2:
         return Estimate(value, -float("inf"), float("inf"), n, "one item, no interval")
-    found = stats.bootstrap(
-        tuple(columns), statistic, paired=True, method="percentile", n_resamples=n_resamples,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return Estimate(value, float(found.low), float(found.high), n, "percentile bootstrap over items 95%")
+    low, high = bootstrap_ends(list(table.T), statistic, n_resamples=n_resamples, seed=seed)
+    return Estimate(value, low, high, n, "percentile bootstrap over items 95%")
 
 
 def absorption_figure(frame: pd.DataFrame) -> go.Figure:
@@ -139,15 +139,14 @@ def absorption_figure(frame: pd.DataFrame) -> go.Figure:
         says="KL(projected || base) minus KL(projected || tuned), a point per held-out item; bars: mean, 95 % "
         "interval; above 0: nearer",
     )
-    estimates = absorbed(frame)
-    for null, name, key in ((False, "the subspace", "KL"), (True, "random subspaces", "random KL")):
-        part = frame[(frame.of == PROJECTED) != null]
+    for null, name in ((False, "the subspace"), (True, "random subspaces")):
+        part = frame[(frame.of != PROJECTED) == null]
         if part.empty:
             continue
         gain = (part.kl_base - part.kl_tuned).groupby(part.item).mean()
         line(fig, [name] * len(gain), gain, f"{name}: items", null=null, mode="markers", text=list(gain.index))
         fig.data[-1].update(marker={"opacity": 0.4, "size": 6})
-        mean = estimates[key]
+        mean = paired_difference(*_per_item(frame, null).T)
         error: dict[str, Any] | None = None
         if mean.bounded:  # the estimate is of tuned minus base, the figure shows base minus tuned
             error = {"type": "data", "array": [mean.value - mean.low], "arrayminus": [mean.high - mean.value]}
@@ -169,8 +168,7 @@ def absorption_sentence(estimates: Mapping[str, Estimate]) -> str:
         return f"{text}; no random projections to compare with."
     beyond = estimates["share beyond random"]
     text += f"; towards random projections {estimates['random share']}; difference {beyond}"
-    if not beyond.bounded:
-        return f"{text}: too few items to say."
-    if beyond.low <= 0 <= beyond.high:
-        return f"{text}: within noise."
-    return f"{text}: {'more' if beyond.value > 0 else 'less'} than towards random ones."
+    found = verdict(beyond)
+    said = {"too few items": "too few items to say", "higher": "more than towards random ones"}
+    said["lower"] = "less than towards random ones"
+    return f"{text}: {said.get(found, found)}."

@@ -36,6 +36,14 @@ def mean_squared_cosine(a: Float[Tensor, "*n width rank"], b: Float[Tensor, "*n 
     return (a.mT @ b).square().sum(dim=(-2, -1)) / min(a.shape[-1], b.shape[-1])
 
 
+def cosine_by_rank(
+    a: Float[Tensor, "*n width rank"], b: Float[Tensor, "*n width other"]
+) -> Float[Tensor, "*n smaller"]:
+    """`mean_squared_cosine` of the leading 1, 2, ... directions of both."""
+    corner = (a.mT @ b).square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    return (corner / torch.arange(1, corner.shape[-1] + 1)).clamp(0, 1)
+
+
 def chance_cosine(rank_a: int, rank_b: int, width: int) -> float:
     """Expectation of `mean_squared_cosine` when either subspace is uniformly random."""
     return max(rank_a, rank_b) / width

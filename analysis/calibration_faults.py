@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +17,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.moments import GradientMoments
-from spd_lens.subspace import Rank, Subspace
+from spd_lens.subspace import Rank
 
-from .angles import energy_share, mean_squared_cosine, principal_angles
-from .inputs import place
+from .agreements import ENERGY, agreement
 from .style import band, figure, line
 
-ENERGY = "energy share"
-MEASURES = (ENERGY, "mean squared cosine", "mean angle")
 LEFT_OUT = "left out instead"
 AT_RANDOM = "drawn at random"
 
@@ -165,31 +160,6 @@ def biased(
             floor = clean.shards(half).subspace(rank, per_head=per_head).random_like(seed + draw)
             rows += agreement(floor, held_out, rank, {"fault": "none", "share": share, "draw": draw, "of": "random"})
     return pd.DataFrame(rows)
-
-
-def agreement(
-    subspace: Subspace, held_out: GradientMoments, rank: Rank, labels: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """A row per site, head and measure: `subspace` against the gradients of `held_out` and their own subspace."""
-    other = held_out.subspace(rank, per_head=subspace.per_head, sites=subspace.sites)
-    for site in subspace.sites:
-        energy = held_out.blocks(site, subspace.per_head)
-        for block, gram in enumerate(energy):
-            a = subspace.bases[site][block, :, : subspace.ranks[site][block]]
-            b = other.bases[site][block, :, : other.ranks[site][block]]
-            if not a.shape[1] or not b.shape[1]:
-                continue  # no gradient at this head, so nothing to compare
-            where = {**place(site, block, subspace.per_head), **labels}
-            for measure, value in zip(MEASURES, _measures(a, b, gram), strict=True):
-                yield {**where, "measure": measure, "value": value}
-
-
-def _measures(
-    a: Float[Tensor, "width rank_a"], b: Float[Tensor, "width rank_b"], gram: Float[Tensor, "width width"]
-) -> tuple[float, float, float]:
-    """Energy share, mean squared cosine and mean principal angle in degrees."""
-    angles = principal_angles(a, b).rad2deg()
-    return energy_share(a, gram).item(), mean_squared_cosine(a, b).item(), angles.mean().item()
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from spd_lens.diagnostics import repeated_ngrams
 from spd_lens.digests import subspace_digest
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, Policy, evaluate
@@ -103,15 +104,9 @@ def written(pair: ModelPair, result: EvalResult) -> Values:
     """What one policy's completions are like, item by item."""
     return {
         "accuracy": np.array([item.score for item in result.items]),
-        "repetition": np.array([repetition(text_ids(pair.tokenizer, item.completion)) for item in result.items]),
+        "repetition": np.array([repeated_ngrams(text_ids(pair.tokenizer, item.completion)) for item in result.items]),
         "truncated": np.array([float(item.finish_reason == "length") for item in result.items]),
     }
-
-
-def repetition(tokens: Sequence[Any], n: int = 4) -> float:
-    """Share of n-grams that have occurred before in the same text: seq-rep-n of Welleck et al. (2020), 0 to 1."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def own_completions(base: EvalResult) -> list[Example]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
 
 from spd_lens.errors import SPDError
+from spd_lens.multiple_comparisons import holm
 
 Items = Float[np.ndarray, " item"]
 Draws = Float[np.ndarray, "draw item"]
@@ -67,18 +68,8 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: flo
         _contrast(own, random, float(s), float(df), level)
         for own, random, s, df in zip(effects, controls, scatter, draw_df, strict=True)
     ]
-    if not found:
-        return []
-    corrected = holm(np.array([c[3] for c in found]))
-    return [Contrast(*c[:4], float(p), c[4]) for c, p in zip(found, corrected, strict=True)]
-
-
-def holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
-    """P values corrected for all tests (Holm 1979), as statsmodels does it but without its garbage collection."""
-    order = np.argsort(p)
-    corrected = np.empty_like(p, dtype=float)
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
-    return corrected
+    corrected = holm(c.p for c in found)
+    return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]
 
 
 def moderated(
@@ -105,20 +96,19 @@ def moderated(
     return np.where(scales > 0, shared, variances), np.minimum(prior_df + df, pooled_df)
 
 
-def _contrast(
-    own: Items, random: Draws, scatter: float, draw_df: float, level: float
-) -> tuple[float, float, float, float, float]:
+def _contrast(own: Items, random: Draws, scatter: float, draw_df: float, level: float) -> Contrast:
+    """One contrast, not yet corrected for the others."""
     difference = own - random.mean(axis=0)
     value = float(difference.mean())
     item = float(difference.var(ddof=1)) / own.size
     draw = scatter * (1 + 1 / random.shape[0])
     total = item + draw
     if total == 0:
-        return value, value, value, float(value == 0), float(own.size - 1)
+        return Contrast(value, value, value, float(value == 0), float(value == 0), float(own.size - 1))
     df = total**2 / (item**2 / (own.size - 1) + draw**2 / draw_df)
     half_width = float(stats.t.ppf((1 + level) / 2, df)) * math.sqrt(total)
     p = float(2 * stats.t.sf(abs(value) / math.sqrt(total), df))
-    return value, value - half_width, value + half_width, p, df
+    return Contrast(value, value - half_width, value + half_width, p, p, df)
 
 
 def _inverse_trigamma(y: float) -> float:

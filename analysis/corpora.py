@@ -53,7 +53,9 @@ def corpora_differences(corpora: Corpora, task: Task | None = None) -> pd.DataFr
             both = [id for id in before if id in after]
             if both:
                 found = paired_difference([before[id] for id in both], [after[id] for id in both])
-                rows.append({"method": name, "reference": reference, "measure": measure, **_row(found), "unit": unit})
+                rows.append(
+                    {"method": name, "reference": reference, "measure": measure, **found.to_row(), "unit": unit}
+                )
     return pd.DataFrame(rows)
 
 
@@ -74,7 +76,7 @@ def corpora_overlaps(corpora: Corpora, null: Sequence[Record] | None = None) -> 
         after = {record.id: record.completion for record in reversed(list(mine))}
         shares = [_overlap(before[id], after[id]) for id in before if id in after]
         if shares:
-            rows.append({"method": name, **_row(mean_interval(shares)), "null": is_null})
+            rows.append({"method": name, **mean_interval(shares).to_row(), "null": is_null})
     return pd.DataFrame(rows)
 
 
@@ -201,19 +203,12 @@ def _overlap(before: str, after: str) -> float:
     return SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
 
 
-def _row(estimate: Estimate) -> dict[str, Any]:
-    low, high = (estimate.low, estimate.high) if estimate.bounded else (None, None)
-    return {"value": estimate.value, "low": low, "high": high, "n": estimate.n}
-
-
 def _rich(title: str, table: pd.DataFrame) -> Table:
     shown = Table("measure", *dict.fromkeys(table["method"]), title=f"corpora of {title}")
     for measure, rows in table.groupby("measure", sort=False):
         if measure in ("length", "prompts", *_SHOWN):
             cells = [
-                str(Estimate(row.value, row.low, row.high, row.n, "")).partition(" (n=")[0]
-                if pd.notna(row.low)
-                else f"{row.value:g}"
+                Estimate(row.value, row.low, row.high, row.n, "").interval if pd.notna(row.low) else f"{row.value:g}"
                 for row in rows.itertuples()
             ]
             shown.add_row(measure, *cells)

@@ -36,6 +36,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
 from spd_lens.storage import write_text
 
+from .angles import p_value
 from .direction_sums import Tally, Vocabulary
 from .directions_page import cards_page
 from .inputs import place, subjects
@@ -251,7 +252,7 @@ def main(
 def _against(measure: str, value: Tensor, random: Float[Tensor, " n"]) -> dict[str, Any]:
     null = random.numpy()
     low, high = np.quantile(null, [0.025, 0.975])
-    p = (1 + int((null >= value.item()).sum())) / (1 + len(null))
+    p = p_value(value.item(), random)
     return {
         "measure": measure, "value": value.item(), "null": null.mean(), "null_low": low, "null_high": high, "p": p
     }  # fmt: skip

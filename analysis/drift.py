@@ -16,7 +16,6 @@ import plotly.graph_objects as go
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
@@ -27,9 +26,10 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank
+from spd_lens.tables import terminal
 
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
-from .calibration_faults import ENERGY, MEASURES, agreement
+from .agreements import ENERGY, MEASURES, agreement
 from .inputs import Subject, place, subjects
 from .shardwise import half_width, halves
 from .style import figure, line
@@ -270,13 +270,14 @@ def _analyse(
     subject.save("drift-spectra", spectra, **facts)
     subject.save("drift-absorption", kls, estimates={k: v.to_dict() for k, v in estimates.items()}, **facts)
     subject.save("drift", frame, figures, says=says, **facts)
-    table = Table("site and head", "energy share", "most", "random", "mean angle", title=f"drift of {subject.name}")
+    rows = []
     cells = frame.set_index(["site", "head", "measure", "of"]).value.sort_index()
     for site, head in dict.fromkeys(zip(frame.site, frame["head"], strict=True)):
         energy = cells[site, head, ENERGY]
         shown = [f"{energy[of]:.3f}" for of in ("before, after", "after, after", "random")]
-        table.add_row(f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°")
-    console.print(table)
+        rows.append([f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°"])
+    head = ["site and head", "energy share", "most", "random", "mean angle"]
+    console.print(terminal(head, rows, title=f"drift of {subject.name}"))
     console.print(says, highlight=False)
 
 

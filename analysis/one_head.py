@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.capture import batches_by_length
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
-from spd_lens.evaluation import Policy
-from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
+from spd_lens.evaluation import ForcedItem, Policy
+from spd_lens.evaluation.skip_layers import exact_prefix, forced_above
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.neutral import neutrally
@@ -23,7 +22,6 @@ from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.subspace import Subspace
 
 from .inputs import place
-from .prefix import Prefix, PrefixPolicy
 
 MEASURES = {"aligned_loss": "aligned loss, nats", "kl": "KL from base, nats per token"}
 
@@ -64,7 +62,7 @@ def head_effects(
     """Project one head at a time, all others untouched, and measure held-out text.
 
     Costs `1 + n_random` forward passes over the items per head and site; where the architecture allows it
-    (`analysis.prefix`), a pass begins at the projected layer.
+    (`evaluation.skip_layers`), a pass begins at the projected layer.
 
     Args:
         pair: The model.
@@ -83,13 +81,13 @@ def head_effects(
     controls = [subspace.random_like(seed + i) for i in range(n_random)]
     if not controls:
         raise SPDError("the effect of a head needs its null; give n_random = 1 or more")
-    prefix = _prefix(pair, items, sorted({site.layer for site in subspace.sites}), batch_tokens)
     cells = [(site, head) for site in subspace.sites for head in range(subspace.bases[site].shape[0])]
-    policies: list[Policy] = [Policy("base")]
+    policies = [Policy("base")]
     for site, head in cells:
         for name, whole in (("own", subspace), *((str(i), control) for i, control in enumerate(controls))):
-            policies.append(PrefixPolicy(f"{site}/{head}/{name}", only_head(whole, site, head), prefix=prefix))
-    found = _measured(pair, items, policies, prefix, batch_tokens, progress)
+            policies.append(Policy(f"{site}/{head}/{name}", only_head(whole, site, head)))
+    prefix = exact_prefix(pair, items, {site.layer for site in subspace.sites})
+    found = forced_above(prefix, pair, items, policies, batch_tokens=batch_tokens, progress=progress)
     rows = []
     for site, head in cells:
         for measure in MEASURES:
@@ -105,34 +103,6 @@ def head_effects(
             common = {**place(site, head, per_head=True), "rank": subspace.ranks[site][head], "measure": measure}
             rows += [{**common, "policy": policy, **_bounds(e)} for policy, e in estimates.items()]
     return pd.DataFrame(rows)
-
-
-def _measured(
-    pair: ModelPair, items: Sequence[Example], policies: Sequence[Policy], prefix: Prefix | None, batch_tokens: int,
-    progress: bool,
-) -> dict[str, list[ForcedItem]]:  # fmt: skip
-    if prefix is None:
-        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
-    with prefix.watching():
-        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
-
-
-def _prefix(pair: ModelPair, items: Sequence[Example], layers: Sequence[int], batch_tokens: int) -> Prefix | None:
-    """Where passes may begin in the middle, if they give the same bits there on a real batch."""
-    above = [layer for layer in layers if layer > 0]
-    if not above:
-        return None
-    try:
-        prefix = Prefix(pair.hf, above)
-    except SPDError:  # blocks under other names
-        return None
-    encoded = [pair.encode(item) for item in items]
-    shortest = batches_by_length([len(e.ids) for e in encoded], batch_tokens)[-1]
-    batch = ForcedBatch.of([encoded[i] for i in shortest], pair)
-    probe = Prefix(pair.hf, [above[-1]])
-    with torch.no_grad():
-        exact = probe.agrees(lambda: forced_logits(pair, pair.hf, batch))
-    return prefix if exact else None
 
 
 def _per_item(items: Sequence[ForcedItem], measure: str) -> Float[Tensor, " item"]:

@@ -8,7 +8,7 @@ hold of the other half. All pairs are measured so, from half of the examples to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,7 @@ from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, Subspace, resolve_rank
 
-from .angles import (
-    energy_by_rank,
-    energy_share,
-    p_value,
-    random_bases,
-)
+from .angles import energy_by_rank, energy_share, p_value, random_bases
 from .inputs import place
 from .shardwise import directions, filled, half_width, halves, shard_grams, summed
 from .subspace_pairs import check_model, check_sites
@@ -49,12 +44,12 @@ def energy_overlap(
 
     Args:
         domains: Moments by name, each with examples in at least two shards; of one model, at the same sites.
-        ranks: Of the subspaces; those beyond a block's width are left out.
+        ranks: Ranks of the subspaces; those beyond a block's width are left out.
         per_head: A subspace per head, or one over all heads.
         shuffled: By domain: moments of the same examples in the same shards with shuffled answers, a null.
         any_model: As in `compare`.
-        draws: Random subspaces for `p_random`.
-        seed: Of random subspaces, and of the choice of halves where there are many.
+        draws: Number of random subspaces for `p_random`.
+        seed: Seed of the random subspaces, and of the choice of halves where there are many.
 
     Returns:
         Columns `site, layer, kind, head, of, a, b, rank, width, value, low, high, chance, full, p_random`. `value`:
@@ -90,21 +85,8 @@ def energy_overlap(
             by_chance = energy_by_rank(random[:, None], parts[b].whole)
             sources = [("domain", a, parts[a]) for a in names] + [("shuffled", a, one) for a, one in null.items()]
             for of, a, source in [*sources, ("activations", b, used[b])]:
-                at_halves, full = source.energy_of(parts[b], same=a == b)
-                degrees = min(source.n_shards, parts[b].n_shards)
-                for block in range(full.shape[0]):
-                    if not bool(torch.isfinite(at_halves[:, block]).all()):
-                        continue  # a head without gradients in one of the domains
-                    spread = half_width(at_halves[:, block], degrees)
-                    where = {**place(site, block, per_head), "of": of, "a": a, "b": b}
-                    for rank in kept:
-                        value, error = float(at_halves[:, block, rank - 1].mean()), float(spread[rank - 1])
-                        held = float(full[block, rank - 1])
-                        rows.append(
-                            {**where, "rank": rank, "width": width, "value": value, "low": max(0.0, value - error),
-                             "high": min(1.0, value + error), "chance": rank / width, "full": held,
-                             "p_random": p_value(held, by_chance[:, block, rank - 1])}
-                        )  # fmt: skip
+                for block, held in source.shares_of(parts[b], by_chance, kept, same=a == b):
+                    rows.append({**place(site, block, per_head), "of": of, "a": a, "b": b, **held})
     return pd.DataFrame(rows)
 
 
@@ -127,10 +109,10 @@ def permutation_test(
     Args:
         a: Moments with about as many examples per shard as `b`: otherwise shards are not exchangeable.
         b: The other domain's.
-        rank: Of both subspaces.
+        rank: Rank of both subspaces.
         per_head: Subspaces per head, or joint.
-        permutations: Random exchanges. The smallest possible p-value is `1 / (1 + permutations)`.
-        seed: Of the exchanges.
+        permutations: Number of random exchanges. The smallest possible p-value is `1 / (1 + permutations)`.
+        seed: Seed of the exchanges.
         any_model: As in `compare`.
 
     Returns:
@@ -226,6 +208,24 @@ class _Halves:
             energies = other._held[order]
         n = min(len(self._directions), len(energies))
         return energy_by_rank(self._directions[:n], energies[:n]), energy_by_rank(self._all_directions, other.whole)
+
+    def shares_of(
+        self, other: _Halves, by_chance: Float[Tensor, "draw block rank"], ranks: Sequence[int], *, same: bool
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`energy_of` at some ranks with its interval, for the blocks with gradients in both domains."""
+        at_halves, full = self.energy_of(other, same=same)
+        spread = half_width(at_halves, min(self.n_shards, other.n_shards))
+        width = self.whole.shape[-1]
+        for block in range(full.shape[0]):
+            if bool(torch.isfinite(at_halves[:, block]).all()):
+                for rank in ranks:
+                    at = (block, rank - 1)
+                    value, error, held = float(at_halves[:, *at].mean()), float(spread[at]), float(full[at])
+                    yield block, {
+                        "rank": rank, "width": width, "value": value, "low": max(0.0, value - error),
+                        "high": min(1.0, value + error), "chance": rank / width, "full": held,
+                        "p_random": p_value(held, by_chance[:, *at]),
+                    }  # fmt: skip
 
 
 def _exchanges(n_a: int, n_b: int, permutations: int, seed: int) -> Float[Tensor, "set shard"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from spd_lens.errors import SPDError
+from spd_lens.estimate import bracketed
 
 from .sweep_cells import MEASURES
 
@@ -100,11 +101,6 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
     )
 
 
-def kl_sentence(table: pd.DataFrame) -> str:
-    """In how many cells the subspace does less damage than all random ones of its shape."""
-    return overall(table, "kl")
-
-
 def _none(
     loss: pd.DataFrame,
     kl: pd.DataFrame,
@@ -167,8 +163,8 @@ def _matched(row: pd.Series) -> str:
 
 
 def _interval(row: pd.Series, name: str) -> str:
-    low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
-    return f"{row[name]:+.3f} [{row[low]:+.3f}, {row[high]:+.3f}]"
+    ends = "" if name == "value" else f"{name}_"
+    return bracketed(row[name], row[f"{ends}low"], row[f"{ends}high"], sign="+")
 
 
 def _measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:

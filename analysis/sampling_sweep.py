@@ -25,6 +25,7 @@ from spd_lens.examples import Example
 from spd_lens.generation import generate
 from spd_lens.models import ModelPair
 from spd_lens.statistics import paired_difference, score_interval, within_noise
+from spd_lens.tables import terminal
 from spd_lens.tasks import Task
 
 from .inputs import subjects
@@ -66,11 +67,11 @@ def sampled(
         pair: The model.
         items: Prompts.
         policies: Base, projected, controls.
-        temperatures: Of the grid.
-        top_ps: Of the grid.
+        temperatures: Temperatures of the grid.
+        top_ps: Top-p values of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
-        seed: Of the noise, the same everywhere: policies differ by what they do with it.
+        seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
         batch_size: Completions at once. None: as many as memory allows.
         folder: Keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
@@ -111,8 +112,7 @@ def sweep_frame(
         for measure, values in (("accuracy", _means(scores)), ("any sample", _best(scores))):
             if values:
                 estimate = score_interval(values.values())
-                row = {"measure": measure, "value": estimate.value, "low": estimate.low, "high": estimate.high}
-                frame.loc[len(frame)] = {**row, "n": estimate.n, "unit": "share"}
+                frame.loc[len(frame)] = {"measure": measure, **estimate.to_row(), "unit": "share"}
         rows.append(frame.assign(policy=policy, temperature=temperature, top_p=top_p))
     frame = pd.concat(rows, ignore_index=True)
     front = ["policy", "temperature", "top_p"]
@@ -128,11 +128,8 @@ def sweep_differences(corpora: Mapping[Setting, Corpus], task: Task, items: Sequ
         if policy != first and mine:
             base = scores[first, temperature, top_p]
             found = paired_difference([base[id] for id in mine], list(mine.values()))
-            low, high = (found.low, found.high) if found.bounded else (None, None)
-            rows.append(
-                {"policy": policy, "reference": first, "temperature": temperature, "top_p": top_p, "value": found.value,
-                 "low": low, "high": high, "n": found.n, "within_noise": not found.bounded or within_noise(found)}
-            )  # fmt: skip
+            where = {"policy": policy, "reference": first, "temperature": temperature, "top_p": top_p}
+            rows.append({**where, **found.to_row(), "within_noise": within_noise(found)})
     columns = ["policy", "reference", "temperature", "top_p", "value", "low", "high", "n", "within_noise"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -268,18 +265,18 @@ def _best(scores: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def _table(name: str, frame: pd.DataFrame) -> Table:
-    table = Table("policy", "temperature", "top-p", *MEASURES, title=f"sampling sweep of {name}")
-    for (policy, temperature, top_p), rows in frame.groupby(["policy", "temperature", "top_p"], sort=False):
-        own = rows.set_index("measure")
+    rows = []
+    for (policy, temperature, top_p), found in frame.groupby(["policy", "temperature", "top_p"], sort=False):
+        own = found.set_index("measure")
         cells = [_interval(own.loc[m]) if m in own.index else "-" for m in MEASURES]
-        table.add_row(policy, f"{temperature:g}", f"{top_p:g}", *cells)
-    return table
+        rows.append([policy, f"{temperature:g}", f"{top_p:g}", *cells])
+    return terminal(["policy", "temperature", "top-p", *MEASURES], rows, title=f"sampling sweep of {name}")
 
 
 def _interval(row: pd.Series) -> str:
     if pd.isna(row["low"]):
         return f"{row['value']:.3g}"
-    return str(Estimate(row["value"], row["low"], row["high"], 0, "")).partition(" (n=")[0]
+    return Estimate(row["value"], row["low"], row["high"], 0, "").interval
 
 
 app = single_command(main)

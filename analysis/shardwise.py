@@ -29,8 +29,6 @@ from spd_lens.sites import Site
 MAX_HALVES = 128
 """Of more halves than this, as many are drawn at random; 8 shards have 70."""
 
-Grams = Float[Tensor, "set block width width"]
-
 
 def filled(moments: GradientMoments) -> GradientMoments:
     """Without the shards that hold no example; `SPDError` if fewer than two are left."""

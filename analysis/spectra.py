@@ -11,18 +11,15 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
-from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
-from spd_lens.moments import GradientMoments
 from spd_lens.statistics import difference_sentence
-from spd_lens.storage import is_made
+from spd_lens.tables import terminal
 
 from . import spectra_figures as draw
 from .inputs import Subject, subjects
+from .shuffled import shuffled_moments
 from .spectra_measures import (
     ACTIVATIONS,
     CENTRED,
@@ -36,21 +33,7 @@ from .spectra_measures import (
     spectrum,
 )
 
-__all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "shuffled_moments", "spectrum"]
-
-
-def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) -> GradientMoments:
-    """Moments of the run's calibration examples with shuffled answers: extracted once, kept in `analysis/`."""
-    path = subject.folder / f"moments-shuffled-{seed}.safetensors"
-    if not is_made(path, GradientMoments.load):
-        config = subject.run.config
-        layers = sorted({site.layer for site in moments.sites})
-        wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
-        extract(
-            subject.pair, wrong, layers=layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
-            progress=subject.progress,
-        ).save(path)  # fmt: skip
-    return GradientMoments.load(path)
+__all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "spectrum"]
 
 
 def main(
@@ -114,16 +97,17 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
 
 def _print(console: Console, table: pd.DataFrame, name: str) -> None:
     shown = [source for source in SOURCES if source in set(table.source)]
-    out = Table("site", "head", "width", *shown, title=f"directions that hold 90 % of the energy, {name}")
     chosen = table[table.measure == "rank of 90 % energy"]
-    for (site, head), rows in chosen.groupby(["site", "head"], sort=False):
+    rows = []
+    for (site, head), found in chosen.groupby(["site", "head"], sort=False):
         cells = []
         for source in shown:
-            for row in rows[rows.source == source].itertuples():
+            for row in found[found.source == source].itertuples():
                 interval = f" [{row.low:.1f}, {row.high:.1f}]" if source == GRADIENTS else ""
                 cells.append(f"{row.value:.0f}{interval}")
-        out.add_row(str(site), str(head), str(rows.width.iloc[0]), *cells)
-    console.print(out)
+        rows.append([str(site), str(head), str(found.width.iloc[0]), *cells])
+    title = f"directions that hold 90 % of the energy, {name}"
+    console.print(terminal(["site", "head", "width", *shown], rows, title=title))
 
 
 app = single_command(main)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from spd_lens.digests import weights_digest
-from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
-from spd_lens.evaluation.forced import ForcedBatch, forced_logits
+from spd_lens.evaluation import ForcedItem, Policy
+from spd_lens.evaluation.skip_layers import Prefix, exact_prefix, forced_above
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.neutral import neutrally
@@ -28,10 +25,7 @@ from spd_lens.subspace import Subspace
 
 from .contrast import Contrast, contrasts, matched_draws
 from .grid import Cell, Grid
-from .prefix import Prefix, PrefixPolicy
 from .sweep_cells import MEASURES, Measured, Store, Values
-
-log = logging.getLogger(__name__)
 
 _TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
 
@@ -152,7 +146,7 @@ def sweep(
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
         store.check(bench.settings())
         todo = [cell for cell in cells if not store.has(cell)]
-        prefix = bench.prefix(todo)
+        prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
         done = len(cells) - len(todo)
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
@@ -164,48 +158,6 @@ def sweep(
                     store.put(measured)
                     bar.update()
         return Sweep(store.base, [store.get(cell) for cell in cells])
-
-
-@neutrally
-def proxies(
-    pair: ModelPair, items: Sequence[Example], subspaces: Mapping[str, Subspace], *, batch_tokens: int = 1024
-) -> dict[str, Values]:
-    """The measures of a sweep without its controls: to choose what to look at, not to claim anything.
-
-    All subspaces share encodings, batches, one pass of the base model and what it computes below their first layers.
-
-    Args:
-        pair: The model.
-        items: Gold completions with spans.
-        subspaces: By name, for instance `{str(cell): cell.subspace(moments) for cell in grid.cells(moments)}`.
-        batch_tokens: Padded tokens per batch.
-
-    Returns:
-        For each name, and for `"base"`, one number per measure and item.
-    """
-    first_layers = {min(site.layer for site in subspace.sites) for subspace in subspaces.values()}
-    prefix = exact_prefix(pair, items, first_layers)
-    policies = [PrefixPolicy(name, subspace, prefix=prefix) for name, subspace in subspaces.items()]
-    return measure(pair, items, [Policy("base"), *policies], prefix=prefix, batch_tokens=batch_tokens)
-
-
-@neutrally
-def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
-    """A prefix for some first layers, if this architecture's blocks let a pass begin in the middle exactly."""
-    above = set(layers) - {0}
-    if not above:
-        return None
-    try:
-        prefix = Prefix(pair.hf, above)
-    except SPDError:  # blocks that are not one list
-        return None
-    shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
-    batch = ForcedBatch.of(shortest, pair)
-    with torch.no_grad():
-        exact = prefix.agrees(lambda: forced_logits(pair, pair.hf, batch))
-    if not exact:
-        log.info("every cell runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
-    return prefix if exact else None
 
 
 @dataclass(frozen=True)
@@ -222,12 +174,12 @@ class _Bench:
     def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
         """The base model, and some cells with their controls, on the same batches and against the same logits."""
         subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
-        policies: list[Policy] = [
-            PrefixPolicy(f"{cell.name}/{name}", subspace, self.strength, prefix=prefix)
+        policies = [Policy("base")]
+        policies += [
+            Policy(f"{cell.name}/{name}", subspace, self.strength)
             for cell, own in zip(cells, subspaces, strict=True)
             for name, subspace in enumerate([own, *controls(own, self.grid)])
         ]
-        policies.insert(0, Policy("base"))
         found = measure(self.pair, self.items, policies, prefix=prefix, batch_tokens=self.grid.batch_tokens)
         measured = []
         for cell, own in zip(cells, subspaces, strict=True):
@@ -235,10 +187,6 @@ class _Bench:
             ranks = tuple(rank for site in own.sites for rank in own.ranks[site])
             measured.append(Measured(cell, ranks, values[0], values[1:]))
         return found["base"], measured
-
-    def prefix(self, cells: Sequence[Cell]) -> Prefix | None:
-        """For the cells' first layers."""
-        return exact_prefix(self.pair, self.items, {cell.first_layer for cell in cells})
 
     def settings(self) -> dict[str, Any]:
         """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
@@ -273,12 +221,8 @@ def measure(
     prefix: Prefix | None = None,
     batch_tokens: int = 1024,
 ) -> dict[str, Values]:
-    """`teacher_forced` as arrays, one number per item."""
-    if prefix is None:
-        found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=False)
-    else:
-        with prefix.watching():
-            found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=False)
+    """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
+    found = forced_above(prefix, pair, items, policies, batch_tokens=batch_tokens, progress=False)
     return {name: values(rows) for name, rows in found.items()}
 
 

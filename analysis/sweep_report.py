@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from spd_lens.errors import SPDError
+from spd_lens.estimate import bracketed
 from spd_lens.moments import GradientMoments
+from spd_lens.tables import terminal
 
 from .chosen import CHOSEN_MEASURES, remeasure, write
 from .grid import Cell, Grid
@@ -97,39 +99,25 @@ def measure_chosen(
 def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:
     loss = table[table["measure"] == "aligned_loss"].set_index("cell")
     kl = table[table["measure"] == "kl"].set_index("cell")
-    shown = Table(
-        "layers", "kind", "head", "projector", "rank", "Δ aligned loss", "random", "minus random", "p (Holm)", "KL",
-        "KL random", title=f"{name.replace('_', ' ')} of {subject.name}, nats per token",
-    )  # fmt: skip
-    for cell, row in loss.iterrows():
-        shown.add_row(
-            *(str(row[column]) for column in ("layers", "kind", "head", "projector", "rank")),
-            _interval(row, "value", "low", "high"),
-            _interval(row, "random", "random_low", "random_high"),
-            _interval(row, "difference", "difference_low", "difference_high"),
-            f"{row['p_holm']:.2g}",
-            f"{kl.loc[cell, 'value']:.3f}",
-            f"{kl.loc[cell, 'random']:.3f}",
-        )
+    names = ["layers", "kind", "head", "projector", "rank"]
+    head = [*names, "Δ aligned loss", "random", "minus random", "p (Holm)", "KL", "KL random"]
+    rows = [
+        [*map(str, row[names]), *_intervals(row), f"{row['p_holm']:.2g}",
+         f"{kl.loc[cell, 'value']:.3f}", f"{kl.loc[cell, 'random']:.3f}"]
+        for cell, row in loss.iterrows()
+    ]  # fmt: skip
     console = Console()
-    console.print(shown)
+    console.print(terminal(head, rows, title=f"{name.replace('_', ' ')} of {subject.name}, nats per token"))
     console.print(Text(says))
 
 
 def _print_chosen(dear: pd.DataFrame) -> None:
-    shown = Table("measure", "cell", "value", "random (range of draws)", "minus random", title="the chosen cells")
-    for _, row in dear.iterrows():
-        has_random = pd.notna(row["random"])
-        shown.add_row(
-            CHOSEN_MEASURES[row["measure"]],
-            str(row["cell"]),
-            _interval(row, "value", "low", "high"),
-            _interval(row, "random", "random_low", "random_high") if has_random else "-",
-            _interval(row, "difference", "difference_low", "difference_high") if has_random else "-",
-        )
-    Console().print(shown)
+    head = ["measure", "cell", "value", "random (range of draws)", "minus random"]
+    rows = [[CHOSEN_MEASURES[row["measure"]], str(row["cell"]), *_intervals(row)] for _, row in dear.iterrows()]
+    Console().print(terminal(head, rows, title="the chosen cells"))
 
 
-def _interval(row: pd.Series, value: str, low: str, high: str) -> str:
-    # square brackets are markup to rich where they look like a tag; these never do
-    return f"{row[value]:.3f} [{row[low]:.3f}, {row[high]:.3f}]"
+def _intervals(row: pd.Series) -> Iterator[str]:
+    """The cell, random subspaces and their difference; square brackets look like markup to rich, but these are none."""
+    for name, ends in (("value", ""), ("random", "random_"), ("difference", "difference_")):
+        yield "-" if pd.isna(row[name]) else bracketed(row[name], row[f"{ends}low"], row[f"{ends}high"])

@@ -14,7 +14,7 @@ What a study does not have is "not run". A study may be unfinished, and may have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +27,12 @@ from rich.text import Text
 from spd_lens.config import SPDConfig
 from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
+from spd_lens.estimate import bracketed
 from spd_lens.statistics import clustered_mean
 from spd_lens.storage import write_text
 from spd_lens.study.evidence import Evidence, Outcome
 from spd_lens.study.setup import backbone, differences_from_paper
+from spd_lens.tables import markdown, terminal
 
 from .calibration_figure import figure_4, points, points_sentence
 from .paper_numbers import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
@@ -97,18 +99,17 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
         f"{_whose(number)}{_sources(table)} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
         "where the 95 % interval of a single one reaches 5 to 10 points to either side.",
         "",
-        f"| {_column(number)} | method | {' | '.join(_head(dataset) for dataset in table.columns)} |",
-        f"|{' --- |' * (2 + len(table.columns))}",
-    ]  # fmt: skip
-    for (model, method), part in cells.groupby(["backbone", "method"], sort=False):
-        shown = [" · ".join(_texts(row)) for row in part.to_dict("records")]
-        lines.append(f"| {model} | {method} | {' | '.join(shown)} |")
+        *markdown(
+            [_column(number), "method", *map(_head, table.columns)],
+            ([*names, *(" · ".join(texts) for texts in shown)] for names, shown in _texts_by_row(cells)),
+        ),
+    ]
     lines += ["", f"{int(cells.ours.notna().sum())} of {len(cells)} cells were run."]
     if number == 3:
         lines += ["", _TABLE_3]
     for study in studies:
-        lines += ["", f"## What differs from the paper in `{study.name}`", "", "| setting | paper | here |"]
-        lines += ["| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in differences_from_paper(study))]
+        lines += ["", f"## What differs from the paper in `{study.name}`", ""]
+        lines += markdown(["setting", "paper", "here"], differences_from_paper(study))
         missing = study.missing()
         lines += ["", f"The study is not complete: {'; '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"
@@ -184,7 +185,7 @@ def _cell(studies: Sequence[Evidence], row: Row, dataset: str, source: str) -> t
             low, high = (factor * end if estimate.bounded else None for end in (estimate.low, estimate.high))
             numbers = {"ours": factor * estimate.value, "low": low, "high": high}
             return {**numbers, "n": estimate.n, "seeds": len(scores)}, study.name
-    return {"ours": None, "low": None, "high": None, "n": None, "seeds": None}, ""
+    return dict.fromkeys(("ours", "low", "high", "n", "seeds")), ""
 
 
 def _texts(row: dict[str, Any]) -> tuple[str, str]:
@@ -193,9 +194,13 @@ def _texts(row: dict[str, Any]) -> tuple[str, str]:
     paper = "-" if pd.isna(row["paper"]) else f"{row['paper']:.3f}" if is_loss else f"{row['paper']:.1f}"
     if pd.isna(row["ours"]):
         return paper, NOT_RUN
-    places = 3 if is_loss else 1
-    interval = "" if pd.isna(row["low"]) else f" [{row['low']:.{places}f}, {row['high']:.{places}f}]"
-    return paper, f"{row['ours']:.{places}f}{interval}"
+    return paper, bracketed(row["ours"], row["low"], row["high"], 3 if is_loss else 1)
+
+
+def _texts_by_row(cells: pd.DataFrame) -> Iterator[tuple[list[str], list[tuple[str, str]]]]:
+    """The paper's number and ours of every dataset, with the names of model and method."""
+    for names, part in cells.groupby(["backbone", "method"], sort=False):
+        yield list(map(str, names)), [_texts(row) for row in part.to_dict("records")]
 
 
 def _head(dataset: str) -> str:
@@ -221,15 +226,14 @@ def _rich(cells: pd.DataFrame) -> Table:
     """For the terminal: the paper's number over ours."""
     number = int(cells.table.iloc[0])
     whose = "" if number == 1 else f" ({ABLATED})"
-    table = Table(_column(number), "method", *map(_head, TABLES[number].columns), show_lines=True,
-                  title=f"Table {number}: the paper's number{whose} over ours")  # fmt: skip
-    for (model, method), part in cells.groupby(["backbone", "method"], sort=False):
-        texts = [_texts(row) for row in part.to_dict("records")]
+    rows = []
+    for names, texts in _texts_by_row(cells):
         shown = [
             Text.assemble((paper, "dim"), "\n", (ours, "dim" if ours == NOT_RUN else "bold")) for paper, ours in texts
         ]
-        table.add_row(Text(str(model)), Text(str(method)), *shown)
-    return table
+        rows.append([*map(Text, names), *shown])
+    head = [_column(number), "method", *map(_head, TABLES[number].columns)]
+    return terminal(head, rows, show_lines=True, title=f"Table {number}: the paper's number{whose} over ours")
 
 
 app = single_command(main)

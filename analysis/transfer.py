@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem
@@ -17,6 +18,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.statistics import paired_difference
 from spd_lens.subspace import Subspace
 
+from .angles import p_value
 from .inputs import Subject
 from .overlap_energy import held_by
 from .style import SYMBOLS, figure, line, plain
@@ -100,13 +102,13 @@ def association(frame: pd.DataFrame, *, permutations: int = 999, seed: int = 0) 
         raise SPDError("all subspaces hold the same energy or change the loss alike, so that nothing is associated")
     n = len(x)
     if math.factorial(n) <= permutations:
-        orders = list(itertools.permutations(range(n)))  # the order as it is among them
+        _, *orders = itertools.permutations(range(n))  # the first is the order as it is
     else:
         rng = np.random.default_rng(seed)
-        orders = [tuple(range(n)), *(tuple(rng.permutation(n)) for _ in range(permutations))]
+        orders = [tuple(rng.permutation(n)) for _ in range(permutations)]
     observed = float((x * y).sum()) / scale
     null = [float((x[list(order)] * y).sum()) / scale for order in orders]
-    return observed, sum(value <= observed + 1e-12 for value in null) / len(null)
+    return observed, p_value(observed, torch.tensor(null, dtype=torch.float64), smaller=True)
 
 
 def transfer_sentence(frame: pd.DataFrame) -> str:

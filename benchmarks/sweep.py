@@ -13,8 +13,9 @@ from benchmarks import subjects
 from benchmarks.measure import in_turn, settle
 from benchmarks.table import Row
 from spd_lens.analysis.grid import Cell, Grid
-from spd_lens.analysis.sweep import measure, proxies
+from spd_lens.analysis.sweep import measure
 from spd_lens.evaluation import Policy
+from spd_lens.evaluation.skip_layers import exact_prefix
 
 RANKS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4]
 N_EXAMPLES, N_ITEMS, ROUNDS = 8, 4, 2
@@ -43,7 +44,10 @@ def _grid(name: str, dtype: str, quick: bool) -> Iterator[Row]:
 
     def together(_: int) -> dict[str, Values]:
         moments = spd.extract(pair, examples, layers=layers, engine="twin", progress=False)
-        return proxies(pair, items, {cell.name: cell.subspace(moments) for cell in grid.cells(moments)})
+        cells = grid.cells(moments)
+        policies = [Policy("base"), *(Policy(cell.name, cell.subspace(moments)) for cell in cells)]
+        prefix = exact_prefix(pair, items, {cell.first_layer for cell in cells})
+        return measure(pair, items, policies, prefix=prefix)
 
     def alone(layer: int) -> dict[str, Values]:
         moments = spd.extract(pair, examples, layers=[layer], engine="twin", progress=False)

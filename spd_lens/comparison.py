@@ -16,8 +16,9 @@ from spd_lens.statistics import (
     clustered_mean,
     mcnemar_exact,
     seed_summary,
-    within_noise,
+    verdict,
 )
+from spd_lens.tables import markdown
 
 MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
     "accuracy": lambda item: item.score,
@@ -49,12 +50,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`higher`, `lower`, or `within noise` unless interval and test both exclude chance."""
-        if not self.difference.bounded:
-            return "too few items"
-        if within_noise(self.difference) or (self.test is not None and self.test.p_value >= 0.05):
-            return "within noise"
-        return "higher" if self.difference.value > 0 else "lower"
+        """`statistics.verdict` on the difference: `higher`, `lower`, `within noise` or `too few items`."""
+        return verdict(self.difference, None if self.test is None else self.test.p_value)
 
 
 def compare(first: Sequence[Run], second: Sequence[Run]) -> list[Comparison]:
@@ -90,13 +87,15 @@ def comparison_table(comparisons: Sequence[Comparison], first: str, second: str)
         "",
         "Differences are paired by item, with 95 % intervals; p is McNemar's exact test on 0/1 scores.",
         "",
-        f"| task | policy | measure | {first} | {second} | difference | p | verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for c in comparisons:
-        p = f"{c.test.p_value:.2g}" if c.test else "-"
-        values = f"{c.first} | {c.second} | {c.difference}"
-        lines.append(f"| {c.task} | {c.policy} | {c.measure} | {values} | {p} | {c.verdict} |")
+        *markdown(
+            ["task", "policy", "measure", first, second, "difference", "p", "verdict"],
+            (
+                [c.task, c.policy, c.measure, c.first, c.second, c.difference,
+                 f"{c.test.p_value:.2g}" if c.test else "-", c.verdict]
+                for c in comparisons
+            ),
+        ),
+    ]  # fmt: skip
     seeded = [c for c in comparisons if c.seeds]
     if seeded:
         lines += ["", "Over seeds:", ""]

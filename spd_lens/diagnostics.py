@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import fmean, median, quantiles, stdev
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from spd_lens.corpus import Corpus, Record
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
-from spd_lens.statistics import MIN_BOOTSTRAP, mean_interval, score_interval
+from spd_lens.statistics import MIN_BOOTSTRAP, bootstrap_ends, mean_interval, score_interval
 from spd_lens.tasks import Task
 from spd_lens.tasks.asked_form import in_asked_form
 
@@ -59,64 +58,101 @@ def corpus_diagnostics(
         corpus: From `generate`, or records read with `Corpus.load`.
         tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
         task: Whose answers are extracted; None leaves out the last three measures.
-        confidence: Of the intervals.
+        confidence: Confidence of the intervals.
 
     Raises:
         SPDError: an empty corpus.
     """
-    prompts = _by_prompt(corpus)
-    rows: list[dict[str, Any]] = []
+    table = _Measures(_by_prompt(corpus), confidence)
+    _lengths(table)
+    _repetition(table)
+    if task is not None:
+        _answers(table, task, _decoder(tokenizer))
+    return pd.DataFrame(table.rows)
 
-    def add(measure: str, unit: str, estimate: Estimate) -> None:
-        low, high = (estimate.low, estimate.high) if estimate.bounded else (None, None)
-        found = {"measure": measure, "value": estimate.value, "low": low, "high": high, "n": estimate.n}
-        rows.append({**found, "unit": unit, "interval": estimate.method})
 
-    def fact(measure: str, unit: str, value: float, note: str = "of this corpus") -> None:
-        add(measure, unit, Estimate(value, -np.inf, np.inf, len(prompts), note))
+class _Measures:
+    """The rows of `corpus_diagnostics`."""
 
-    def mean(measure: str, unit: str, of: Callable[[Record], float]) -> None:
-        add(measure, unit, _mean_over_prompts(prompts, of, confidence, share=unit == "share"))
+    def __init__(self, prompts: Sequence[Sequence[Record]], confidence: float) -> None:
+        self.prompts = prompts
+        self.records = [record for samples in prompts for record in samples]
+        self.confidence = confidence
+        self.rows: list[dict[str, Any]] = []
 
-    records = [record for samples in prompts for record in samples]
-    lengths = [float(record.n_completion_tokens) for record in records]
-    fact("completions", "count", len(records))
-    fact("prompts", "count", len(prompts))
-    mean("length", "tokens", lambda record: record.n_completion_tokens)
-    for measure, statistic in (("length sd", _sd), ("length median", _median)):
-        add(measure, "tokens", _bootstrapped(prompts, statistic, confidence))
+    def add(self, measure: str, unit: str, estimate: Estimate) -> None:
+        self.rows.append({"measure": measure, **estimate.to_row(), "unit": unit, "interval": estimate.method})
+
+    def fact(self, measure: str, unit: str, value: float) -> None:
+        """What describes this corpus and nothing else."""
+        self.add(measure, unit, Estimate(value, -np.inf, np.inf, len(self.prompts), "of this corpus"))
+
+    def mean(
+        self,
+        measure: str,
+        unit: str,
+        of: Callable[[Record], float],
+        prompts: Sequence[Sequence[Record]] | None = None,
+    ) -> None:
+        """A mean over prompts, each of them the mean over its samples."""
+        values = [fmean(of(record) for record in samples) for samples in prompts or self.prompts]
+        interval = score_interval if unit == "share" else mean_interval
+        self.add(measure, unit, interval(values, confidence=self.confidence))
+
+    def bootstrapped(self, measure: str, unit: str, statistic: Callable[[Sequence[float]], float]) -> None:
+        """A statistic of all lengths; its bootstrap draws prompts with all of their samples."""
+        lengths = [[float(record.n_completion_tokens) for record in samples] for samples in self.prompts]
+        value, n = statistic([x for own in lengths for x in own]), len(lengths)
+        low, high, how = -np.inf, np.inf, f"fewer than {MIN_BOOTSTRAP} prompts, no interval"
+        if n >= MIN_BOOTSTRAP:
+            low, high = bootstrap_ends(
+                [np.arange(n)], lambda drawn: statistic([x for i in drawn for x in lengths[i]]),
+                n_resamples=999, confidence=self.confidence, vectorized=False,
+            )  # fmt: skip
+            how = f"percentile bootstrap {100 * self.confidence:g}% over prompts"
+        self.add(measure, unit, Estimate(value, low, high, n, how))
+
+
+def _lengths(table: _Measures) -> None:
+    lengths = [float(record.n_completion_tokens) for record in table.records]
+    table.fact("completions", "count", len(table.records))
+    table.fact("prompts", "count", len(table.prompts))
+    table.mean("length", "tokens", lambda record: record.n_completion_tokens)
+    table.bootstrapped("length sd", "tokens", lambda drawn: stdev(drawn) if len(drawn) > 1 else 0.0)
+    table.bootstrapped("length median", "tokens", median)
     tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else lengths * 9
-    for measure, value in (
-        ("shortest", min(lengths)), ("length 10 %", tenths[0]), ("length 90 %", tenths[-1]), ("longest", max(lengths)),
-    ):  # fmt: skip
-        fact(measure, "tokens", value)
-    mean("short", "share", lambda record: float(record.n_completion_tokens < SHORT))
-    mean("truncated", "share", lambda record: float(record.finish_reason == "length"))
-    mean("empty", "share", lambda record: float(not record.completion.strip()))
-    repeats = _repeats(records)
-    mean("duplicates", "share", lambda record: float(record.key in repeats))
-    several = [samples for samples in prompts if len(samples) > 1]
+    table.fact("shortest", "tokens", min(lengths))
+    table.fact("length 10 %", "tokens", tenths[0])
+    table.fact("length 90 %", "tokens", tenths[-1])
+    table.fact("longest", "tokens", max(lengths))
+    table.mean("short", "share", lambda record: float(record.n_completion_tokens < SHORT))
+    table.mean("truncated", "share", lambda record: float(record.finish_reason == "length"))
+    table.mean("empty", "share", lambda record: float(not record.completion.strip()))
+
+
+def _repetition(table: _Measures) -> None:
+    firsts = {record.completion: record.key for record in reversed(table.records)}
+    table.mean("duplicates", "share", lambda record: float(firsts[record.completion] != record.key))
+    several = [samples for samples in table.prompts if len(samples) > 1]
     if several:
         shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
-        add("duplicates within prompts", "share", score_interval(shares, confidence=confidence))
-    mean("repeated 4-grams", "share", lambda record: repeated_ngrams(text_ids(record), 4))
-    mean("longest loop", "tokens", lambda record: longest_loop(text_ids(record)))
-    mean("loops", "share", lambda record: float(ends_in_loop(text_ids(record))))
+        table.add("duplicates within prompts", "share", score_interval(shares, confidence=table.confidence))
+    table.mean("repeated 4-grams", "share", lambda record: repeated_ngrams(text_ids(record), 4))
+    table.mean("longest loop", "tokens", lambda record: longest_loop(text_ids(record)))
+    table.mean("loops", "share", lambda record: float(ends_in_loop(text_ids(record))))
     for n in (1, 2):
-        add(f"distinct-{n}", "share", _distinct(prompts, n, confidence))
-    if task is not None:
-        answered = {record.key: task.extract(record.completion) is not None for record in records}
-        mean("answered", "share", lambda record: float(answered[record.key]))
-        mean("in the asked form", "share", lambda record: float(in_asked_form(task, record.completion)))
-        with_answer = [[r for r in samples if answered[r.key]] for samples in prompts]
-        with_answer = [samples for samples in with_answer if samples]
-        if with_answer:
-            decode = _decoder(tokenizer)
-            add(
-                "after the answer", "share",
-                _mean_over_prompts(with_answer, lambda r: share_after_answer(r, task, decode), confidence, share=True),
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+        table.add(f"distinct-{n}", "share", _distinct(table.prompts, n, table.confidence))
+
+
+def _answers(table: _Measures, task: Task, decode: Callable[[Sequence[int]], str] | None) -> None:
+    answered = {record.key: task.extract(record.completion) is not None for record in table.records}
+    table.mean("answered", "share", lambda record: float(answered[record.key]))
+    table.mean("in the asked form", "share", lambda record: float(in_asked_form(task, record.completion)))
+    kept = [[record for record in samples if answered[record.key]] for samples in table.prompts]
+    with_answer = [samples for samples in kept if samples]
+    if with_answer:
+        share = partial(share_after_answer, task=task, decode=decode)
+        table.mean("after the answer", "share", share, with_answer)
 
 
 def repeated_ngrams(ids: Sequence[int], n: int = 4) -> float:
@@ -228,48 +264,6 @@ def _by_prompt(corpus: Iterable[Record]) -> list[list[Record]]:
     if not prompts:
         raise SPDError("the corpus is empty, so there is nothing to diagnose; generate completions first")
     return list(prompts.values())
-
-
-def _mean_over_prompts(
-    prompts: Sequence[Sequence[Record]], of: Callable[[Record], float], confidence: float, *, share: bool
-) -> Estimate:
-    values = [fmean(of(record) for record in samples) for samples in prompts]
-    return (score_interval if share else mean_interval)(values, confidence=confidence)
-
-
-def _repeats(records: Iterable[Record]) -> set[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    repeats = set()
-    for record in records:
-        if seen[record.completion]:
-            repeats.add(record.key)
-        seen[record.completion] += 1
-    return repeats
-
-
-def _sd(lengths: Sequence[float]) -> float:
-    return stdev(lengths) if len(lengths) > 1 else 0.0
-
-
-def _median(lengths: Sequence[float]) -> float:
-    return float(median(lengths))
-
-
-def _bootstrapped(
-    prompts: Sequence[Sequence[Record]], statistic: Callable[[Sequence[float]], float], confidence: float
-) -> Estimate:
-    """A statistic of all lengths, with a percentile bootstrap in which prompts are drawn with all of their samples."""
-    lengths = [[float(record.n_completion_tokens) for record in samples] for samples in prompts]
-    value = statistic([x for own in lengths for x in own])
-    if len(prompts) < MIN_BOOTSTRAP:
-        return Estimate(value, -np.inf, np.inf, len(prompts), f"fewer than {MIN_BOOTSTRAP} prompts, no interval")
-    places = np.arange(len(prompts))
-    result = stats.bootstrap(
-        (places,), lambda drawn: statistic([x for i in drawn for x in lengths[i]]), vectorized=False,
-        method="percentile", n_resamples=999, confidence_level=confidence, rng=np.random.default_rng(0),
-    )  # fmt: skip
-    low, high = (float(end) for end in result.confidence_interval)
-    return Estimate(value, low, high, len(prompts), f"percentile bootstrap {100 * confidence:g}% over prompts")
 
 
 def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -12,12 +12,14 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site
 from spd_lens.subspace import Subspace
+
+from ..angles import energy_by_rank
+from ..shardwise import filled, half_width, sets, shard_grams, summed
 
 Vectors = Float[Tensor, "block width rank"]
 Gram = Float[Tensor, "block width width"]
@@ -100,29 +102,18 @@ class Directions:
 
     def held(self, gram: Gram | None) -> Curve | None:
         """`tr(P_r C) / tr C` for every rank: the share of another Gram matrix's energy that these directions hold."""
-        if gram is None:
-            return None
-        rotated = torch.einsum("bir,bij,bjr->br", self.vectors, gram, self.vectors)
-        total = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        return (rotated.cumsum(-1) / _positive(total)).clamp(0, 1)
+        # a block without any energy has shares of 0, not of NaN
+        return None if gram is None else energy_by_rank(self.vectors, gram).nan_to_num()
 
 
 def shares(energies: Float[Tensor, "block width"]) -> Curve:
-    """Running share of a descending spectrum's total."""
-    return (energies.cumsum(-1) / _positive(energies.sum(-1, keepdim=True))).clamp(0, 1)
+    """Running share of a descending spectrum's total; zeros where there is no energy at all."""
+    return (energies.cumsum(-1) / energies.sum(-1, keepdim=True)).clamp(0, 1).nan_to_num()
 
 
 def own_spectrum(gram: Gram) -> Float[Tensor, "block width"]:
     """Eigenvalues of a Gram matrix, descending: what the activations' best directions would hold, as the null."""
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
-
-
-def mean_squared_cosine(first: Directions, second: Directions) -> Curve:
-    """`‖P₁P₂‖²_F / r` for every rank up to the smaller number of directions; two random subspaces: `r / width`."""
-    squared = (first.vectors.mT @ second.vectors).square()
-    ranks = min(first.vectors.shape[-1], second.vectors.shape[-1])
-    corner = squared.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)[:, :ranks]
-    return (corner / torch.arange(1, ranks + 1)).clamp(0, 1)
 
 
 def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | None:
@@ -143,24 +134,15 @@ def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | 
 
 
 def jackknife_band(moments: GradientMoments, site: Site, per_head: bool) -> tuple[Curve, Curve] | None:
-    """95 % band of the cumulative energy: delete-one jackknife over shards of examples, Student's t.
+    """95 % band of the cumulative energy: the delete-half jackknife over shards of examples (`analysis.shardwise`).
 
-    `value ± t₀.₉₇₅(k - 1) · √((k - 1) / k · Σ (θ₍ᵢ₎ - θ̄)²)` over the `k` shards that hold examples (Efron & Tibshirani
-    1993, chapter 11). Not a bootstrap: drawing few shards with replacement repeats examples, which by itself
-    concentrates the energy. None with fewer than three such shards.
+    None with fewer than three shards that hold examples.
     """
-    filled = [i for i in range(moments.n_shards) if int(moments.n_examples[i])]
-    if len(filled) < 3:
+    if int((moments.n_examples > 0).sum()) < 3:
         return None
-    left_out = [moments.shards([j for j in filled if j != i]).blocks(site, per_head) for i in filled]
-    curves = torch.stack([shares(own_spectrum(gram)) for gram in left_out])
-    k = len(filled)
-    error = ((k - 1) / k * (curves - curves.mean(0)).square().sum(0)).sqrt()
-    reach = float(stats.t.ppf(0.975, k - 1)) * error
-    value = shares(own_spectrum(moments.blocks(site, per_head)))
+    moments = filled(moments)
+    grams = shard_grams(moments, site, per_head)
+    # one set after the other: all of their Gram matrices at once take gigabytes where heads are many
+    value, *at_halves = (shares(own_spectrum(summed(chosen, grams))) for chosen in sets(moments.n_shards))
+    reach = half_width(torch.stack(at_halves), moments.n_shards)
     return (value - reach).clamp(0, 1), (value + reach).clamp(0, 1)
-
-
-def _positive(total: Tensor) -> Tensor:
-    """A block without any energy has shares of 0, not of NaN."""
-    return torch.where(total > 0, total, torch.ones_like(total))

@@ -16,9 +16,10 @@ from spd_lens.audit.safe_text import visible
 from spd_lens.sites import Site
 
 from .. import style
+from ..angles import cosine_by_rank
 from ..inputs import Subject
 from . import records
-from .curves import Directions, Source, jackknife_band, mean_squared_cosine, own_spectrum, shares, split_half
+from .curves import Directions, Source, jackknife_band, own_spectrum, shares, split_half
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _curves(source: Source, site: Site, per_head: bool, directions: Directions) 
         curves["activation_spectrum"] = own / own.sum(-1, keepdim=True).clamp_min(1e-300)
     if source.moments is not None:
         curves["halves"] = split_half(source.moments, site, per_head)
-        if source.subspace is None or site in source.subspace.sites:  # eight more decompositions: where it matters
+        if source.subspace is None or site in source.subspace.sites:  # 70 more decompositions: where it matters
             curves["low"], curves["high"] = jackknife_band(source.moments, site, per_head) or (None, None)
     total = None if directions.gradient is None else directions.gradient.diagonal(dim1=-2, dim2=-1).sum(-1)
     entries = {}
@@ -124,7 +125,7 @@ def _overlaps(found: Mapping[tuple[int, Site, bool], Directions], n: int) -> dic
             one, two = found.get((i, site, per_head)), found.get((j, site, per_head))
             if i == j or one is None or two is None or one.vectors.shape[:2] != two.vectors.shape[:2]:
                 continue
-            held, cosine = one.held(two.gradient), mean_squared_cosine(one, two)
+            held, cosine = one.held(two.gradient), cosine_by_rank(one.vectors, two.vectors)
             for block in range(one.n_blocks):
                 head = overlaps.setdefault(str(site), {}).setdefault(str(block) if per_head else "all", {})
                 for name, curve in (("energy", held), ("cosine", cosine)):

@@ -10,6 +10,7 @@ import torch
 
 import spd_lens as spd
 from spd_lens.analysis import calibration_faults, calibration_losses, calibration_size
+from spd_lens.analysis.agreements import MEASURES
 from spd_lens.analysis.calibration_faults import (
     AT_RANDOM,
     ENERGY,
@@ -275,7 +276,7 @@ def _no_nan(fig):
 
 def test_figures_have_titles_legends_nulls_and_no_holes(moments):
     frame = stability(moments, [1, 4, 12], rank=4, draws=3)
-    for measure in calibration_faults.MEASURES:
+    for measure in MEASURES:
         fig = stability_figure(frame, measure)
         _no_nan(fig)
         shown = [trace.name for trace in fig.data if trace.showlegend is not False]

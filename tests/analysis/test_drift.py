@@ -12,7 +12,7 @@ from scipy import stats
 
 import spd_lens as spd
 from spd_lens.analysis.absorption import absorbed, absorption, absorption_figure, absorption_sentence
-from spd_lens.analysis.calibration_faults import ENERGY, MEASURES
+from spd_lens.analysis.agreements import ENERGY, MEASURES
 from spd_lens.analysis.drift import (
     drift,
     drift_figure,

@@ -12,12 +12,12 @@ from spd_lens.analysis import chosen, rank_sweep, sweep_figures
 from spd_lens.analysis.contrast import contrasts
 from spd_lens.analysis.grid import Grid
 from spd_lens.analysis.inputs import Subject
-from spd_lens.analysis.prefix import Prefix, PrefixPolicy
-from spd_lens.analysis.sweep import measure, proxies, sweep
+from spd_lens.analysis.sweep import measure, sweep
 from spd_lens.analysis.sweep_cells import MEASURES, Store
 from spd_lens.analysis.sweep_report import default_cell, report
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import Policy
+from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.sites import Site
 from tests.helpers import EXAMPLES, hook_at
 
@@ -126,7 +126,7 @@ def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, 
     whole = measure(tiny_pair, EXAMPLES, policies, batch_tokens=10_000)["whole"]
     assert passes == {0: 2, 1: 2, 2: 2, 3: 2}  # the base model and the policy
     prefix = Prefix(tiny_pair.hf, [3])
-    policies = [PrefixPolicy("short", cells[0].subspace(moments), prefix=prefix)]
+    policies = [Policy("short", cells[0].subspace(moments))]
     short = measure(tiny_pair, EXAMPLES, policies, prefix=prefix, batch_tokens=10_000)["short"]
     assert passes == {0: 3, 1: 3, 2: 3, 3: 4}
     for handle in handles:
@@ -235,13 +235,6 @@ def test_figures(undisturbed):
             assert heat.z[y][x] == rows[(label, int(rank))]
 
 
-def test_repetition():
-    assert chosen.repetition("abcdefgh") == 0
-    assert chosen.repetition("abcdabcdabcd") == pytest.approx(1 - 4 / 9)
-    assert chosen.repetition("aaaaaaaa") == pytest.approx(1 - 1 / 5)
-    assert chosen.repetition("abc") == 0
-
-
 def test_chosen_cells_are_measured_on_fresh_items(tiny_pair, moments):
     subspace = moments.subspace(4, sites=[Site(3, "k"), Site(3, "v")])
     rows = chosen.remeasure(tiny_pair, EXAMPLES, {"cell": subspace}, n_random=4).set_index("measure")
@@ -280,11 +273,17 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
 
 
+def measured_together(pair, cells, moments, batch_tokens):
+    policies = [Policy("base"), *(Policy(cell.name, cell.subspace(moments)) for cell in cells)]
+    prefix = exact_prefix(pair, EXAMPLES, {cell.first_layer for cell in cells})
+    return measure(pair, EXAMPLES, policies, prefix=prefix, batch_tokens=batch_tokens)
+
+
 def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
     """Encodings, batches, the base model's pass and the layers below are shared; numbers are not touched by that."""
     cells = Grid(ranks=[1, 2, 3, 4, 5, 6], layers=["0", "1", "2", "3"]).cells(moments)
     assert len(cells) == 24
-    together = proxies(tiny_pair, EXAMPLES, {cell.name: cell.subspace(moments) for cell in cells}, batch_tokens=100)
+    together = measured_together(tiny_pair, cells, moments, batch_tokens=100)
     base = measure(tiny_pair, EXAMPLES, [Policy("base")], batch_tokens=100)["base"]
     for cell in cells:
         one_layer = extract(tiny_pair, EXAMPLES, layers=[cell.first_layer], shards=2, progress=False)
@@ -300,7 +299,6 @@ def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
 
 def test_a_grid_runs_the_base_model_once(tiny_pair, moments):
     cells = Grid(ranks=[1, 2, 4], layers=["2", "3"]).cells(moments)
-    subspaces = {cell.name: cell.subspace(moments) for cell in cells}
     tokens = [0] * 4
     handles = []
     for layer, block in enumerate(tiny_pair.hf.model.layers):
@@ -310,7 +308,7 @@ def test_a_grid_runs_the_base_model_once(tiny_pair, moments):
 
         handles.append(block.mlp.register_forward_hook(count))
     try:
-        proxies(tiny_pair, EXAMPLES, subspaces, batch_tokens=10_000)
+        measured_together(tiny_pair, cells, moments, batch_tokens=10_000)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,5 +1,6 @@
 """Curves over the rank against plain numpy, one rank at a time, and constructed cases with known answers."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from spd_lens.analysis.angles import cosine_by_rank
 from spd_lens.analysis.dashboard.curves import (
     Directions,
     Source,
     jackknife_band,
-    mean_squared_cosine,
     own_spectrum,
     shares,
     split_half,
@@ -75,23 +76,21 @@ def test_a_subspace_holds_its_own_energy_and_nothing_of_an_orthogonal_one():
     one, two = directions_of(first.double()[None]), directions_of(second.double()[None])
     assert one.held(one.gradient)[0].tolist() == pytest.approx([0.8, 1, 1, 1])
     assert one.held(two.gradient)[0, :2].tolist() == pytest.approx([0, 0])
-    assert mean_squared_cosine(one, two)[0, 1] == pytest.approx(0)
-    assert mean_squared_cosine(one, one)[0].tolist() == pytest.approx([1, 1, 1, 1])
+    assert cosine_by_rank(one.vectors, two.vectors)[0, 1] == pytest.approx(0)
+    assert cosine_by_rank(one.vectors, one.vectors)[0].tolist() == pytest.approx([1, 1, 1, 1])
 
 
 def test_thirty_degrees_are_thirty_degrees():
     angle = math.radians(30)
     along = Directions(torch.tensor([[[1.0], [0.0]]], dtype=torch.float64))
     turned = Directions(torch.tensor([[[math.cos(angle)], [math.sin(angle)]]], dtype=torch.float64))
-    assert mean_squared_cosine(along, turned)[0, 0] == pytest.approx(0.75)
+    assert cosine_by_rank(along.vectors, turned.vectors)[0, 0] == pytest.approx(0.75)
 
 
 def test_random_directions_overlap_by_rank_over_width():
     generator = torch.Generator().manual_seed(3)
     drawn = torch.randn(60, 2, 1, 24, 24, generator=generator, dtype=torch.float64)
-    mean = torch.stack(
-        [mean_squared_cosine(Directions(a), Directions(b))[0] for a, b in torch.linalg.qr(drawn).Q]
-    ).mean(0)
+    mean = torch.stack([cosine_by_rank(a, b)[0] for a, b in torch.linalg.qr(drawn).Q]).mean(0)
     assert torch.allclose(mean, torch.arange(1, 25).double() / 24, atol=0.02)
 
 
@@ -110,7 +109,7 @@ def test_split_half_is_the_mean_of_both_ways(moments):
     assert float(found[0, 4]) < float(Source("x", moments).directions(site, False).cumulative[0, 4])  # no optimism
 
 
-def test_the_band_is_the_jackknife_over_filled_shards(moments):
+def test_the_band_is_the_delete_half_jackknife_over_filled_shards(moments):
     site, filled = moments.sites[0], [i for i in range(moments.n_shards) if int(moments.n_examples[i])]
     assert 3 <= len(filled) < moments.n_shards  # six examples in eight shards
 
@@ -118,9 +117,9 @@ def test_the_band_is_the_jackknife_over_filled_shards(moments):
         values = np.linalg.eigvalsh(sum(moments.gradient[site][i].numpy() for i in shards))[::-1]
         return values[:rank].sum() / values.sum()
 
-    without = np.array([share([j for j in filled if j != i]) for i in filled])
     k = len(filled)
-    error = math.sqrt((k - 1) / k * ((without - without.mean()) ** 2).sum())
+    halves = np.array([share(half) for half in itertools.combinations(filled, k // 2)])
+    error = math.sqrt(halves.var() * (k // 2) / (k - k // 2))
     low, high = jackknife_band(moments, site, per_head=False)
     reach = stats.t.ppf(0.975, k - 1) * error
     assert low[0, 2] == pytest.approx(max(share(filled) - reach, 0), abs=1e-9)
@@ -151,7 +150,7 @@ def test_overlaps_of_the_document_are_those_of_the_measures(moments):
     table = document["overlap"][site]["1"]
     assert table["energy"][0][1] == pytest.approx(one.held(two.gradient)[1].tolist(), abs=1e-4)
     assert table["energy"][1][0] == pytest.approx(two.held(one.gradient)[1].tolist(), abs=1e-4)
-    assert table["cosine"][0][1] == pytest.approx(mean_squared_cosine(one, two)[1].tolist(), abs=1e-4)
+    assert table["cosine"][0][1] == pytest.approx(cosine_by_rank(one.vectors, two.vectors)[1].tolist(), abs=1e-4)
     assert table["energy"][0][0] is None
     block = document["runs"][0]["blocks"][site]["1"]
     assert sum(block["spectrum"]) == pytest.approx(1, abs=1e-3)

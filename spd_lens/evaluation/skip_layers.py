@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy
+from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
+from spd_lens.evaluation.policies import Policy
+from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.neutral import neutrally
+
+log = logging.getLogger(__name__)
 
 
 class Prefix:
@@ -105,8 +111,45 @@ def _blocks(model: nn.Module) -> Any:
     return found[0]
 
 
+@neutrally
+def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
+    """A prefix for passes that begin at some of these layers; None where this architecture's blocks let no pass begin
+    in the middle exactly."""
+    above = set(layers) - {0}
+    if not above:
+        return None
+    try:
+        prefix = Prefix(pair.hf, above)
+    except SPDError:  # blocks that are not one list
+        return None
+    shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
+    batch = ForcedBatch.of(shortest, pair)
+    with torch.no_grad():
+        exact = prefix.agrees(lambda: forced_logits(pair, pair.hf, batch))
+    if not exact:
+        log.info("every pass runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
+    return prefix if exact else None
+
+
+def forced_above(
+    prefix: Prefix | None,
+    pair: ModelPair,
+    items: Sequence[Example],
+    policies: Sequence[Policy],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> dict[str, list[ForcedItem]]:
+    """`teacher_forced`, bit for bit; with a prefix every pass under a subspace begins at its first layer."""
+    if prefix is None:
+        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+    short = [_Above(**vars(policy), prefix=prefix) for policy in policies]
+    with prefix.watching():
+        return teacher_forced(pair, items, short, batch_tokens=batch_tokens, progress=progress)
+
+
 @dataclass(frozen=True)
-class PrefixPolicy(Policy):
+class _Above(Policy):
     """A policy whose passes begin at the first projected layer."""
 
     prefix: Prefix | None = None
