@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.statistics import clustered_mean
-from spd_lens.study.evidence import BASE, Evidence, Outcome
+from spd_lens.study.config import BASE
+from spd_lens.study.evidence import Evidence, Outcome
 
 from .paper_numbers import FIGURE_4, FIGURE_4_SIZES, LABELS
 from .style import NULL_COLOR, band, figure, line, plain

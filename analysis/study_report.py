@@ -11,9 +11,10 @@ import plotly.graph_objects as go
 from markdown_it import MarkdownIt
 
 from spd_lens.storage import write_text
-from spd_lens.study.contrasts import FOCUS, RANDOM, contrasts, means
-from spd_lens.study.evidence import BASE, Evidence
-from spd_lens.study.report import PHASES, render
+from spd_lens.study.config import BASE
+from spd_lens.study.contrasts import FOCUS, RANDOM
+from spd_lens.study.evidence import Evidence
+from spd_lens.study.report import PHASES, Report
 
 from .style import COLORS, NULL_COLOR, SYMBOLS, figure, page, plain
 
@@ -21,19 +22,21 @@ _ROOM = {"height": 460, "margin": {"l": 80, "r": 20, "t": 120, "b": 60}}
 """For titles of two lines with a note under them."""
 
 
-def write_page(folder: str | Path) -> Path:
+def write_page(folder: str | Path, report: Report | None = None) -> Path:
     """Write `report.html` into a study's folder, finished or not.
+
+    Args:
+        folder: The study's folder.
+        report: Its report, where that was made already.
 
     Raises:
         SPDError: the folder has no results.
     """
-    evidence = Evidence.read(folder)
-    averages, table = means(evidence), contrasts(evidence)
-    text = render(evidence, averages, table)
-    title, _, rest = text.partition("\n\n")
+    report = report or Report(Evidence.read(folder))
+    title, _, rest = report.text.partition("\n\n")
     first = min((rest.find(f"## {name}") for name in PHASES.values() if f"## {name}" in rest), default=len(rest))
     html = page(
-        title.removeprefix("# ").replace("`", ""), figures(averages, table),
+        title.removeprefix("# ").replace("`", ""), figures(report.means, report.differences),
         before=html_of(rest[:first]), after=html_of(rest[first:]),
     )  # fmt: skip
     return write_text(Path(folder) / "report.html", html)
@@ -44,7 +47,7 @@ def figures(averages: pd.DataFrame, table: pd.DataFrame) -> list[go.Figure]:
 
     Args:
         averages: `spd_lens.study.contrasts.means` of a study.
-        table: `contrasts` of the same.
+        table: `spd_lens.study.contrasts.differences` of the same.
     """
     found = []
     for source, phase in averages[["source", "phase"]].drop_duplicates().itertuples(index=False, name=None):
@@ -68,7 +71,7 @@ def figures(averages: pd.DataFrame, table: pd.DataFrame) -> list[go.Figure]:
 def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Figure:
     """Differences of every method to one reference, with intervals, side by side for every target.
 
-    Controls are grey and open; targets differ in symbol. `table` holds rows of `contrasts` of one measure.
+    Controls are grey and open; targets differ in symbol. `table` holds rows of `differences` of one measure.
     """
     part = table[table.reference == reference]
     unit = "share of items" if next(iter(part.measure), "") == "accuracy" else "nats per token"

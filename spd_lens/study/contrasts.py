@@ -10,8 +10,9 @@ import pandas as pd
 
 from spd_lens.estimate import Estimate
 from spd_lens.multiple_comparisons import holm, sign_flip
-from spd_lens.statistics import clustered_difference, clustered_mean, within_noise
-from spd_lens.study.evidence import BASE, PRIMARY, Evidence, Outcome
+from spd_lens.statistics import TOO_FEW, WITHIN_NOISE, clustered_difference, clustered_mean, verdict
+from spd_lens.study.config import BASE
+from spd_lens.study.evidence import PRIMARY, Evidence, Outcome
 
 FOCUS, RANDOM = "spd", "spd-random"
 ALPHA = 0.05
@@ -20,6 +21,7 @@ MIN_FLIPS = 9999
 FLIPS_PER_COMPARISON = 200
 """Sign flips per test and member of its family: the smallest possible p-value is then still below 5 % after correction,
 however many comparisons there are."""
+NOT_EVERY_SEED = "not in every seed"
 BETTER = {
     "aligned loss": -1, "completion loss": -1, "accuracy": 1, "accuracy by likelihood": 1, "token accuracy": 1,
     "format": 1, "finished": 1,
@@ -34,16 +36,18 @@ def means(evidence: Evidence) -> pd.DataFrame:
         Columns `source, target, role, phase, method, measure, value, low, high, n, n_seeds`; `n` counts items. `low`
         and `high` are NaN where the data allow no interval.
     """
+    known: dict[Outcome, dict[str, Any]] = {}  # the base's is the same for all sources and phases
     rows = []
     for outcome in evidence.outcomes():
         table = evidence.scores(outcome)
         if table is not None and table.size:
-            estimate = clustered_mean(table.to_numpy(), n_resamples=N_RESAMPLES)
-            rows.append({**outcome._asdict(), **_ends(estimate), "n_seeds": len(table)})
+            if outcome.home not in known:
+                known[outcome.home] = clustered_mean(table.to_numpy(), n_resamples=N_RESAMPLES).to_row()
+            rows.append({**outcome._asdict(), **known[outcome.home], "n_seeds": len(table)})
     return pd.DataFrame(rows, columns=[*Outcome._fields, "value", "low", "high", "n", "n_seeds"])
 
 
-def contrasts(
+def differences(
     evidence: Evidence, *, n_resamples: int = N_RESAMPLES, min_flips: int = MIN_FLIPS, seed: int = 0
 ) -> pd.DataFrame:
     """Paired differences of every method to the base and to `spd-random`, and of `spd` to every method.
@@ -54,9 +58,9 @@ def contrasts(
 
     Args:
         evidence: The study.
-        n_resamples: Of the bootstrap.
+        n_resamples: Number of resamples of the bootstrap.
         min_flips: Sign flips per test; more where the family is large.
-        seed: Of bootstrap and flips.
+        seed: Seed of bootstrap and flips.
 
     Returns:
         Columns `source, target, role, phase, method, measure, reference, family, value, low, high, n, n_dropped,
@@ -69,13 +73,13 @@ def contrasts(
     for outcome in evidence.outcomes():
         for reference in references(outcome.method, evidence.methods):
             if not (outcome.measure == "KL from base" and reference == BASE):
-                row = _contrast(evidence, outcome, reference, n_resamples, seed)
+                row = _difference(evidence, outcome, reference, n_resamples, seed)
                 rows += [row] if row else []
     for family in ("primary", "secondary"):
         members = [row for row in rows if row["family"] == family]
         flips = max(min_flips, FLIPS_PER_COMPARISON * len(members))
         for row in members:
-            row["p"] = sign_flip(row.pop("differences"), n_flips=flips, seed=seed)
+            row["p"] = sign_flip(row.pop("by_item"), n_flips=flips, seed=seed)
         for row, p in zip(members, holm([row["p"] for row in members]), strict=True):
             row["p_holm"] = p
             row["verdict"] = _verdict(row, len(members))
@@ -104,56 +108,39 @@ def estimate_of(row: Mapping[str, Any]) -> Estimate:
     return Estimate(row["value"], -math.inf if unbounded else low, math.inf if unbounded else high, int(row["n"]), "")
 
 
-def _contrast(
+def _difference(
     evidence: Evidence, outcome: Outcome, reference: str, n_resamples: int, seed: int
 ) -> dict[str, Any] | None:
     other = outcome._replace(method=reference)
     mine, theirs = evidence.scores(outcome), evidence.scores(other)
-    if mine is None or theirs is None:
-        return None
-    items = mine.columns.intersection(theirs.columns)
-    if items.empty:
+    if mine is None or theirs is None or (items := mine.columns.intersection(theirs.columns)).empty:
         return None
     a, b = theirs[items], mine[items]
     estimate = clustered_difference(a.to_numpy(), b.to_numpy(), n_resamples=n_resamples, seed=seed)
-    by_seed = _by_seed(a.mean(axis=1), b.mean(axis=1), reference)
+    before, after = a.mean(axis=1), b.mean(axis=1)
+    # under each seed that both have; the base has one for all
+    by_seed = after - before.iloc[0] if reference == BASE else (after - before).dropna()
     primary = outcome.measure in PRIMARY and outcome.role == "target"
     return {
         **outcome._asdict(),
         "reference": reference,
         "family": "primary" if primary else "secondary",
-        **_ends(estimate),
+        **estimate.to_row(),
         "n_dropped": len(evidence.items(outcome) | evidence.items(other)) - len(items),
         "n_seeds": len(b),
-        "seeds_low": min(by_seed, default=None),
-        "seeds_high": max(by_seed, default=None),
-        "differences": (b.mean() - a.mean()).to_numpy(),
+        "seeds_low": min(map(float, by_seed), default=None),
+        "seeds_high": max(map(float, by_seed), default=None),
+        "by_item": (b.mean() - a.mean()).to_numpy(),
     }
-
-
-def _by_seed(a: pd.Series, b: pd.Series, reference: str) -> list[float]:
-    """Mean difference under each seed that both have; the base has one for all."""
-    if reference == BASE:
-        return [float(value - a.iloc[0]) for value in b]
-    shared = a.index.intersection(b.index)
-    return [float(value) for value in b[shared] - a[shared]]
 
 
 def _verdict(row: Mapping[str, Any], n_comparisons: int) -> str:
     """A direction only where interval, corrected test and every single seed agree on it."""
-    estimate = estimate_of(row)
-    if not estimate.bounded:
-        return "too few items"
-    if within_noise(estimate) or row["p_holm"] > ALPHA:
+    found = verdict(estimate_of(row))
+    if found == TOO_FEW:
+        return found
+    if found == WITHIN_NOISE or row["p_holm"] > ALPHA:
         # all signs alike is the most that n items can show: where that is not enough, noise is not what was found
-        possible = 2.0 ** (1 - row["n"]) * n_comparisons <= ALPHA
-        return "within noise" if possible else "too few items"
+        return WITHIN_NOISE if 2.0 ** (1 - row["n"]) * n_comparisons <= ALPHA else TOO_FEW
     low, high = row["seeds_low"], row["seeds_high"]
-    if low is not None and low <= 0 <= high:
-        return "not in every seed"
-    return "higher" if row["value"] > 0 else "lower"
-
-
-def _ends(estimate: Estimate) -> dict[str, Any]:
-    low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
-    return {"value": estimate.value, "low": low, "high": high, "n": estimate.n}
+    return NOT_EVERY_SEED if low is not None and low <= 0 <= high else found

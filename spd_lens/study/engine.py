@@ -230,6 +230,6 @@ def _report(study: Study) -> None:
     """Markdown and page. What was measured is safe already: a report that fails is made again by the same command."""
     from spd_lens.study.report import write_report
 
-    write_report(study.path)
+    report = write_report(study.path)
     # found by name when it is needed: the library does not depend on its analyses
-    importlib.import_module("spd_lens.analysis.study_report").write_page(study.path)
+    importlib.import_module("spd_lens.analysis.study_report").write_page(study.path, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +13,19 @@ import numpy as np
 import pandas as pd
 
 from spd_lens import methods
-from spd_lens.config import check_whole, read_yaml
+from spd_lens.config import check_whole, read_yaml, result_name
 from spd_lens.errors import SPDError
-from spd_lens.methods import Method
 from spd_lens.storage import read_json
+from spd_lens.study.config import BASE, may_project
 
-COLUMNS = ("source", "target", "role", "method", "phase", "seed", "item", "measure", "value")
-"""Of `results.csv`: one row per item and measure."""
+COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
+"""The columns of `results.csv`, which has one row per item and measure."""
 PRIMARY = ("aligned loss", "KL from base")
 """What decides: paired and teacher-forced, so that small effects show; accuracy comes second."""
 ORDER = (
     *PRIMARY, "accuracy", "accuracy by likelihood", "completion loss", "token accuracy", "format", "finished", "tokens",
 )  # fmt: skip
 """Measures in the order of tables: primary ones, then accuracy, then the rest."""
-BASE = "base"
 
 
 class Outcome(NamedTuple):
@@ -38,6 +37,11 @@ class Outcome(NamedTuple):
     phase: str
     method: str
     measure: str
+
+    @property
+    def home(self) -> Outcome:
+        """Where its values are kept: the base has one result for all sources and phases."""
+        return self._replace(source="", phase="") if self.method == BASE else self
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,9 @@ class Evidence:
         name: str = "study",
     ) -> Evidence:
         """From tables at hand."""
-        results = results.loc[:, list(COLUMNS)].copy()
+        results = results.loc[:, COLUMNS].copy()
         results["value"] = pd.to_numeric(results["value"], errors="coerce")
-        for column in ("source", "target", "role", "method", "phase", "item", "measure"):
+        for column in (*Outcome._fields, "item"):
             results[column] = results[column].fillna("").astype(str)
         results["seed"] = results["seed"].map(_seed)
         endless = results[np.isinf(results["value"])].groupby(["method", "measure", "target"], sort=False).size()
@@ -111,14 +115,21 @@ class Evidence:
         """Base first, then as planned, then what there are results of."""
         return _union([BASE], self.plan.get("methods") or [], self.results["method"].unique())
 
+    @property
+    def trained(self) -> list[str]:
+        """The methods that train, which is all but the base model."""
+        return [method for method in self.methods if method != BASE]
+
     @cached_property
     def sources(self) -> list[str]:
-        return _union(map(_task, self.plan.get("sources") or []), self.results["source"].unique())
+        """The tasks that methods are trained on."""
+        planned = [result_name(str(name)) for name in self.plan.get("sources") or []]
+        return _union(planned, self.results["source"].unique())
 
     @cached_property
     def targets(self) -> list[str]:
         """The tasks that the study evaluates on."""
-        planned = map(_task, self.plan.get("targets") or [])
+        planned = [result_name(str(name)) for name in self.plan.get("targets") or []]
         return _union(planned, self.results.loc[self.results["role"] == "target", "target"].unique())
 
     @cached_property
@@ -128,73 +139,56 @@ class Evidence:
 
     @cached_property
     def seeds(self) -> list[str]:
-        return _union(map(str, self.plan.get("seeds") or []), self.results["seed"].unique())
+        """The seeds of sampling and training."""
+        return _union(self.plan.get("seeds") or [], self.results["seed"].unique())
 
     @cached_property
     def _tables(self) -> dict[Outcome, pd.DataFrame]:
         """For every outcome, its values as `[seed, item]`."""
-        keys = ["source", "target", "role", "phase", "method", "measure"]
         return {
             Outcome(*map(str, key)): part.pivot(index="seed", columns="item", values="value")
-            for key, part in self.results.groupby(keys, sort=False)
+            for key, part in self.results.groupby(list(Outcome._fields), sort=False)
         }
 
     def scores(self, outcome: Outcome) -> pd.DataFrame | None:
-        """Values as `[seed, item]`, of the items that every seed has; None where there are none.
-
-        The base has one result for all sources and phases.
-        """
-        if outcome.method == BASE:
-            outcome = outcome._replace(source="", phase="")
-        table = self._tables.get(outcome)
+        """Values as `[seed, item]`, of the items that every seed has; None where there are none."""
+        table = self._tables.get(outcome.home)
         return None if table is None else table.dropna(axis="columns")
 
     def items(self, outcome: Outcome) -> set[str]:
         """Items that at least one seed has."""
-        if outcome.method == BASE:
-            outcome = outcome._replace(source="", phase="")
-        return set(self._tables[outcome].columns) if outcome in self._tables else set()
+        return set(self._tables.get(outcome.home, ()))
 
     def outcomes(self) -> Iterator[Outcome]:
         """Everything that could have been measured, in the order of tables; methods innermost but measures."""
-        found = set(self._tables)
-        measured = {(outcome.source, outcome.phase, outcome.role, outcome.target) for outcome in found}
+        measures = in_order(self.results["measure"])
+        measured = {(outcome.source, outcome.phase, outcome.role, outcome.target) for outcome in self._tables}
         places = [("target", target) for target in self.targets] + [("side effect", t) for t in self.side_effects]
         for source, phase, (role, target) in itertools.product(self.sources, ("trained", "projected"), places):
             if (phase, role) != ("trained", "target") and (source, phase, role, target) not in measured:
                 continue  # the base alone: another source's side effect, or nothing was measured in this phase
-            for method, measure in itertools.product(self.methods, self.measures):
+            for method, measure in itertools.product(self.methods, measures):
                 outcome = Outcome(source, target, role, phase, method, measure)
-                at_home = outcome._replace(source="", phase="") if method == BASE else outcome
-                if at_home in found:
+                if outcome.home in self._tables:
                     yield outcome
-
-    @cached_property
-    def measures(self) -> list[str]:
-        known = set(self.results["measure"])
-        return [m for m in ORDER if m in known] + sorted(known - set(ORDER))
 
     def missing(self) -> list[str]:
         """What was planned and has no results, one sentence each; a report says so instead of leaving it out."""
         rows = self.results[self.results["role"] == "target"]
-        have: dict[tuple[str, ...], set[str]] = {}
-        for key, measure in zip(
-            rows[["source", "method", "seed", "phase", "target"]].itertuples(index=False, name=None),
-            rows["measure"], strict=True,
-        ):  # fmt: skip
-            have.setdefault(tuple(map(str, key)), set()).add(measure)
+        keys = ["source", "method", "seed", "phase", "target"]
+        have = {tuple(map(str, key)): set(part) for key, part in rows.groupby(keys)["measure"]}
         wanted: dict[str, set[str]] = {target: set() for target in self.targets}
         for (*_, phase, target), measures in have.items():
-            if phase != "projected":
-                wanted[target] |= measures
-        of_base = {t: wanted[t] - {"KL from base"} - have.get(("", BASE, "", "", t), set()) for t in wanted}
+            wanted[target] |= measures if phase != "projected" else set()
+
+        def lacking(source: str, method: str, seed: str, phase: str) -> dict[str, set[str]]:
+            """What has no results, by target."""
+            return {t: wanted[t] - have.get((source, method, seed, phase, t), set()) for t in wanted}
+
+        of_base = {target: lost - {"KL from base"} for target, lost in lacking("", BASE, "", "").items()}
         lines = [*_gaps(BASE, {"": of_base}, wanted)]
-        trained = [method for method in self.methods if method != BASE]
-        for source, method in itertools.product(self.sources, trained):
-            lost = {
-                seed: {t: wanted[t] - have.get((source, method, seed, "trained", t), set()) for t in wanted}
-                for seed in self.seeds
-            }
+        for source, method in itertools.product(self.sources, self.trained):
+            lost = {seed: lacking(source, method, seed, "trained") for seed in self.seeds}
             lines += _gaps(f"{method} from {source}", lost, wanted)
         return [*lines, *self._missing_phases(), *self.infinite]
 
@@ -202,11 +196,12 @@ class Evidence:
         """Phases and side effects that other methods of the study have."""
         lines = []
         found = {(outcome.source, outcome.method, outcome.phase, outcome.role) for outcome in self._tables}
-        for source, method in itertools.product(self.sources, [m for m in self.methods if m != BASE]):
+        for source, method in itertools.product(self.sources, self.trained):
             if (source, method, "trained", "target") in found:
                 if self.side_effects and (source, method, "trained", "side effect") not in found:
                     lines.append(f"{method} from {source} has no side effects measured")
-                if projects(method) and (source, method, "projected", "target") not in found:
+                projects = method in methods.names() and may_project(method)
+                if projects and (source, method, "projected", "target") not in found:
                     lines.append(f"{method} from {source} has no results under its projection, before training")
         return lines
 
@@ -229,9 +224,10 @@ def _gaps(who: str, lost: Mapping[str, Mapping[str, set[str]]], wanted: Mapping[
         yield f"{who}{which} has {what}"
 
 
-def projects(method: str) -> bool:
-    """Whether a method generates under a projection; False for one that this installation does not know."""
-    return method in methods.names() and type(methods.get(method)).projection is not Method.projection
+def in_order(measures: Iterable[str]) -> list[str]:
+    """Measures in the order of tables: those of `ORDER`, then others by name."""
+    known = set(measures)
+    return [measure for measure in ORDER if measure in known] + sorted(known - set(ORDER))
 
 
 def _seed(value: object) -> str:
@@ -239,11 +235,6 @@ def _seed(value: object) -> str:
     if value is None or value == "" or value != value:  # NaN
         return ""
     return str(int(float(str(value)))) if str(value).replace(".", "", 1).isdigit() else str(value)
-
-
-def _task(name: str) -> str:
-    """The name that results of a task are kept under: a file of one's own by its stem."""
-    return Path(name).stem if str(name).endswith(".jsonl") else str(name)
 
 
 def _union(*groups: Any) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,24 @@ import pandas as pd
 from spd_lens import methods
 from spd_lens.fitting import in_words
 from spd_lens.report import quoted
+from spd_lens.statistics import TOO_FEW, WITHIN_NOISE
 from spd_lens.storage import write_text
+from spd_lens.study.config import BASE
 from spd_lens.study.contrasts import (
     ALPHA,
     FLIPS_PER_COMPARISON,
     MIN_FLIPS,
+    NOT_EVERY_SEED,
     RANDOM,
     better,
-    contrasts,
+    differences,
     estimate_of,
     means,
 )
-from spd_lens.study.evidence import BASE, ORDER, PRIMARY, Evidence
+from spd_lens.study.evidence import PRIMARY, Evidence, in_order
 from spd_lens.study.setup import differences_from_paper
 from spd_lens.study.verdict import answers
+from spd_lens.tables import markdown
 
 PHASES = {"trained": "After training", "projected": "Under the projection, before any training"}
 UNITS = {
@@ -35,51 +41,60 @@ NAMES = {"tokens": "length", "format": "format compliance", "finished": "ended b
 """What measures are called in a report, where a longer name says more."""
 
 
-def write_report(folder: str | Path) -> str:
+@dataclass(frozen=True)
+class Report:
+    """What a study found: its tables and sentences, each made once."""
+
+    evidence: Evidence
+
+    @cached_property
+    def means(self) -> pd.DataFrame:
+        """`contrasts.means` of the study."""
+        return means(self.evidence)
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """`contrasts.differences` of the study."""
+        return differences(self.evidence)
+
+    @cached_property
+    def text(self) -> str:
+        """The report in Markdown."""
+        evidence, table = self.evidence, self.differences
+        parts = [f"# Study: {_code(evidence.name)}", _gaps(evidence), _answers(evidence, table)]
+        for source in evidence.sources:
+            for phase, title in PHASES.items():
+                rows, changes = (t[(t.source == source) & (t.phase == phase)] for t in (self.means, table))
+                if (rows.method != BASE).any():
+                    heading = f"## {title}: source {_code(source)}"
+                    parts += [heading, overview(rows, changes), comparisons(changes), absolute(rows)]
+        parts += [_corpora(evidence), _setup(evidence), _how_to_read(table)]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_report(folder: str | Path) -> Report:
     """Write `report.md` and `comparisons.csv` (every difference with its p-values) into a study's folder.
 
     Works on a study that is not finished, and says what it lacks.
 
-    Returns:
-        The Markdown.
-
     Raises:
         SPDError: the folder has no results.
     """
-    evidence = Evidence.read(folder)
-    table = contrasts(evidence)
-    text = render(evidence, means(evidence), table)
-    write_text(Path(folder) / "comparisons.csv", table.to_csv(index=False))
-    write_text(Path(folder) / "report.md", text)
-    return text
-
-
-def render(evidence: Evidence, averages: pd.DataFrame, table: pd.DataFrame) -> str:
-    """The Markdown of a report from its tables (`means` and `contrasts` of the study)."""
-    parts = [f"# Study: {_code(evidence.name)}", _gaps(evidence), _answers(evidence, table)]
-    for source in evidence.sources:
-        for phase, title in PHASES.items():
-            rows, differences = (t[(t.source == source) & (t.phase == phase)] for t in (averages, table))
-            if (rows.method != BASE).any():
-                heading = f"## {title}: source {_code(source)}"
-                parts += [heading, overview(rows, differences), comparisons(differences), absolute(rows)]
-    parts += [_corpora(evidence), _setup(evidence), _how_to_read(table)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    report = Report(Evidence.read(folder))
+    write_text(Path(folder) / "comparisons.csv", report.differences.to_csv(index=False))
+    write_text(Path(folder) / "report.md", report.text)
+    return report
 
 
 def _gaps(evidence: Evidence) -> str:
     """What is not there, before anything that is."""
-    missing = evidence.missing()
-    if not missing:
+    if not (missing := evidence.missing()):
         return ""
-    return "\n".join(
-        [
-            "**This study is not complete.** What follows is about what is there; corrected p-values will change when "
-            "the rest comes in.",
-            "",
-            *(f"- {_cell(line)}." for line in missing),
-        ]
+    says = (
+        "**This study is not complete.** What follows is about what is there; corrected p-values will change when the "
+        "rest comes in."
     )
+    return "\n".join([says, "", *(f"- {_inert(line)}." for line in missing)])
 
 
 def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
@@ -87,68 +102,65 @@ def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
     for source, found in answers(evidence, table).items():
         lines += ["", f"### Source {_code(source)}"] if len(evidence.sources) > 1 else []
         for answer in found:
-            lines += ["", f"**{answer.question}** {_cell(answer.headline)}", ""]
-            lines += [f"- {_cell(detail)}" for detail in answer.details]
+            lines += ["", f"**{answer.question}** {_inert(answer.headline)}", ""]
+            lines += [f"- {_inert(detail)}" for detail in answer.details]
     if len(evidence.seeds) < 2:
         lines += ["", "One seed: how much of this another seed would change is not known."]
     return "\n".join(lines)
 
 
-def overview(rows: pd.DataFrame, differences: pd.DataFrame) -> str:
+def overview(rows: pd.DataFrame, changes: pd.DataFrame) -> str:
     """Change from base of every method: gains and side effects in one table (Markdown).
 
     Args:
-        rows: `means` of one source and phase.
-        differences: `contrasts` of the same.
+        rows: Means of one source and phase.
+        changes: Differences of the same.
     """
     names = [name for name in dict.fromkeys(rows.method) if name != BASE]
-    shown = pd.concat([differences[differences.reference == BASE], rows[rows.measure == "KL from base"]])
-    by_place = {(r["role"], r["target"], r["measure"], r["method"]): r for r in shown.to_dict("records")}
+    shown = pd.concat([changes[changes.reference == BASE], rows[rows.measure == "KL from base"]])
+    by_place = {(r["role"], r["target"], r["measure"], r["method"]): _change(r) for r in shown.to_dict("records")}
     body = []
-    for role, target, measure in _places(rows):
-        found = [by_place.get((role, target, measure, name)) for name in names]
-        cells = ["-" if row is None else _change(row) for row in found]
-        if any(cell != "-" for cell in cells):
-            body.append(
-                [f"{_name(measure)}, {_code(target)}" + (" *(side effect)*" if role != "target" else ""), *cells]
-            )
+    for place in _places(rows):
+        found = [by_place.get((*place, name), "-") for name in names]
+        if set(found) != {"-"}:
+            body.append([_where(*place), *found])
     lines = [
         "### Change from base, gains and side effects",
         "",
         "Paired by item, seeds averaged, 95 % interval. **Bold** where interval, corrected test and every seed agree; "
         "KL is the distance from the base itself.",
         "",
-        *_table(["measure", *names], body),
+        *markdown(["measure", *names], body),
     ]
     return "\n".join(lines) if body else ""
 
 
-def comparisons(differences: pd.DataFrame) -> str:
+def comparisons(changes: pd.DataFrame) -> str:
     """Paired differences to everything but the base (Markdown): primary outcomes, then accuracy, then what stands."""
-    others = differences[differences.reference != BASE]
+    others = changes[changes.reference != BASE]
     lines = []
     primary = others[others.family == "primary"]
     accuracy = others[(others.measure == "accuracy") & (others.role == "target")]
     rest = others.drop(index=[*primary.index, *accuracy.index])
-    standing = rest[~rest.verdict.isin(["within noise", "too few items"])]
+    standing = rest[~rest.verdict.isin([WITHIN_NOISE, TOO_FEW])]
     if not others.empty:
         columns = ["measure", "difference", "mean [95 %]", "range over seeds", "p", "corrected p", "verdict"]
         shown = pd.concat([primary, accuracy, standing])
         lines += [
             f"### Against {_code(RANDOM)} and between methods",
             "",
-            *_table(columns, map(_comparison, shown.to_dict("records"))),
+            *markdown(columns, map(_comparison, shown.to_dict("records"))),
             "",
             f"{len(rest) - len(standing)} other comparisons of secondary measures do not stand; all are in "
             "`comparisons.csv`.",
         ]
-    dropped = differences[differences.n_dropped > 0]
+    dropped = changes[changes.n_dropped > 0]
     if not dropped.empty:
         worst = dropped.loc[dropped.n_dropped.idxmax()]
         lines += [
             "",
             f"{len(dropped)} comparisons leave out items that a method or a seed lacks, at most {worst.n_dropped} "
-            f"({_cell(worst.measure)}, {_code(worst.target)}, {worst.method} and {worst.reference}).",
+            f"({_inert(worst.measure)}, {_code(worst.target)}, {worst.method} and {worst.reference}).",
         ]
     return "\n".join(lines)
 
@@ -158,19 +170,20 @@ def absolute(rows: pd.DataFrame) -> str:
     lines = []
     n_planned = rows.n_seeds.max()
     for (role, target), part in rows.groupby(["role", "target"], sort=False):
-        known = set(part.measure)
-        measures = [m for m in ORDER if m in known] + sorted(known - set(ORDER))
+        measures = in_order(part.measure)
         body = []
         for name, own in part.groupby("method", sort=False):
             by_measure = own.set_index("measure")
             few = own.n_seeds.min()
             label = f"{name} ({few} of {n_planned} seeds)" if name != BASE and few < n_planned else str(name)
-            body.append([label, *(_short(by_measure.loc[m]) if m in by_measure.index else "-" for m in measures)])
+            body.append(
+                [label, *(estimate_of(by_measure.loc[m]).interval if m in by_measure.index else "-" for m in measures)]
+            )
         n = sorted(part.n.unique())
         items = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
         kind = "" if role == "target" else ", side effect"
         lines += [f"### Means on {_code(target)}{kind}: {items} items", ""]
-        lines += [*_table(["method", *map(_heading, measures)], body), ""]
+        lines += [*markdown(["method", *map(_heading, measures)], body), ""]
     return "\n".join(lines).strip()
 
 
@@ -187,12 +200,16 @@ def _places(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
     return sorted(found, key=rank)
 
 
+def _where(role: str, target: str, measure: str) -> str:
+    return f"{_name(measure)}, {_code(target)}{'' if role == 'target' else ' *(side effect)*'}"
+
+
 def _change(row: Mapping[str, Any]) -> str:
     """A difference with its interval, and a word where it stands."""
-    text = _short(row)
-    if row["measure"] == "KL from base" or row["verdict"] in ("within noise", "too few items"):
+    text = estimate_of(row).interval
+    if row["measure"] == "KL from base" or row["verdict"] in (WITHIN_NOISE, TOO_FEW):
         return text
-    if row["verdict"] == "not in every seed":
+    if row["verdict"] == NOT_EVERY_SEED:
         return f"{text} ({row['verdict']})"
     return f"**{text}** {better(row['measure'], row['verdict']) or row['verdict']}"
 
@@ -200,46 +217,39 @@ def _change(row: Mapping[str, Any]) -> str:
 def _comparison(row: dict[str, Any]) -> list[str]:
     word = better(row["measure"], row["verdict"])
     low, high = row["seeds_low"], row["seeds_high"]
-    seeds = "-" if low is None or low != low else f"{low:.2g} to {high:.2g}"
-    side = "" if row["role"] == "target" else " *(side effect)*"
     return [
-        f"{_name(row['measure'])}, {_code(row['target'])}{side}", f"{row['method']} − {row['reference']}", _short(row),
-        seeds, f"{row['p']:.2g}", f"{row['p_holm']:.2g}", f"**{row['verdict']}** ({word})" if word else row["verdict"],
+        _where(row["role"], row["target"], row["measure"]), f"{row['method']} − {row['reference']}",
+        estimate_of(row).interval, "-" if pd.isna(low) else f"{low:.2g} to {high:.2g}", f"{row['p']:.2g}",
+        f"{row['p_holm']:.2g}", f"**{row['verdict']}** ({word})" if word else row["verdict"],
     ]  # fmt: skip
 
 
 def _corpora(evidence: Evidence) -> str:
     """What each method trained on: numbers averaged over seeds."""
     corpora = evidence.corpora
-    if corpora.empty or "method" not in corpora:
-        return ""
     keys = [key for key in ("source", "method") if key in corpora]
     numbers = [c for c in corpora.select_dtypes("number") if c not in (*keys, "seed")]
-    if not numbers:
+    if corpora.empty or "method" not in keys or not numbers:
         return ""
-    grouped = corpora.groupby(keys, sort=False)[numbers]
-    average, spread = grouped.mean(), grouped.agg(lambda values: values.max() - values.min())
     body = []
-    for key in average.index:
-        cells = [
-            "-" if average.loc[key, c] != average.loc[key, c]
-            else f"{average.loc[key, c]:.3g}" + (f" (±{spread.loc[key, c] / 2:.2g})" if spread.loc[key, c] else "")
-            for c in numbers
-        ]  # fmt: skip
-        body.append([*map(str, key if isinstance(key, tuple) else (key,)), *cells])
+    for key, own in corpora.groupby(keys, sort=False)[numbers]:
+        spread = own.max() - own.min()
+        body.append([*key, *(
+            "-" if pd.isna(mean) else f"{mean:.3g}" + (f" (±{spread[c] / 2:.2g})" if spread[c] else "")
+            for c, mean in own.mean().items()
+        )])  # fmt: skip
     head = [name.replace("_", " ") for name in (*keys, *numbers)]
-    return "\n".join(
-        ["## Corpora that were trained on", "", "Mean over seeds, in brackets half the range.", "", *_table(head, body)]
-    )
+    says = "Mean over seeds, in brackets half the range."
+    return "\n".join(["## Corpora that were trained on", "", says, "", *markdown(head, body)])
 
 
 def _setup(evidence: Evidence) -> str:
     lines = ["## Set-up, and what differs from the paper", ""]
     known = methods.names()
-    lines += [f"- `{m}`: {_cell(methods.get(m).says)}" for m in evidence.methods if m in known]
+    lines += [f"- `{m}`: {_inert(methods.get(m).says)}" for m in evidence.methods if m in known]
     lines += [
         "",
-        *_table(["setting", "paper", "this study"], [map(_cell, row) for row in differences_from_paper(evidence)]),
+        *markdown(["setting", "paper", "this study"], [map(_inert, row) for row in differences_from_paper(evidence)]),
     ]
     lines += ["", "The paper gives one seed, no intervals and no random-subspace control."]
     facts = evidence.facts
@@ -247,7 +257,7 @@ def _setup(evidence: Evidence) -> str:
     shown = {"Weights": facts.get("weights"), "Machine": facts.get("machine"), "Versions": facts.get("versions")}
     left_out = in_words(facts["left_out"]) if "left_out" in facts else None
     known_facts = {**shown, "Left out": left_out, "Time": stages}
-    lines += ["", *(f"- {name}: {_cell(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
+    lines += ["", *(f"- {name}: {_inert(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
     return "\n".join(lines).strip()
 
 
@@ -278,17 +288,8 @@ def _how_to_read(table: pd.DataFrame) -> str:
     )
 
 
-def _table(head: Sequence[str], body: Iterable[Iterable[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in body)]
-
-
-def _short(row: Any) -> str:
-    """The estimate without its number of items, which the heading has."""
-    return str(estimate_of(row)).rsplit(" (", 1)[0]
-
-
 def _name(measure: str) -> str:
-    return _cell(NAMES.get(measure, measure))
+    return _inert(NAMES.get(measure, measure))
 
 
 def _heading(measure: str) -> str:
@@ -299,6 +300,6 @@ def _code(text: str) -> str:
     return quoted(text).replace("|", "\\|")
 
 
-def _cell(text: object) -> str:
+def _inert(text: object) -> str:
     """Text that cannot break out of a table or become markup."""
     return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

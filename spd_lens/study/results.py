@@ -15,10 +15,10 @@ from spd_lens.diagnostics import corpus_diagnostics
 from spd_lens.evaluation import EvalResult
 from spd_lens.storage import write_text
 from spd_lens.study.config import BASE, StudyConfig, named
+from spd_lens.study.evidence import COLUMNS
 from spd_lens.study.folder import Cell, Study
 from spd_lens.tasks import Task
 
-COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
 _FORCED = {
     "aligned loss": "aligned_loss",
     "completion loss": "completion_loss",

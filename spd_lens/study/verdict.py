@@ -1,4 +1,4 @@
-"""The two questions of a study, answered from its contrasts: did SPD help, and was it the gradient subspace?
+"""The two questions of a study, answered from its differences: did SPD help, and was it the gradient subspace?
 
 Nothing is claimed where interval, corrected test and every single seed do not agree.
 """
@@ -11,14 +11,16 @@ from typing import Any
 
 import pandas as pd
 
-from spd_lens.study.contrasts import FOCUS, RANDOM, better, estimate_of
-from spd_lens.study.evidence import BASE, Evidence
+from spd_lens.statistics import TOO_FEW
+from spd_lens.study.config import BASE
+from spd_lens.study.contrasts import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
+from spd_lens.study.evidence import Evidence
 
 LOSS, KL = "aligned loss", "KL from base"
 PLAIN = ("psr", "ssd", "ssd-config")
 """Retraining on own outputs without any projection: what SPD must beat to have helped."""
 Rows = Mapping[str, Mapping[str, Any]]
-"""A contrast for every target."""
+"""A difference for every target."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,24 @@ def answers(evidence: Evidence, table: pd.DataFrame) -> dict[str, list[Answer]]:
 
     Args:
         evidence: The study.
-        table: Its `contrasts`.
+        table: Its `differences`.
     """
+    asked = {"Did SPD help?": _helped, "Was it the gradient subspace?": _subspace}
+    if FOCUS not in evidence.methods:
+        nothing = [Answer(question, f"Not asked: the study has no method {FOCUS!r}.") for question in asked]
+        return dict.fromkeys(evidence.sources, nothing)
     return {
-        source: [_helped(evidence, table, source), _subspace(evidence, table, source)] for source in evidence.sources
+        source: [Answer(question, *answer(evidence, table, source)) for question, answer in asked.items()]
+        for source in evidence.sources
     }
 
 
-def _helped(evidence: Evidence, table: pd.DataFrame, source: str) -> Answer:
-    question = "Did SPD help?"
-    if FOCUS not in evidence.methods:
-        return Answer(question, f"Not asked: the study has no method {FOCUS!r}.")
+def _helped(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str, list[str]]:
     against_base = _rows(table, source, "trained", LOSS, BASE)
     accuracy = _rows(table, source, "trained", "accuracy", BASE)
     if not against_base and not accuracy:
-        return Answer(question, f"Not answered: there are no results of {FOCUS} after training on {source} yet.")
-    good, bad = _states(against_base, "better"), _states(against_base, "worse")
-    headline = _headline(against_base or accuracy, good, bad)
+        return f"Not answered: there are no results of {FOCUS} after training on {source} yet.", []
+    headline, good = _headline(against_base or accuracy), _states(against_base, "better")
     plain = {method: _rows(table, source, "trained", LOSS, method) for method in PLAIN if method in evidence.methods}
     equal = [method for method, rows in plain.items() if not set(good) & set(_states(rows, "better"))]
     if good and equal:
@@ -59,14 +62,13 @@ def _helped(evidence: Evidence, table: pd.DataFrame, source: str) -> Answer:
     details = [f"Against the base model: {_listed(against_base, LOSS)}."]
     details += [f"Against {method}: {_listed(rows, LOSS)}." for method, rows in plain.items()]
     details += [f"Against the base model: {_listed(accuracy, 'accuracy')}."]
-    return Answer(question, headline, [*details, *_side_effects(table, source)])
+    return headline, [*details, *_side_effects(table, source)]
 
 
-def _headline(rows: Rows, good: Sequence[str], bad: Sequence[str]) -> str:
-    """In terms of the aligned loss, or of accuracy where no target has one."""
+def _headline(rows: Rows) -> str:
+    """Whether the trained model is better than the base, by one measure."""
     measure = next(iter(rows.values()))["measure"]
-    if measure != LOSS:
-        good, bad = _states(rows, "better"), _states(rows, "worse")
+    good, bad = _states(rows, "better"), _states(rows, "worse")
     if good and bad:
         return f"By {measure} it did on {_and(good)} and did harm on {_and(bad)}."
     if good:
@@ -77,12 +79,9 @@ def _headline(rows: Rows, good: Sequence[str], bad: Sequence[str]) -> str:
     return f"Not measurably: by {measure} it is not told apart from the base model."
 
 
-def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> Answer:
-    question = "Was it the gradient subspace?"
-    if FOCUS not in evidence.methods:
-        return Answer(question, f"Not asked: the study has no method {FOCUS!r}.")
+def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str, list[str]]:
     if RANDOM not in evidence.methods:
-        return Answer(question, f"This study cannot say: it has no {RANDOM!r} to compare with.")
+        return f"This study cannot say: it has no {RANDOM!r} to compare with.", []
     headline, details = [], []
     for phase, when in (("trained", "After training"), ("projected", "Under the projection, before training")):
         loss = _rows(table, source, phase, LOSS, RANDOM)
@@ -93,7 +92,7 @@ def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> Answer:
             headline.append(f"{when}: {_reading(loss, _rows(table, source, phase, LOSS, BASE))}.")
         if loss or kl:
             details.append(f"{when}, against {RANDOM}: {_listed(loss, LOSS)}; {_listed(kl, KL)}.")
-    return Answer(question, " ".join(headline), [*details, *_other_controls(evidence, table, source)])
+    return " ".join(headline), [*details, *_other_controls(evidence, table, source)]
 
 
 def _reading(random: Rows, base: Rows) -> str:
@@ -108,7 +107,7 @@ def _reading(random: Rows, base: Rows) -> str:
         parts.append(f"on {_and(saved)} they are better than random ones but not than the base: less harm, no gain")
     if bad:
         parts.append(f"on {_and(bad)} random directions did better")
-    if unsettled := [target for target, row in random.items() if row["verdict"] == "not in every seed"]:
+    if unsettled := [target for target, row in random.items() if row["verdict"] == NOT_EVERY_SEED]:
         parts.append(f"on {_and(unsettled)} there is a difference to random ones, but not in every seed")
     if not parts:
         ends = [abs(end) for row in random.values() for end in (row["low"], row["high"]) if end == end]
@@ -119,29 +118,20 @@ def _reading(random: Rows, base: Rows) -> str:
 
 def _other_controls(evidence: Evidence, table: pd.DataFrame, source: str) -> list[str]:
     """Controls other than `spd-random`, by whether SPD is better than they are on any target."""
-    others = [m for m in evidence.methods if m.startswith(f"{FOCUS}-") and m != RANDOM]
-    found: dict[str, list[str]] = {"better": [], "worse": [], "": []}
-    for method in others:
-        rows = _rows(table, source, "trained", LOSS, method)
-        if rows:
-            state = next((s for s in ("worse", "better") if _states(rows, s)), "")
+    found: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    for method in (name for name in evidence.methods if name.startswith(f"{FOCUS}-") and name != RANDOM):
+        if rows := _rows(table, source, "trained", LOSS, method):
+            state = next((f"{word} than" for word in ("worse", "better") if _states(rows, word)), "not told apart from")
             found[state].append(method)
-    words = {"better": "better than", "worse": "worse than", "": "not told apart from"}
-    parts = [f"{words[state]} {_and(names)}" for state, names in found.items() if names]
+    parts = [f"{state} {_and(names)}" for state, names in found.items() if names]
     return [f"Other controls after training, by {LOSS}: SPD is {', '.join(parts)}."] if parts else []
 
 
 def _side_effects(table: pd.DataFrame, source: str) -> list[str]:
     """What the trained model got worse at, on texts that it was not meant to change."""
-    chosen = table[
-        (table.source == source) & (table.phase == "trained") & (table.method == FOCUS) & (table.reference == BASE)
-    ]
-    side = chosen[chosen.role == "side effect"]
-    if side.empty:
-        return []
-    rows = side.to_dict("records")
+    rows = _of_focus(table, source, "trained", BASE, "side effect")
     worse = [row for row in rows if better(row["measure"], row["verdict"]) == "worse"]
-    few = [row for row in rows if row["verdict"] == "too few items"]
+    few = [row for row in rows if row["verdict"] == TOO_FEW]
     listed = "; ".join(f"{row['measure']} on {row['target']} ({_number(row)})" for row in worse)
     said = [f"Side effects, worse than the base model: {listed}."] if worse else []
     if few:
@@ -149,18 +139,20 @@ def _side_effects(table: pd.DataFrame, source: str) -> list[str]:
             f"Side effects: {len(few)} of {len(rows)} measures have too few texts to show anything after correction; "
             "their intervals alone are in the tables."
         )
-    elif not worse:
+    elif rows and not worse:
         said.append("Side effects: nothing that was measured got worse beyond noise.")
     return said
 
 
 def _rows(table: pd.DataFrame, source: str, phase: str, measure: str, reference: str) -> Rows:
-    """SPD's contrasts with one reference, by target."""
-    chosen = table[
-        (table.source == source) & (table.phase == phase) & (table.measure == measure) & (table.role == "target")
-        & (table.method == FOCUS) & (table.reference == reference)
-    ]  # fmt: skip
-    return {row["target"]: row for row in chosen.to_dict("records")}
+    """SPD's differences to one reference, by target."""
+    own = _of_focus(table, source, phase, reference, "target")
+    return {row["target"]: row for row in own if row["measure"] == measure}
+
+
+def _of_focus(table: pd.DataFrame, source: str, phase: str, reference: str, role: str) -> list[dict[str, Any]]:
+    place = {"source": source, "phase": phase, "reference": reference, "role": role, "method": FOCUS}
+    return table[(table[list(place)] == pd.Series(place)).all(axis=1)].to_dict("records")
 
 
 def _states(rows: Rows, wanted: str) -> list[str]:
@@ -176,7 +168,7 @@ def _listed(rows: Rows, measure: str) -> str:
 
 
 def _number(row: Mapping[str, Any]) -> str:
-    return f"{str(estimate_of(row)).rsplit(' (', 1)[0]}, corrected p = {row['p_holm']:.2g}"
+    return f"{estimate_of(row).interval}, corrected p = {row['p_holm']:.2g}"
 
 
 def _and(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from analysis.calibration_figure import figure_4, points, points_sentence
 from analysis.paper_numbers import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
 from analysis.tables import NOT_RUN, fill, main, model_of, to_markdown
 from spd_lens.errors import SPDError
-from spd_lens.study.contrasts import contrasts, means
+from spd_lens.study.contrasts import differences, means
 from spd_lens.study.evidence import Evidence
 from spd_lens.study.setup import BACKBONES
 from tests.studies import planted, write_study
@@ -247,7 +247,7 @@ def test_page_has_answers_figures_and_tables(tmp_path: Path) -> None:
 
 def test_figures_show_the_differences_with_controls_grey() -> None:
     evidence = Evidence.of(planted({("spd", "aligned loss"): -0.3}, n_items=12))
-    table = contrasts(evidence)
+    table = differences(evidence)
     figures = study_report.figures(means(evidence), table)
     assert len(figures) == 4  # no side effects were measured
     first = figures[0]

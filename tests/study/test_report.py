@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from spd_lens.errors import SPDError
-from spd_lens.study.contrasts import RANDOM, better, contrasts, estimate_of, means, references
+from spd_lens.study.contrasts import RANDOM, better, differences, estimate_of, means, references
 from spd_lens.study.evidence import Evidence
-from spd_lens.study.report import render, write_report
+from spd_lens.study.report import Report, write_report
 from spd_lens.study.setup import backbone, differences_from_paper
 from spd_lens.study.verdict import Answer, answers
 from tests.studies import planted, write_study
@@ -24,7 +24,7 @@ MATH = "synthetic-math"
 
 def _answers(results: pd.DataFrame, **plan: object) -> list[Answer]:
     evidence = Evidence.of(results, plan)
-    return answers(evidence, contrasts(evidence, n_resamples=999, min_flips=1999))[evidence.sources[0]]
+    return answers(evidence, differences(evidence, n_resamples=999, min_flips=1999))[evidence.sources[0]]
 
 
 def _one(table: pd.DataFrame, **where: str) -> pd.Series:
@@ -49,7 +49,7 @@ def quick_collection() -> Iterator[None]:
 def test_numbers_are_those_of_a_plain_recomputation() -> None:
     results = planted({("spd", "aligned loss"): -0.05}, targets=(MATH,), n_items=24, seed=5)
     evidence = Evidence.of(results)
-    table, averages = contrasts(evidence), means(evidence)
+    table, averages = differences(evidence), means(evidence)
 
     def values(method: str, measure: str) -> pd.Series:
         rows = results[(results.method == method) & (results.measure == measure)]
@@ -75,7 +75,7 @@ def test_families_and_what_is_compared() -> None:
     results = planted(targets=(MATH,), side_effects=("neutral",), n_items=12)
     of_base = results[(results.method == "base") & (results.measure == "aligned loss")]
     results = pd.concat([results, of_base.assign(measure="KL from base", value=0.0)])  # nothing that could be tested
-    table = contrasts(Evidence.of(results), n_resamples=200, min_flips=199)
+    table = differences(Evidence.of(results), n_resamples=200, min_flips=199)
     primary = table[table.family == "primary"]
     assert set(primary.measure) == {"aligned loss", "KL from base"}
     assert set(primary.role) == {"target"}
@@ -97,7 +97,7 @@ def test_range_over_seeds_and_a_claim_needs_every_seed() -> None:
     spd = results.method == "spd"
     results.loc[spd & (results.seed == 1), "value"] -= 0.6
     results.loc[spd & (results.seed == 2), "value"] += 0.2
-    row = _one(contrasts(Evidence.of(results)), method="spd", reference="base")
+    row = _one(differences(Evidence.of(results)), method="spd", reference="base")
     base = results[results.method == "base"].value.mean()
     by_seed = [results[spd & (results.seed == s)].value.mean() - base for s in (1, 2)]
     assert [row.seeds_low, row.seeds_high] == pytest.approx(by_seed)
@@ -110,7 +110,7 @@ def test_range_over_seeds_and_a_claim_needs_every_seed() -> None:
 def test_other_order_and_other_seeds_are_paired_by_item() -> None:
     results = planted({("spd", "aligned loss"): -0.2}, targets=(MATH,), measures=("aligned loss",), n_items=20)
     shuffled = results.sample(frac=1, random_state=0)
-    one, other = (contrasts(Evidence.of(r), n_resamples=200) for r in (results, shuffled))
+    one, other = (differences(Evidence.of(r), n_resamples=200) for r in (results, shuffled))
     key = ["method", "reference"]
     assert one.set_index(key).value.sort_index().to_numpy() == pytest.approx(
         other.set_index(key).value.sort_index().to_numpy(), abs=1e-12
@@ -123,7 +123,7 @@ def test_other_order_and_other_seeds_are_paired_by_item() -> None:
 def test_few_items_are_too_few(n_items: int, enough: bool) -> None:
     """Nine comparisons: six items that all agree have p = 2/64, which no correction survives; ten have 2/1024."""
     results = planted({("spd", "aligned loss"): -9}, targets=(MATH,), measures=("aligned loss",), n_items=n_items)
-    table = contrasts(Evidence.of(results))
+    table = differences(Evidence.of(results))
     assert ("too few items" in set(table.verdict)) != enough
     assert (_one(table, method="spd", reference="base").verdict == "lower") == enough
     assert set(table.verdict) == {"lower", "within noise"} if enough else {"too few items"}
@@ -148,7 +148,7 @@ def test_planted_null_stays_quiet() -> None:
         results = planted(
             targets=(MATH,), seeds=(1, 2), n_items=14, measures=("aligned loss", "KL from base"), seed=seed
         )
-        table = contrasts(Evidence.of(results), n_resamples=100, min_flips=999)
+        table = differences(Evidence.of(results), n_resamples=100, min_flips=999)
         primary = table[table.family == "primary"]
         claims += primary.verdict.isin(["higher", "lower"]).any()
         corrected += (primary.p_holm <= 0.05).any()
@@ -167,7 +167,7 @@ def test_planted_effect_is_found_as_often_as_its_size_says() -> None:
             {("spd", "aligned loss"): effect}, targets=(MATH,), seeds=(1,), n_items=n_items, noise=noise,
             measures=("aligned loss",), methods=("base", "psr", "spd", "spd-random"), seed=1000 + seed,
         )  # fmt: skip
-        table = contrasts(Evidence.of(results), n_resamples=200, min_flips=1999)
+        table = differences(Evidence.of(results), n_resamples=200, min_flips=1999)
         found += _one(table, method="spd", reference="base").verdict == "lower"
     # one seed: item noise and half of it again, so that the noise of a difference to the base is known
     shift = abs(effect) / (noise * np.sqrt(1 + 0.25)) * np.sqrt(n_items)
@@ -267,7 +267,7 @@ def test_report_shows_the_numbers_and_gains_beside_side_effects(tmp_path: Path) 
         measures=("aligned loss", "KL from base", "accuracy", "token accuracy", "format", "tokens"),
     )  # fmt: skip
     folder = write_study(tmp_path / "study", results)
-    text = write_report(folder)
+    text = write_report(folder).text
     assert (folder / "report.md").read_text(encoding="utf-8") == text
     assert "not complete" not in text
     table = pd.read_csv(folder / "comparisons.csv")
@@ -298,7 +298,7 @@ def test_unfinished_study_says_what_it_lacks(tmp_path: Path) -> None:
     gone |= (results.method == "spd-random") & (results.measure == "accuracy") & (results.target == "svamp")
     gone |= (results.method == "psr") & (results.role == "side effect")
     plan = {"methods": ["base", "psr", "ssd", "spd", "spd-random"]}
-    text = write_report(write_study(tmp_path / "study", results[~gone], **plan))
+    text = write_report(write_study(tmp_path / "study", results[~gone], **plan)).text
     for sentence in (
         "- ssd from synthetic-math has no results.",
         "- psr from synthetic-math, seed 2, has no results.",
@@ -316,7 +316,7 @@ def test_unfinished_study_says_what_it_lacks(tmp_path: Path) -> None:
 def test_a_target_that_is_planned_and_not_there(tmp_path: Path) -> None:
     results = planted(n_items=12, targets=(MATH,))
     folder = write_study(tmp_path / "study", results, targets=[MATH, "svamp", "own/data.jsonl"], sources=[MATH, "mmlu"])
-    text = write_report(folder)
+    text = write_report(folder).text
     assert "- base has no results on svamp, data." in text
     assert "- spd from mmlu has no results." in text
     assert "Not answered: there are no results of spd after training on mmlu yet." in text
@@ -326,10 +326,10 @@ def test_items_left_out_are_counted() -> None:
     results = planted(targets=(MATH,), n_items=12, measures=("aligned loss",))
     gone = (results.method == "spd") & (results.seed == 2) & results.item.isin([f"{MATH}-3", f"{MATH}-4"])
     evidence = Evidence.of(results[~gone])
-    table = contrasts(evidence)
+    table = differences(evidence)
     row = _one(table, method="spd", reference="base")
     assert (row.n, row.n_dropped) == (10, 2)
-    assert "leave out items that a method or a seed lacks, at most 2" in render(evidence, means(evidence), table)
+    assert "leave out items that a method or a seed lacks, at most 2" in Report(evidence).text
 
 
 def test_infinite_losses_do_not_vanish() -> None:
@@ -341,7 +341,7 @@ def test_infinite_losses_do_not_vanish() -> None:
 
 def test_names_from_data_cannot_break_the_page(tmp_path: Path) -> None:
     evil = "a|b<img src=x>"
-    text = write_report(write_study(tmp_path / "study", planted(targets=(evil,), n_items=10)))
+    text = write_report(write_study(tmp_path / "study", planted(targets=(evil,), n_items=10))).text
     rows = [line for line in text.splitlines() if line.startswith("| aligned loss")]
     assert rows
     assert all("`a\\|b<img src=x>`" in row for row in rows)
