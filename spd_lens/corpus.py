@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
+from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, shortened
 from spd_lens.publishing import is_blank, make_directory, sync
 from spd_lens.record import Key, Record, prompt_id, typed
 from spd_lens.stand_ins import refuse_stand_in
@@ -258,8 +258,7 @@ def refuse_other_settings(what: str, earlier: Mapping[str, Any], now: Mapping[st
 
 
 def _shown(name: str, settings: Mapping[str, Any]) -> str:
-    text = json.dumps(settings.get(name), ensure_ascii=False)
-    return f"{name} = {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{name} = {shortened(json.dumps(settings.get(name), ensure_ascii=False), 80)}"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StopStringCriteria
 
 from spd_lens.corpus import NOT_APPLIED
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.models import ModelPair
 from spd_lens.models.transformers_private import default_generation_settings, logits_processors
 from spd_lens.sampling import Sampling
@@ -32,20 +32,10 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 APPLIED = "generation_config"
 """Beside `NOT_APPLIED` in the settings of a corpus, an evaluation and a run; absent where there is nothing."""
 
-_PROCESSORS = (
-    "sequence_bias",
-    "encoder_repetition_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "min_length",
-    "min_new_tokens",
-    "forced_bos_token_id",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "watermarking_config",
+_PROCESSORS = tuple(
+    """sequence_bias encoder_repetition_penalty repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids min_length min_new_tokens forced_bos_token_id exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens watermarking_config""".split()
 )
 _CUTOFFS = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Change nothing where decoding is greedy."""
@@ -116,7 +106,7 @@ class ModelSettings:
                 found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), _no_logits(pair))
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
             raise SPDError(
-                f"the model's generation config cannot be applied ({_one_line(error)}): it sets {shown(applied)}; "
+                f"the model's generation config cannot be applied ({one_line(error)}): it sets {shown(applied)}; "
                 "correct it in generation_config.json, or in pair.hf.generation_config"
             ) from error
         return found
@@ -193,9 +183,4 @@ def _plain(value: Any) -> Any:
 
 def shown(values: Mapping[str, Any]) -> str:
     """Names and values in a sentence, long values cut."""
-    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
-    return ", ".join(f"{name} = {text if len(text) <= 60 else text[:57] + '...'}" for name, text in texts.items())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return ", ".join(f"{name} = {shortened(json.dumps(value, ensure_ascii=False))}" for name, value in values.items())

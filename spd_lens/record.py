@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
+from spd_lens.errors import shortened
+
 FinishReason = Literal["eos", "stop", "length"]
 _T = TypeVar("_T")
 Key = tuple[str, int]
@@ -104,5 +106,4 @@ def prompt_id(id: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value, ensure_ascii=False), 80)

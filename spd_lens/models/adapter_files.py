@@ -14,7 +14,7 @@ import regex  # like `re`, with a time limit: the patterns come from files
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models import hub
 from spd_lens.models.settings import numbers_in
 from spd_lens.stand_ins import refuse_stand_in
@@ -136,7 +136,7 @@ def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT raises many types on settings that do not go together
-        raise SPDError(f"the adapter in {directory} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise SPDError(f"the adapter in {directory} cannot be used: {one_line(error, 300)}") from error
     names, until = list(modules), time.monotonic() + PATTERN_SECONDS
     for field, value in vars(config).items():
         if field.endswith(("_modules", "_pattern", "_to_save")) and value:

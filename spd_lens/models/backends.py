@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.torch_private import lazy_copy, own_memory
 
@@ -61,6 +61,9 @@ class Backend(ABC):
     @abstractmethod
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         """The lens model's weights under the twin's parameter names and in its shapes."""
+
+    def _refusal(self, fault: str) -> NoLens:
+        return NoLens(f"transformer-lens {importlib.metadata.version('transformer-lens')} {fault}", self.instead)
 
 
 def choose_backends(name: str) -> list[Backend]:
@@ -118,11 +121,7 @@ class HookedBackend(Backend):
         wrong = [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]
         wrong += [key for key in state if key not in shapes]
         if wrong:
-            raise NoLens(
-                f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
-                f"{type(twin).__name__} (e.g. {wrong[0]})",
-                self.instead,
-            )
+            raise self._refusal(f"does not convert all weights of {type(twin).__name__} (e.g. {wrong[0]})")
         _give(lens.state_dict(keep_vars=True), state)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
@@ -139,10 +138,9 @@ class HookedBackend(Backend):
                     directory, dtype=twin.dtype, device=str(twin.device), fold_ln=False
                 )
             except (NotImplementedError, KeyError, AttributeError, TypeError) as error:
-                raise NoLens(
-                    f"transformer-lens {importlib.metadata.version('transformer-lens')} cannot convert "
-                    f"{type(twin).__name__} to a HookedTransformer ({' '.join(str(error).split())[:100]})",
-                    self.instead,
+                reason = one_line(error, 100)
+                raise self._refusal(
+                    f"cannot convert {type(twin).__name__} to a HookedTransformer ({reason})"
                 ) from error
 
     def _converted(self, twin: PreTrainedModel, cfg: Any) -> dict[str, Tensor]:
@@ -176,11 +174,8 @@ class BridgeBackend(Backend):
                     name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
                 )
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise NoLens(
-                f"transformer-lens {importlib.metadata.version('transformer-lens')} has no TransformerBridge for "
-                f"{type(twin).__name__} ({' '.join(str(error).split())[:100]})",
-                self.instead,
-            ) from error
+            reason = one_line(error, 100)
+            raise self._refusal(f"has no TransformerBridge for {type(twin).__name__} ({reason})") from error
         lens.eval()
         for parameter in lens.original_model.parameters():
             parameter.requires_grad_(False)

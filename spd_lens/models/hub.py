@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_lens.config import DEFAULT_MODEL
-from spd_lens.errors import UNREADABLE, SPDError
+from spd_lens.errors import UNREADABLE, SPDError, one_line
 from spd_lens.publishing import damage, filling, inventory, make_directory, unreadable_weights
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.storage import read_json, write_json
@@ -182,8 +182,7 @@ def _save_dequantised(gguf: Path, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # transformers raises many types on a damaged or unknown file
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
+        raise SPDError(f"{gguf} cannot be read as a GGUF model: {one_line(error, 300)}") from error
     # what the loader returns refuses save_pretrained until its quantisation marks are gone
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -22,7 +22,7 @@ from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import NoLens, choose_backends
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
 from spd_lens.models.decoder import check_decoder
-from spd_lens.models.devices import resolve_device, resolve_dtype
+from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.launchers import single_process
 from spd_lens.models.lens import ProvenLens
@@ -84,7 +84,7 @@ class ModelPair:
             probe_unknown(self.hf, tokenizer, self.sites())
 
     def __repr__(self) -> str:
-        return f"ModelPair({self.name!r}, {self.backend}, {_name(self.dtype)}, {self.device})"
+        return f"ModelPair({self.name!r}, {self.backend}, {dtype_name(self.dtype)}, {self.device})"
 
     @property
     def models(self) -> tuple[nn.Module, ...]:
@@ -300,7 +300,7 @@ class ModelPair:
             if swallowed or not result.within(self.dtype):
                 raise SPDError(
                     f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} "
-                    f"nats, but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
+                    f"nats, but in {dtype_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
                     f"the adapted twin; {remedy} (the lens model has the twin's weights again)"
                 )
         except BaseException:
@@ -384,7 +384,3 @@ def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in twin.named_parameters():
             if name in weights and not torch.equal(parameter, weights[name].to(parameter)):  # else it stays shared
                 parameter.copy_(weights[name])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.models.devices import dtype_name
 from spd_lens.models.tokenizer import text_ids
 
 CHECK_TEXTS = (
@@ -69,7 +70,7 @@ class Parity:
     def against(self, allowed: torch.dtype | Tolerance) -> str:
         """What was found, beside what is allowed."""
         logits, kl = _tolerance(allowed)
-        where = f" in {str(allowed).removeprefix('torch.')}" if isinstance(allowed, torch.dtype) else ""
+        where = f" in {dtype_name(allowed)}" if isinstance(allowed, torch.dtype) else ""
         return (
             f"logits differ by {self.logits:.2g} of their spread (allowed{where}: {logits:g}) and by a KL of "
             f"{self.kl:.2g} nats (allowed: {kl:g})"
@@ -86,6 +87,11 @@ def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
     log_p, log_q = F.log_softmax(p_logits.to(wide), dim=-1), F.log_softmax(q_logits.to(wide), dim=-1)
     # rounding can leave a sum of positive and negative terms a hair below zero
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what was expected."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from spd_lens.models.backends import lens_logits
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.neutral import neutral
-from spd_lens.models.parity import TOLERANCE, Parity
+from spd_lens.models.parity import TOLERANCE, Parity, relative_error
 from spd_lens.models.torch_private import times_written
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import UnknownLayer, twin_hook
@@ -115,7 +115,7 @@ def _gaps(lens: Any, twin: Any, sites: Sequence[Site]) -> dict[Site, float]:
         own = run_twin(twin, tokens, use_cache=False).logits[0].double()
     if not Parity.between(own, logits).kl <= TOLERANCE[twin.dtype][1]:
         return {}
-    return {site: _relative(seen["lens"][site], seen["twin"][site]) for site in sites}
+    return {site: relative_error(seen["lens"][site], seen["twin"][site]) for site in sites}
 
 
 def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
@@ -131,7 +131,3 @@ def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
 def _state(lens: nn.Module) -> Any:
     """Changes whenever a weight is replaced or written to."""
     return [(name, id(weight), times_written(weight)) for name, weight in lens.named_parameters()]
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()

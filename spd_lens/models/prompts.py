@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from spd_lens.errors import SPDError, TooLong
+from spd_lens.errors import SPDError, TooLong, one_line
 from spd_lens.examples import Example, whole_characters
 from spd_lens.models.templates import Message, asks_for_the_date, ending, render
 from spd_lens.models.tokenizer import Tokens, tokenised
@@ -133,7 +133,7 @@ class PromptFormat:
             return self.render([("user", prompt)])
         except Exception as error:  # a template is a program: its expressions raise more than jinja2's own errors
             raise SPDError(
-                f"the chat template makes nothing of the prompt {prompt[:40]!r} ({_reason(error)}); leave it out, or "
+                f"the chat template makes nothing of the prompt {prompt[:40]!r} ({one_line(error)}); leave it out, or "
                 "use the prompt format 'raw'"
             ) from error
 
@@ -184,7 +184,7 @@ class PromptFormat:
                 # not compared with none at all: the message may be word for word that which the template has by default
                 both = [replace(form, system=text).text("Hi") for text in (self.system, f"{self.system} Hi")]
             except Exception as error:  # as in `text`
-                faults.append(_reason(error))
+                faults.append(one_line(error))
                 continue
             if both[0] != both[1]:
                 return form
@@ -312,7 +312,3 @@ def _today() -> str:
 
 def _message(role: str, text: str, parts: bool) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from spd_lens.errors import SPDError, TooLong
+from spd_lens.errors import SPDError, TooLong, one_line
 from spd_lens.models import hub
 from spd_lens.models.adapter_files import layers_of_models
 
@@ -33,8 +33,7 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+        raise SPDError(f"the tokenizer in {directory} cannot be loaded: {one_line(error, 300)}") from error
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.config import DEFAULT_MODEL
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.architectures import context_length
 
 
@@ -108,7 +108,7 @@ def _ask(model: str, place: str, **options: str) -> Any:
     except (OSError, ValueError) as error:
         raise SPDError(
             f"the shape of {model!r} is not known here and the hub does not tell it "
-            f"({' '.join(str(error).split())[:150]}); check the name or give a local directory"
+            f"({one_line(error, 150)}); check the name or give a local directory"
         ) from error
 
 
