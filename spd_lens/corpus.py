@@ -20,7 +20,7 @@ from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.storage import read_json, write_json
 
 NOT_APPLIED = "generation_config_not_applied"
-"""The one setting that no completion depends on: for readers, and not compared when a corpus is continued."""
+"""The one setting that no completion depends on; it is not compared when a corpus is continued."""
 
 
 class Corpus(Sequence[Record]):
@@ -238,7 +238,8 @@ class CorpusWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """A file that never got a record, since something failed before, goes: it would refuse other settings later."""
+        """Close the file. One without any record, since something failed before, is removed: it would refuse other
+        settings later."""
         self._file.close()
         if exception[0] is not None and not self._size:
             with contextlib.suppress(OSError):
@@ -263,7 +264,7 @@ def _shown(name: str, settings: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def disk_errors_explained(what: str) -> Iterator[None]:
-    """`OSError` as `SPDError`: `what` went wrong, why, and that another path may do."""
+    """Raise an `OSError` inside as an `SPDError` that says `what` went wrong and why."""
     try:
         yield
     except OSError as error:

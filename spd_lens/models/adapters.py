@@ -69,7 +69,7 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
 
 
 def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
-    """PEFT's model around the twin, with every tensor of the file in it and none left out."""
+    """PEFT's model around the twin, holding every tensor of the file."""
     config = peft_config(directory, [name for name, _ in twin.named_modules() if name])
     place = str(twin.device)
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
@@ -94,10 +94,10 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
 
 
 def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[int]) -> str | None:
-    """What of the file has no place in the model or is not in force there, or the other way round.
+    """What tensor of the file has no place in the model or no effect there, or the other way round; None if all fit.
 
-    `result` is PEFT's of loading it, `own` are the model's own tensors. Of those a file may hold what PEFT saves:
-    embeddings, and biases that were trained.
+    `result` is what PEFT returned for loading it, `own` are the model's own tensors. A file may hold some of those:
+    PEFT saves embeddings, and biases that were trained.
     """
     there = wrapped.state_dict(keep_vars=True)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

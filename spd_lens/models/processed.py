@@ -44,9 +44,9 @@ class _Origin:
 
     twin: weakref.ref[nn.Module]
     state: Any
-    """Of the lens model, when the two were last known to agree."""
+    """The lens model's state when the two were last known to agree."""
     weights: str
-    """A digest of the twin's at that time."""
+    """A digest of the twin's weights at that time."""
 
 
 _origins: weakref.WeakKeyDictionary[nn.Module, _Origin] = weakref.WeakKeyDictionary()
@@ -75,9 +75,9 @@ def is_processed(lens: Any) -> bool:
 
 
 def refuse_processed(lens: Any, sites: Iterable[Site]) -> None:
-    """Raise `SPDError` if activations at the sites are not the model's own, although it predicts the same.
+    """Raise `SPDError` if activations at the sites are not the model's own, although its predictions are.
 
-    A lens model that predicts otherwise was edited on purpose, and its activations are its own.
+    A lens model with other predictions was edited on purpose, and its activations are its own.
     """
     sites = list(sites)
     origin = _origins.get(lens)
@@ -119,7 +119,7 @@ def _gaps(lens: Any, twin: Any, sites: Sequence[Site]) -> dict[Site, float]:
 
 
 def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
-    """Of a lens model that was made elsewhere: key biases and not one value bias means that those were folded."""
+    """Refuse a lens model that was made elsewhere and has key biases but not one value bias: those were folded."""
     for layer in {site.layer for site in sites if site.kind == "v"}:
         attention = getattr(lens.blocks[layer], "attn", None)
         keys, values = getattr(attention, "b_K", None), getattr(attention, "b_V", None)

@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 _CHARACTERS = 16
 """Characters per token of the context that are tokenised before it is known that a text may fit."""
 _MARGIN = 64
-"""Tokens by which the cut end of a text may have more of them than it has in the whole."""
+"""Tokens that a text may have more when it is cut than it has in the whole."""
 
 
 def tokenised(tokenizer: Any, text: str, *, specials: bool = True, most: int | None = None) -> Tokens:
