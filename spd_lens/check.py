@@ -21,8 +21,9 @@ from spd_lens.capture import extract
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
+from spd_lens.models.devices import dtype_name
 from spd_lens.models.neutral import neutrally
-from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
+from spd_lens.models.parity import CHECK_TEXTS, Parity, relative_error, right_pad
 from spd_lens.models.probe import probe
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import named_outputs, run_twin
@@ -108,7 +109,7 @@ def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
     f = pair.fingerprint
     return None, (
         f"{type(pair.hf).__name__}: {f.n_layers} layers, {f.n_heads} heads, {f.n_kv_heads} KV heads of {f.d_head}, "
-        f"d_model {f.d_model}, context {pair.n_ctx}, {_dtype(pair)} on {pair.device}, backend {pair.backend}"
+        f"d_model {f.d_model}, context {pair.n_ctx}, {dtype_name(pair.dtype)} on {pair.device}, backend {pair.backend}"
     )
 
 
@@ -185,7 +186,7 @@ def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
     if pair.lens_if_any(0) is None:
         return True, f"all {len(twin.sites)} sites of the twin"
     lens = extract(pair, EXAMPLES, layers="all", engine="lens", progress=False)
-    errors = [_relative(lens.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites]
+    errors = [relative_error(lens.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites]
     says = f"all {len(twin.sites)} sites; lens and twin differ by up to {max(errors):.2g} of the moments' norm"
     return max(errors) <= MOMENTS_TOLERANCE[pair.dtype], says
 
@@ -240,14 +241,6 @@ def _random(pair: ModelPair, sites: list[Site]) -> Subspace:
 
 def _silent(moments: GradientMoments) -> list[str]:
     return [str(site) for site in moments.sites if not moments.gradient[site].sum(0).trace() > 0]
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    return ((value - reference).norm() / reference.norm()).item()
-
-
-def _dtype(pair: ModelPair) -> str:
-    return str(pair.dtype).removeprefix("torch.")
 
 
 # Largest relative difference of gradient moments between two engines. Seen: 3e-6 in float32, 0.06 in bfloat16.

@@ -21,7 +21,7 @@ from spd_lens.errors import SPDError
 
 INTERRUPTED = 130
 _NEAREST = dict(zip("⟦⟧│↵·×–—−→•■", "[]|/-x--->*#", strict=True))
-"""What our own lines are made of, for terminals without such characters."""
+"""Plain characters in place of those in our own output, for terminals that lack them."""
 
 
 def _nearest(error: UnicodeError) -> tuple[str, int]:
@@ -63,7 +63,7 @@ class _Patient:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        """None where the process was started without one."""
+        """The stream itself; None where the process was started without one."""
         self.failure: str | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -101,9 +101,9 @@ class _Patient:
 
 @contextlib.contextmanager
 def _patient_streams() -> Iterator[Callable[[], str | None]]:
-    """Make stdout and stderr patient meanwhile; yields a function that says what has become of stdout, if anything.
+    """While open, output that fails stops no work; yields a function that says why stdout failed, None if it did not.
 
-    A command within a command finds them so, and leaves it to the outer one to say.
+    Within a command that another command runs, it is the outer one that reports.
     """
     if isinstance(sys.stdout, _Patient):
         yield lambda: None

@@ -14,14 +14,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
+from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, shortened
 from spd_lens.publishing import is_blank, make_directory, sync
 from spd_lens.record import Key, Record, prompt_id, typed
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.storage import read_json, write_json
 
 NOT_APPLIED = "generation_config_not_applied"
-"""The one setting that no completion depends on: for readers, and not compared when a corpus is continued."""
+"""The one setting that no completion depends on; it is not compared when a corpus is continued."""
 
 
 class Corpus(Sequence[Record]):
@@ -247,7 +247,8 @@ class CorpusWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """A file that never got a record, since something failed before, goes: it would refuse other settings later."""
+        """Close the file. One without any record, since something failed before, is removed: it would refuse other
+        settings later."""
         self._file.close()
         if exception[0] is not None and not self._size:
             with contextlib.suppress(OSError):
@@ -267,13 +268,12 @@ def refuse_other_settings(what: str, earlier: Mapping[str, Any], now: Mapping[st
 
 
 def _shown(name: str, settings: Mapping[str, Any]) -> str:
-    text = json.dumps(settings.get(name), ensure_ascii=False)
-    return f"{name} = {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{name} = {shortened(json.dumps(settings.get(name), ensure_ascii=False), 80)}"
 
 
 @contextlib.contextmanager
 def disk_errors_explained(what: str) -> Iterator[None]:
-    """`OSError` as `SPDError`: `what` went wrong, why, and that another path may do."""
+    """Raise an `OSError` inside as an `SPDError` that says `what` went wrong and why."""
     try:
         yield
     except OSError as error:

@@ -36,12 +36,12 @@ from spd_lens.slots import Slots
 log = logging.getLogger(__name__)
 
 Engine = Callable[[Sequence[Job]], Iterator[Completions]]
-"""From jobs to their completions, as they end."""
+"""A function from jobs to their completions, as they end."""
 
 MOST_AT_A_TIME = {"cpu": 32, "cuda": 256}
 """More rows hardly raise tokens per second: from here on the arithmetic limits, not reading the weights."""
 _SHARE = 0.5
-"""Of the free memory, for cache and logits."""
+"""Share of the free memory for cache and logits."""
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def lens_engine(pair: ModelPair, decoding: Decoding, policy: Policy) -> Iterator
 def _together(
     pair: ModelPair, decoding: Decoding, batch_size: int | None, jobs: Sequence[Job]
 ) -> Iterator[Completions]:
-    """All jobs at once, but for those that may reach the length from which on their batch would have other angles."""
+    """Complete all jobs together, except those that may reach the length at which a whole batch gets other angles."""
     apart = angles_change_beyond(pair.hf.config)
     sides: dict[bool, list[Job]] = {False: [], True: []}
     for job in jobs:
@@ -151,7 +151,7 @@ def _contiguous_unembed(pair: ModelPair) -> Iterator[None]:
 
 
 class _Chosen(LogitsProcessor):
-    """Gives the rows that are not over their next tokens, and leaves those as the only ones possible."""
+    """Draws the next tokens of the rows that are not over, and leaves `generate` no other choice."""
 
     def __init__(self, decoding: Decoding, rows: Sequence[Row]) -> None:
         self.decoding, self.rows = decoding, rows
@@ -167,7 +167,7 @@ class _Chosen(LogitsProcessor):
 
 
 class _AllOver(StoppingCriteria):
-    """Which rows are over."""
+    """Tells `generate` which rows are over."""
 
     def __init__(self, decoding: Decoding, rows: Sequence[Row]) -> None:
         self.decoding, self.rows = decoding, rows
@@ -206,7 +206,7 @@ def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> lis
 
 @torch.no_grad()
 def _complete_on_lens(pair: ModelPair, job: Job, decoding: Decoding) -> list[int]:
-    """Every step runs the whole sequence: no cache, nothing that a hook could miss."""
+    """Complete one job; every step runs the whole sequence, so that hooks see everything."""
     row = decoding.row(job)
     while not decoding.over(row):
         tokens = torch.tensor([row.ids], device=pair.device)

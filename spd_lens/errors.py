@@ -18,5 +18,15 @@ UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticErro
 nested thousands deep."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, in one line of so many characters at most; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text, cut with three dots behind it where it is longer."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class TooLong(SPDError):
     """A text is so much longer than the model's context that it was not even tokenised to its end."""

@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 
 class CudaGraphs:
-    """A function of sizes, whose inputs lie in tensors that stay where they are; from the second call of a size on, a
-    graph of it.
+    """A function of sizes, run as a CUDA graph from the second call with the same sizes on. Its inputs lie in tensors
+    that stay where they are.
 
     A result is overwritten by the next call. What cannot be captured (a model that asks for values on the way, as the
     routing of experts may) runs as it is.

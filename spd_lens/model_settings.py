@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StopStringCriteria
 
 from spd_lens.corpus import NOT_APPLIED
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.models import ModelPair
 from spd_lens.models.transformers_private import default_generation_settings, logits_processors
 from spd_lens.sampling import Sampling
@@ -30,34 +30,24 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 """From a row's ids so far `[1, pos]` and the next token's logits `[1, d_vocab]` to the logits that count."""
 
 APPLIED = "generation_config"
-"""Beside `NOT_APPLIED` in the settings of a corpus, an evaluation and a run; absent where there is nothing."""
+"""Name of what is applied, beside `NOT_APPLIED`, in the settings of a corpus, an evaluation and a run."""
 
-_PROCESSORS = (
-    "sequence_bias",
-    "encoder_repetition_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "min_length",
-    "min_new_tokens",
-    "forced_bos_token_id",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "watermarking_config",
+_PROCESSORS = tuple(
+    """sequence_bias encoder_repetition_penalty repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids min_length min_new_tokens forced_bos_token_id exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens watermarking_config""".split()
 )
 _CUTOFFS = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Change nothing where decoding is greedy."""
+"""Settings that change nothing where decoding is greedy."""
 _AFTER_SAMPLING = (*_CUTOFFS, "watermarking_config")
-"""Stand between or behind temperature, top-k and top-p, which are then transformers' too."""
+"""Processors between or behind temperature, top-k and top-p: with one of them, transformers does these too."""
 _ELSEWHERE = {
     "temperature", "top_p", "top_k",  # of `Sampling`
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",  # of `stop_tokens`, or of no concern
     "use_cache", "renormalize_logits", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
-"""Nothing to tell: no token depends on the rest of them."""
+"""Settings that are not reported, since they are applied elsewhere or no token depends on them."""
 _SUPERSEDED = {
     "max_length", "max_new_tokens", "num_return_sequences",  # arguments of ours
     "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size",
@@ -65,7 +55,7 @@ _SUPERSEDED = {
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_lookbehind", "target_lookbehind", "early_stopping", "length_penalty", "diversity_penalty",
 }  # fmt: skip
-"""Not applied, but no cause for a warning: given as arguments here, about speed, or about beams alone."""
+"""Settings that are not applied and need no warning: arguments here, about speed, or about beams alone."""
 _NEUTRAL = {"min_p": 0, "guidance_scale": 1, "penalty_alpha": 0}
 """Values that change nothing, beside transformers' defaults."""
 
@@ -77,19 +67,19 @@ class ModelSettings:
     applied: Mapping[str, Any] = field(default_factory=dict)
     not_applied: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling | None = None
-    """What is left to draw from what the processors leave over; None: all that the caller's `Sampling` says."""
+    """How tokens are drawn behind the processors; None: as the caller's `Sampling` says."""
     make: Callable[[Sequence[int]], Processor] | None = None
     """A prompt's processor; None where nothing changes logits."""
     stops: StopStringCriteria | None = None
 
     @classmethod
     def of(cls, pair: ModelPair, sampling: Sampling, stop_ids: Sequence[int]) -> ModelSettings:
-        """Those of a pair's twin, whose generation config is read and never written.
+        """The settings of a pair's twin, whose generation config is read and never written.
 
         Args:
             pair: The model.
-            sampling: What is drawn from; where it is greedy, cut-offs of the distribution change nothing.
-            stop_ids: What ends a completion, and must not before `min_new_tokens`.
+            sampling: How tokens are drawn; where it is greedy, cut-offs of the distribution change nothing.
+            stop_ids: Tokens that end a completion, and must not do so before `min_new_tokens`.
 
         Raises:
             SPDError: transformers does not take a value.
@@ -116,19 +106,19 @@ class ModelSettings:
                 found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), _no_logits(pair))
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
             raise SPDError(
-                f"the model's generation config cannot be applied ({_one_line(error)}): it sets {shown(applied)}; "
+                f"the model's generation config cannot be applied ({one_line(error)}): it sets {shown(applied)}; "
                 "correct it in generation_config.json, or in pair.hf.generation_config"
             ) from error
         return found
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For the settings of what was made: nothing where the generation config asks for nothing."""
+        """What the settings of an artefact record: nothing where the generation config asks for nothing."""
         both = {APPLIED: dict(self.applied), NOT_APPLIED: dict(self.not_applied)}
         return {name: values for name, values in both.items() if values}
 
     def tell(self) -> None:
-        """One sentence to the log, if there is anything to say: a warning where transformers would write other text."""
+        """Log one sentence if there is anything to say: a warning where transformers would write another text."""
         both = {"applied": self.applied, "not applied": self.not_applied}
         if parts := [f"{shown(values)} ({done})" for done, values in both.items() if values]:
             level = logging.WARNING if self.not_applied.keys() - _SUPERSEDED else logging.INFO
@@ -183,7 +173,7 @@ def _no_logits(pair: ModelPair) -> Float[Tensor, "1 d_vocab"]:
 
 
 def _plain(value: Any) -> Any:
-    """As it is read back from JSON."""
+    """A value as it is read back from JSON."""
     for way in ("to_dict", "tolist"):
         value = getattr(value, way)() if hasattr(value, way) else value
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):  # biases by sequence of ids
@@ -193,9 +183,4 @@ def _plain(value: Any) -> Any:
 
 def shown(values: Mapping[str, Any]) -> str:
     """Names and values in a sentence, long values cut."""
-    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
-    return ", ".join(f"{name} = {text if len(text) <= 60 else text[:57] + '...'}" for name, text in texts.items())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return ", ".join(f"{name} = {shortened(json.dumps(value, ensure_ascii=False))}" for name, value in values.items())

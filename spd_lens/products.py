@@ -38,7 +38,7 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """While open, oneDNN computes products with frozen float32 weights on the CPU, in forward and backward passes.
 
-    For passes over many tokens: every call of a torch function costs a microsecond or two more. The backward pass
+    For passes over many tokens: each call of a torch function costs a microsecond or two more. The backward pass
     computes checkpointed activations again outside of it: see `recomputed_alike`.
     """
     fitting = device.type == "cpu" and dtype == torch.float32 and available()
@@ -67,7 +67,7 @@ class _FastProducts(TorchFunctionMode):
 def packed(model: nn.Module) -> Iterator[None]:
     """Linear layers multiply with copies of their weights in the order in which oneDNN reads them.
 
-    For passes over a few tokens, in which that order is worth half of the time in float32 and a third in bfloat16. The
+    This is for passes over a few tokens, where it saves half of the time in float32 and a third in bfloat16. The
     weights must stay as they are meanwhile, and nothing has a gradient. Where memory is short, or oneDNN does not take
     the dtype on this processor, nothing changes.
     """
@@ -106,7 +106,7 @@ def _linear(
 
 
 class _Linear(torch.autograd.Function):
-    """With a gradient for the rows alone."""
+    """A product with a gradient for the rows alone."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,17 +25,17 @@ from spd_lens.errors import UNREADABLE, SPDError
 
 _SCRATCH = (
     re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL),
-    # earlier versions'; of tensors they did not say whose
+    # the names in earlier versions; those of tensors did not say which process
     re.compile(r"\.(?P<name>.+\.(jsonl?|yaml|md|csv|html))\.(?P<pid>\d+)", re.DOTALL),
     re.compile(r"\.(?P<name>.+\.safetensors)\.(?P<pid>)[a-z0-9_]{8}", re.DOTALL),
 )
 """Names of temporary files: whose place they are to take, and the process that writes them."""
 _REMEDY = "free some space or choose another place"
 _NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
-"""Our lock, and what file managers put into a directory that is looked at."""
+"""Files that do not occupy a directory: our lock, and what file managers put into directories."""
 
 Inventory = Mapping[str, Mapping[str, Any]]
-"""By a file's name: its `size` in bytes and its `sha256`."""
+"""The `size` in bytes and the `sha256` of each file, by its name."""
 
 
 def publish(scratch: Path, final: Path) -> None:
@@ -77,7 +77,7 @@ def _sync(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """A directory with its parents, which a power failure does not take away again."""
+    """Make a directory with its parents, so that they survive a power failure."""
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
@@ -170,7 +170,7 @@ def is_free(directory: str | Path, *first: str) -> bool:
     """Whether something new may begin here: there is nothing, or nothing but what a killed beginning leaves.
 
     Args:
-        directory: May be missing.
+        directory: The place, which may be missing.
         first: Names of the files that are written first: empty ones, which a power failure leaves, are nothing yet.
     """
     return not occupants(directory, *first)
@@ -225,7 +225,7 @@ def damage(directory: Path, recorded: Inventory, *, hashed_up_to: float = float(
 
     Args:
         directory: Where the files are.
-        recorded: From `inventory`.
+        recorded: What `inventory` returned earlier.
         hashed_up_to: Files of more bytes are compared by their size alone.
     """
     for name, entry in recorded.items():

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
+from spd_lens.errors import shortened
+
 FinishReason = Literal["eos", "stop", "length"]
 _T = TypeVar("_T")
 Key = tuple[str, int]
@@ -46,7 +48,7 @@ class Record:
         return len(self.completion_ids)
 
     def to_json(self) -> str:
-        """One line, without the line break; the token counts are written for readers and not read back."""
+        """The record as one line without its line break. Token counts are written for readers and not read back."""
         fields = {
             "id": self.id,
             "sample": self.sample,
@@ -62,7 +64,7 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:
-        """Raises one of `errors.UNREADABLE` if the line is no record."""
+        """Read a line; raises one of `errors.UNREADABLE` if it is no record."""
         fields = json.loads(line)
         if fields["finish_reason"] not in get_args(FinishReason):
             raise ValueError(f"finish_reason is {fields['finish_reason']!r}")
@@ -104,5 +106,4 @@ def prompt_id(id: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value, ensure_ascii=False), 80)

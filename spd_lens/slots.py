@@ -33,7 +33,7 @@ _FREE = 1 / 8
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 """Padded tokens of prompts that are read in one pass: enough that arithmetic limits, not reading the weights."""
 _SIMILAR = {"cpu": 0.9, "cuda": 0.5}
-"""A prompt of less than this share of the longest is not read with it: on CUDA a pass takes longer than padding."""
+"""Prompts shorter than this share of the longest are read in another pass; on CUDA padding is cheaper than a pass."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: it is allocated from the start."""
+        """Do nothing: the cache is allocated from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token per row, in place, and return all rows' columns."""
@@ -84,7 +84,7 @@ class Slots:
     """
 
     def __init__(self, model: Any, decoding: Decoding, n_slots: int) -> None:
-        """`n_slots` completions at a time of a transformers causal language model, which is left as it is."""
+        """Make slots for `n_slots` completions at a time of a transformers model, which is left as it is."""
         self.model, self.decoding, self.n_slots = model, decoding, n_slots
         self._device: torch.device = model.device
         self._on = "cuda" if self._device.type == "cuda" else "cpu"
@@ -140,7 +140,7 @@ class Slots:
     def _read(
         self, prompts: list[list[int]], prefix: DynamicCache | None
     ) -> tuple[DynamicCache, Float[Tensor, "row d_vocab"]]:
-        """Run prompts, or what follows the prefix in them; their keys and values, and the logits after them."""
+        """Run prompts, or what follows the prefix in them; returns keys and values, and the logits after them."""
         cache = DynamicCache()  # without the config, by which sliding layers would drop what the window has passed
         start = 0
         if prefix is not None:
@@ -161,14 +161,14 @@ class Slots:
         return cache, logits[0].float()
 
     def _step(self, rows: list[Row]) -> None:
-        """One new token for every row."""
+        """Draw one new token for every row."""
         self._tokens[: len(rows)] = torch.tensor([row.new_ids[-1] for row in rows])
         self._positions[: len(rows)] = torch.tensor([row.position for row in rows])
         length = min(self._rounded(max(row.position for row in rows) + 1), self._capacity)
         self.decoding.extend(rows, self._forward(self._n_computed(len(rows)), length)[: len(rows)])
 
     def _n_computed(self, n: int) -> int:
-        """On CUDA powers of two, since a graph has one size; what empty slots compute is never read."""
+        """Rows to compute: on CUDA a power of two, since a graph has one size; empty slots are never read."""
         return n if self._on == "cpu" else min(self.n_slots, 1 << (n - 1).bit_length())
 
     def _logits(self, n: int, length: int) -> Float[Tensor, "row d_vocab"]:
@@ -188,7 +188,7 @@ class Slots:
         return output.logits[:, -1].float()
 
     def _unrecorded(self) -> contextlib.AbstractContextManager[Any]:
-        """Autograd's bookkeeping is a twentieth of a small model's step on a CPU; a CUDA graph has none anyway."""
+        """Inference mode on a CPU, where autograd's bookkeeping takes a twentieth of a small model's step."""
         return torch.inference_mode() if self._on == "cpu" else contextlib.nullcontext()
 
     def _rounded(self, length: int) -> int:
@@ -224,7 +224,7 @@ class SlotCache(Cache):
         return cls([_SlotLayer(place, empty(layer.keys), empty(layer.values)) for layer in read.layers], place)
 
     def fill(self, slots: slice, read: DynamicCache, places: list[int]) -> None:
-        """Put prompts' keys and values into slots. What padding left there is overwritten before it is in reach."""
+        """Put prompts' keys and values into slots. Those of padding are overwritten before a query may read them."""
         for mine, theirs in zip(self.layers, read.layers, strict=True):
             mine.keys[slots, :, : theirs.keys.shape[2]] = theirs.keys[places]
             mine.values[slots, :, : theirs.values.shape[2]] = theirs.values[places]
@@ -264,8 +264,7 @@ def step_mask(model: Any, positions: Int[Tensor, " row"], length: int, added: bo
 
 
 def _groups(jobs: Sequence[Job], at_once: int, similar: float) -> Iterator[list[Job]]:
-    """Neighbours that are read in one pass: of similar length, so many tokens together that the weights are read in
-    vain no more."""
+    """Prompts of similar length that are read in one pass, with enough tokens that arithmetic limits its speed."""
     group: list[Job] = []
     for job in jobs:  # longest first
         if group and (
@@ -279,7 +278,7 @@ def _groups(jobs: Sequence[Job], at_once: int, similar: float) -> Iterator[list[
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """Tokens that all prompts begin with; every prompt keeps one token of its own."""
+    """The tokens that all prompts begin with, except that every prompt keeps one token of its own."""
     low, high = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     n = next((i for i in range(limit) if low[i] != high[i]), limit)

@@ -1,4 +1,4 @@
-"""What is in files: safetensors with a JSON header, JSON, text; and a clear word when one is damaged."""
+"""The content of files: safetensors with a JSON header, JSON and text; an error that says so where one is damaged."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import regex  # like `re`, with a time limit: the patterns come from files
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models import hub
 from spd_lens.models.settings import numbers_in
 from spd_lens.stand_ins import refuse_stand_in
@@ -38,7 +38,7 @@ REFUSED = {
     "SHADOW": "it runs a second model beside the layers",
     "XLORA": "it mixes several adapters by what it reads",
 }
-"""PEFT's other kinds, and why."""
+"""PEFT's other kinds, and why they are refused."""
 
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "activated LoRA acts only behind these tokens",
@@ -51,7 +51,7 @@ _REFUSED_SETTINGS = {
 _LONGEST_CONFIG = 2**22
 _LONGEST_PATTERN = 20_000
 PATTERN_SECONDS = 20.0
-"""For all patterns of an adapter on all names; what people write takes microseconds for each."""
+"""Time for all patterns of an adapter on all names; what people write takes microseconds for each."""
 _PLAIN = re.compile(r"[\w.\-]*")
 """Names in which nothing is a pattern but the dot, which also stands for itself."""
 _DEEPEST = 16
@@ -146,7 +146,7 @@ def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT raises many types on settings that do not go together
-        raise SPDError(f"the adapter in {directory} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise SPDError(f"the adapter in {directory} cannot be used: {one_line(error, 300)}") from error
     names, until = list(modules), time.monotonic() + PATTERN_SECONDS
     for field, value in vars(config).items():
         if field.endswith(("_modules", "_pattern", "_to_save")) and value:
@@ -169,7 +169,7 @@ def _check_kind(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def _spelled_out(what: str, field: str, value: Any, names: list[str], until: float) -> Any:
-    """The same choice of modules in plain names, as many as the twin has; `SPDError` where a pattern is no use."""
+    """The same choice of modules with every name spelled out; `SPDError` where a pattern cannot be used."""
     if isinstance(value, str) and field.endswith("_modules") and not _PLAIN.fullmatch(value):
         found = [name for name in names if _fits(what, value, name, until)]
         if not found and field == "target_modules":
@@ -193,7 +193,7 @@ def _spelled_out(what: str, field: str, value: Any, names: list[str], until: flo
 
 
 def _named(what: str, key: str, name: str, until: float) -> bool:
-    """As PEFT reads the keys of `rank_pattern` and the like: a pattern for the end of a module's name."""
+    """Whether a key of `rank_pattern` and the like fits, which PEFT reads as a pattern for the end of a name."""
     if _PLAIN.fullmatch(key):
         return name == key or name.endswith(f".{key}")
     return _fits(what, rf"(.*\.)?({key})", name, until)
@@ -216,7 +216,7 @@ def _fits(what: str, pattern: str, name: str, until: float) -> bool:
 
 
 def _check_ranks(directory: Path, config: PeftConfig) -> None:
-    """A rank for which the file has too few numbers is not allocated memory for."""
+    """Refuse a rank for which the file has too few numbers, before memory is allocated for it."""
     try:
         with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
             numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)

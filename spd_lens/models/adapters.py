@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.adapter_files import check_adapter, is_peft, peft_config
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.neutral import neutral, random_kept
@@ -69,7 +69,7 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
 
 
 def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
-    """PEFT's model around the twin, with every tensor of the file in it and none left out."""
+    """PEFT's model around the twin, holding every tensor of the file."""
     config = peft_config(directory, [name for name, _ in twin.named_modules() if name])
     place = str(twin.device)
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
@@ -85,7 +85,7 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
             stored = load_peft_weights(str(directory), device=place, key_mapping=mapping)
             fault = _fault(wrapped, stored, set_peft_model_state_dict(wrapped, stored), own)
     except Exception as error:  # peft, torch and safetensors raise many types on a damaged or foreign adapter
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         fault = f"it lacks {reason}" if isinstance(error, KeyError) else reason
         raise SPDError(f"the adapter in {directory} does not fit {type(twin).__name__}: {fault}") from error
     if fault is not None:
@@ -94,10 +94,10 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
 
 
 def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[int]) -> str | None:
-    """What of the file has no place in the model or is not in force there, or the other way round.
+    """What tensor of the file has no place in the model or no effect there, or the other way round; None if all fit.
 
-    `result` is PEFT's of loading it, `own` are the model's own tensors. Of those a file may hold what PEFT saves:
-    embeddings, and biases that were trained.
+    `result` is what PEFT returned for loading it, `own` are the model's own tensors. A file may hold some of those:
+    PEFT saves embeddings, and biases that were trained.
     """
     there = wrapped.state_dict(keep_vars=True)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -139,7 +139,7 @@ def _merged(wide: PreTrainedModel, directory: Path) -> PreTrainedModel:
             warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings")  # which are seen to here
             merged: Any = wrapped.merge_and_unload(safe_merge=True)
     except Exception as error:  # each kind has its own way to say that it cannot
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise SPDError(
             f"the adapter in {directory} ({kind}) cannot be merged ({reason}); load its base and pass adapter="
         ) from error

@@ -31,13 +31,13 @@ class Architecture:
     modules: Mapping[str, str] = field(
         default_factory=lambda: {kind: f"self_attn.{name}_proj" for kind, name in zip("kvqz", "kvqo", strict=True)}
     )
-    """For each kind the linear layer that writes it; for `z` the one that reads it."""
+    """The linear layer that writes each kind; for `z`, the one that reads it."""
     fusion: Fusion | None = None
-    """None: k, v and q have a layer of their own each."""
+    """How a fused layer holds k, v and q; None where each of them has a layer of its own."""
     refused: str = ""
-    """Why there is nothing to project."""
+    """Why there is nothing to project; empty where there is something."""
     slots: bool = True
-    """Whether tests show that it takes the masks and positions of `slots` as they are meant."""
+    """Whether tests show that the architecture takes the masks and positions of `slots` as they are meant."""
 
     def features(self, kind: str, n_heads: int, n_kv_heads: int, d_head: int) -> Int[Tensor, " feature"] | None:
         """Which output features of the layer are this kind's, in the order `head, d_head`; None for all."""
@@ -141,10 +141,10 @@ def takes_slots(model: nn.Module) -> bool:
 
 
 def architecture(model: nn.Module) -> Architecture:
-    """That of a transformers model, with or without an adapter on it.
+    """The architecture of a transformers model, with or without an adapter on it.
 
-    An architecture that is not in the table is taken to be built like Llama, as most are; whether that holds, `probe`
-    finds out when a pair is made.
+    One that is not in the table is taken to be built like Llama, as most are; `probe` finds out whether that holds when
+    a pair is made.
 
     Raises:
         SPDError: the architecture has no K and V to project.

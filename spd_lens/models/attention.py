@@ -18,16 +18,16 @@ _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
 _ONE_QUERY = "spd_lens_one_query"
 _LARGE = 400_000
-"""Elements of a layer's keys (row, KV head, column, d_head) from which on products are faster in float32, ..."""
+"""Elements of a layer's keys (row, KV head, column, d_head) from which on products are faster in float32."""
 _FEW_QUERIES = 4
-"""... with so many query heads at most for each KV head."""
+"""Most query heads per KV head with which products are faster in float32."""
 
 
 @contextlib.contextmanager
 def fastest_attention(model: Any, length: int) -> Iterator[None]:
-    """In bfloat16 on a CPU plain matrix products: torch's kernel takes twice as long there, forward and backward.
+    """While open, attention in bfloat16 on a CPU is plain matrix products, as torch's kernel takes twice as long there.
 
-    They keep all attention weights for the backward pass, so not where sequences are long.
+    They keep all attention weights for the backward pass, so long sequences keep torch's kernel.
     """
     fitting = model.dtype == torch.bfloat16 and model.device.type == "cpu" and length <= _SHORT
     if not fitting or attention(model.config) != "sdpa" or not may_change_attention(model):
@@ -44,8 +44,8 @@ def fastest_attention(model: Any, length: int) -> Iterator[None]:
 def one_query_at_a_time(model: Any) -> Iterator[bool]:
     """While open, a pass of one token per row over a cache may take `one_query_attention`; yields whether it may.
 
-    Where it may, masks must be those of eager attention, which are added. For sdpa on a CPU, in architectures that ask
-    for their attention by name.
+    Where it may, masks must be those of eager attention, which are added to the scores. It may on a CPU, in models that
+    use sdpa and look up their attention by name.
     """
     config = model.config.get_text_config()
     if attention(config) != "sdpa" or model.device.type != "cpu" or not may_change_attention(model):
@@ -67,7 +67,7 @@ def one_query_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "row query head d_value"], None]:
-    """Attention as transformers calls it. One query over a cache in two batched products, all else by sdpa.
+    """Attention as transformers calls it: one query over a cache by two batched products, everything else by sdpa.
 
     PyTorch's kernel is made for many queries: with one, products read keys and values at the speed of memory, in one to
     two thirds of its time in bfloat16 and four fifths in float32. Keys stand on the left of their product, where

@@ -1,4 +1,4 @@
-"""The two TransformerLens generations behind one small interface: build, run, read weights, write weights."""
+"""The two generations of TransformerLens behind one small interface: build, run, read weights, write weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.torch_private import lazy_copy, own_memory
 
@@ -33,12 +33,12 @@ _MISLEADING = ("llama", "gemma", "medgemma")
 
 
 class NoLens(SPDError):
-    """TransformerLens has no lens model that says what the twin says."""
+    """TransformerLens has no lens model that agrees with the twin."""
 
     def __init__(self, reason: str, instead: str) -> None:
         super().__init__(f"{reason}; {instead}")
         self.reason = reason
-        """Without what to do about it."""
+        """The first half of the message, without what to do about it."""
 
 
 class Backend(ABC):
@@ -62,9 +62,12 @@ class Backend(ABC):
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
         """The lens model's weights under the twin's parameter names and in its shapes."""
 
+    def _refusal(self, fault: str) -> NoLens:
+        return NoLens(f"transformer-lens {importlib.metadata.version('transformer-lens')} {fault}", self.instead)
+
 
 def choose_backends(name: str) -> list[Backend]:
-    """Those to try, in turn. `"auto"`: HookedTransformer where transformer-lens still has it (before 4.0), then
+    """The backends to try, in turn. `"auto"`: HookedTransformer where transformer-lens has it (before 4.0), then
     TransformerBridge."""
     if name not in BACKENDS:
         raise SPDError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
@@ -118,11 +121,7 @@ class HookedBackend(Backend):
         wrong = [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]
         wrong += [key for key in state if key not in shapes]
         if wrong:
-            raise NoLens(
-                f"transformer-lens {importlib.metadata.version('transformer-lens')} does not convert all weights of "
-                f"{type(twin).__name__} (e.g. {wrong[0]})",
-                self.instead,
-            )
+            raise self._refusal(f"does not convert all weights of {type(twin).__name__} (e.g. {wrong[0]})")
         _give(lens.state_dict(keep_vars=True), state)
 
     def read(self, lens: Any, twin: PreTrainedModel) -> dict[str, Tensor]:
@@ -139,10 +138,9 @@ class HookedBackend(Backend):
                     directory, dtype=twin.dtype, device=str(twin.device), fold_ln=False
                 )
             except (NotImplementedError, KeyError, AttributeError, TypeError) as error:
-                raise NoLens(
-                    f"transformer-lens {importlib.metadata.version('transformer-lens')} cannot convert "
-                    f"{type(twin).__name__} to a HookedTransformer ({' '.join(str(error).split())[:100]})",
-                    self.instead,
+                reason = one_line(error, 100)
+                raise self._refusal(
+                    f"cannot convert {type(twin).__name__} to a HookedTransformer ({reason})"
                 ) from error
 
     def _converted(self, twin: PreTrainedModel, cfg: Any) -> dict[str, Tensor]:
@@ -176,11 +174,8 @@ class BridgeBackend(Backend):
                     name, hf_model=inner, tokenizer=own, device=twin.device, dtype=twin.dtype
                 )
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise NoLens(
-                f"transformer-lens {importlib.metadata.version('transformer-lens')} has no TransformerBridge for "
-                f"{type(twin).__name__} ({' '.join(str(error).split())[:100]})",
-                self.instead,
-            ) from error
+            reason = one_line(error, 100)
+            raise self._refusal(f"has no TransformerBridge for {type(twin).__name__} ({reason})") from error
         lens.eval()
         for parameter in lens.original_model.parameters():
             parameter.requires_grad_(False)
@@ -207,7 +202,7 @@ class BridgeBackend(Backend):
 
 
 def _give(mine: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Each of `weights` to the parameter of its name, which stays the same object."""
+    """Give each of `weights` to the parameter of its name, which stays the same object."""
     lacking = weights.keys() - mine.keys()
     if lacking:
         raise SPDError(

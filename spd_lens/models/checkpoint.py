@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
 from spd_lens.models.decoder import refuse_encoder
@@ -27,7 +27,7 @@ from spd_lens.models.twin import cast
 from spd_lens.storage import read_json
 
 _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
-"""Settings that say how many modules are made."""
+"""Names of settings that say how many modules are made."""
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -56,8 +56,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
     except SPDError:
         raise
     except Exception as error:  # transformers and safetensors raise many types on a damaged or unknown model
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"the model in {directory} cannot be loaded: {reason}") from error
+        raise SPDError(f"the model in {directory} cannot be loaded: {one_line(error, 300)}") from error
     if report["missing_keys"]:  # transformers would make these up at random, with a warning
         missing = min(report["missing_keys"])
         raise SPDError(
@@ -144,7 +143,7 @@ def _quantisation(directory: Path, settings: dict[str, Any]) -> bool:
 
 
 def _dequantised(quantised: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The same numbers in a model that was never quantised: nothing of the quantiser stays on it."""
+    """The same numbers in a new model that was never quantised, with nothing of the quantiser on it."""
     wide = quantised.dequantize()
     config = copy.deepcopy(wide.config)
     if hasattr(config, "quantization_config"):

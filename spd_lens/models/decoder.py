@@ -1,4 +1,4 @@
-"""Is this a model that spd_lens works on? Asked when a pair is made, so that nothing finds it out later."""
+"""Whether this is a model that spd_lens works on: decided when a pair is made, so that nothing finds it out later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.architectures import architecture, context_length
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import unembed_only
@@ -17,7 +17,7 @@ from spd_lens.models.twin import run_twin
 
 
 def check_decoder(twin: PreTrainedModel) -> None:
-    """Refuse a model without what everything here reads.
+    """Refuse a model that lacks what the library reads.
 
     Raises:
         SPDError: it has an encoder beside its decoder, or no head that predicts the next token; its configuration does
@@ -40,7 +40,7 @@ def check_decoder(twin: PreTrainedModel) -> None:
     except Exception as error:  # configurations raise many types on what they lack, or have by layer
         raise SPDError(
             f"the configuration of {name} does not say how its layers split into heads of one width "
-            f"({' '.join(str(error).split())[:150]}); choose another model"
+            f"({one_line(error, 150)}); choose another model"
         ) from error
     if n_layers < 1:
         raise SPDError(f"the configuration of {name} says num_hidden_layers = {n_layers}; get a complete copy")
@@ -77,7 +77,7 @@ def check_causal(twin: PreTrainedModel, tokenizer: Any) -> None:
             picked = run_twin(twin, tokens, use_cache=False).logits[0].double()
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
         raise SPDError(
-            f"{type(twin).__name__} cannot be run on a short text ({' '.join(str(error).split())[:200]}); check its "
+            f"{type(twin).__name__} cannot be run on a short text ({one_line(error)}); check its "
             "configuration or choose another model"
         ) from error
     allowed = TOLERANCE[twin.dtype]

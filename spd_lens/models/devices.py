@@ -46,6 +46,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"float32"` and the like, as `resolve_dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this dtype on this processor.
 

@@ -39,7 +39,7 @@ class Fingerprint:
     @classmethod
     @neutral()
     def of(cls, model: Any) -> Fingerprint:
-        """Of a HookedTransformer, a TransformerBridge or a transformers model; of what is below an adapter."""
+        """The fingerprint of a HookedTransformer, TransformerBridge or transformers model, without its adapter."""
         below: Fingerprint | None = getattr(model, _BELOW, None)
         if below is not None:
             return below
@@ -52,7 +52,7 @@ class Fingerprint:
         return cls(n_layers, d_model, n_heads, n_kv_heads, d_head, tuple(round(x, 8) for x in sample.tolist()))
 
     def remember(self, model: Any) -> None:
-        """Let this be the model's, whatever an adapter changes in it, as long as it keeps the attribute."""
+        """Make this the model's fingerprint, whatever an adapter changes, as long as the model keeps the attribute."""
         setattr(model, _BELOW, self)
 
     def heads_at(self, site: Site) -> tuple[int, int]:

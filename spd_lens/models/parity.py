@@ -1,4 +1,4 @@
-"""Do two models say the same? Logits and KL divergence on a short text, with a tolerance for the dtype."""
+"""Whether two models agree: logits and KL divergence on short texts, with a tolerance for each dtype."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.models.devices import dtype_name
 from spd_lens.models.tokenizer import text_ids
 
 CHECK_TEXTS = (
@@ -52,24 +53,24 @@ class Parity:
 
     @classmethod
     def between(cls, reference: Logits, model: Logits) -> Parity:
-        """From the two models' `check_logits`."""
+        """Compare the logits that `check_logits` made of two models."""
         gap = (reference - model).abs().max() / reference.std()
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
     def within(self, allowed: torch.dtype | Tolerance) -> bool:
-        """Whether both are within a tolerance, or that of a dtype."""
+        """Whether logits and KL are within a tolerance, which may be given as a dtype."""
         logits, kl = _tolerance(allowed)
         return self.logits <= logits and self.kl <= kl  # false for NaN, as it should be
 
     def shifted(self, dtype: torch.dtype) -> bool:
-        """Whether predictions agree where logits do not: a softmax does not see what is added to all of them."""
+        """Whether predictions agree although logits do not: a softmax does not see what is added to all logits."""
         logits, kl = TOLERANCE[dtype]
         return self.kl <= kl and self.logits > logits
 
     def against(self, allowed: torch.dtype | Tolerance) -> str:
-        """What was found, beside what is allowed."""
+        """A sentence part that says what was found and what is allowed."""
         logits, kl = _tolerance(allowed)
-        where = f" in {str(allowed).removeprefix('torch.')}" if isinstance(allowed, torch.dtype) else ""
+        where = f" in {dtype_name(allowed)}" if isinstance(allowed, torch.dtype) else ""
         return (
             f"logits differ by {self.logits:.2g} of their spread (allowed{where}: {logits:g}) and by a KL of "
             f"{self.kl:.2g} nats (allowed: {kl:g})"
@@ -86,6 +87,11 @@ def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
     log_p, log_q = F.log_softmax(p_logits.to(wide), dim=-1), F.log_softmax(q_logits.to(wide), dim=-1)
     # rounding can leave a sum of positive and negative terms a hair below zero
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what was expected."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @torch.no_grad()

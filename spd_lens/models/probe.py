@@ -1,4 +1,4 @@
-"""Are a model's heads where the table of architectures says? Asked of the model, with numbers."""
+"""Whether a model's heads are where the table of architectures says, found out by running the model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.architectures import is_known
 from spd_lens.models.decoder import check_causal
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.models.parity import CHECK_TEXTS
+from spd_lens.models.parity import CHECK_TEXTS, relative_error
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import site_layer, twin_hook
@@ -40,7 +40,7 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
     Args:
         twin: A transformers model.
         tokenizer: The model's.
-        sites: Sites to ask about; those of other kinds than k and v never reach the cache and are left out.
+        sites: Sites to compare; kinds other than k and v never reach the cache and are left out.
 
     Returns:
         Per site the larger relative error of the two comparisons, in the model's dtype.
@@ -57,10 +57,9 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
         try:
             cache = run_twin(twin, tokens, use_cache=True).past_key_values
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise SPDError(
-                f"{type(twin).__name__} cannot be run on a short text with a cache ({reason}); check its configuration "
-                "or choose another model"
+                f"{type(twin).__name__} cannot be run on a short text with a cache ({one_line(error)}); check its "
+                "configuration or choose another model"
             ) from error
     found = {question.site: question.error(cache) for question in asked}
     for site, gap in found.items():
@@ -87,7 +86,7 @@ def probe_unknown(twin: PreTrainedModel, tokenizer: Any, sites: Sequence[Site]) 
 
 
 class _Question:
-    """One site's signs, put on one row of a batch of equal rows; the row 0 stays as it is."""
+    """One site's signs, put on one row of a batch of equal rows. Row 0 stays as it is."""
 
     def __init__(self, twin: PreTrainedModel, site: Site, row: int) -> None:
         self.twin, self.site, self.row = twin, site, row
@@ -119,7 +118,7 @@ class _Question:
             raise self._shape_error(f"caches {first.shape[1]} heads of {first.shape[2]}")
         # Falcon caches a KV head once per query head
         expected = first[0] * self.signs.repeat_interleave(first.shape[1] // self.n_heads, dim=0)
-        return max(_relative(first[self.row], expected), self.affine_error)
+        return max(relative_error(first[self.row], expected), self.affine_error)
 
     def _flip(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         if activation.shape[-1] != self.n_heads * self.d_head:
@@ -129,17 +128,13 @@ class _Question:
         return flipped
 
     def _compare(self, _module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        """What the layer's weight and bias make of its input; in a fused layer other sites' signs may be in it."""
+        """Compare the layer's output with what its weight and bias make of its input, on the row without signs."""
         base = self.layer.base
         weight = base.weight.T if self.layer.transposed else base.weight
-        self.affine_error = _relative(output[0], F.linear(args[0][0], weight, base.bias))
+        self.affine_error = relative_error(output[0], F.linear(args[0][0], weight, base.bias))
 
     def _shape_error(self, found: str) -> SPDError:
         return SPDError(
             f"{type(self.twin).__name__} {found} for {self.site.kind} at layer {self.site.layer}, not {self.n_heads} "
             f"heads of {self.d_head} as its configuration says; choose another model"
         )
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()

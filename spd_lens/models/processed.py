@@ -22,7 +22,7 @@ from spd_lens.models.backends import lens_logits
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.hooks import LensHook
 from spd_lens.models.neutral import neutral
-from spd_lens.models.parity import TOLERANCE, Parity
+from spd_lens.models.parity import TOLERANCE, Parity, relative_error
 from spd_lens.models.torch_private import times_written
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import UnknownLayer, twin_hook
@@ -44,9 +44,9 @@ class _Origin:
 
     twin: weakref.ref[nn.Module]
     state: Any
-    """Of the lens model, when the two were last known to agree."""
+    """The lens model's state when the two were last known to agree."""
     weights: str
-    """A digest of the twin's at that time."""
+    """A digest of the twin's weights at that time."""
 
 
 _origins: weakref.WeakKeyDictionary[nn.Module, _Origin] = weakref.WeakKeyDictionary()
@@ -75,9 +75,9 @@ def is_processed(lens: Any) -> bool:
 
 
 def refuse_processed(lens: Any, sites: Iterable[Site]) -> None:
-    """Raise `SPDError` if activations at the sites are not the model's own, although it predicts the same.
+    """Raise `SPDError` if activations at the sites are not the model's own, although its predictions are.
 
-    A lens model that predicts otherwise was edited on purpose, and its activations are its own.
+    A lens model with other predictions was edited on purpose, and its activations are its own.
     """
     sites = list(sites)
     origin = _origins.get(lens)
@@ -115,11 +115,11 @@ def _gaps(lens: Any, twin: Any, sites: Sequence[Site]) -> dict[Site, float]:
         own = run_twin(twin, tokens, use_cache=False).logits[0].double()
     if not Parity.between(own, logits).kl <= TOLERANCE[twin.dtype][1]:
         return {}
-    return {site: _relative(seen["lens"][site], seen["twin"][site]) for site in sites}
+    return {site: relative_error(seen["lens"][site], seen["twin"][site]) for site in sites}
 
 
 def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
-    """Of a lens model that was made elsewhere: key biases and not one value bias means that those were folded."""
+    """Refuse a lens model that was made elsewhere and has key biases but not one value bias: those were folded."""
     for layer in {site.layer for site in sites if site.kind == "v"}:
         attention = getattr(lens.blocks[layer], "attn", None)
         keys, values = getattr(attention, "b_K", None), getattr(attention, "b_V", None)
@@ -131,7 +131,3 @@ def _refuse_folded_biases(lens: Any, sites: Sequence[Site]) -> None:
 def _state(lens: nn.Module) -> Any:
     """Changes whenever a weight is replaced or written to."""
     return [(name, id(weight), times_written(weight)) for name, weight in lens.named_parameters()]
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()

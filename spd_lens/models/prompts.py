@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from spd_lens.errors import SPDError, TooLong
+from spd_lens.errors import SPDError, TooLong, one_line
 from spd_lens.examples import Example, whole_characters
 from spd_lens.models.templates import Message, asks_for_the_date, ending, render
 from spd_lens.models.tokenizer import Tokens, tokenised
@@ -20,7 +20,7 @@ _SAMPLES = tuple("\n".join(f"{word} {n}: how many are {n} and {n + 1}?" for n in
 _A_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 _QUESTION, _ANSWER = "spdlensasks", "spdlenssays"
 _LONGEST = 2**20
-"""Tokens beyond which nothing is looked at without a model."""
+"""The context in tokens that is assumed where no model says what its own is."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class PromptFormat:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides a prompt's text beside the tokenizer, as records keep it."""
+        """What decides a prompt's text beside the tokenizer, as it is recorded."""
         shown = {} if self.prompt_date is None else {"prompt_date": self.prompt_date}
         return {"prompt_format": self.name, "system": self.system, "enable_thinking": self.enable_thinking, **shown}
 
@@ -133,7 +133,7 @@ class PromptFormat:
             return self.render([("user", prompt)])
         except Exception as error:  # a template is a program: its expressions raise more than jinja2's own errors
             raise SPDError(
-                f"the chat template makes nothing of the prompt {prompt[:40]!r} ({_reason(error)}); leave it out, or "
+                f"the chat template makes nothing of the prompt {prompt[:40]!r} ({one_line(error)}); leave it out, or "
                 "use the prompt format 'raw'"
             ) from error
 
@@ -145,7 +145,7 @@ class PromptFormat:
         return render(self.tokenizer, messages, generation=generation, date=self.prompt_date, **options)
 
     def _checked(self) -> PromptFormat:
-        """With the kind of content and the date that the template takes; options that would not show are refused."""
+        """The format with the kind of content and the date that the template takes; refuses options without effect."""
         options = {"system": self.system, "enable_thinking": self.enable_thinking, "prompt_date": self.prompt_date}
         given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)[:80]
         if not self.chat:
@@ -166,7 +166,7 @@ class PromptFormat:
         return replace(form, prompt_date=self.prompt_date or _today())
 
     def _with_content(self) -> PromptFormat:
-        """The first kind of content under which the template shows what user and system message say."""
+        """The format with the first kind of content under which the template shows what user and system say."""
         mine, instead = "makes no prompt", "use the prompt format 'raw'"
         if self.system is not None:
             mine = "takes no system message"
@@ -184,7 +184,7 @@ class PromptFormat:
                 # not compared with none at all: the message may be word for word that which the template has by default
                 both = [replace(form, system=text).text("Hi") for text in (self.system, f"{self.system} Hi")]
             except Exception as error:  # as in `text`
-                faults.append(_reason(error))
+                faults.append(one_line(error))
                 continue
             if both[0] != both[1]:
                 return form
@@ -197,7 +197,7 @@ class PromptFormat:
         )
 
     def _shows_the_prompt(self) -> bool:
-        """Whether two long texts are both to be read in what the template makes of them, line by line."""
+        """Whether what the template makes of two long texts contains every line of them."""
         for sample in _SAMPLES:
             text = self.render([("user", sample)])
             at = 0
@@ -297,7 +297,7 @@ def _overlapping(offsets: list[tuple[int, int]], start: int, end: int) -> list[i
 
 
 def date_text(day: str | date | None) -> str | None:
-    """A day as YYYY-MM-DD; `SPDError` if it is none."""
+    """A day as YYYY-MM-DD; `SPDError` if the value is no day."""
     try:
         if isinstance(day, date):
             return date(day.year, day.month, day.day).isoformat()  # a time of day is left out
@@ -312,7 +312,3 @@ def _today() -> str:
 
 def _message(role: str, text: str, parts: bool) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Do two models say the same on long texts? Windows and rope regimes begin where short texts have ended."""
+"""Whether two models agree on long texts: windows and rope regimes begin where short texts have ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ATTENTION_COPIES = 4
 def regimes(config: Any) -> dict[int, str]:
     """Lengths in tokens beyond which a configuration says that the model computes otherwise, and what they are called.
 
-    Found by name in the configuration and all that is nested in it: an unneeded one costs a comparison.
+    They are found by name in the configuration and all that is nested in it; an unneeded one costs one comparison.
     """
     found: dict[int, str] = {}
     for name, value in numbers_in(config.to_dict()):
@@ -44,7 +44,7 @@ def beyond(length: int, limit: int) -> int:
 
 
 def rows_that_fit(twin: PreTrainedModel, length: int) -> int:
-    """How many rows of a length a lens model's plain attention has memory for: 0, 1 or 2."""
+    """How many rows of a length fit into memory with a lens model's plain attention: 0, 1 or 2."""
     n_heads = twin.config.get_text_config().num_attention_heads
     each = _ATTENTION_COPIES * n_heads * length**2 * torch.float32.itemsize
     return min(2, int(free_memory(twin.device) / 2 / each))
@@ -54,7 +54,8 @@ def rows_that_fit(twin: PreTrainedModel, length: int) -> int:
 def parity_at(twin: PreTrainedModel, lens: Any, tokenizer: Any, length: int) -> Parity:
     """How far the lens model is from the twin on a text of so many tokens.
 
-    Beside it, padded on the right, a shorter one where there is memory for two. Logits are made at some positions only.
+    A shorter text stands beside it, padded on the right, where there is memory for two. Logits are made at some
+    positions only.
     """
     lengths = [length, max(2, 2 * length // 3)][: max(1, rows_that_fit(twin, length))]
     rows = [long_text(tokenizer, n, seed) for seed, n in enumerate(lengths)]

@@ -1,7 +1,7 @@
 """Chat templates rendered as transformers renders them, on a day that is given and within bounds.
 
-A template is a program that comes with a model. Nothing of what it says can be relied on: it may loop for ever, write
-gigabytes, or ask for today's date.
+A template is a program that comes with a model. It cannot be trusted: it may loop for ever, write gigabytes, or ask for
+today's date.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def asks_for_the_date(tokenizer: Any) -> bool:
 
 
 def ending(tokenizer: Any, text: str, opened: str, question: str, answer: str) -> int | None:
-    """The token of its own that stands behind the answer and otherwise, at most, behind what was said before.
+    """The token that stands right behind the answer and nowhere else but behind messages; None if there is none.
 
     Args:
         tokenizer: The tokenizer.
@@ -88,13 +88,13 @@ class _Bounds:
         self.most, self.written, self.steps = most, 0, 0
 
     def watch(self, value: Any = None) -> str:
-        """Called at every turn of a loop, and with everything that is put into a variable."""
+        """Count one step; called at every turn of a loop, and with everything that is put into a variable."""
         self._count(1)
         self._refuse(len(value) if isinstance(value, str | list | tuple) else 0)
         return ""
 
     def range(self, *ends: int) -> Sequence[int]:
-        """A filter goes through it without a loop."""
+        """Count the whole range at once, since a filter goes through it without a loop."""
         self._count(len(found := range(*ends)))
         return found
 
@@ -129,7 +129,7 @@ def _compiled(source: str) -> Template:
 
 
 def _environment() -> Any:
-    """transformers' own tags, filters and functions; made of an empty template, since compiling folds constants."""
+    """transformers' environment, in which products and powers are computed within bounds."""
     environment = template_environment()
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.call_binop = _arithmetic
@@ -146,7 +146,7 @@ def _bodies(node: nodes.Node) -> Iterator[list[nodes.Node]]:
 
 
 def _targets(target: nodes.Node) -> list[nodes.Expr]:
-    """What a `set` has written to, to be read again."""
+    """The variables that a `set` has written, as expressions that read them."""
     if isinstance(target, nodes.Name):
         return [nodes.Name(target.name, "load")]
     if isinstance(target, nodes.NSRef):
@@ -159,7 +159,7 @@ def _watched(*values: nodes.Expr) -> nodes.Stmt:
 
 
 def _arithmetic(_context: Any, operator: str, left: Any, right: Any) -> Any:
-    """Products and powers, which make gigabytes out of two short operands."""
+    """Compute products and powers, and refuse those that make gigabytes out of two short operands."""
     for one, other in ((left, right), (right, left)):
         if isinstance(one, int) and one > 1:
             size = len(other) if isinstance(other, str | list | tuple) else 0

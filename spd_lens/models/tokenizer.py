@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from spd_lens.errors import SPDError, TooLong
+from spd_lens.errors import SPDError, TooLong, one_line
 from spd_lens.models import hub
 from spd_lens.models.adapter_files import layers_of_models
 
@@ -33,8 +33,7 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer
-        reason = " ".join(str(error).split())[:300]
-        raise SPDError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+        raise SPDError(f"the tokenizer in {directory} cannot be loaded: {one_line(error, 300)}") from error
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -51,7 +50,7 @@ class Tokens(NamedTuple):
 _CHARACTERS = 16
 """Characters per token of the context that are tokenised before it is known that a text may fit."""
 _MARGIN = 64
-"""Tokens by which the cut end of a text may have more of them than it has in the whole."""
+"""Tokens that a text may have more when it is cut than it has in the whole."""
 
 
 def tokenised(tokenizer: Any, text: str, *, specials: bool = True, most: int | None = None) -> Tokens:

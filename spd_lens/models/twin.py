@@ -1,4 +1,4 @@
-"""How the library runs a transformers model: the same outputs whatever settings were left on its configuration."""
+"""Running a transformers model, with the same outputs whatever settings were left on its configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> An
 
 @contextlib.contextmanager
 def named_outputs(model: Any) -> Iterator[None]:
-    """Let a model's parts hand outputs by name to each other: with `return_dict` off, transformers' own models fail."""
+    """While open, a model returns named outputs: with `return_dict` off, some of transformers' models fail."""
     config = model.config
     own = config.return_dict
     config.return_dict = True
@@ -34,7 +34,7 @@ def named_outputs(model: Any) -> Iterator[None]:
 
 
 def check_saveable(model: Any) -> None:
-    """Raise `SPDError` where transformers would refuse to save the model, and only then: after a training."""
+    """Raise `SPDError` where transformers would refuse to save the model, before a training and not after it."""
     try:
         if model.generation_config is not None:
             model.generation_config.validate(strict=True)

@@ -1,4 +1,4 @@
-"""Copies in place of all that a twin holds, so that whoever writes to the twin never writes to what is its own."""
+"""Copies in place of all that a twin holds, so that whoever writes to it never writes to its own weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def untouched(twin: PreTrainedModel) -> Iterator[None]:
 def state_digest(twin: PreTrainedModel) -> str:
     """Tells in about two milliseconds whether a twin is what it was: modules, configs and weights.
 
-    Of weights it sees whether torch wrote to them, and of each about 16 entries.
+    Of weights it sees how often torch wrote to them, and about 16 entries of each.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, module in twin.named_modules():
@@ -73,7 +73,7 @@ def state_digest(twin: PreTrainedModel) -> str:
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """A copy of what can be written to, the same for the same object; of a table with copies of what is in it."""
+    """A copy of a value that can be written to, the same for the same object; tables are copied with their content."""
     if isinstance(value, (Tensor, PretrainedConfig, GenerationConfig)):
         if id(value) not in copies:
             copies[id(value)] = copy.deepcopy(value, copies) if not isinstance(value, Tensor) else _tensor(value)

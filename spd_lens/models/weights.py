@@ -34,9 +34,9 @@ class SiteLayer:
 
     module: Any
     features: Int[Tensor, " feature"] | None
-    """Which output features, in the order `head, d_head`; None for all."""
+    """The output features that are the site's, in the order `head, d_head`; None for all."""
     reads: bool
-    """The layer reads the activation (z); otherwise it writes it."""
+    """Whether the layer reads the activation (z); otherwise it writes it."""
 
     @property
     def base(self) -> Any:
@@ -80,7 +80,7 @@ def site_layer(model: nn.Module, site: Site) -> SiteLayer:
 
 
 def _in_force(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules under the names that they have without an adapter; one that an adapter trained, for its original."""
+    """Modules under the names that they have without an adapter; a trained copy stands in for its original."""
     for name, module in model.named_modules():
         if ".original_module" not in name and not isinstance(module, ModulesToSaveWrapper):
             yield re.sub(r"\.modules_to_save\.[^.]+", "", name), module
@@ -119,7 +119,7 @@ def positionwise_in_last_block(model: nn.Module) -> list[nn.Module]:
 
 
 def _without(module: nn.Module, excluded: set[Any]) -> Iterator[nn.Module]:
-    """Outermost submodules with a linear layer and without the excluded ones."""
+    """The outermost submodules that hold a linear layer and none of the excluded modules."""
     for child in module.children():
         if child in excluded:  # with all inside, which under an adapter is the layer itself
             continue

@@ -1,4 +1,4 @@
-"""How a process is shut in: `bubblewrap`, or `unshare` with mounts of our own; never as root.
+"""The ways to isolate a process: `bubblewrap`, or `unshare` with mounts of our own; never as root.
 
 Both give a process its own user, process, network, mount, IPC and host name spaces; a file system that holds the
 system's libraries and this Python, read-only, and an empty scratch directory of limited size; no `/proc`, no `/sys`,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd_lens.defaults import DEFAULT_MODEL
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.models.architectures import n_kv_heads
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -63,7 +63,7 @@ def read_shape(model: str) -> Shape:
     except (OSError, ValueError) as error:
         raise SPDError(
             f"the shape of {model!r} is not known here and the hub does not tell it "
-            f"({' '.join(str(error).split())[:150]}); check the name or give a local directory"
+            f"({one_line(error, 150)}); check the name or give a local directory"
         ) from error
     try:
         if (n_layers := config.get_text_config().num_hidden_layers) > _MOST_LAYERS:

@@ -252,11 +252,8 @@ def round_robin(items: Sequence[Example], by: Callable[[Example], str]) -> list[
         turns.append(seen.setdefault(by(item), 0))
         seen[by(item)] += 1
     order = {group: rank for rank, group in enumerate(sorted(seen))}
-    return [item for _, _, item in sorted(zip(turns, (order[by(i)] for i in items), items, strict=True), key=_turn)]
-
-
-def _turn(entry: tuple[int, int, Example]) -> tuple[int, int]:
-    return entry[:2]
+    places = [(turn, order[by(item)]) for turn, item in zip(turns, items, strict=True)]
+    return [item for _, item in sorted(zip(places, items, strict=True), key=lambda entry: entry[0])]
 
 
 def without_repeats(items: Iterable[Example], held_out: set[str], problem: Callable[[Example], str]) -> list[Example]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.stand_ins import refuse_stand_in
 
 
@@ -108,7 +108,7 @@ class Source:
             records = [dict(record) for record in data]
         except Exception as error:  # what comes out of there is open-ended: network, cache, Arrow, a missing split
             raise SPDError(
-                f"cannot read {self.hub} ({split}) from the hub: {_one_line(error)}; "
+                f"cannot read {self.hub} ({split}) from the hub: {one_line(error)}; "
                 f"without the hub, give path= (--data-dir), a directory with {self.local_form}"
             ) from error
         text = json.dumps(records, sort_keys=True, ensure_ascii=True, default=str)
@@ -190,13 +190,8 @@ def _parse(text: str, where: str, hint: str) -> Any:
         place = where if ", line " in where else f"{where}, line {error.lineno}"
         raise SPDError(f"{place}: not JSON ({error.msg} at column {error.colno}){hint}") from error
     except (RecursionError, ValueError) as error:  # nested thousands deep; an integer of thousands of digits
-        raise SPDError(f"{where}: not readable as JSON ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise SPDError(f"{where}: not readable as JSON ({one_line(error)})") from error
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(repr(value))

@@ -34,7 +34,7 @@ class SyntheticCode(CodeTask, SyntheticTask):
 
     def make(self, rng: random.Random) -> Example:
         if self.difficulty == "easy":
-            return _EASY[rng.choice(sorted(_EASY))](self, rng)
+            return rng.choice(_EASY)(self, rng)
         return self._pipeline(rng)
 
     def _pipeline(self, rng: random.Random) -> Example:
@@ -192,11 +192,4 @@ def _map(task: SyntheticCode, rng: random.Random) -> Example:
     return task.build(words, name, code, run, _telling(rng, run))
 
 
-_EASY: dict[str, Callable[[SyntheticCode, random.Random], Example]] = {
-    "linear": _linear,
-    "clamp": _clamp,
-    "replace": _replace,
-    "affix": _affix,
-    "filter": _filter,
-    "map": _map,
-}
+_EASY = (_affix, _clamp, _filter, _linear, _map, _replace)

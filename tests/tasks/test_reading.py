@@ -129,7 +129,8 @@ def test_the_asked_form_is_looked_for_in_what_is_read():
     assert not task.in_asked_form("It is 7.\n\nQuestion: 1 + 1?\n#### 2")
     assert task.in_asked_form("<think>no</think>\n#### negative 7") and task.in_asked_form("#### ½")
     choice = tasks.get("synthetic-qa")
-    assert not choice.in_asked_form("<think>\nAnswer: B</think>\nB is right") and choice.in_asked_form("Answer: B</s>")
+    assert not choice.in_asked_form("<think>\nAnswer: B</think>\nB is right")
+    assert choice.in_asked_form("Answer: B</s>")
 
 
 UNITS = (

@@ -55,7 +55,7 @@ def same_number(gold: str, answer: str | None) -> bool:
 
 
 def same_value(gold: str, answer: str) -> bool:
-    """As `same_number`, but what is still to be worked out (`5 + 3`) has no value."""
+    """The same as `same_number`, except that an expression to be worked out (`5 + 3`) has no value."""
     if any(is_expression(plain_numbers(text)) for text in (gold, answer)):
         return False
     return any(_close(one, other) for one in values(gold) for other in values(answer))

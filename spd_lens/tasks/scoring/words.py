@@ -9,20 +9,7 @@ from typing import Literal
 
 from spd_lens.tasks.scoring.reading import answer_part, introduces, last_box, marks, tidy
 
-_PAIRS = {
-    "(": ")",
-    "[": "]",
-    "<": ">",
-    "{": "}",
-    "“": "”",
-    "‘": "’",
-    "«": "»",
-    '"': '"',
-    "'": "'",
-    "`": "`",
-    "*": "*",
-    "_": "_",
-}
+_PAIRS = dict(zip("([<{“‘«\"'`*_", ")]>}”’»\"'`*_", strict=True))
 _BRACKETS = "([<{"
 _MACRO = re.compile(
     r"(?:\\(?:boxed|text\w{0,2}|math\w{2}|mbox)\{(?P<inside>[^{}]*)\}|\\\((?P<inline>.*)\\\)|\$(?P<dollars>[^$]+)\$)\.?"
