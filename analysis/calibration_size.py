@@ -197,10 +197,9 @@ def _analyse(
         console.print(f"{config.task} has {available} calibration examples: sizes {possible} alone are possible")
     examples = examples[: 2 * max(possible)]
     settings: dict[str, Any] = {
-        "settings": config.extraction,
-        "shards": _shards(subject, len(examples), math.gcd(*possible)),
-        "progress": subject.progress,
-    }
+        "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "engine": config.engine,
+        "shards": _shards(subject, len(examples), math.gcd(*possible)), "progress": subject.progress,
+    }  # fmt: skip
     clean = extract(subject.pair, examples, **settings)
     how: dict[str, Any] = {"rank": rank, "per_head": config.per_head, "draws": draws, "seed": seed}
     frame = stability(clean, possible, **how)

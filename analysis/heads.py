@@ -184,6 +184,7 @@ def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"
 def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
     """Moments at all layers of the same prompts with other examples' answers: extracted once."""
     path = subject.folder / f"moments-all-layers-shuffled-{seed}.safetensors"
+    config = subject.run.config
     if not is_made(path, GradientMoments.load):
         try:
             wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
@@ -191,8 +192,9 @@ def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
             log.warning("no null of shuffled answers: %s", error)
             return None
         extract(
-            subject.pair, wrong, settings=subject.run.config.extraction, layers="all", progress=subject.progress
-        ).save(path)
+            subject.pair, wrong, layers="all", kinds=config.kinds, loss=config.loss, engine=config.engine,
+            progress=subject.progress,
+        ).save(path)  # fmt: skip
     return GradientMoments.load(path)
 
 

@@ -112,10 +112,12 @@ class Subject:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
         path = self.folder / "moments-all-layers.safetensors"
         if not is_made(path, GradientMoments.load):
+            config = self.run.config
             log.info("extracting gradients at all layers of %s", self.pair.name)
             extract(
-                self.pair, self.calibration(), settings=self.run.config.extraction, layers="all", progress=self.progress
-            ).save(path)
+                self.pair, self.calibration(), layers="all", kinds=config.kinds, loss=config.loss,
+                engine=config.engine, progress=self.progress,
+            ).save(path)  # fmt: skip
         return GradientMoments.load(path)
 
     def save(

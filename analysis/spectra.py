@@ -43,11 +43,13 @@ def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) 
     """Moments of the run's calibration examples with shuffled answers: extracted once, kept in `analysis/`."""
     path = subject.folder / f"moments-shuffled-{seed}.safetensors"
     if not is_made(path, GradientMoments.load):
+        config = subject.run.config
         layers = sorted({site.layer for site in moments.sites})
         wrong = subject.task.kept("calibration", shuffled_answers(subject.calibration(), seed))
         extract(
-            subject.pair, wrong, settings=subject.run.config.extraction, layers=layers, progress=subject.progress
-        ).save(path)
+            subject.pair, wrong, layers=layers, kinds=config.kinds, loss=config.loss, engine=config.engine,
+            progress=subject.progress,
+        ).save(path)  # fmt: skip
     return GradientMoments.load(path)
 
 

@@ -240,7 +240,23 @@ def _distil(record: Run, pair: ModelPair, progress: bool) -> None:
 
 def finetune_with(config: SPDConfig, pair: ModelPair, corpus: Corpus, out: Path, *, progress: bool = True) -> Path:
     """`finetune` with a config's settings."""
-    return finetune(pair, corpus, settings=config.training, out=out, progress=progress)
+    return finetune(
+        pair,
+        corpus,
+        out=out,
+        method=config.method,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_targets,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        epochs=config.epochs,
+        batch_size=config.train_batch_size,
+        loss_on=config.loss_on,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def _effects(record: Run, pair: ModelPair, name: str, task: Task, subspace: Subspace, progress: bool) -> None:
