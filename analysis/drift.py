@@ -247,9 +247,7 @@ def _analyse(
     subject: Subject, adapter: Path, held_out: list[Example], n_random: int, seed: int, console: Console
 ) -> None:
     config = subject.run.config
-    settings: dict[str, Any] = {
-        "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "progress": subject.progress,
-    }  # fmt: skip
+    settings: dict[str, Any] = {"settings": config.extraction, "progress": subject.progress}
     examples = subject.calibration()
     # both on the twin: in bfloat16 the engines round differently, which is no drift
     before = extract(subject.pair, examples, engine="twin", **settings)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -27,18 +27,19 @@ from spd_lens.models.memory import free_memory
 from spd_lens.models.neutral import neutrally
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
-from spd_lens.models.prompts import Encoded, Loss
+from spd_lens.models.prompts import Encoded
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 from spd_lens.models.weights import positionwise_in_last_block, twin_hook
 from spd_lens.moments import GradientMoments
 from spd_lens.numbers import whole
 from spd_lens.products import fast_products
+from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("lens", "twin")
+CAPTURE_ENGINES = ("lens", "twin")
 
 # float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. A larger
 # one would overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
@@ -50,13 +51,11 @@ def extract(
     pair: ModelPair,
     examples: Sequence[Example],
     *,
-    layers: str | int | Iterable[int] = "last_mid",
-    kinds: str | Sequence[str] = ("k", "v"),
-    loss: Loss = "aligned",
-    engine: str = "lens",
+    settings: Extraction | None = None,
     shards: int = 8,
     batch_tokens: int | None = None,
     progress: bool = True,
+    **keywords: Unpack[ExtractionKeywords],
 ) -> GradientMoments:
     """Moments of the token gradients of all examples, for any rank afterwards.
 
@@ -67,33 +66,27 @@ def extract(
     Args:
         pair: The model.
         examples: Calibration examples with completion and spans.
-        layers: `"last_mid"` (the paper's choice), `"all"`, or block indices counted from 0.
-        kinds: Activations to take, of `sites.KINDS`.
-        loss: `"aligned"` scores the tokens of the spans (Eq. 6); `"full"` every token of the completion (table 5).
-        engine: `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the Hugging
-            Face model, which saves holding the weights twice. Both give the same moments: the lens model is compared
-            with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures
-            on the twin, which is logged, and any other backend is an error.
+        settings: Where and of what gradients are captured. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
             numbers per shard and site.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Show a progress bar.
+        **keywords: Single settings, over `settings`: layers, kinds, loss, engine. `spd_lens.settings.Extraction` says
+            what they mean.
 
     Raises:
-        SPDError: no examples, an example without span or completion or beyond the context, an unknown layer or kind.
+        SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.
     """
     shards = whole("shards", shards)
     examples = worked_examples(examples, "calibration examples")
-    sites = pair.sites(layers, kinds)
-    settings = {"loss": loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    settings = Extraction.given(settings, keywords, "extract")
+    sites = pair.sites(settings.layers, settings.kinds)
+    recorded = {"loss": settings.loss, "dtype": str(pair.dtype).removeprefix("torch.")}
     if pair.format.prompt_date is not None:
-        settings["prompt_date"] = pair.format.prompt_date
-    moments = GradientMoments.empty(pair.fingerprint, sites, shards, settings)
-    for rows in token_gradients(
-        pair, examples, layers=layers, kinds=kinds, loss=loss, engine=engine, batch_tokens=batch_tokens,
-        progress=progress,
-    ):  # fmt: skip
+        recorded["prompt_date"] = pair.format.prompt_date
+    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
+    for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
         shard = rows.index % shards
         for site in sites:
             moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site])
@@ -125,23 +118,23 @@ def token_gradients(
     pair: ModelPair,
     examples: Sequence[Example],
     *,
-    layers: str | int | Iterable[int] = "last_mid",
-    kinds: str | Sequence[str] = ("k", "v"),
-    loss: Loss = "aligned",
-    engine: str = "lens",
+    settings: Extraction | None = None,
     batch_tokens: int | None = None,
     progress: bool = True,
+    **keywords: Unpack[ExtractionKeywords],
 ) -> Iterator[TokenGradients]:
     """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
-    if engine not in ENGINES:
-        raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    settings = Extraction.given(settings, keywords, "token_gradients")
+    engine = settings.engine
+    if engine not in CAPTURE_ENGINES:
+        raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(CAPTURE_ENGINES)}")
     examples = worked_examples(examples, "calibration examples")
     if batch_tokens is not None:
         batch_tokens = whole("batch_tokens", batch_tokens)
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
-    sites = pair.sites(layers, kinds)
-    encoded = [pair.encode(example, loss, engine) for example in examples]
+    sites = pair.sites(settings.layers, settings.kinds)
+    encoded = [pair.encode(example, settings.loss, engine) for example in examples]
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))

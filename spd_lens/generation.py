@@ -83,8 +83,7 @@ def generate(
     """
     settings = SamplingSettings.given(settings, keywords, "generate")
     settings.check()
-    choice = None if subspace is None or isinstance(subspace, Subspace) else subspace
-    policy = Policy.given(policy, subspace if isinstance(subspace, Subspace) else None, strength, adapter)
+    policy = Policy.given(policy, subspace, strength, adapter)
     _check_engine(engine, policy)
     earlier = recorded_settings(path)
     pair = pair.dated((earlier or {}).get("prompt_date"))
@@ -92,8 +91,8 @@ def generate(
     jobs = _jobs(pair, prompts, settings.samples_per_prompt, settings.max_new_tokens, engine)
     if engine == "lens":  # before its weights are recorded
         pair.lens_at(max(len(job.prompt_ids) for job in jobs) + settings.max_new_tokens)
-    groups = _groups(pair, jobs, policy, choice)
-    recorded = _recorded(pair, decoding, engine, groups, by_prompt=choice is not None)
+    groups = _groups(pair, jobs, policy)
+    recorded = _recorded(pair, decoding, engine, groups, by_prompt=not isinstance(policy.subspace, Subspace | None))
     if earlier is not None and "prompt_date" not in earlier:
         recorded.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
     decoding.own.tell()
@@ -160,13 +159,13 @@ class _Group:
     jobs: list[Job]
 
 
-def _groups(pair: ModelPair, jobs: Sequence[Job], policy: Policy, choice: PerPrompt | None) -> list[_Group]:
+def _groups(pair: ModelPair, jobs: Sequence[Job], policy: Policy) -> list[_Group]:
     """Jobs by the policy that they are done under, in order of first use; another model's subspace is refused."""
+    choice: Any = policy.subspace
     if isinstance(choice, Mapping):
         choice = {id_text(id): each for id, each in choice.items()}
     examples = {job.example.id: job.example for job in jobs}
-    # asked once for all samples
-    subspaces = {id: policy.subspace if choice is None else _chosen(choice, each) for id, each in examples.items()}
+    subspaces = {id: _chosen(choice, each) for id, each in examples.items()}  # asked once for all samples
     # each object is hashed once: thousands of prompts share a few
     distinct = {id(found): found for found in subspaces.values()}
     digests = {key: None if found is None else found.digest() for key, found in distinct.items()}
@@ -182,7 +181,9 @@ def _groups(pair: ModelPair, jobs: Sequence[Job], policy: Policy, choice: PerPro
     return list(groups.values())
 
 
-def _chosen(choice: PerPrompt, example: Example) -> Subspace | None:
+def _chosen(choice: Subspace | PerPrompt | None, example: Example) -> Subspace | None:
+    if choice is None or isinstance(choice, Subspace):
+        return choice
     if isinstance(choice, Mapping):
         if example.id not in choice:
             raise SPDError(f"no subspace is named for prompt {example.id!r}; name one for every prompt, None for none")

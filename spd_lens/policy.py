@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -36,10 +37,8 @@ class Policy:
             object.__setattr__(self, "name", "+".join(parts) or "base")
 
     @classmethod
-    def given(
-        cls, policy: Policy | None, subspace: Subspace | None, strength: float, adapter: str | Path | None
-    ) -> Policy:
-        """The policy that a function was given whole, or by its parts.
+    def given(cls, policy: Policy | None, subspace: Any, strength: float, adapter: str | Path | None) -> Policy:
+        """The policy that a function was given whole, or by its parts. For `generate` a subspace may be a choice.
 
         Raises:
             SPDError: Both were given, or something that is no policy.

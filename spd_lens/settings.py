@@ -142,7 +142,9 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
 
     With the loss `"aligned"` the tokens of the spans are scored (Eq. 6), with `"full"` every token of the completion
     (table 5). The engine `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the
-    Hugging Face model, which saves holding the weights twice. Both give the same moments.
+    Hugging Face model, which saves holding the weights twice. Both give the same moments: the lens model is compared
+    with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
+    twin, which is logged, and any other backend is an error.
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}
