@@ -70,7 +70,7 @@ class Subject:
 
     @property
     def moments(self) -> GradientMoments:
-        """At the run's own layers."""
+        """Moments of the calibration examples at the run's own layers."""
         return self.run.moments
 
     @property

@@ -84,7 +84,7 @@ def study_command(
 def rounds_command(
     config: SPDConfig,
     out: Out = Path("runs/rounds"),
-    n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="At most so many.")] = 3,
+    n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds at most.")] = 3,
     reextract: Annotated[str, typer.Option("--reextract", help="Each round's subspace: current or first model's.")] = (
         "current"
     ),
@@ -278,7 +278,9 @@ def dashboard_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the one that is shown first.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("dashboard.html"),
     serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine, which generates.")] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the live app; 0: any that is free.")] = 8050,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port of the live app; 0: any that is free.")
+    ] = 8050,
     quiet: Quiet = False,
 ) -> None:
     """Runs as one self-contained page, or as a live app that also generates."""

@@ -65,14 +65,11 @@ class _Fits:
     def __call__(self, split: Split, example: Example) -> bool:
         key = split, example
         if key not in self.known:
-            self.known[key] = self._fits(split, example)
+            try:
+                self.known[key] = self._within(split, example)
+            except TooLong:
+                self.known[key] = False
         return self.known[key]
-
-    def _fits(self, split: Split, example: Example) -> bool:
-        try:
-            return self._within(split, example)
-        except TooLong:
-            return False
 
     def _within(self, split: Split, example: Example) -> bool:
         if split == "calibration":

@@ -56,7 +56,7 @@ class Rounds(Folder):
         return Run(self.path / f"round-{number}")
 
     def moments(self, number: int) -> GradientMoments:
-        """Of the model after `number` rounds; 0 is the first model."""
+        """Gradient moments of the model after `number` rounds; 0 is the first model."""
         return GradientMoments.load(self.path / f"after-{number}" / "moments.safetensors")
 
     def effects(self, number: int) -> list[ForcedItem]:
@@ -106,9 +106,9 @@ def run_rounds(
     started again, it continues.
 
     Args:
-        config: Of the first round. `dtype` must be float32, or auto, which is float32 here.
+        config: Settings of the first round. `dtype` must be float32, or auto, which is float32 here.
         out: The folder; new, or of rounds with the same settings (more of them may be asked for).
-        n_rounds: At most so many.
+        n_rounds: Number of rounds at most.
         reextract: `"current"`: each round's subspace is that of the model it starts from; `"first"`: always the first
             model's.
         stop: When to end early; None: `StopRule()`.

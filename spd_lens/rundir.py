@@ -43,7 +43,7 @@ class Folder:
 
     @property
     def is_free(self) -> bool:
-        """Whether a new one may begin here, be it where a process was killed before it had begun one."""
+        """Whether a new one may begin here, also where a process was killed before it had begun one."""
         return is_free(self.path, self.settings_file, self.notes_file)
 
     @property

@@ -71,7 +71,7 @@ class Said:
     kl: float
     """KL(base || policy) of the next token after the prompt, in nats."""
     probabilities: Sequence[float]
-    """Of `Answer.tokens`, as the next token after the prompt."""
+    """Probability of each of `Answer.tokens` as the next token after the prompt."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,12 @@ from typing import ClassVar
 from spd_lens.corpus import Corpus
 from spd_lens.evaluation import Policy
 from spd_lens.experiment import Experiment
+from spd_lens.subspace import Subspace
+
+
+def Projection(subspace: Subspace, strength: float = 1.0) -> Policy:
+    """What methods written for earlier versions return: the policy of a projection."""
+    return Policy("projected", subspace, strength)
 
 
 class Method:

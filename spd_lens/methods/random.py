@@ -35,7 +35,7 @@ class Random(SelfPolicyDistillation):
 
 @register
 class RandomSameEnergy(SelfPolicyDistillation):
-    """As many random directions, block by block, as keep the share of activation energy that SPD's keep."""
+    """So many random directions, block by block, that they keep the share of activation energy that SPD's keep."""
 
     name = "spd-random-energy"
     says = "control: random directions that keep as much activation energy"

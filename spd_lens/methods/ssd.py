@@ -12,7 +12,7 @@ from spd_lens.methods.registry import register
 
 @register
 class SimpleSelfDistillation(Method):
-    """As in the published models' cards: temperature 1.6, top-p 0.8, top-k 20; every completion is kept."""
+    """Sampled as the published models' cards say: temperature 1.6, top-p 0.8, top-k 20; every completion is kept."""
 
     name = "ssd"
     says = "simple self-distillation: temperature 1.6, top-p 0.8, top-k 20 (arXiv 2604.01193, model cards)"
@@ -24,7 +24,7 @@ class SimpleSelfDistillation(Method):
 
 @register
 class SimpleSelfDistillationFile(SimpleSelfDistillation):
-    """As in the published configuration file: temperature 1.5, and the shortest tenth of the completions is dropped."""
+    """Sampled as the published configuration file says: temperature 1.5; the shortest tenth is dropped."""
 
     name = "ssd-config"
     says = "simple self-distillation: temperature 1.5, shortest 10 % dropped (arXiv 2604.01193, configuration file)"

@@ -105,7 +105,7 @@ def _check(config: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
 
 
 def _check_model(config: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
-    """What can be refused without work: layers and ranks that the model has not, texts beyond its context."""
+    """What can be refused without work: layers and ranks that the model does not have, texts beyond its context."""
     for place, experiment in enumerate(experiments.values()):
         check_model(experiment, targets=place == 0)
     for name in experiment.targets:
@@ -114,7 +114,7 @@ def _check_model(config: StudyConfig, experiments: Mapping[str, Experiment]) -> 
 
 
 def _note(bench: Bench) -> None:
-    """Who was here: model, data, set-up and machine, or a refusal where an earlier start saw something else."""
+    """Model, data, set-up and machine of the study; refused where an earlier start saw something else."""
     study, config, pair, targets = bench.study, bench.config, bench.any.pair, bench.any.targets
     note_model(study, pair)
     sources = {key: experiment.task for key, experiment in bench.experiments.items()}

@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def has_projection(self) -> bool:
-        """Whether it is known what the method generates under, be it nothing."""
+        """Whether it is known what the method generates under, which may be no projection."""
         return is_made(self.path / "projection.json", read_json)
 
     @property
@@ -121,7 +121,7 @@ class Study(Folder):
 
     @property
     def is_free(self) -> bool:
-        """Whether a new one may begin here, be it where a process was killed before it had begun one."""
+        """Whether a new one may begin here, also where a process was killed before it had begun one."""
         there = occupants(self.path, self.settings_file, self.notes_file)
         if [place.name for place in there] == [self.notes_file]:
             return set(self.notes) <= _FIRST_NOTES

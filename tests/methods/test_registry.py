@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from spd_lens import methods
+from spd_lens.evaluation import Policy
 from spd_lens.methods import Method, registry
 from tests.helpers import refused
 
@@ -67,6 +68,14 @@ def test_a_method_in_a_module_of_its_own_registers_and_works(own_registry, tmp_p
     assert found.strength == 0.5 and found.subspace.ranks == {
         site: tuple(8 - rank for rank in ranks) for site, ranks in experiment.subspace().ranks.items()
     }
+
+
+def test_a_method_of_an_earlier_version_works(experiment):
+    from spd_lens.methods.base import Projection
+
+    found = Projection(experiment.subspace(), strength=0.5)
+    assert isinstance(found, Policy) and found.strength == 0.5 and found.adapter is None
+    assert found.subspace.sites == experiment.subspace().sites
 
 
 def test_a_name_is_taken_once(own_registry):
