@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_lens.capture import extract
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
@@ -22,7 +20,8 @@ from spd_lens.statistics import difference_sentence
 from spd_lens.storage import is_made
 
 from . import spectra_figures as draw
-from .inputs import Subject, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject
 from .spectra_measures import (
     ACTIVATIONS,
     CENTRED,
@@ -53,30 +52,24 @@ def shuffled_moments(subject: Subject, moments: GradientMoments, seed: int = 0) 
     return GradientMoments.load(path)
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    subject: Subject,
+    *,
     shuffled: Annotated[bool, typer.Option(help="Extract gradients of shuffled answers too.")] = True,
     all_layers: Annotated[bool, typer.Option(help="Effective ranks at every layer too; extracts them once.")] = False,
     draws: Annotated[int, typer.Option(min=20, help="Random subspaces for the range of chance.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffling and of the random subspaces.")] = 0,
-    quiet: Annotated[bool, typer.Option(help="Warnings only.")] = False,
-) -> None:
+) -> Findings:
     """How low-rank the gradients are: spectra, effective ranks and kept activation energy, with their nulls."""
-    set_up_logging(quiet)
-    for subject in subjects(runs, progress=not quiet):
-        _analyse(subject, shuffled, all_layers, draws, seed)
-
-
-def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, seed: int) -> None:
     moments = subject.moments
     sources = {source: moments for source in (GRADIENTS, ACTIVATIONS, CENTRED)}
     says = []
-    console = Console()
     if shuffled:
         try:
             sources[SHUFFLED] = shuffled_moments(subject, moments, seed)
         except SPDError as error:  # most examples have one and the same answer
-            console.print(f"shuffled answers left out: {error}", highlight=False, markup=False)
+            Console().print(f"shuffled answers left out: {error}", highlight=False, markup=False)
     spectra, ranks = [], []
     for per_head in (True, False):
         for source in SOURCES:
@@ -107,12 +100,10 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
     subject.save("spectra-ranks", table, **facts)
     subject.save("spectra-kept", kept, **facts)
     subject.save("spectra", curves, figures, says=text, **facts)
-    _print(console, table, subject.name)
-    console.print(text, highlight=False, markup=False)
-    console.print(f"Figures: {subject.folder / 'spectra.html'}", highlight=False, markup=False)
+    return Findings(_table(table, subject.name), text, [subject.folder / "spectra.html"], "Figures")
 
 
-def _print(console: Console, table: pd.DataFrame, name: str) -> None:
+def _table(table: pd.DataFrame, name: str) -> Table:
     shown = [source for source in SOURCES if source in set(table.source)]
     out = Table("site", "head", "width", *shown, title=f"directions that hold 90 % of the energy, {name}")
     chosen = table[table.measure == "rank of 90 % energy"]
@@ -123,10 +114,8 @@ def _print(console: Console, table: pd.DataFrame, name: str) -> None:
                 interval = f" [{row.low:.1f}, {row.high:.1f}]" if source == GRADIENTS else ""
                 cells.append(f"{row.value:.0f}{interval}")
         out.add_row(str(site), str(head), str(rows.width.iloc[0]), *cells)
-    console.print(out)
+    return out
 
-
-app = single_command(main)
 
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)
