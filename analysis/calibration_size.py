@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,9 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from spd_lens.capture import extract
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.moments import GradientMoments
@@ -38,7 +37,8 @@ from .calibration_faults import (
     wrong_answers,
 )
 from .calibration_losses import losses_figure, losses_under
-from .inputs import Subject, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject
 from .style import band, figure, line
 
 UNITS = {ENERGY: "share of gradient energy", "mean squared cosine": "mean squared cosine", "mean angle": "degrees"}
@@ -163,43 +163,26 @@ def stability_sentence(frame: pd.DataFrame) -> str:
     return f"{text} From {settled} examples on, the mean lies within the range over draws at {largest}."
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    subject: Subject,
+    *,
     sizes: Annotated[str, typer.Option(help="Examples per set; twice the largest are drawn.")] = "5,10,20,50",
     rank: Annotated[str, typer.Option(help="Directions per block: integer or fraction; the run's own if empty.")] = "",
     draws: Annotated[int, typer.Option(help="Pairs of disjoint sets per size.")] = 8,
     faults: Annotated[bool, typer.Option(help="Also wrong answers, misplaced spans and a biased choice.")] = True,
     items: Annotated[int, typer.Option(help="Held-out items for the loss under projection; 0 leaves it out.")] = 24,
     seed: Annotated[int, typer.Option(help="Of divisions, faults and random subspaces.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """How many calibration examples a subspace needs, and what spoils it."""
-    set_up_logging(quiet)
-    wanted = _sizes(sizes)
-    for subject in subjects(runs, progress=not quiet):
-        _analyse(subject, wanted, _rank(rank, subject), draws, faults, items, seed, Console())
-
-
-def _analyse(
-    subject: Subject, sizes: list[int], rank: Rank, draws: int, faults: bool, items: int, seed: int, console: Console
-) -> None:
-    config = subject.run.config
-    available, examples = len(subject.task.pool("calibration")), []
-    possible = [size for size in sizes if 2 * size <= available]
-    if possible and len(examples := subject.calibration(2 * max(possible))) < 2 * max(possible):
-        available = len(examples)  # of those drawn, the run leaves out what is too long
-        possible = [size for size in possible if 2 * size <= available]
-    if not possible:
-        raise SPDError(f"{config.task} has {available} calibration examples, fewer than two sets of {min(sizes)}")
-    if possible != sizes:
-        console.print(f"{config.task} has {available} calibration examples: sizes {possible} alone are possible")
-    examples = examples[: 2 * max(possible)]
+    config, console = subject.run.config, Console()
+    examples, possible = _drawn(subject, _sizes(sizes), console)
     settings: dict[str, Any] = {
         "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "engine": config.engine,
         "shards": _shards(subject, len(examples), math.gcd(*possible)), "progress": subject.progress,
     }  # fmt: skip
+    how: dict[str, Any] = {"rank": _rank(rank, subject), "per_head": config.per_head, "draws": draws, "seed": seed}
     clean = extract(subject.pair, examples, **settings)
-    how: dict[str, Any] = {"rank": rank, "per_head": config.per_head, "draws": draws, "seed": seed}
     frame = stability(clean, possible, **how)
     says = stability_sentence(frame)
     figures = [stability_figure(frame, measure) for measure in MEASURES]
@@ -214,10 +197,24 @@ def _analyse(
         ]
         subject.save("calibration_size-losses", losses, n_items=len(held_out), **facts)
     subject.save("calibration_size", frame, figures, says=says, **facts)
-    _print(console, frame, subject.name)
-    console.print(says, highlight=False)
+    Findings(_table(frame, subject.name), says).show()
     if faults:
         _analyse_faults(subject, examples, clean, settings, how, console)
+
+
+def _drawn(subject: Subject, sizes: list[int], console: Console) -> tuple[list[Example], list[int]]:
+    """Twice as many examples as the largest size needs, and the sizes that are possible with what there is."""
+    config = subject.run.config
+    available, examples = len(subject.task.pool("calibration")), []
+    possible = [size for size in sizes if 2 * size <= available]
+    if possible and len(examples := subject.calibration(2 * max(possible))) < 2 * max(possible):
+        available = len(examples)  # of those drawn, the run leaves out what is too long
+        possible = [size for size in possible if 2 * size <= available]
+    if not possible:
+        raise SPDError(f"{config.task} has {available} calibration examples, fewer than two sets of {min(sizes)}")
+    if possible != sizes:
+        console.print(f"{config.task} has {available} calibration examples: sizes {possible} alone are possible")
+    return examples[: 2 * max(possible)], possible
 
 
 def _shards(subject: Subject, n_examples: int, common: int) -> int:
@@ -274,14 +271,13 @@ def _subspaces_by_size(clean: GradientMoments, sizes: list[int], how: dict[str, 
     return found
 
 
-def _print(console: Console, frame: pd.DataFrame, name: str) -> None:
+def _table(frame: pd.DataFrame, name: str) -> Table:
     means = frame.groupby(["n_examples", "measure", "of"]).value.mean()
     rows = [
         [str(size), *(f"{means[size, m, 'subspace']:.3g} ({means[size, m, 'random']:.3g})" for m in MEASURES)]
         for size in sorted(frame.n_examples.unique())
     ]
-    title = f"agreement of disjoint sets, {name} (random in brackets)"
-    console.print(terminal(["examples", *MEASURES], rows, title=title))
+    return terminal(["examples", *MEASURES], rows, title=f"agreement of disjoint sets, {name} (random in brackets)")
 
 
 def _sizes(text: str) -> list[int]:
@@ -300,7 +296,5 @@ def _rank(text: str, subject: Subject) -> Rank:
         raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import pandas as pd
 import plotly.graph_objects as go
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.console import set_up_logging
 from spd_lens.corpus import Record
 from spd_lens.diagnostics import corpus_diagnostics, ends_in_loop, repeated_ngrams, share_after_answer, text_ids
 from spd_lens.estimate import Estimate
@@ -22,6 +21,7 @@ from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.storage import write_json, write_text
 from spd_lens.tasks import Task
 
+from .command import Findings, Quiet, run
 from .corpora_page import corpora_page
 from .corpora_sources import Corpora, corpora_sets, shared_prompts
 from .style import COLORS, NULL_COLOR, SYMBOLS, figure, page
@@ -141,11 +141,10 @@ def main(
     task: Annotated[str | None, typer.Option(help="for JSONL files: whose answers they are")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="for JSONL files: where the task's data lie")] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write to; default: analysis/ of the study or run")] = None,
-    quiet: Annotated[bool, typer.Option(help="no log")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """What each method wrote, on the same prompts: texts side by side, and the corpora's diagnostics."""
     set_up_logging(quiet)
-    console = Console()
     for found in corpora_sets(places, methods=methods, seed=seed, task=task, data_dir=data_dir, out=out):
         table = corpora_table(found.corpora, found.task)
         differences = corpora_differences(found.corpora, found.task)
@@ -166,9 +165,7 @@ def main(
             write_text(folder / f"{name}.html", page(f"Corpora of {found.title}", [fig], says=says, facts=facts)),
             write_text(folder / f"{name}-text.html", text),
         ]
-        console.print(_rich(found.title, table))
-        console.print(says, highlight=False, markup=False)
-        console.print(f"written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+        Findings(_rich(found.title, table), says, written).show()
 
 
 def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], float | None]]]:
@@ -214,7 +211,5 @@ def _rich(title: str, table: pd.DataFrame) -> Table:
     return shown
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

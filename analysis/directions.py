@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,12 +20,10 @@ import plotly.graph_objects as go
 import torch
 import typer
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from spd_lens.capture import token_gradients
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
@@ -37,9 +34,10 @@ from spd_lens.sites import Site, resolve_layers
 from spd_lens.storage import write_text
 
 from .angles import p_value
+from .command import Findings, analysis, run
 from .direction_sums import Tally, Vocabulary
 from .directions_page import cards_page
-from .inputs import place, subjects
+from .inputs import Subject, place
 from .reading import pieces_of, spelled, tokens_of
 from .readout import Directions, Unembedding
 from .style import COLORS, NULL_COLOR, SYMBOLS, figure
@@ -206,43 +204,39 @@ def say(measures: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    subject: Subject,
+    *,
     n: Annotated[int, typer.Option(min=1, help="directions per head")] = 4,
     top: Annotated[int, typer.Option(min=1, help="tokens per pole, contexts per direction")] = 8,
     n_random: Annotated[int, typer.Option(min=19, help="random directions per head, the null")] = 100,
     layers: Annotated[str, typer.Option(help="block indices such as 9,14; default: the run's own layers")] = "",
     seed: Annotated[int, typer.Option(help="seed of the random directions")] = 0,
-    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
-) -> None:
+) -> Findings:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""
-    set_up_logging(quiet)
-    console = Console()
-    for subject in subjects(runs, progress=not quiet):
-        config, examples, pair = subject.run.config, subject.calibration(), subject.pair
-        moments = subject.moments
-        if layers:
-            chosen = resolve_layers(layers, pair.n_layers)
-            if not {site.layer for site in moments.sites} >= set(chosen):
-                moments = subject.moments_everywhere()
-            moments = _at(moments, [site for site in moments.sites if site.layer in chosen])
-        measures, tokens = read_directions(
-            pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
-            engine=config.engine, progress=not quiet,
-        )  # fmt: skip
-        says = say(measures)
-        facts: dict[str, Any] = {"examples": len(examples), "n_random": n_random, "seed": seed, "loss": config.loss}
-        subject.save("directions-tokens", tokens, **facts)
-        shown = [m for m in ("vocabulary kurtosis", "query energy", "first-token share", "effective examples")
-                 if m in set(measures["measure"])]  # fmt: skip
-        figures = [measure_figure(measures, measure) for measure in shown]
-        paths = subject.save("directions", measures, figures, says=says, **facts)
-        pieces = pieces_of(examples, pair.format, config.loss)
-        page = cards_page(subject.name, measures, tokens, examples, pieces, says=says, model=config.model)
-        paths.append(write_text(subject.folder / "directions-cards.html", page))
-        console.print(_table(subject.name, measures, tokens))
-        console.print(says, highlight=False, markup=False)
-        console.print(f"written: {', '.join(map(str, paths))}", highlight=False, markup=False, soft_wrap=True)
+    config, examples, pair = subject.run.config, subject.calibration(), subject.pair
+    moments = subject.moments
+    if layers:
+        chosen = resolve_layers(layers, pair.n_layers)
+        if not {site.layer for site in moments.sites} >= set(chosen):
+            moments = subject.moments_everywhere()
+        moments = _at(moments, [site for site in moments.sites if site.layer in chosen])
+    measures, tokens = read_directions(
+        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
+        engine=config.engine, progress=subject.progress,
+    )  # fmt: skip
+    says = say(measures)
+    facts: dict[str, Any] = {"examples": len(examples), "n_random": n_random, "seed": seed, "loss": config.loss}
+    subject.save("directions-tokens", tokens, **facts)
+    shown = [m for m in ("vocabulary kurtosis", "query energy", "first-token share", "effective examples")
+             if m in set(measures["measure"])]  # fmt: skip
+    figures = [measure_figure(measures, measure) for measure in shown]
+    paths = subject.save("directions", measures, figures, says=says, **facts)
+    pieces = pieces_of(examples, pair.format, config.loss)
+    page = cards_page(subject.name, measures, tokens, examples, pieces, says=says, model=config.model)
+    paths.append(write_text(subject.folder / "directions-cards.html", page))
+    return Findings(_table(subject.name, measures, tokens), says, paths)
 
 
 def _against(value: float, random: Float[Tensor, " n"]) -> dict[str, float]:
@@ -279,7 +273,5 @@ def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
     return table
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -15,10 +15,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 import typer
-from rich.console import Console
 
 from spd_lens.capture import extract
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
@@ -30,7 +28,8 @@ from spd_lens.tables import terminal
 
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
 from .agreements import ENERGY, MEASURES, agreement
-from .inputs import Subject, place, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject, place
 from .shardwise import half_width, halves
 from .style import figure, line
 
@@ -227,25 +226,17 @@ def drift_sentence(frame: pd.DataFrame) -> str:
     )
 
 
+@analysis(runs="Finished run directories, with an adapter.")
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Finished run directories, with an adapter.")],
+    subject: Subject,
+    *,
     items: Annotated[int, typer.Option(help="Held-out items for the KL.")] = 24,
     n_random: Annotated[int, typer.Option(help="Random projections as control.")] = 5,
     seed: Annotated[int, typer.Option(help="Of random subspaces and resampling.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
-) -> None:
+) -> Findings:
     """The subspace after distillation against the one before."""
-    set_up_logging(quiet)
-    console = Console()
-    for subject in subjects(runs, progress=not quiet):
-        adapter = subject.run.adapter  # refuses an unfinished run before the model is loaded
-        held_out = subject.held_out(items)
-        _analyse(subject, adapter, held_out, n_random, seed, console)
-
-
-def _analyse(
-    subject: Subject, adapter: Path, held_out: list[Example], n_random: int, seed: int, console: Console
-) -> None:
+    adapter = subject.run.adapter  # refuses an unfinished run before the model is loaded
+    held_out = subject.held_out(items)
     config = subject.run.config
     settings: dict[str, Any] = {"settings": config.extraction, "progress": subject.progress}
     examples = subject.calibration()
@@ -274,11 +265,8 @@ def _analyse(
         shown = [f"{energy[of]:.3f}" for of in ("before, after", "after, after", "random")]
         rows.append([f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°"])
     head = ["site and head", "energy share", "most", "random", "mean angle"]
-    console.print(terminal(head, rows, title=f"drift of {subject.name}"))
-    console.print(says, highlight=False)
+    return Findings(terminal(head, rows, title=f"drift of {subject.name}"), says)
 
-
-app = single_command(main)
 
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -8,7 +8,6 @@ the same prompts carrying other answers, ablation with random subspaces of the s
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -17,11 +16,9 @@ import torch
 import typer
 from einops import rearrange
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
@@ -29,8 +26,9 @@ from spd_lens.storage import write_text
 from spd_lens.subspace import resolve_rank
 
 from .attention import attention_of
+from .command import Findings, analysis, run
 from .heads_page import heads_page
-from .inputs import Subject, place, subjects
+from .inputs import Subject, place
 from .one_head import MEASURES, head_effects
 from .shardwise import filled, half_width, sets, summed
 from .style import DIVERGING, SEQUENTIAL, panel, panels
@@ -131,8 +129,10 @@ def say(energy: pd.DataFrame, effects: pd.DataFrame | None = None) -> str:
     return " ".join(sentences)
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    subject: Subject,
+    *,
     rank: Annotated[
         str, typer.Option(help="rank of a head: a number or a fraction such as 0.5; default: the run's")
     ] = "",
@@ -142,38 +142,32 @@ def main(
     example: Annotated[str, typer.Option(help="id of the calibration example to click through")] = "",
     shuffled: Annotated[bool, typer.Option(help="energy also with shuffled answers (a second extraction)")] = True,
     seed: Annotated[int, typer.Option(help="seed of shuffled answers and random subspaces")] = 0,
-    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
-) -> None:
+) -> Findings:
     """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
-    set_up_logging(quiet)
-    console = Console()
-    for subject in subjects(runs, progress=not quiet):
-        pair, examples = subject.pair, subject.calibration()
-        moments = subject.moments_everywhere()
-        energy = head_energy(moments, _shuffled(subject, seed) if shuffled else None)
-        facts: dict[str, Any] = {"examples": len(examples), "items": n, "n_random": n_random, "seed": seed}
-        subject.save("heads", energy, **facts)
-        config = subject.run.config
-        shown = attention_of(pair, examples, example or None, kinds=config.kinds, loss=config.loss)
-        path, title = subject.folder / "heads.html", f"heads of {subject.name}"
-        figures, effects, says = [energy_map(energy)], None, say(energy)
-        # the maps of energy are there while the ablation runs
+    pair, examples = subject.pair, subject.calibration()
+    moments = subject.moments_everywhere()
+    energy = head_energy(moments, _shuffled(subject, seed) if shuffled else None)
+    facts: dict[str, Any] = {"examples": len(examples), "items": n, "n_random": n_random, "seed": seed}
+    subject.save("heads", energy, **facts)
+    config = subject.run.config
+    shown = attention_of(pair, examples, example or None, kinds=config.kinds, loss=config.loss)
+    path, title = subject.folder / "heads.html", f"heads of {subject.name}"
+    figures, effects, says = [energy_map(energy)], None, say(energy)
+    # the maps of energy are there while the ablation runs
+    write_text(path, heads_page(title, figures, shown, says=says, facts=facts))
+    if layers != "none":
+        chosen = resolve_layers(layers, pair.n_layers)
+        sites = [site for site in moments.sites if site.layer in chosen and site.kind in ("k", "v")]
+        subspace = moments.subspace(_rank(rank, subject), per_head=True, sites=sites)
+        effects = head_effects(
+            pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=subject.progress
+        )
+        subject.save("heads-effects", effects, **facts)
+        for measure in MEASURES:
+            figures += [effect_map(effects, measure, policy) for policy in ("difference", "subspace", "random")]
+        says = say(energy, effects)
         write_text(path, heads_page(title, figures, shown, says=says, facts=facts))
-        if layers != "none":
-            chosen = resolve_layers(layers, pair.n_layers)
-            sites = [site for site in moments.sites if site.layer in chosen and site.kind in ("k", "v")]
-            subspace = moments.subspace(_rank(rank, subject), per_head=True, sites=sites)
-            effects = head_effects(
-                pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=not quiet
-            )
-            subject.save("heads-effects", effects, **facts)
-            for measure in MEASURES:
-                figures += [effect_map(effects, measure, policy) for policy in ("difference", "subspace", "random")]
-            says = say(energy, effects)
-            write_text(path, heads_page(title, figures, shown, says=says, facts=facts))
-        console.print(_table(subject.name, energy, effects))
-        console.print(says, highlight=False, markup=False)
-        console.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
+    return Findings(_table(subject.name, energy, effects), says, [path])
 
 
 def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"]:
@@ -241,7 +235,5 @@ def _table(name: str, energy: pd.DataFrame, effects: pd.DataFrame | None) -> Tab
     return table
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from spd_lens.console import start
+from spd_lens.console import single_command, start
 from spd_lens.errors import SPDError
 
 ANALYSES: dict[str, str] = {
@@ -25,7 +25,7 @@ ANALYSES: dict[str, str] = {
     "drift": "the subspace after distillation against the one before",
     "tables": "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)",
 }
-"""Every module here that takes run directories, in the order in which a reader asks."""
+"""The question of every analysis command, in the order in which a reader asks. Read without importing them."""
 
 
 def analyze(arguments: Sequence[str]) -> None:
@@ -40,4 +40,4 @@ def analyze(arguments: Sequence[str]) -> None:
     if name not in ANALYSES:
         raise SPDError(f"unknown analysis {arguments[0]!r}; choose from {', '.join(ANALYSES).replace('_', '-')}")
     module = importlib.import_module(f".{name}", package=__package__)
-    start(module.app, arguments[1:], on_interrupt="what it had saved stays")
+    start(single_command(module.main), arguments[1:], on_interrupt="what it had saved stays")

@@ -11,14 +11,12 @@ from typing import Annotated
 
 import typer
 
-from spd_lens.console import set_up_logging, single_command, start
-
+from .command import analysis, run
 from .grid import Grid
-from .inputs import subjects
+from .inputs import Subject
 from .recommend import KL_BUDGET
 from .sweep_report import report
 
-RunPaths = Annotated[list[Path], typer.Argument(help="Run directories.")]
 GridFile = Annotated[Path | None, typer.Option("--grid", help="YAML file with the grid; see docs/ablation.md.")]
 Items = Annotated[int | None, typer.Option("--items", help="Held-out items, instead of the grid's.")]
 Random = Annotated[
@@ -26,26 +24,22 @@ Random = Annotated[
 ]
 Budget = Annotated[float, typer.Option("--kl-budget", help="Largest KL of a recommended cell, in nats per token.")]
 Generate = Annotated[bool, typer.Option("--generate/--no-generate", help="Also generate under the chosen cells.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
 
 
+@analysis()
 def main(
-    runs: RunPaths,
+    subject: Subject,
+    *,
     grid: GridFile = None,
     items: Items = None,
     random: Random = None,
     kl_budget: Budget = KL_BUDGET,
     generate: Generate = True,
-    quiet: Quiet = False,
 ) -> None:
     """Ranks × layers against random subspaces; recommends layers and rank."""
-    set_up_logging(quiet)
     chosen = Grid.read(grid, n_items=items, n_random=random)
-    for subject in subjects(runs, progress=not quiet):
-        report("layer_sweep", subject, chosen, kl_budget=kl_budget, generate=generate)
+    report("layer_sweep", subject, chosen, kl_budget=kl_budget, generate=generate)
 
-
-app = single_command(main)
 
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

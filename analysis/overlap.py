@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import logging
 from itertools import combinations
-from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
+from rich.table import Table
 
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, resolve_rank
 from spd_lens.tables import terminal
 
 from . import overlap_figures as draw
-from .inputs import Subject, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject
 from .overlap_energy import energy_overlap, held_by, permutation_test
 from .subspace_pairs import angle_table, check_comparable, compare
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
@@ -36,8 +35,13 @@ log = logging.getLogger(__name__)
 CURVE = (1, 2, 4, 8, 16, 32, 64)
 
 
+@analysis(
+    runs="Run directories, two or more; results go to the first.",
+    together="an overlap needs two runs or more, for example runs/gsm8k runs/mbpp",
+)
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more; results go to the first.")],
+    found: list[Subject],
+    *,
     rank: Annotated[
         str, typer.Option(help="Directions per block of maps and tests: a number or a fraction.")
     ] = "0.125",
@@ -49,13 +53,8 @@ def main(
     permutations: Annotated[int, typer.Option(min=19, help="Exchanges of shards between two domains.")] = 199,
     draws: Annotated[int, typer.Option(min=99, help="Random subspaces for p-values against chance.")] = 999,
     seed: Annotated[int, typer.Option(min=0, help="Of exchanges and random subspaces.")] = 0,
-    quiet: Annotated[bool, typer.Option(help="Warnings only.")] = False,
-) -> None:
+) -> Findings:
     """How much of each other's gradient energy the subspaces of several runs hold, and what that says on transfer."""
-    set_up_logging(quiet)
-    if len(runs) < 2:
-        raise SPDError("an overlap needs two runs or more, for example runs/gsm8k runs/mbpp")
-    found = subjects(runs, progress=not quiet)
     moments = {subject.name: subject.moments for subject in found}
     settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
     chosen = _rank(rank)
@@ -99,10 +98,7 @@ def main(
     subject.save("overlap-angles", pd.concat(cosines), **facts)
     text = " ".join(says)
     subject.save("overlap", energy, figures, says=text, **facts)
-    console = Console()
-    _print(console, energy, exchanged, leading)
-    console.print(text, highlight=False, markup=False)
-    console.print(f"Figures: {subject.folder / 'overlap.html'}", highlight=False, markup=False)
+    return Findings(_table(energy, exchanged, leading), text, [subject.folder / "overlap.html"], "Figures")
 
 
 def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> str:
@@ -160,7 +156,7 @@ def _rank(text: str) -> Rank:
         raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
 
 
-def _print(console: Console, energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> None:
+def _table(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> Table:
     mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
     means = mine.groupby(["a", "b"], sort=False)[["value", "full", "chance"]].mean()
     tested = {(row.a, row.b): row.p_permutation for row in exchanged[exchanged.site == "all"].itertuples()}
@@ -171,10 +167,8 @@ def _print(console: Console, energy: pd.DataFrame, exchanged: pd.DataFrame, rank
         rows.append([a, b, *shares, "ceiling" if p is None else f"{p:.2g}"])
     head = ["subspace of", "gradients of", "energy share", "all examples", "chance", "p (one pool)"]
     title = f"energy held by {rank} of {int(mine.width.iloc[0])} directions, mean over sites and heads"
-    console.print(terminal(head, rows, title=title))
+    return terminal(head, rows, title=title)
 
-
-app = single_command(main)
 
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -12,10 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import typer
 from plotly.subplots import make_subplots
-from rich.console import Console
 from rich.table import Table
 
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.corpus import Corpus
 from spd_lens.diagnostics import corpus_diagnostics
 from spd_lens.errors import SPDError
@@ -28,7 +26,8 @@ from spd_lens.statistics import paired_difference, score_interval, within_noise
 from spd_lens.tables import terminal
 from spd_lens.tasks import Task
 
-from .inputs import subjects
+from .command import Findings, analysis, run
+from .inputs import Subject
 from .style import COLORS, DASHES, NULL_COLOR, SYMBOLS, figure
 
 TEMPERATURES = (0.5, 1.0, 1.5)
@@ -189,8 +188,10 @@ def say(frame: pd.DataFrame, differences: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    subject: Subject,
+    *,
     temperatures: Annotated[str, typer.Option(help="with commas; 0 is greedy")] = ",".join(map(str, TEMPERATURES)),
     top_ps: Annotated[str, typer.Option(help="with commas")] = ",".join(map(str, TOP_PS)),
     n: Annotated[int, typer.Option(min=1, help="test items")] = 16,
@@ -198,41 +199,35 @@ def main(
     random: Annotated[bool, typer.Option(help="also under a random subspace of the same ranks, as a control")] = True,
     adapter: Annotated[bool, typer.Option(help="also the fine-tuned model")] = False,
     seed: Annotated[int, typer.Option(help="of the sampling noise and the random subspace")] = 42,
-    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
-) -> None:
+) -> Findings:
     """Completions and scores over a grid of temperatures and top-p, under the run's projection and without."""
-    set_up_logging(quiet)
-    console = Console()
     grid = (_numbers(temperatures, "temperatures"), _numbers(top_ps, "top-ps"))
-    for subject in subjects(runs, progress=not quiet):
-        config, subspace = subject.run.config, subject.subspace
-        policies = [Policy("base"), Policy("projected", subspace, config.strength)]
-        policies += [Policy(RANDOM, subspace.random_like(seed), config.strength)] if random else []
-        policies += [Policy("tuned", adapter=subject.run.adapter)] if adapter else []
-        items = subject.task.test(n, config.data_seed)
-        corpora = sampled(
-            subject.pair, items, policies, temperatures=grid[0], top_ps=grid[1], samples=samples, seed=seed,
-            max_new_tokens=subject.task.max_new_tokens, batch_size=config.generation_batch_size,
-            folder=subject.folder / "sampling_sweep" / f"n{n}-samples{samples}-seed{seed}", progress=not quiet,
-        )  # fmt: skip
-        frame = sweep_frame(corpora, subject.task, items, subject.pair)
-        differences = sweep_differences(corpora, subject.task, items)
-        says = say(frame, differences)
-        facts: dict[str, Any] = {
-            "temperatures": grid[0],
-            "top_ps": grid[1],
-            "items": n,
-            "samples": samples,
-            "seed": seed,
-        }
-        shown = [measure for measure in MEASURES if measure in set(frame["measure"])]
-        written = subject.save(
-            "sampling_sweep", frame, [sweep_figure(frame, measure) for measure in shown], says=says, **facts
-        )
-        written += subject.save("sampling_sweep-differences", differences, says=says, **facts)
-        console.print(_table(subject.name, frame))
-        console.print(says, highlight=False, markup=False)
-        console.print(f"written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+    config, subspace = subject.run.config, subject.subspace
+    policies = [Policy("base"), Policy("projected", subspace, config.strength)]
+    policies += [Policy(RANDOM, subspace.random_like(seed), config.strength)] if random else []
+    policies += [Policy("tuned", adapter=subject.run.adapter)] if adapter else []
+    items = subject.task.test(n, config.data_seed)
+    corpora = sampled(
+        subject.pair, items, policies, temperatures=grid[0], top_ps=grid[1], samples=samples, seed=seed,
+        max_new_tokens=subject.task.max_new_tokens, batch_size=config.generation_batch_size,
+        folder=subject.folder / "sampling_sweep" / f"n{n}-samples{samples}-seed{seed}", progress=subject.progress,
+    )  # fmt: skip
+    frame = sweep_frame(corpora, subject.task, items, subject.pair)
+    differences = sweep_differences(corpora, subject.task, items)
+    says = say(frame, differences)
+    facts: dict[str, Any] = {
+        "temperatures": grid[0],
+        "top_ps": grid[1],
+        "items": n,
+        "samples": samples,
+        "seed": seed,
+    }
+    shown = [measure for measure in MEASURES if measure in set(frame["measure"])]
+    written = subject.save(
+        "sampling_sweep", frame, [sweep_figure(frame, measure) for measure in shown], says=says, **facts
+    )
+    written += subject.save("sampling_sweep-differences", differences, says=says, **facts)
+    return Findings(_table(subject.name, frame), says, written)
 
 
 def _numbers(text: str, what: str) -> list[float]:
@@ -278,7 +273,5 @@ def _interval(row: pd.Series) -> str:
     return Estimate(row["value"], row["low"], row["high"], 0, "").interval
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="the completions that were written stay, and the same command continues")
+    run(main, on_interrupt="the completions that were written stay, and the same command continues")

@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.statistics import difference_sentence
 from spd_lens.tables import terminal
 
 from . import spectra_figures as draw
-from .inputs import Subject, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject
 from .spectra_measures import (
     ACTIVATIONS,
     CENTRED,
@@ -35,30 +35,24 @@ from .spectra_measures import (
 __all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "spectrum"]
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    subject: Subject,
+    *,
     shuffled: Annotated[bool, typer.Option(help="Extract gradients of shuffled answers too.")] = True,
     all_layers: Annotated[bool, typer.Option(help="Effective ranks at every layer too; extracts them once.")] = False,
     draws: Annotated[int, typer.Option(min=20, help="Number of random subspaces for the range of chance.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffling and of the random subspaces.")] = 0,
-    quiet: Annotated[bool, typer.Option(help="Warnings only.")] = False,
-) -> None:
+) -> Findings:
     """How low-rank the gradients are: spectra, effective ranks and kept activation energy, with their nulls."""
-    set_up_logging(quiet)
-    for subject in subjects(runs, progress=not quiet):
-        _analyse(subject, shuffled, all_layers, draws, seed)
-
-
-def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, seed: int) -> None:
     moments = subject.moments
     sources = {source: moments for source in (GRADIENTS, ACTIVATIONS, CENTRED)}
     says = []
-    console = Console()
     if shuffled:
         try:
             sources[SHUFFLED] = subject.experiment.moments(shuffled=True, seed=seed)
         except SPDError as error:  # most examples have one and the same answer
-            console.print(f"shuffled answers left out: {error}", highlight=False, markup=False)
+            Console().print(f"shuffled answers left out: {error}", highlight=False, markup=False)
     spectra, ranks = [], []
     for per_head in (True, False):
         for source in SOURCES:
@@ -89,12 +83,10 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
     subject.save("spectra-ranks", table, **facts)
     subject.save("spectra-kept", kept, **facts)
     subject.save("spectra", curves, figures, says=text, **facts)
-    _print(console, table, subject.name)
-    console.print(text, highlight=False, markup=False)
-    console.print(f"Figures: {subject.folder / 'spectra.html'}", highlight=False, markup=False)
+    return Findings(_table(table, subject.name), text, [subject.folder / "spectra.html"], "Figures")
 
 
-def _print(console: Console, table: pd.DataFrame, name: str) -> None:
+def _table(table: pd.DataFrame, name: str) -> Table:
     shown = [source for source in SOURCES if source in set(table.source)]
     chosen = table[table.measure == "rank of 90 % energy"]
     rows = []
@@ -106,10 +98,8 @@ def _print(console: Console, table: pd.DataFrame, name: str) -> None:
                 cells.append(f"{row.value:.0f}{interval}")
         rows.append([str(site), str(head), str(found.width.iloc[0]), *cells])
     title = f"directions that hold 90 % of the energy, {name}"
-    console.print(terminal(["site", "head", "width", *shown], rows, title=title))
+    return terminal(["site", "head", "width", *shown], rows, title=title)
 
-
-app = single_command(main)
 
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spd_lens.config import SPDConfig
-from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.console import set_up_logging
 from spd_lens.errors import SPDError
 from spd_lens.estimate import bracketed
 from spd_lens.statistics import clustered_mean
@@ -35,6 +35,7 @@ from spd_lens.study.setup import backbone, differences_from_paper
 from spd_lens.tables import markdown, terminal
 
 from .calibration_figure import figure_4, points, points_sentence
+from .command import Quiet, run
 from .paper_numbers import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
 from .style import page
 
@@ -119,7 +120,7 @@ def main(
     what: Annotated[str, typer.Argument(help="1 to 5, or figure4.")],
     studies: Annotated[list[Path], typer.Argument(help="Folders of studies (figure4: also of runs).")],
     out: Annotated[Path | None, typer.Option(help="Where to write; else tables/ in the first folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No log lines.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """The paper's tables 1-5 and figure 4 from studies: the printed number beside ours.
 
@@ -236,7 +237,5 @@ def _rich(cells: pd.DataFrame) -> Table:
     return terminal(head, rows, show_lines=True, title=f"Table {number}: the paper's number{whose} over ours")
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

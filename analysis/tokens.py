@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,12 +18,10 @@ import plotly.graph_objects as go
 import typer
 from einops import rearrange
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from spd_lens.capture import token_gradients
-from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.controls import shuffled_answers
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
@@ -38,7 +35,8 @@ from spd_lens.storage import write_text
 from spd_lens.subspace import Subspace
 
 from .categories import CATEGORIES, categories
-from .inputs import place, subjects
+from .command import Findings, analysis, run
+from .inputs import Subject, place
 from .style import COLORS, NULL_COLOR, figure
 from .tokens_page import text_page
 
@@ -217,49 +215,45 @@ def say(energy: pd.DataFrame, shares: pd.DataFrame) -> str:
     return " ".join(filter(None, sentences))
 
 
+@analysis()
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    subject: Subject,
+    *,
     n: Annotated[int | None, typer.Option(help="calibration examples; default: all of the run's")] = None,
     shuffled: Annotated[bool, typer.Option(help="also with shuffled answers, as a null (a second extraction)")] = True,
     seed: Annotated[int, typer.Option(help="of the shuffle and the bootstrap")] = 0,
-    quiet: Annotated[bool, typer.Option(help="no progress bars")] = False,
-) -> None:
+) -> Findings:
     """Where in the text the gradient sits, and how much of it the subspace holds; a page with coloured text."""
-    set_up_logging(quiet)
-    console = Console()
-    for subject in subjects(runs, progress=not quiet):
-        config, examples = subject.run.config, subject.calibration(n)
-        measure = partial(
-            token_energy, subject.pair, subspace=subject.subspace, loss=config.loss, engine=config.engine,
-            progress=not quiet,
-        )  # fmt: skip
-        energy = measure(examples)
-        null, without = None, ""
-        if shuffled:
-            try:
-                wrong = shuffled_answers(examples, seed)
-            except SPDError as error:
-                without = f" There is no null of shuffled answers: {error}."
-            else:
-                null = measure(wrong)
-        shares = pd.concat([category_shares(energy, null, skip_first=s, seed=seed) for s in (False, True)])
-        says = say(energy, shares) + without
-        facts: dict[str, Any] = {
-            "examples": len(examples),
-            "loss": config.loss,
-            "seed": seed,
-            "units": "energy: (nats per unit)²",
-        }
-        subject.save("tokens-by-token", energy, **facts)
-        figures = [share_figure(shares), share_figure(shares, skip_first=True)]
-        figures += [share_figure(shares, str(site), skip_first=True) for site in subject.subspace.sites]
-        written = subject.save("tokens", shares, figures, says=says, **facts)
-        read = [tokens for tokens, _ in categories(examples, subject.pair.format, config.loss)]
-        page = text_page(subject.name, read, examples, energy, shares, says=says, model=config.model)
-        written.append(write_text(subject.folder / "tokens-text.html", page))
-        console.print(_table(subject.name, shares))
-        console.print(says, highlight=False, markup=False)
-        console.print(f"written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+    config, examples = subject.run.config, subject.calibration(n)
+    measure = partial(
+        token_energy, subject.pair, subspace=subject.subspace, loss=config.loss, engine=config.engine,
+        progress=subject.progress,
+    )  # fmt: skip
+    energy = measure(examples)
+    null, without = None, ""
+    if shuffled:
+        try:
+            wrong = shuffled_answers(examples, seed)
+        except SPDError as error:
+            without = f" There is no null of shuffled answers: {error}."
+        else:
+            null = measure(wrong)
+    shares = pd.concat([category_shares(energy, null, skip_first=s, seed=seed) for s in (False, True)])
+    says = say(energy, shares) + without
+    facts: dict[str, Any] = {
+        "examples": len(examples),
+        "loss": config.loss,
+        "seed": seed,
+        "units": "energy: (nats per unit)²",
+    }
+    subject.save("tokens-by-token", energy, **facts)
+    figures = [share_figure(shares), share_figure(shares, skip_first=True)]
+    figures += [share_figure(shares, str(site), skip_first=True) for site in subject.subspace.sites]
+    written = subject.save("tokens", shares, figures, says=says, **facts)
+    read = [tokens for tokens, _ in categories(examples, subject.pair.format, config.loss)]
+    page = text_page(subject.name, read, examples, energy, shares, says=says, model=config.model)
+    written.append(write_text(subject.folder / "tokens-text.html", page))
+    return Findings(_table(subject.name, shares), says, written)
 
 
 def _inside(g: Float[Tensor, "token width"], subspace: Subspace, site: Site) -> Float[Tensor, " token"]:
@@ -304,7 +298,5 @@ def _table(name: str, shares: pd.DataFrame) -> Table:
     return table
 
 
-app = single_command(main)
-
 if __name__ == "__main__":
-    start(app, on_interrupt="what it had saved stays")
+    run(main)

@@ -16,7 +16,7 @@ from torch import nn
 from spd_lens import Example, ModelPair, Site, SPDError, extract
 from spd_lens.analysis.directions import (
     MEASURES,
-    app,
+    main,
     measure_figure,
     random_directions,
     read_directions,
@@ -26,6 +26,7 @@ from spd_lens.analysis.directions_page import cards_page
 from spd_lens.analysis.reading import pieces_of
 from spd_lens.analysis.readout import Unembedding, _gain, matches, written
 from spd_lens.capture import token_gradients
+from spd_lens.console import single_command
 from spd_lens.models.hooks import LensHook
 from spd_lens.moments import GradientMoments
 from spd_lens.rundir import Run
@@ -288,7 +289,7 @@ def test_the_page_escapes_and_runs_nothing(read, tiny_pair):
 def test_command(finished_run: Run, tmp_path: Path):
     path = Path(shutil.copytree(finished_run.path, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
-        app([str(path), "--quiet", "--n", "1", "--n-random", "19", "--layers", "0"])
+        single_command(main)([str(path), "--quiet", "--n", "1", "--n-random", "19", "--layers", "0"])
     assert stop.value.code == 0
     measures = pd.read_csv(path / "analysis" / "directions.csv")
     assert set(measures["site"]) == {"0.k", "0.v"}  # not a layer of the run: extracted for this

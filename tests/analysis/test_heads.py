@@ -16,10 +16,11 @@ import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
 from spd_lens.analysis.attention import attention_of, attention_patterns
-from spd_lens.analysis.heads import app, effect_map, energy_map, head_energy, say
+from spd_lens.analysis.heads import effect_map, energy_map, head_energy, main, say
 from spd_lens.analysis.heads_page import heads_page
 from spd_lens.analysis.one_head import head_effects, only_head
 from spd_lens.capture import token_gradients
+from spd_lens.console import single_command
 from spd_lens.models.hooks import LensHook
 from spd_lens.moments import GradientMoments
 from spd_lens.projection import folded
@@ -221,7 +222,7 @@ def test_refusals(moments):
 def test_command(finished_run: Run, tmp_path: Path):
     path = Path(shutil.copytree(finished_run.path, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
-        app([str(path), "--quiet", "--layers", "1,2", "--n", "3", "--rank", "2"])
+        single_command(main)([str(path), "--quiet", "--layers", "1,2", "--n", "3", "--rank", "2"])
     assert stop.value.code == 0
     effects = pd.read_csv(path / "analysis" / "heads-effects.csv")
     assert set(effects["layer"]) == {1, 2} and set(effects["rank"]) == {2} and len(effects) == 2 * 2 * 2 * 2 * 3

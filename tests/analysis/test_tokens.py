@@ -14,9 +14,10 @@ import torch
 from spd_lens import Example, ModelPair, Site, SPDError, extract
 from spd_lens.analysis.categories import CATEGORIES, categories
 from spd_lens.analysis.reading import pieces_of, tokens_of
-from spd_lens.analysis.tokens import app, category_shares, say, share_figure, token_energy
+from spd_lens.analysis.tokens import category_shares, main, say, share_figure, token_energy
 from spd_lens.analysis.tokens_page import text_page
 from spd_lens.capture import token_gradients
+from spd_lens.console import single_command
 from spd_lens.rundir import Run
 
 ASK = " Answer with a number."
@@ -181,7 +182,7 @@ def test_the_page_shows_text_and_runs_nothing(tiny_pair):
 def test_command(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = Path(shutil.copytree(finished_run.path, tmp_path / "a run"))
     with pytest.raises(SystemExit) as stop:
-        app([str(path), "--quiet"])
+        single_command(main)([str(path), "--quiet"])
     assert stop.value.code == 0
     shares = pd.read_csv(path / "analysis" / "tokens.csv")
     assert {"energy", "tokens", "excess", "shuffled", "specific", "inside"} == set(shares["measure"])
