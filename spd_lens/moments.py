@@ -51,9 +51,7 @@ class GradientMoments:
     """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How they were taken: `loss`, `engine`, `dtype` of the model."""
-    _spectra: dict[tuple[Site, bool, str], BlockSpectrum] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _spectra: dict[tuple[Site, bool, str], BlockSpectrum] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     @neutral()
@@ -127,7 +125,7 @@ class GradientMoments:
         sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _PER_SHARD}
         for name in _PER_SITE:
             sums[name] = {site: getattr(self, name)[site] + getattr(other, name)[site] for site in self.sites}
-        return replace(self, **sums)
+        return replace(self, **sums, _spectra={})
 
     @neutral()
     def shards(self, chosen: Sequence[int]) -> GradientMoments:
@@ -138,7 +136,7 @@ class GradientMoments:
         parts: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SHARD}
         for name in _PER_SITE:
             parts[name] = {site: value[index] for site, value in getattr(self, name).items()}
-        return replace(self, **parts)
+        return replace(self, **parts, _spectra={})
 
     def halves(self) -> tuple[GradientMoments, GradientMoments]:
         """Two disjoint halves of the examples: even and odd shards."""
