@@ -129,7 +129,7 @@ def sweep(
         moments: Moments at all layers of the grid.
         items: Gold completions with spans, held out from calibration.
         grid: The combinations to try.
-        folder: Folder that keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
+        folder: Folder that keeps finished chunks of cells: a sweep that was killed goes on, a larger grid adds cells.
         strength: Strength of the projections.
         center: Project around the mean activation.
         chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
