@@ -24,7 +24,7 @@ from spd_lens.statistics import paired_difference
 from spd_lens.subspace import Subspace
 
 from .contrast import Contrast, contrasts, matched_draws
-from .grid import Cell, Grid
+from .grid import Grid, GridCell
 from .sweep_cells import MEASURES, Measured, Store, Values
 
 _TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
@@ -171,7 +171,7 @@ class _Bench:
     strength: float
     center: bool
 
-    def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
+    def cells(self, cells: Sequence[GridCell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
         """The base model, and some cells with their controls, on the same batches and against the same logits."""
         subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
         policies = [Policy("base")]
