@@ -1,7 +1,7 @@
 """Do two subspaces hold each other's gradients? The command, and what it is made of, for notebooks.
 
-`energy_overlap` (leads), `permutation_test` and `held_by` compare moments; `compare_subspaces` and `angle_table` two
-subspaces; `transfer` sets overlap against what projections do to losses. Figures are in `overlap_figures` and `transfer`.
+`energy_overlap`, `permutation_test` and `held_by` compare moments, `compare_subspaces` and `angle_table` subspaces;
+`transfer` sets overlap against what projections do to losses. The figures are in `overlap_figures` and `transfer`.
 """
 
 from __future__ import annotations
