@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
@@ -24,7 +25,6 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, Subspace
-from spd_lens.tables import terminal
 
 from .agreements import ENERGY, MEASURES, agreement
 from .calibration_faults import (
@@ -275,13 +275,12 @@ def _subspaces_by_size(clean: GradientMoments, sizes: list[int], how: dict[str, 
 
 
 def _print(console: Console, frame: pd.DataFrame, name: str) -> None:
+    table = Table("examples", *MEASURES, title=f"agreement of disjoint sets, {name} (random in brackets)")
     means = frame.groupby(["n_examples", "measure", "of"]).value.mean()
-    rows = [
-        [str(size), *(f"{means[size, m, 'subspace']:.3g} ({means[size, m, 'random']:.3g})" for m in MEASURES)]
-        for size in sorted(frame.n_examples.unique())
-    ]
-    title = f"agreement of disjoint sets, {name} (random in brackets)"
-    console.print(terminal(["examples", *MEASURES], rows, title=title))
+    for size in sorted(frame.n_examples.unique()):
+        cells = [f"{means[size, m, 'subspace']:.3g} ({means[size, m, 'random']:.3g})" for m in MEASURES]
+        table.add_row(str(size), *cells)
+    console.print(table)
 
 
 def _sizes(text: str) -> list[int]:

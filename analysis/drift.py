@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from spd_lens.capture import extract
 from spd_lens.console import set_up_logging, single_command, start
@@ -26,7 +27,6 @@ from spd_lens.models.adapters import adapted
 from spd_lens.models.neutral import neutrally
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank
-from spd_lens.tables import terminal
 
 from .absorption import absorbed, absorption, absorption_figure, absorption_sentence
 from .agreements import ENERGY, MEASURES, agreement
@@ -269,14 +269,13 @@ def _analyse(
     subject.save("drift-spectra", spectra, **facts)
     subject.save("drift-absorption", kls, estimates={k: v.to_dict() for k, v in estimates.items()}, **facts)
     subject.save("drift", frame, figures, says=says, **facts)
-    rows = []
+    table = Table("site and head", "energy share", "most", "random", "mean angle", title=f"drift of {subject.name}")
     cells = frame.set_index(["site", "head", "measure", "of"]).value.sort_index()
     for site, head in dict.fromkeys(zip(frame.site, frame["head"], strict=True)):
         energy = cells[site, head, ENERGY]
         shown = [f"{energy[of]:.3f}" for of in ("before, after", "after, after", "random")]
-        rows.append([f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°"])
-    head = ["site and head", "energy share", "most", "random", "mean angle"]
-    console.print(terminal(head, rows, title=f"drift of {subject.name}"))
+        table.add_row(f"{site} {head}", *shown, f"{cells[site, head, 'mean angle', 'before, after']:.1f}°")
+    console.print(table)
     console.print(says, highlight=False)
 
 

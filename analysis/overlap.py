@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.moments import GradientMoments
 from spd_lens.subspace import Rank, resolve_rank
-from spd_lens.tables import terminal
 
 from . import overlap_figures as draw
 from .inputs import Subject, subjects
@@ -166,14 +166,16 @@ def _print(console: Console, energy: pd.DataFrame, exchanged: pd.DataFrame, rank
     mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
     means = mine.groupby(["a", "b"], sort=False)[["value", "full", "chance"]].mean()
     tested = {(row.a, row.b): row.p_permutation for row in exchanged[exchanged.site == "all"].itertuples()}
-    rows = []
+    table = Table(
+        "subspace of", "gradients of", "energy share", "all examples", "chance", "p (one pool)",
+        title=f"energy held by {rank} of {int(mine.width.iloc[0])} directions, mean over sites and heads",
+    )  # fmt: skip
     for (a, b), row in means.iterrows():
         p = tested.get((a, b), tested.get((b, a)))
-        shares = (f"{share:.3f}" for share in (row.value, row.full, row.chance))
-        rows.append([a, b, *shares, "ceiling" if p is None else f"{p:.2g}"])
-    head = ["subspace of", "gradients of", "energy share", "all examples", "chance", "p (one pool)"]
-    title = f"energy held by {rank} of {int(mine.width.iloc[0])} directions, mean over sites and heads"
-    console.print(terminal(head, rows, title=title))
+        table.add_row(
+            a, b, f"{row.value:.3f}", f"{row.full:.3f}", f"{row.chance:.3f}", "ceiling" if p is None else f"{p:.2g}"
+        )
+    console.print(table)
 
 
 app = single_command(main)

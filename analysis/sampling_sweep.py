@@ -70,7 +70,7 @@ def sampled(
         items: Prompts.
         policies: The base, the projected model and controls.
         temperatures: Temperatures of the grid.
-        top_ps: Top-p values of the grid.
+        top_ps: Values of top-p of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
         seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
@@ -238,8 +238,12 @@ def main(
         differences = sweep_differences(scores)
         says = say(frame, differences)
         facts: dict[str, Any] = {
-            "temperatures": grid[0], "top_ps": grid[1], "items": n, "samples": samples, "seed": seed,
-        }  # fmt: skip
+            "temperatures": grid[0],
+            "top_ps": grid[1],
+            "items": n,
+            "samples": samples,
+            "seed": seed,
+        }
         shown = [measure for measure in MEASURES if measure in set(frame["measure"])]
         written = subject.save(
             "sampling_sweep", frame, [sweep_figure(frame, measure) for measure in shown], says=says, **facts

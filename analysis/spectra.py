@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from spd_lens.console import set_up_logging, single_command, start
 from spd_lens.errors import SPDError
 from spd_lens.statistics import difference_sentence
-from spd_lens.tables import terminal
 
 from . import spectra_figures as draw
 from .inputs import Subject, subjects
@@ -97,17 +97,16 @@ def _analyse(subject: Subject, shuffled: bool, all_layers: bool, draws: int, see
 
 def _print(console: Console, table: pd.DataFrame, name: str) -> None:
     shown = [source for source in SOURCES if source in set(table.source)]
+    out = Table("site", "head", "width", *shown, title=f"directions that hold 90 % of the energy, {name}")
     chosen = table[table.measure == "rank of 90 % energy"]
-    rows = []
-    for (site, head), found in chosen.groupby(["site", "head"], sort=False):
+    for (site, head), rows in chosen.groupby(["site", "head"], sort=False):
         cells = []
         for source in shown:
-            for row in found[found.source == source].itertuples():
+            for row in rows[rows.source == source].itertuples():
                 interval = f" [{row.low:.1f}, {row.high:.1f}]" if source == GRADIENTS else ""
                 cells.append(f"{row.value:.0f}{interval}")
-        rows.append([str(site), str(head), str(found.width.iloc[0]), *cells])
-    title = f"directions that hold 90 % of the energy, {name}"
-    console.print(terminal(["site", "head", "width", *shown], rows, title=title))
+        out.add_row(str(site), str(head), str(rows.width.iloc[0]), *cells)
+    console.print(out)
 
 
 app = single_command(main)
