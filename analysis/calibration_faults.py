@@ -127,8 +127,8 @@ def biased(
 
     Args:
         clean: Moments with one example per shard, `extract(..., shards=len(examples))`.
-        keys: A key for each example, by the name of the bias. Numbers: the lowest are chosen. Texts (a subject, say): groups
-            are chosen one after the other, in random order, until there are enough examples.
+        keys: A key for each example, by the name of the bias. Of numbers the lowest are chosen; of texts (a subject,
+            say) groups are chosen one after the other, in random order, until there are enough examples.
         shares: Shares of the half that are chosen.
         rank: Rank of the subspaces.
         per_head: A subspace per head, or one over all heads.

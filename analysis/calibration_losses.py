@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,7 +31,7 @@ def losses_under(
 
     Args:
         pair: The model.
-        subspaces: Subspaces by label; several of one label (other draws) are averaged per item, as items are the sample.
+        subspaces: Subspaces by label; several of one label are averaged per item, since items are the sample.
         items: Held-out examples with completion and spans.
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.
@@ -54,10 +53,7 @@ def losses_under(
             ("change of aligned loss", paired_difference(base, losses)),
             ("KL from base", mean_interval(kl)),
         ):
-            low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
-            rows.append(
-                {"label": label, "measure": measure, "value": estimate.value, "low": low, "high": high, "n": estimate.n}
-            )
+            rows.append({"label": label, "measure": measure, **estimate.to_row()})
     return pd.DataFrame(rows)
 
 

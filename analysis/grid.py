@@ -1,4 +1,4 @@
-"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `Cell`: one of them."""
+"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `GridCell`: one of them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Grid(Settings):
         given = {key: value for key, value in over.items() if value is not None}
         return cls.make({**(defaults or {}), **(read_yaml(path) if path is not None else {}), **given})
 
-    def cells(self, moments: GradientMoments) -> list[Cell]:
+    def cells(self, moments: GradientMoments) -> list[GridCell]:
         """Every combination once, cheapest first (those that begin in late layers).
 
         A rank of a block's whole width is left out: it is the model itself.
@@ -108,7 +108,7 @@ class Grid(Settings):
         Raises:
             SPDError: a layer, kind, head or rank that the moments do not have.
         """
-        found: dict[tuple[Any, ...], Cell] = {}
+        found: dict[tuple[Any, ...], GridCell] = {}
         for label, blocks in self._layer_sets(moments.fingerprint.n_layers):
             for kinds in self.kinds:
                 names = split_kinds(kinds)
@@ -127,7 +127,7 @@ class Grid(Settings):
                             width = _width(moments, sites[0], projector)
                             size = resolve_rank(rank, width)
                             if size < width:
-                                cell = Cell(label, sites, label_of_kinds, head, projector, size, width)
+                                cell = GridCell(label, sites, label_of_kinds, head, projector, size, width)
                                 found.setdefault((sites, head, projector, size), cell)
         if not found:
             raise SPDError("the grid holds nothing but full ranks, which are the model itself; give smaller ranks")
@@ -166,7 +166,7 @@ class Grid(Settings):
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One subspace of a grid."""
 
     layers: str

@@ -1,6 +1,6 @@
 """Do two subspaces hold each other's gradients? The command, and what it is made of, for notebooks.
 
-`energy_overlap` (leads), `permutation_test` and `held_by` compare moments; `compare` and `angle_table` two subspaces;
+`energy_overlap` (leads), `permutation_test` and `held_by` compare moments; `compare_subspaces` and `angle_table` two subspaces;
 `transfer` sets overlap against what projections do to losses. The figures are in `overlap_figures` and `transfer`.
 """
 
@@ -23,11 +23,11 @@ from . import overlap_figures as draw
 from .command import Findings, analysis, run
 from .inputs import Subject
 from .overlap_energy import energy_overlap, held_by, permutation_test
-from .subspace_pairs import angle_table, check_comparable, compare
+from .subspace_pairs import angle_table, check_comparable, compare_subspaces
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
 
 __all__ = [
-    "angle_table", "check_comparable", "compare", "energy_overlap", "held_by", "main", "permutation_test", "transfer",
+    "angle_table", "check_comparable", "compare_subspaces", "energy_overlap", "held_by", "main", "permutation_test", "transfer",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def main(
         tests.append(test.assign(a=a, b=b, pair=pair))
         one, other = (moments[name].subspace(leading, per_head=not joint) for name in (a, b))
         angles.append(angle_table(one, other, seed=seed).assign(a=a, b=b, pair=pair))
-        cosines.append(compare(one, other, draws=draws, seed=seed).assign(a=a, b=b, pair=pair))
+        cosines.append(compare_subspaces(one, other, draws=draws, seed=seed).assign(a=a, b=b, pair=pair))
     exchanged = pd.concat(tests, ignore_index=True)
     figures = [
         draw.heat_map_figure(energy, leading), draw.energy_figure(energy), draw.exchange_figure(exchanged),

@@ -48,7 +48,7 @@ def energy_overlap(
         ranks: Ranks of the subspaces; those beyond a block's width are left out.
         per_head: A subspace per head, or one over all heads.
         shuffled: A null: by domain, moments of the same examples in the same shards with shuffled answers.
-        any_model: Allow moments of two models of one shape, as in `compare`.
+        any_model: Allow moments of two models of one shape, as in `compare_subspaces`.
         draws: Number of random subspaces for `p_random`.
         seed: Seed of the random subspaces, and of the choice of halves where there are many.
 
@@ -114,7 +114,7 @@ def permutation_test(
         per_head: Subspaces per head, or joint.
         permutations: Number of random exchanges. The smallest possible p-value is `1 / (1 + permutations)`.
         seed: Seed of the exchanges.
-        any_model: Allow moments of two models of one shape, as in `compare`.
+        any_model: Allow moments of two models of one shape, as in `compare_subspaces`.
 
     Returns:
         Columns `site, layer, kind, head, rank, value, null, null_low, null_high, p_permutation`; `null` is the mean

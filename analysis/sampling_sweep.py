@@ -44,6 +44,8 @@ MEASURES = {
 
 Setting = tuple[str, float, float]
 """Policy, temperature, top-p."""
+Scores = dict[str, list[float]]
+"""The score of each sample, by prompt."""
 
 
 def sampled(
@@ -67,7 +69,7 @@ def sampled(
         items: Prompts.
         policies: The base, the projected model and controls.
         temperatures: Temperatures of the grid.
-        top_ps: Top-p values of the grid.
+        top_ps: Values of top-p of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
         seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
@@ -95,8 +97,23 @@ def sampled(
     return found
 
 
+def scored(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example]) -> dict[Setting, Scores]:
+    """Scores of every completion, by prompt; no prompts where the task cannot score here."""
+    try:
+        task.check_scorable()
+    except SPDError:
+        return {setting: {} for setting in corpora}
+    by_id = {item.id: item for item in items}
+    found: dict[Setting, Scores] = {}
+    for setting, corpus in corpora.items():
+        scores = found[setting] = {}
+        for record in corpus:
+            scores.setdefault(record.id, []).append(task.score(by_id[record.id], record.completion))
+    return found
+
+
 def sweep_frame(
-    corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example], tokenizer: Any = None
+    corpora: Mapping[Setting, Corpus], scores: Mapping[Setting, Scores], task: Task, tokenizer: Any = None
 ) -> pd.DataFrame:
     """Diagnostics and scores of each: `policy, temperature, top_p, measure, value, low, high, n, unit`.
 
@@ -104,12 +121,12 @@ def sweep_frame(
     `any sample` the share of prompts with a right sample among theirs. Both are left out where the task cannot score.
     """
     rows = []
-    for (policy, temperature, top_p), corpus in corpora.items():
+    for setting, corpus in corpora.items():
+        policy, temperature, top_p = setting
         frame = corpus_diagnostics(corpus, tokenizer, task).drop(columns="interval")
-        scores = _scores(corpus, task, items)
-        for measure, values in (("accuracy", _means(scores)), ("any sample", _best(scores))):
-            if values:
-                estimate = score_interval(values.values())
+        for measure, of_samples in (("accuracy", fmean), ("any sample", max)):
+            if scores[setting]:
+                estimate = score_interval(map(of_samples, scores[setting].values()))
                 frame.loc[len(frame)] = {"measure": measure, **estimate.to_row(), "unit": "share"}
         rows.append(frame.assign(policy=policy, temperature=temperature, top_p=top_p))
     frame = pd.concat(rows, ignore_index=True)
@@ -117,14 +134,14 @@ def sweep_frame(
     return frame[[*front, *(column for column in frame if column not in front)]]
 
 
-def sweep_differences(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example]) -> pd.DataFrame:
+def sweep_differences(scores: Mapping[Setting, Scores]) -> pd.DataFrame:
     """Accuracy of each policy minus the first's at the same point, paired by prompt."""
-    first = next(iter(corpora))[0]
-    scores = {setting: _means(_scores(corpus, task, items)) for setting, corpus in corpora.items()}
+    first = next(iter(scores))[0]
+    means = {setting: {id: fmean(own) for id, own in found.items()} for setting, found in scores.items()}
     rows = []
-    for (policy, temperature, top_p), mine in scores.items():
+    for (policy, temperature, top_p), mine in means.items():
         if policy != first and mine:
-            base = scores[first, temperature, top_p]
+            base = means[first, temperature, top_p]
             found = paired_difference([base[id] for id in mine], list(mine.values()))
             where = {"policy": policy, "reference": first, "temperature": temperature, "top_p": top_p}
             rows.append({**where, **found.to_row(), "within_noise": within_noise(found)})
@@ -235,27 +252,6 @@ def _numbers(text: str, what: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise SPDError(f"{what} must be numbers with commas between, not {text!r}") from error
-
-
-def _scores(corpus: Corpus, task: Task, items: Sequence[Example]) -> dict[str, list[float]]:
-    """Scores of each prompt's samples; nothing where the task cannot score here."""
-    try:
-        task.check_scorable()
-    except SPDError:
-        return {}
-    by_id = {item.id: item for item in items}
-    scores: dict[str, list[float]] = {}
-    for record in corpus:
-        scores.setdefault(record.id, []).append(task.score(by_id[record.id], record.completion))
-    return scores
-
-
-def _means(scores: Mapping[str, list[float]]) -> dict[str, float]:
-    return {id: fmean(own) for id, own in scores.items()}
-
-
-def _best(scores: Mapping[str, list[float]]) -> dict[str, float]:
-    return {id: max(own) for id, own in scores.items()}
 
 
 def _table(name: str, frame: pd.DataFrame) -> Table:

@@ -22,7 +22,9 @@ ANGLES = {"smallest angle": 0.0, "median angle": 0.5, "largest angle": 1.0}
 """Angles in degrees, each as a quantile of the principal angles."""
 
 
-def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 999, seed: int = 0) -> pd.DataFrame:
+def compare_subspaces(
+    a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 999, seed: int = 0
+) -> pd.DataFrame:
     """Principal angles and mean squared cosine of two subspaces, against random subspaces of `a`'s rank.
 
     Args:
@@ -43,7 +45,6 @@ def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 9
     for site, block, x, y in _blocks(a, b):
         width = x.shape[0]
         random = random_bases(draws, width, x.shape[1], seed)
-        cosines = torch.linalg.svdvals(random.mT @ y).clamp(max=1.0)
         where = {**place(site, block, a.per_head), "rank_a": x.shape[1], "rank_b": y.shape[1], "width": width}
         value = float(mean_squared_cosine(x, y))
         null = mean_squared_cosine(random, y)
@@ -52,7 +53,7 @@ def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 9
              "p_random": p_value(value, null)}
         )  # fmt: skip
         found = principal_angles(x, y).rad2deg()
-        drawn = cosines.acos().rad2deg()  # ascending, since the cosines descend
+        drawn = _angles_of_each(random, y)
         for name, q in ANGLES.items():
             value = float(torch.quantile(found, q))
             null = torch.quantile(drawn, q, dim=1)
@@ -64,7 +65,7 @@ def compare(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 9
 
 
 def angle_table(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Every principal angle in degrees, ascending. Arguments as in `compare`.
+    """Every principal angle in degrees, ascending. Arguments as in `compare_subspaces`.
 
     Returns:
         Columns `site, layer, kind, head, number, value, chance, random_low, random_high`: the angle's number from 1,
@@ -75,7 +76,7 @@ def angle_table(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     for site, block, x, y in _blocks(a, b):
         random = random_bases(draws, x.shape[0], x.shape[1], seed)
-        drawn = torch.linalg.svdvals(random.mT @ y).clamp(max=1.0).acos().rad2deg()
+        drawn = _angles_of_each(random, y)
         low, high = torch.quantile(drawn, ends, dim=0)
         found = principal_angles(x, y).rad2deg()
         for i, angle in enumerate(found):
@@ -120,6 +121,11 @@ def check_model(a: Any, b: Any) -> None:
         a.fingerprint.check(b.fingerprint, "the first of the two")
     except SPDError as error:
         raise SPDError(f"{error}; if two models of one shape are to be compared, pass any_model=True") from error
+
+
+def _angles_of_each(bases: Float[Tensor, "n width ra"], b: Float[Tensor, "width rb"]) -> Float[Tensor, "n angle"]:
+    """Principal angles of many subspaces to one, in degrees and ascending, since their cosines descend."""
+    return torch.linalg.svdvals(bases.mT @ b).clamp(max=1.0).acos().rad2deg()
 
 
 def _blocks(a: Subspace, b: Subspace) -> list[tuple[Site, int, Float[Tensor, "width ra"], Float[Tensor, "width rb"]]]:

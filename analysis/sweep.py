@@ -24,7 +24,7 @@ from spd_lens.statistics import paired_difference
 from spd_lens.subspace import Subspace
 
 from .contrast import Contrast, contrasts, matched_draws
-from .grid import Cell, Grid
+from .grid import Grid, GridCell
 from .sweep_cells import MEASURES, Measured, Store, Values
 
 _TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
@@ -129,7 +129,7 @@ def sweep(
         moments: Moments at all layers of the grid.
         items: Gold completions with spans, held out from calibration.
         grid: The combinations to try.
-        folder: Folder that keeps every finished chunk of cells: a sweep that was killed goes on, a larger grid adds cells.
+        folder: Folder that keeps finished chunks of cells: a sweep that was killed goes on, a larger grid adds cells.
         strength: Strength of the projections.
         center: Project around the mean activation.
         chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
@@ -171,7 +171,7 @@ class _Bench:
     strength: float
     center: bool
 
-    def cells(self, cells: Sequence[Cell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
+    def cells(self, cells: Sequence[GridCell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
         """The base model, and some cells with their controls, on the same batches and against the same logits."""
         subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
         policies = [Policy("base")]

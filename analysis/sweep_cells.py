@@ -14,7 +14,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.storage import read_json, write_json
 
-from .grid import Cell
+from .grid import GridCell
 
 MEASURES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
 """What is measured of each cell, in nats per token of the gold completion."""
@@ -27,7 +27,7 @@ Values = dict[str, Float[np.ndarray, " item"]]
 class Measured:
     """What one cell and its controls did to every item."""
 
-    cell: Cell
+    cell: GridCell
     ranks: tuple[int, ...]
     """Directions that were kept, for each block of each site in turn: fewer than asked where gradients had fewer."""
     own: Values
@@ -79,14 +79,14 @@ class Store:
     def put_base(self, base: Values) -> None:
         self._write("base", _lists(base))
 
-    def has(self, cell: Cell) -> bool:
+    def has(self, cell: GridCell) -> bool:
         return self._read(cell.name) is not None
 
     def put(self, measured: Measured) -> None:
         record = {"own": _lists(measured.own), "random": [_lists(r) for r in measured.random]}
         self._write(measured.cell.name, {"ranks": list(measured.ranks), **record})
 
-    def get(self, cell: Cell) -> Measured:
+    def get(self, cell: GridCell) -> Measured:
         record = self._read(cell.name)
         try:
             own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]

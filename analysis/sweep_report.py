@@ -16,7 +16,7 @@ from spd_lens.moments import GradientMoments
 from spd_lens.tables import terminal
 
 from .chosen import CHOSEN_MEASURES, remeasure, write
-from .grid import Cell, Grid
+from .grid import Grid, GridCell
 from .inputs import Subject
 from .recommend import KL_BUDGET, Recommendation, overall, recommend
 from .sweep import sweep
@@ -58,7 +58,7 @@ def report(
     return advice
 
 
-def default_cell(subject: Subject, moments: GradientMoments) -> Cell | None:
+def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
     """The run's own setting as a cell, or None if it keeps everything."""
     config = subject.run.config
     own = {
@@ -74,7 +74,7 @@ def default_cell(subject: Subject, moments: GradientMoments) -> Cell | None:
 
 
 def measure_chosen(
-    subject: Subject, moments: GradientMoments, grid: Grid, cells: list[Cell], name: str, n_confirm: int = 10
+    subject: Subject, moments: GradientMoments, grid: Grid, cells: list[GridCell], name: str, n_confirm: int = 10
 ) -> pd.DataFrame:
     """Fresh items with `n_confirm` fresh draws, and generation on the sweep's items."""
     config = subject.run.config

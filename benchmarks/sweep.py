@@ -12,7 +12,7 @@ import spd_lens as spd
 from benchmarks import subjects
 from benchmarks.measure import in_turn, settle
 from benchmarks.table import Row
-from spd_lens.analysis.grid import Cell, Grid
+from spd_lens.analysis.grid import Grid, GridCell
 from spd_lens.analysis.sweep import measure
 from spd_lens.evaluation import Policy
 from spd_lens.evaluation.skip_layers import exact_prefix
@@ -101,7 +101,7 @@ def quarters(n_layers: int) -> list[int]:
     return [n_layers * part // 4 - 1 for part in (4, 3, 2, 1)]
 
 
-def _cell(grid: Grid, moments: spd.GradientMoments, layer: int) -> Cell:
+def _cell(grid: Grid, moments: spd.GradientMoments, layer: int) -> GridCell:
     """The cell of middling rank at one layer, out of moments of that layer alone."""
     return grid.model_copy(update={"layers": [str(layer)], "ranks": [RANKS[3]]}).cells(moments)[0]
 

@@ -12,7 +12,7 @@ import pandas as pd
 from spd_lens.errors import SPDError
 from spd_lens.estimate import Estimate
 from spd_lens.evaluation import ForcedItem
-from spd_lens.statistics import mean_interval, paired_difference, within_noise
+from spd_lens.statistics import mean_interval, paired_difference, verdict
 from spd_lens.subspace import Subspace
 
 
@@ -121,10 +121,9 @@ def say(table: pd.DataFrame, stopped: str | None) -> str:
     sentences = []
     for row in table.itertuples():
         change = Estimate(row.loss_change, row.loss_change_low, row.loss_change_high, 0, "")
-        verdict = "within noise" if within_noise(change) else "higher" if change.value > 0 else "lower"
-        interval = f"{change.value:+.3f} [{change.low:.3f}, {change.high:.3f}]"
+        changed = f"{change.value:+.3f} [{change.low:.3f}, {change.high:.3f}] in this round, {verdict(change)}"
         sentences.append(
-            f"Round {row.round}: aligned loss {row.aligned_loss:.3f} ({interval} in this round, {verdict}), KL from "
+            f"Round {row.round}: aligned loss {row.aligned_loss:.3f} ({changed}), KL from "
             f"the first model {row.kl:.4f}, overlap with the first subspace {row.overlap:.2f} (halves of the examples "
             f"{row.overlap_of_halves:.2f}, chance {row.overlap_by_chance:.2f})."
         )

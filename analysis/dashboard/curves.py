@@ -44,18 +44,18 @@ class Source:
         assert known is not None
         return known.sites
 
-    def directions(self, site: Site, per_head: bool) -> Directions | None:
+    def directions(self, site: Site, per_head: bool) -> SiteDirections | None:
         """At one site, per head or joint; None where the source does not have it in this form."""
         if site not in self.sites:
             return None
         if self.moments is not None:
-            return Directions.of(self.moments, site, per_head)
+            return SiteDirections.of(self.moments, site, per_head)
         assert self.subspace is not None
         basis = self.subspace.bases[site]
         if (basis.shape[0] > 1) != per_head:
             return None
         values = self.subspace.singular_values.get(site)
-        return Directions(basis, None if values is None else values.square())
+        return SiteDirections(basis, None if values is None else values.square())
 
     def forms(self, site: Site) -> list[bool]:
         """Which of per head (True) and joint (False) exist at a site; one block alone is joint."""
@@ -66,7 +66,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Directions:
+class SiteDirections:
     """One site's directions, leading first, and the Gram matrices they belong to, where known."""
 
     vectors: Vectors
@@ -77,7 +77,7 @@ class Directions:
     activation: Gram | None = None
 
     @classmethod
-    def of(cls, moments: GradientMoments, site: Site, per_head: bool) -> Directions:
+    def of(cls, moments: GradientMoments, site: Site, per_head: bool) -> SiteDirections:
         own = moments.spectrum(site, per_head)
         return cls(own.vectors, own.energies, own.gram, moments.blocks(site, per_head, of="activation"))
 
@@ -113,15 +113,16 @@ def own_spectrum(gram: Gram) -> Float[Tensor, "block width"]:
 def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | None:
     """How much directions of one half of the examples hold of the other half's gradients, the mean of both ways.
 
-    The ceiling for any overlap between domains, and free of the optimism of `Directions.cumulative`, whose directions
-    were chosen on the energy that they are measured on. None where the moments have one shard, or one filled half.
+    The ceiling for any overlap between domains, and free of the optimism of `SiteDirections.cumulative`, whose
+    directions were chosen on the energy that they are measured on. None where the moments have one shard, or one
+    filled half.
     """
     if moments.n_shards < 2:
         return None
     halves = moments.halves()
     if not all(int(half.n_examples.sum()) for half in halves):
         return None
-    one, two = (Directions.of(half, site, per_head) for half in halves)
+    one, two = (SiteDirections.of(half, site, per_head) for half in halves)
     across, back = one.held(two.gradient), two.held(one.gradient)
     assert across is not None and back is not None
     return (across + back) / 2

@@ -19,7 +19,7 @@ from .. import style
 from ..angles import cosine_by_rank
 from ..inputs import Subject
 from . import records
-from .curves import Directions, Source, jackknife_band, own_spectrum, shares, split_half
+from .curves import SiteDirections, Source, jackknife_band, own_spectrum, shares, split_half
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def source_of(subject: Subject) -> Source:
 def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
     """The document of objects in memory: spectra and energies of each, overlaps between all of them."""
     runs = []
-    found: dict[tuple[int, Site, bool], Directions] = {}
+    found: dict[tuple[int, Site, bool], SiteDirections] = {}
     for index, source in enumerate(sources):
         log.info("spectra of %s at %d sites", source.name, len(source.sites))
         blocks: dict[str, dict[str, Any]] = {}
@@ -92,7 +92,7 @@ def _use(source: Source) -> dict[str, Any]:
     return {"used": {"per_head": source.subspace.per_head, "rank": source.subspace.rank, "ranks": ranks}}
 
 
-def _curves(source: Source, site: Site, per_head: bool, directions: Directions) -> dict[str, dict[str, Any]]:
+def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirections) -> dict[str, dict[str, Any]]:
     """One entry per head, or one called `all`: everything over the grid of ranks."""
     curves: dict[str, Tensor | None] = {"energy": directions.cumulative, "kept": directions.held(directions.activation)}
     if directions.energies is not None:
@@ -116,7 +116,7 @@ def _curves(source: Source, site: Site, per_head: bool, directions: Directions) 
     return entries
 
 
-def _overlaps(found: Mapping[tuple[int, Site, bool], Directions], n: int) -> dict[str, Any]:
+def _overlaps(found: Mapping[tuple[int, Site, bool], SiteDirections], n: int) -> dict[str, Any]:
     """For each site and head two `n × n` tables of curves: `energy[i][j]` is what run `i`'s directions hold of run
     `j`'s gradients, `cosine[i][j]` the mean squared cosine. None where they have no such site of the same shape."""
     overlaps: dict[str, Any] = {}

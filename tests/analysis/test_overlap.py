@@ -140,7 +140,7 @@ def test_p_values_count_ties_and_are_never_zero() -> None:
 def test_compare_reports_angles_cosines_and_chance_per_head() -> None:
     a = spanned(HEAD[:, :3], HEAD[:, :3])
     b = spanned(rotated(30) @ HEAD[:, :3], HEAD[:, 3:6])
-    table = overlap.compare(a, b, draws=199).set_index(["head", "measure"])
+    table = overlap.compare_subspaces(a, b, draws=199).set_index(["head", "measure"])
     assert not table.isna().any(axis=None)
     assert table.loc[("0", "largest angle"), "value"] == pytest.approx(30)
     assert table.loc[("0", "smallest angle"), "value"] == pytest.approx(0, abs=1e-10)
@@ -160,7 +160,7 @@ def test_random_pairs_have_uniform_p_values() -> None:
     found = []
     for seed in range(60):
         a, b = (spanned(basis) for basis in random_bases(2, 8, 3, seed=1000 + seed))
-        table = overlap.compare(a, b, draws=99, seed=seed)
+        table = overlap.compare_subspaces(a, b, draws=99, seed=seed)
         found.append(table[table.measure == "mean squared cosine"].p_random.item())
     assert stats.kstest(found, "uniform").pvalue > 1e-3
 
@@ -168,17 +168,17 @@ def test_random_pairs_have_uniform_p_values() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     per_head, joint = spanned(HEAD[:, :3], HEAD[:, :3]), spanned(torch.eye(16, dtype=torch.float64)[:, :3])
     with pytest.raises(SPDError, match=r"per head \(2 blocks\) and the other joint"):
-        overlap.compare(per_head, joint)
+        overlap.compare_subspaces(per_head, joint)
     with pytest.raises(SPDError, match="only subspaces of one shape"):
-        overlap.compare(per_head, spanned(*(torch.eye(6, dtype=torch.float64)[:, :3],) * 2))
+        overlap.compare_subspaces(per_head, spanned(*(torch.eye(6, dtype=torch.float64)[:, :3],) * 2))
     with pytest.raises(SPDError, match=r"sites 1.k and the second 2.k"):
-        overlap.compare(per_head, spanned(HEAD[:, :3], HEAD[:, :3], site=Site(2, "k")))
+        overlap.compare_subspaces(per_head, spanned(HEAD[:, :3], HEAD[:, :3], site=Site(2, "k")))
     one = replace(SHAPE, sample=(1.0, 0.0))
     other = replace(SHAPE, sample=(0.0, 1.0))
     a, b = (spanned(HEAD[:, :3], HEAD[:, :3], model=model) for model in (one, other))
     with pytest.raises(SPDError, match="any_model=True"):
-        overlap.compare(a, b)
-    assert len(overlap.compare(a, b, any_model=True, draws=20)) == 8
+        overlap.compare_subspaces(a, b)
+    assert len(overlap.compare_subspaces(a, b, any_model=True, draws=20)) == 8
     with pytest.raises(SPDError, match="3- and 4-dimensional"):
         mean_squared_cosine(torch.eye(3), torch.eye(4))
     rng = np.random.default_rng(0)

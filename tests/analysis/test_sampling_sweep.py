@@ -10,7 +10,7 @@ import pytest
 
 from spd_lens import tasks
 from spd_lens.analysis import sampling_sweep as module
-from spd_lens.analysis.sampling_sweep import sampled, say, sweep_differences, sweep_figure, sweep_frame
+from spd_lens.analysis.sampling_sweep import sampled, say, scored, sweep_differences, sweep_figure, sweep_frame
 from spd_lens.corpus import Corpus, Record
 from spd_lens.evaluation import Policy
 from spd_lens.generation import generate
@@ -47,7 +47,7 @@ def grid(rights):
 
 
 def test_accuracy_is_clustered_by_prompt(grid, rights):
-    frame = sweep_frame(grid, MATH, ITEMS)
+    frame = sweep_frame(grid, scored(grid, MATH, ITEMS), MATH)
     assert list(frame.columns[:3]) == ["policy", "temperature", "top_p"]
     own = frame[(frame.policy == "spd") & (frame.temperature == 0.5)].set_index("measure")
     wanted = clustered_mean(rights[1].T.astype(float))
@@ -60,12 +60,12 @@ def test_accuracy_is_clustered_by_prompt(grid, rights):
 
 
 def test_differences_are_paired_at_the_same_point(grid, rights):
-    found = sweep_differences(grid, MATH, ITEMS).set_index("temperature")
+    found = sweep_differences(scored(grid, MATH, ITEMS)).set_index("temperature")
     base, spd = (r.mean(axis=1) for r in rights)
     wanted = paired_difference(base, spd)
     assert found.loc[0.5, ["value", "low", "high"]].tolist() == pytest.approx([wanted.value, wanted.low, wanted.high])
     assert set(found.policy) == {"spd"} and found.within_noise.tolist() == [False, True]
-    sentence = say(sweep_frame(grid, MATH, ITEMS), found.reset_index())
+    sentence = say(sweep_frame(grid, scored(grid, MATH, ITEMS), MATH), found.reset_index())
     assert "1 of 2 settings" in sentence and "looks better than it is" in sentence
 
 
@@ -74,14 +74,15 @@ def test_a_task_that_cannot_score_still_gives_diagnostics():
     items = code.test(12, 0)
     records = [Record(item.id, item.prompt, item.completion, (1,), (5, 6), "eos") for item in items]
     grid = {("base", 1.0, 1.0): Corpus(records), ("spd", 1.0, 1.0): Corpus(records)}
-    frame, differences = sweep_frame(grid, code, items), sweep_differences(grid, code, items)
+    scores = scored(grid, code, items)
+    frame, differences = sweep_frame(grid, scores, code), sweep_differences(scores)
     assert "accuracy" not in set(frame.measure) and differences.empty
     assert "cannot be scored" in say(frame, differences)
 
 
 def test_the_figure_has_every_point_and_a_grey_control(grid):
     grid = {**grid, **{("random", *setting[1:]): own for setting, own in grid.items() if setting[0] == "spd"}}
-    frame = sweep_frame(grid, MATH, ITEMS)
+    frame = sweep_frame(grid, scored(grid, MATH, ITEMS), MATH)
     fig = sweep_figure(frame, "accuracy")
     assert [trace.name for trace in fig.data] == ["base", "spd", "random"]
     assert fig.data[2].line.color == module.NULL_COLOR and fig.data[2].line.dash == "dot"

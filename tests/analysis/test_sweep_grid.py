@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spd_lens import extract
-from spd_lens.analysis.grid import Cell, Grid
+from spd_lens.analysis.grid import Grid, GridCell
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
 from tests.helpers import EXAMPLES
@@ -72,8 +72,8 @@ def test_one_head_alone(moments):
 
 def test_names_do_not_depend_on_spelling():
     sites = tuple(Site(layer, "k") for layer in (0, 1, 2))
-    assert Cell("first_third", sites, "k", "all", "joint", 4, 16).name == "L0-2.k.all.joint.r4"
-    assert Cell("0,1,2", sites, "k", "all", "joint", 4, 16).name == "L0-2.k.all.joint.r4"
+    assert GridCell("first_third", sites, "k", "all", "joint", 4, 16).name == "L0-2.k.all.joint.r4"
+    assert GridCell("0,1,2", sites, "k", "all", "joint", 4, 16).name == "L0-2.k.all.joint.r4"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from scipy import stats
 
 from spd_lens.analysis.angles import cosine_by_rank
 from spd_lens.analysis.dashboard.curves import (
-    Directions,
+    SiteDirections,
     Source,
     jackknife_band,
     own_spectrum,
@@ -28,7 +28,7 @@ def moments(finished_run):
 
 def directions_of(gram):
     energies, vectors = torch.linalg.eigh(gram)
-    return Directions(vectors.flip(-1), energies.flip(-1).clamp_min(0), gram)
+    return SiteDirections(vectors.flip(-1), energies.flip(-1).clamp_min(0), gram)
 
 
 def random_gram(seed, width=6, rows=9):
@@ -82,8 +82,8 @@ def test_a_subspace_holds_its_own_energy_and_nothing_of_an_orthogonal_one():
 
 def test_thirty_degrees_are_thirty_degrees():
     angle = math.radians(30)
-    along = Directions(torch.tensor([[[1.0], [0.0]]], dtype=torch.float64))
-    turned = Directions(torch.tensor([[[math.cos(angle)], [math.sin(angle)]]], dtype=torch.float64))
+    along = SiteDirections(torch.tensor([[[1.0], [0.0]]], dtype=torch.float64))
+    turned = SiteDirections(torch.tensor([[[math.cos(angle)], [math.sin(angle)]]], dtype=torch.float64))
     assert cosine_by_rank(along.vectors, turned.vectors)[0, 0] == pytest.approx(0.75)
 
 
@@ -146,7 +146,7 @@ def test_overlaps_of_the_document_are_those_of_the_measures(moments):
     even, odd = moments.halves()
     site = str(moments.sites[0])
     document = from_sources([Source("even", even), Source("odd", odd)])
-    one, two = (Directions.of(half, Site.parse(site), True) for half in (even, odd))
+    one, two = (SiteDirections.of(half, Site.parse(site), True) for half in (even, odd))
     table = document["overlap"][site]["1"]
     assert table["energy"][0][1] == pytest.approx(one.held(two.gradient)[1].tolist(), abs=1e-4)
     assert table["energy"][1][0] == pytest.approx(two.held(one.gradient)[1].tolist(), abs=1e-4)
