@@ -29,7 +29,7 @@ MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
     "KL from base": lambda item: item.kl,
     "tokens": lambda item: float(item.n_tokens),
 }
-"""What is compared. Losses and KL are nats per token of the gold completion, tokens the length of the own one."""
+"""Measures that are compared. Losses and KL are nats per token of the gold completion; tokens are the own length."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> list[Comparison]:
 
 
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:
-    """Markdown."""
+    """The comparisons as Markdown; `first` and `second` name the sides."""
     lines = [
         f"# {second} against {first}",
         "",
@@ -105,7 +105,7 @@ def comparison_table(comparisons: Sequence[Comparison], first: str, second: str)
 
 
 def _results(runs: Sequence[Run]) -> dict[tuple[str, str], list[EvalResult]]:
-    """For every task and policy that all of the runs have, one result per run."""
+    """One result per run for every task and policy that all of the runs have."""
     per_run = []
     for run in runs:
         files = sorted((run.path / "eval").glob("*/*.json"))
