@@ -29,7 +29,7 @@ MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
     "KL from base": lambda item: item.kl,
     "tokens": lambda item: float(item.n_tokens),
 }
-"""What is compared. Losses and KL are nats per token of the gold completion, tokens the length of the own one."""
+"""Measures that are compared. Losses and KL are nats per token of the gold completion; tokens are the own length."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> list[Comparison]:
     found = []
     for task, policy in shared:
         a, b = sides[0][task, policy], sides[1][task, policy]
-        _check_items(a + b, task)
+        ids = _items(a + b, task)
         for measure, value in MEASURES.items():
-            before, after = _values(a, value), _values(b, value)
+            before, after = _values(a, ids, value), _values(b, ids, value)
             if before is not None and after is not None:
                 found.append(_comparison(task, policy, measure, before, after))
     return found
 
 
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:
-    """Markdown."""
+    """The comparisons as Markdown; `first` and `second` name the sides."""
     lines = [
         f"# {second} against {first}",
         "",
@@ -105,7 +105,7 @@ def comparison_table(comparisons: Sequence[Comparison], first: str, second: str)
 
 
 def _results(runs: Sequence[Run]) -> dict[tuple[str, str], list[EvalResult]]:
-    """For every task and policy that all of the runs have, one result per run."""
+    """One result per run for every task and policy that all of the runs have."""
     per_run = []
     for run in runs:
         files = sorted((run.path / "eval").glob("*/*.json"))
@@ -114,40 +114,34 @@ def _results(runs: Sequence[Run]) -> dict[tuple[str, str], list[EvalResult]]:
     return {key: [EvalResult.load(files[key]) for files in per_run] for key in keys}
 
 
-def _check_items(results: Sequence[EvalResult], task: str) -> None:
+def _items(results: Sequence[EvalResult], task: str) -> list[str]:
+    """The items that all results have, or a refusal where they have others."""
     ids = {tuple(sorted(item.id for item in result.items)) for result in results}
     if len(ids) > 1:
         raise SPDError(
             f"the runs were evaluated on different items of {task}, so nothing is paired; "
             "evaluate them with the same n_eval and data_seed"
         )
+    return [item.id for item in results[0].items]
 
 
 def _values(
-    results: Sequence[EvalResult], value: Callable[[ItemResult], float | None]
-) -> list[dict[str, float]] | None:
-    """`scores[seed][item]` of one measure, or None if some item lacks it."""
-    table = [{item.id: value(item) for item in result.items} for result in results]
-    if any(found is None for row in table for found in row.values()):
-        return None
-    return [{key: float(found or 0.0) for key, found in row.items()} for row in table]
+    results: Sequence[EvalResult], ids: Sequence[str], value: Callable[[ItemResult], float | None]
+) -> list[list[float]] | None:
+    """`scores[seed][item]` of one measure, items in the order of `ids`; None if some item lacks it."""
+    by_id = [{item.id: value(item) for item in result.items} for result in results]
+    table = [[found for key in ids if (found := row[key]) is not None] for row in by_id]
+    return None if any(len(row) < len(ids) for row in table) else table
 
 
-def _comparison(
-    task: str, policy: str, measure: str, a: list[dict[str, float]], b: list[dict[str, float]]
-) -> Comparison:
-    ids = list(a[0])
-    single = len(a) == len(b) == 1
-    binary = all(value in (0.0, 1.0) for row in a + b for value in row.values())
-    test = None
-    if measure.startswith("accuracy") and single and binary:
-        test = mcnemar_exact([a[0][i] for i in ids], [b[0][i] for i in ids])
-    seeds = None
+def _comparison(task: str, policy: str, measure: str, a: list[list[float]], b: list[list[float]]) -> Comparison:
+    test, seeds = None, None
+    binary = all(value in (0.0, 1.0) for row in a + b for value in row)
+    if measure.startswith("accuracy") and len(a) == len(b) == 1 and binary:
+        test = mcnemar_exact(a[0], b[0])
     if len(a) > 1 and len(b) > 1:
-        means = [[sum(row.values()) / len(row) for row in side] for side in (a, b)]
-        seeds = (seed_summary(means[0]), seed_summary(means[1]))
-    # rows of numbers in one order of items: the same items in all runs was checked
-    x, y = ([[row[i] for i in ids] for row in side] for side in (a, b))
+        before, after = (seed_summary(sum(row) / len(row) for row in side) for side in (a, b))
+        seeds = before, after
     return Comparison(
-        task, policy, measure, clustered_mean(x), clustered_mean(y), clustered_difference(x, y), test, seeds
+        task, policy, measure, clustered_mean(a), clustered_mean(b), clustered_difference(a, b), test, seeds
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from spd_lens.corpus import Record
-from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.fitting import in_words
 from spd_lens.model_settings import APPLIED, shown
@@ -19,11 +18,15 @@ from spd_lens.statistics import (
     mean_interval,
     paired_difference,
     score_interval,
-    within_noise,
+    verdict,
 )
 from spd_lens.storage import write_text
+from spd_lens.tables import markdown
 
 Forced = Mapping[str, Sequence[ForcedItem]]
+"""Teacher-forced items of several policies."""
+_FIELDS = {"aligned loss": "aligned_loss", "KL from base": "kl", "completion loss": "completion_loss",
+           "token accuracy": "token_accuracy"}  # fmt: skip
 STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
 
 
@@ -75,32 +78,29 @@ def _rounding(run: Run) -> float | None:
 
 def _scores(run: Run, task: str) -> str:
     results = {name: run.result(task, name) for name in run.config.policies}
-    columns = ["policy", "accuracy", "mean length (tokens)", "cut off"]
-    lettered = any(result.choice_accuracy for result in results.values())
-    if lettered:
-        columns.insert(2, "accuracy by likelihood")
-    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    columns = {
+        "accuracy": [result.accuracy for result in results.values()],
+        "accuracy by likelihood": [result.choice_accuracy for result in results.values()],
+        "mean length (tokens)": [result.mean_length for result in results.values()],
+        "cut off": [result.truncated for result in results.values()],
+    }
+    if not any(columns["accuracy by likelihood"]):
+        del columns["accuracy by likelihood"]
+    n = len(next(iter(results.values())).items)
+    rows = zip(results, *columns.values(), strict=True)
+    lines = [f"## {task}: {n} test items", "", *markdown(["policy", *columns], rows)]
     for name, result in results.items():
-        cells = [name, str(result.accuracy), str(result.mean_length), str(result.truncated)]
-        if lettered:
-            cells.insert(2, str(result.choice_accuracy))
-        rows.append(f"| {' | '.join(cells)} |")
-    lines = [f"## {task}: {len(next(iter(results.values())).items)} test items", "", *rows]
-    base = results.get("base")
-    for name, result in results.items():
-        if base is not None and name != "base":
-            lines += ["", _gain(base, result)]
+        if "base" in results and name != "base":
+            lines += ["", f"- {_gain(results['base'], result)}"]
     return "\n".join(lines)
 
 
 def _gain(base: EvalResult, result: EvalResult) -> str:
-    scores = [item.score for item in base.items], [item.score for item in result.items]
-    binary = all(score in (0.0, 1.0) for side in scores for score in side)
-    test = mcnemar_exact(*scores) if binary else None
-    sentence = difference_sentence(
+    before, after = ([item.score for item in side.items] for side in (base, result))
+    test = mcnemar_exact(before, after) if {*before, *after} <= {0.0, 1.0} else None
+    return difference_sentence(
         result.accuracy_gain(base), measure="Accuracy", first=base.policy, second=result.policy, test=test
     )
-    return f"- {sentence}"
 
 
 def effects_section(effects: Forced, task: str, rounding: float | None = None) -> str:
@@ -108,25 +108,27 @@ def effects_section(effects: Forced, task: str, rounding: float | None = None) -
 
     `rounding` is the KL that the model's dtype alone leaves between two ways to compute the same thing.
     """
-    random = [name for name in effects if name.startswith("random-")]
-    columns = ("policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy")
-    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    shown: dict[str, Forced] = {name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects}
+    random = {name: items for name, items in effects.items() if name.startswith("random-")}
+    groups: dict[str, Forced] = {
+        name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects
+    }
     if random:
-        shown[f"{len(random)} random subspaces"] = {name: effects[name] for name in random}
-    for label, group in shown.items():
-        loss, kl = _per_item(group, lambda item: item.aligned_loss), _per_item(group, lambda item: item.kl)
-        moved = ("0", "0") if label == "base" else (str(_change(effects, group)), str(mean_interval(kl)))
-        whole = mean_interval(_per_item(group, lambda item: item.completion_loss))
-        right = mean_interval(_per_item(group, lambda item: item.token_accuracy))
-        rows.append(f"| {label} | {mean_interval(loss)} | {moved[0]} | {moved[1]} | {whole} | {right} |")
-    lines = [f"### Teacher-forced on gold solutions of {task}", "", *rows]
+        groups[f"{len(random)} random subspaces"] = random
+    changes = {
+        label: paired_difference(_per_item(groups["base"], "aligned_loss"), _per_item(group, "aligned_loss"))
+        for label, group in groups.items()
+        if label != "base"
+    }
+    rows = []
+    for label, group in groups.items():
+        loss, kl, whole, right = (mean_interval(_per_item(group, field)) for field in _FIELDS.values())
+        rows.append([label, loss, changes.get(label, "0"), kl if label in changes else "0", whole, right])
+    columns = ["policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy"]
+    lines = [f"### Teacher-forced on gold solutions of {task}", "", *markdown(columns, rows)]
     if random and "projected" in effects:
-        lines += ["", *_against_random(effects, random)]
+        lines += ["", *_against_random(groups["projected"], random)]
     if "spd" in effects:
-        change = _change(effects, {"spd": effects["spd"]})
-        verdict = "within noise" if within_noise(change) else ("higher" if change.value > 0 else "lower")
-        lines += [f"- Aligned loss after fine-tuning, minus before: {change}; {verdict}."]
+        lines += [f"- Aligned loss after fine-tuning, minus before: {changes['spd']}; {verdict(changes['spd'])}."]
         moved_by = fmean(item.kl for item in effects["spd"])
         if rounding is not None and moved_by < 2 * rounding:
             lines += [
@@ -136,31 +138,22 @@ def effects_section(effects: Forced, task: str, rounding: float | None = None) -
     return "\n".join(lines)
 
 
-def _against_random(effects: Forced, random: Sequence[str]) -> list[str]:
+def _against_random(projected: Forced, random: Forced) -> list[str]:
     """The question that matters: does the gradient subspace do what any subspace of its rank would?"""
-    control = {name: effects[name] for name in random}
-    own = {"projected": effects["projected"]}
-    values: dict[str, Callable[[ForcedItem], float]] = {
-        "Aligned loss": lambda item: item.aligned_loss,
-        "KL from base": lambda item: item.kl,
-    }
     lines = []
-    for measure, value in values.items():
-        difference = paired_difference(_per_item(control, value), _per_item(own, value))
-        each = [fmean(value(item) for item in effects[name]) for name in random]
-        sentence = difference_sentence(difference, measure=measure, first="random", second="projected")
+    for measure in ("aligned loss", "KL from base"):
+        field = _FIELDS[measure]
+        difference = paired_difference(_per_item(random, field), _per_item(projected, field))
+        each = [fmean(getattr(item, field) for item in items) for items in random.values()]
+        name = measure[0].upper() + measure[1:]
+        sentence = difference_sentence(difference, measure=name, first="random", second="projected")
         lines.append(f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}.")
     return lines
 
 
-def _per_item(group: Forced, value: Callable[[ForcedItem], float]) -> list[float]:
+def _per_item(group: Forced, field: str) -> list[float]:
     """A value per item, averaged over the policies of a group: items are the units, not policies."""
-    return [fmean(map(value, items)) for items in zip(*group.values(), strict=True)]
-
-
-def _change(effects: Forced, group: Forced) -> Estimate:
-    before = [item.aligned_loss for item in effects["base"]]
-    return paired_difference(before, _per_item(group, lambda item: item.aligned_loss))
+    return [fmean(getattr(item, field) for item in items) for items in zip(*group.values(), strict=True)]
 
 
 def changed(first: Sequence[Record], second: Sequence[Record]) -> list[bool]:
@@ -184,11 +177,9 @@ def _proof(run: Run) -> str:
         )
     else:
         lines.append("- No lens model was built (engine `twin`): the projection was folded into the twin's weights.")
-    rounding = (
-        ""
-        if notes["resolved"]["dtype"] in ("float32", "float64") or len(unprojected) == len(corpus)
-        else (f" In {notes['resolved']['dtype']} some of them differ by their batch alone (it held other prompts).")
-    )
+    dtype, rounding = notes["resolved"]["dtype"], ""
+    if dtype not in ("float32", "float64") and len(unprojected) != len(corpus):
+        rounding = f" In {dtype} some of them differ by their batch alone (it held other prompts)."
     lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.{rounding}")
     lines.append(f"- Completions that the model ended by itself: {ended}.")
     return "\n".join(lines)
@@ -202,20 +193,21 @@ def _completions(run: Run, task: str, n: int = 3) -> str:
     # changed ones first: equal pairs show nothing
     both.sort(key=lambda record: record.completion_ids == other[record.key].completion_ids)
     for record in both[:n]:
-        lines += [*_quoted("Prompt", record.prompt), *_quoted("Base", other[record.key].completion)]
-        lines += [*_quoted("Projected", record.completion), ""]
+        pair = {"Base": other[record.key].completion, "Projected": record.completion}
+        lines += _quotations({"Prompt": record.prompt, **pair})
     if {"base", "spd"} <= set(run.config.policies):
         base, spd = run.result(task, "base").items, run.result(task, "spd").items
         lines += [f"## Test items of {task}, base and fine-tuned, greedy ({min(n, len(base))} of {len(base)})", ""]
         pairs = sorted(zip(base, spd, strict=True), key=lambda pair: pair[0].completion == pair[1].completion)
         for before, after in pairs[:n]:
-            lines += [*_quoted("Prompt", before.prompt), *_quoted(f"Base ({before.score:g})", before.completion)]
-            lines += [*_quoted(f"SPD ({after.score:g})", after.completion), ""]
+            base_label, spd_label = f"Base ({before.score:g})", f"SPD ({after.score:g})"
+            lines += _quotations({"Prompt": before.prompt, base_label: before.completion, spd_label: after.completion})
     return "\n".join(lines).rstrip()
 
 
-def _quoted(label: str, text: str) -> list[str]:
-    return [f"> **{label}:** {quoted(text)}", ">"]
+def _quotations(texts: Mapping[str, str]) -> list[str]:
+    """Texts one below the other, each after its label."""
+    return [*(line for label, text in texts.items() for line in (f"> **{label}:** {quoted(text)}", ">")), ""]
 
 
 def quoted(text: str, limit: int = 600) -> str:
@@ -236,7 +228,6 @@ def quoted(text: str, limit: int = 600) -> str:
 
 def _times(run: Run) -> str:
     seconds = run.notes.get("seconds", {})
-    known = [stage for stage in STAGES if stage in seconds]
-    head = " | ".join([*known, "total"])
-    line = " | ".join([*(f"{seconds[stage]:.0f} s" for stage in known), f"{sum(seconds[s] for s in known):.0f} s"])
-    return f"## Time\n\n| {head} |\n|{' --- |' * (len(known) + 1)}\n| {line} |"
+    known = {stage: seconds[stage] for stage in STAGES if stage in seconds}
+    known["total"] = sum(known.values())
+    return "\n".join(["## Time", "", *markdown(list(known), [[f"{time:.0f} s" for time in known.values()]])])

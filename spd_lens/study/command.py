@@ -33,7 +33,7 @@ def study(
 
 
 def overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` with the value in YAML; `settings.lr=1e-4` and the like reach into nested settings."""
+    """Settings from `KEY=VALUE` texts with values in YAML; `settings.lr=1e-4` and the like reach into nested ones."""
     found: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")
@@ -54,7 +54,7 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _plan(config: StudyConfig, out: Path) -> str:
-    """The plan, with what was measured if the study has begun. Needs no weights, and for known models no network."""
+    """The plan, with measured seconds if the study has begun. It needs no weights, and for known models no network."""
     from spd_lens.study.plan import make_plan
     from spd_lens.study.shapes import read_shape
 

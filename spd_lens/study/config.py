@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spd_lens.config import SPDConfig, read_yaml, result_name, to_yaml, validated
 from spd_lens.errors import SPDError
 from spd_lens.settings import Settings
+
+if TYPE_CHECKING:
+    from spd_lens.tasks import Task
 
 BASE = "base"
 """The method that is no training at all; a study always measures it, since everything is compared with it."""
@@ -39,9 +42,9 @@ class StudyConfig(Settings):
     seeds: list[int] = Field([42], min_length=1)
     """Seeds of sampling, training and random subspaces. Prompts and items depend on `data_seed` and are the same."""
     n_forced: int | dict[str, int] | None = None
-    """Test items that are measured teacher-forced, of each target or by target; None: as many as `n_eval`."""
+    """Number of test items measured teacher-forced, one for all targets or one for each; None: as many as `n_eval`."""
     n_side_effects: int = Field(16, ge=0)
-    """Texts of each set on which side effects are measured; 0 for none."""
+    """Number of texts of each set on which side effects are measured; 0 for none."""
     score_projected: bool = False
     """Also score greedy completions under the projection, before any training (paper table 3)."""
     task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -70,7 +73,7 @@ class StudyConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """All shared settings written out, and targets where none are named."""
+        """Write out all shared settings, and the targets where none are named."""
         given = dict(given)
         if isinstance(settings := given.get("settings", {}), dict):
             _refuse(settings, "settings")
@@ -93,7 +96,7 @@ class StudyConfig(Settings):
     def read(
         cls, path: str | Path | None = None, *, preset: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> StudyConfig:
-        """A YAML file over a preset, with some settings over both. Nested settings are joined key by key."""
+        """Read a YAML file over a preset, with some settings over both. Nested settings are joined key by key."""
         merged: dict[str, Any] = {} if preset is None else preset_settings(preset)
         if path is not None:
             merged = _joined(merged, read_yaml(path))
@@ -121,17 +124,23 @@ class StudyConfig(Settings):
         """The settings that all cells have in common (those of the first cell)."""
         return self.cell(self.sources[0], self.seeds[0])
 
+    def task(self, name: str) -> Task:
+        """A source or target by the name in the settings, with its data and options."""
+        from spd_lens import tasks
+
+        return tasks.configured(name, self.settings["data_dir"], self.task_options.get(name, {}))
+
     @property
     def trained(self) -> list[str]:
         """The methods that train, which is all but the base model."""
         return [method for method in self.methods if method != BASE]
 
     def n_scored(self, target: str) -> int:
-        """Items of a target whose completions are scored."""
+        """Number of items of a target whose completions are scored."""
         return self.shared.n_test(target)
 
     def n_measured(self, target: str) -> int:
-        """Items of a target that are measured teacher-forced; a larger draw begins with a smaller one."""
+        """Number of items of a target measured teacher-forced; a larger draw begins with a smaller one."""
         if self.n_forced is None:
             return self.n_scored(target)
         if isinstance(self.n_forced, int):
@@ -141,7 +150,7 @@ class StudyConfig(Settings):
         return self.n_forced[target]
 
     def extended(self, earlier: StudyConfig) -> list[str]:
-        """In what this differs from an earlier study, beyond methods and seeds that were added: one phrase each."""
+        """One phrase for each difference from an earlier study, beyond methods and seeds that were added."""
         mine, theirs = self.model_dump(mode="json"), earlier.model_dump(mode="json")
         phrases = []
         for key in mine:
@@ -164,7 +173,7 @@ class StudyConfig(Settings):
         return self.model_copy(update=grown)
 
     def _check_names(self) -> None:
-        from spd_lens import methods, tasks  # methods import torch, which reading settings does not need
+        from spd_lens import methods  # they import torch, which reading settings does not need
 
         for method in self.methods:
             methods.get(method)
@@ -177,7 +186,7 @@ class StudyConfig(Settings):
             if wrong := [key for key in settings if key in _ONE_FOR_ALL]:
                 raise SPDError(f"setting {wrong[0]!r} is the same for all sources; write it under settings")
         for name in names:
-            tasks.configured(name, self.settings["data_dir"], self.task_options.get(name, {}))
+            self.task(name)
         for target in self.shared.targets:
             self.n_scored(target), self.n_measured(target)
         if BASE in named(self.sources):
@@ -195,7 +204,7 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
 
 def may_project(method: str) -> bool:
     """Whether a method generates under a projection, as far as can be known before it does."""
-    from spd_lens import methods  # which import torch
+    from spd_lens import methods  # they import torch
 
     return type(methods.get(method)).projection is not methods.Method.projection
 

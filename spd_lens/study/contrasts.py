@@ -26,17 +26,17 @@ BETTER = {
     "aligned loss": -1, "completion loss": -1, "accuracy": 1, "accuracy by likelihood": 1, "token accuracy": 1,
     "format": 1, "finished": 1,
 }  # fmt: skip
-"""Which way is better. KL from base and length have no better: they say how much changed."""
+"""1 where a higher value is better, -1 where a lower one is. KL from base and length only say how much changed."""
 
 
 def means(evidence: Evidence) -> pd.DataFrame:
-    """Mean of every measure with its interval over items.
+    """The mean of every measure with its interval over items.
 
     Returns:
         Columns `source, target, role, phase, method, measure, value, low, high, n, n_seeds`; `n` counts items. `low`
         and `high` are NaN where the data allow no interval.
     """
-    known: dict[Outcome, dict[str, Any]] = {}  # the base's is the same for all sources and phases
+    known: dict[Outcome, dict[str, Any]] = {}  # the base has one mean for all sources and phases
     rows = []
     for outcome in evidence.outcomes():
         table = evidence.scores(outcome)
@@ -59,7 +59,7 @@ def differences(
     Args:
         evidence: The study.
         n_resamples: Number of resamples of the bootstrap.
-        min_flips: Sign flips per test; more where the family is large.
+        min_flips: Number of sign flips per test; a large family gets more.
         seed: Seed of bootstrap and flips.
 
     Returns:
@@ -88,7 +88,7 @@ def differences(
 
 
 def references(method: str, others: Sequence[str]) -> list[str]:
-    """What a method is compared with: the base and `spd-random`; `spd` with every method of the study."""
+    """What a method is compared with: the base and `spd-random`; `spd` is compared with every method of the study."""
     if method == BASE:
         return []
     wanted = others if method == FOCUS else [BASE, RANDOM]
@@ -118,7 +118,7 @@ def _difference(
     a, b = theirs[items], mine[items]
     estimate = clustered_difference(a.to_numpy(), b.to_numpy(), n_resamples=n_resamples, seed=seed)
     before, after = a.mean(axis=1), b.mean(axis=1)
-    # under each seed that both have; the base has one for all
+    # the mean difference under each seed that both have; the base has one mean for all seeds
     by_seed = after - before.iloc[0] if reference == BASE else (after - before).dropna()
     primary = outcome.measure in PRIMARY and outcome.role == "target"
     return {
@@ -135,12 +135,12 @@ def _difference(
 
 
 def _verdict(row: Mapping[str, Any], n_comparisons: int) -> str:
-    """A direction only where interval, corrected test and every single seed agree on it."""
+    """A direction is claimed only where interval, corrected test and every single seed agree on it."""
     found = verdict(estimate_of(row))
     if found == TOO_FEW:
         return found
     if found == WITHIN_NOISE or row["p_holm"] > ALPHA:
-        # all signs alike is the most that n items can show: where that is not enough, noise is not what was found
+        # the smallest p-value that n items can have is that of all signs alike: where even that is too large, say so
         return WITHIN_NOISE if 2.0 ** (1 - row["n"]) * n_comparisons <= ALPHA else TOO_FEW
     low, high = row["seeds_low"], row["seeds_high"]
     return NOT_EVERY_SEED if low is not None and low <= 0 <= high else found

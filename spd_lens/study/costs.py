@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from spd_lens import methods, tasks
+from spd_lens import methods
 from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
@@ -79,7 +79,7 @@ class Costs:
     def of(self, unit: Unit) -> Cost:
         """The cost of one unit."""
         config, shape = self.config, self.shape
-        passes = 1 + (1 if unit.method == BASE else self.n_policies)  # the base's own, and one of each policy
+        passes = 1 + (1 if unit.method == BASE else self.n_policies)  # one of the base, one of each policy
         logits = 4 * _BATCH_TOKENS * shape.d_vocab
         if unit.stage == "side effects":
             return self._cost(_SIDE_SETS * config.n_side_effects * _SIDE_TOKENS * passes, 2, logits)
@@ -88,8 +88,7 @@ class Costs:
         if unit.stage == "measure":
             return self._cost(config.n_measured(unit.target) * (prompt + gold) * passes, 2, logits)
         if unit.stage == "score":
-            task = tasks.configured(name, config.settings["data_dir"], config.task_options.get(name, {}))
-            return self._generation(config.n_scored(unit.target), prompt, task.max_new_tokens, 32)
+            return self._generation(config.n_scored(unit.target), prompt, config.task(name).max_new_tokens, 32)
         cell = config.cell(name, unit.seed or 0)
         if unit.stage == "generate":
             return self._generation(cell.n_train, prompt, cell.max_new_tokens, cell.generation_batch_size or 32)
@@ -110,12 +109,12 @@ class Costs:
         return self._cost(cell.epochs * cell.n_train * length, 4 + 2 * self.on_gpu + 2 * full, memory)
 
     def _cost(self, tokens: int, operations: int, memory: float) -> Cost:
-        """`operations` per weight and token, and `memory` beside the weights."""
+        """The cost of `operations` per weight and token, with `memory` bytes beside those of the weights."""
         n_params = self.shape.n_params
         return Cost(tokens, operations * tokens * n_params / self.machine.flops, n_params * self.n_bytes + memory)
 
     def _generation(self, n: int, prompt: int, new: int, batch_size: int) -> Cost:
-        """`n` completions of `new` tokens, a batch after the other."""
+        """The cost of `n` completions of `new` tokens, one batch after the other."""
         shape, machine, rows = self.shape, self.machine, min(n, batch_size)
         cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * self.n_bytes * rows * (prompt + new)
         read = self._cost(n * prompt, 2, cache + 4 * rows * shape.d_vocab)
@@ -142,7 +141,7 @@ def _extraction(unit: Unit, cell: Any) -> tuple[Any, ...]:
     source: Any = SimpleNamespace(config=cell, moments=moments, subspace=lambda *_, **__: moments())
     with suppress(AttributeError, TypeError):
         methods.get(unit.method).projection(source)
-    if not asked:  # it looks at the model first: suppose that it shares nothing
+    if not asked:  # it looks at the model first: take it that it shares nothing
         return unit.source, unit.method, unit.seed
     return unit.source, str(sorted(asked[0].items())), unit.seed if asked[0].get("shuffled") else None
 

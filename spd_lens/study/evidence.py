@@ -1,4 +1,4 @@
-"""`Evidence`: the files of a study as tables, and what of its plan is missing in them."""
+"""`Evidence`: the files of a study as tables, and what was planned and is missing in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spd_lens.study.config import BASE, may_project
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
 """The columns of `results.csv`, which has one row per item and measure."""
 PRIMARY = ("aligned loss", "KL from base")
-"""What decides: paired and teacher-forced, so that small effects show; accuracy comes second."""
+"""The primary outcomes are paired and teacher-forced, so that small effects show; accuracy comes second."""
 ORDER = (
     *PRIMARY, "accuracy", "accuracy by likelihood", "completion loss", "token accuracy", "format", "finished", "tokens",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Evidence:
 
     name: str
     results: pd.DataFrame
-    """`results.csv`, rows without a value left out."""
+    """`results.csv` without rows that have no value."""
     corpora: pd.DataFrame
     """`corpora.csv`; empty where there is none."""
     plan: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Evidence:
         facts: Mapping[str, Any] | None = None,
         name: str = "study",
     ) -> Evidence:
-        """From tables at hand."""
+        """Take tables that are at hand instead of files."""
         results = results.loc[:, COLUMNS].copy()
         results["value"] = pd.to_numeric(results["value"], errors="coerce")
         for column in (*Outcome._fields, "item"):
@@ -112,7 +112,7 @@ class Evidence:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Base first, then as planned, then what there are results of."""
+        """The base first, then the planned methods, then others that there are results of."""
         return _union([BASE], self.plan.get("methods") or [], self.results["method"].unique())
 
     @property
@@ -151,7 +151,7 @@ class Evidence:
         }
 
     def scores(self, outcome: Outcome) -> pd.DataFrame | None:
-        """Values as `[seed, item]`, of the items that every seed has; None where there are none."""
+        """Values as `[seed, item]` of the items that every seed has; None where there are no values."""
         table = self._tables.get(outcome.home)
         return None if table is None else table.dropna(axis="columns")
 
@@ -160,20 +160,20 @@ class Evidence:
         return set(self._tables.get(outcome.home, ()))
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Everything that could have been measured, in the order of tables; methods innermost but measures."""
+        """Everything that was measured, in the order of tables: measures vary fastest, then methods."""
         measures = in_order(self.results["measure"])
         measured = {(outcome.source, outcome.phase, outcome.role, outcome.target) for outcome in self._tables}
         places = [("target", target) for target in self.targets] + [("side effect", t) for t in self.side_effects]
         for source, phase, (role, target) in itertools.product(self.sources, ("trained", "projected"), places):
             if (phase, role) != ("trained", "target") and (source, phase, role, target) not in measured:
-                continue  # the base alone: another source's side effect, or nothing was measured in this phase
+                continue  # nothing but the base: another source's side effect, or a phase without results
             for method, measure in itertools.product(self.methods, measures):
                 outcome = Outcome(source, target, role, phase, method, measure)
                 if outcome.home in self._tables:
                     yield outcome
 
     def missing(self) -> list[str]:
-        """What was planned and has no results, one sentence each; a report says so instead of leaving it out."""
+        """One sentence for each gap between plan and results: a report says what it lacks."""
         rows = self.results[self.results["role"] == "target"]
         keys = ["source", "method", "seed", "phase", "target"]
         have = {tuple(map(str, key)): set(part) for key, part in rows.groupby(keys)["measure"]}
@@ -193,7 +193,7 @@ class Evidence:
         return [*lines, *self._missing_phases(), *self.infinite]
 
     def _missing_phases(self) -> list[str]:
-        """Phases and side effects that other methods of the study have."""
+        """Sentences on phases and side effects that other methods of the study have."""
         lines = []
         found = {(outcome.source, outcome.method, outcome.phase, outcome.role) for outcome in self._tables}
         for source, method in itertools.product(self.sources, self.trained):
@@ -207,7 +207,7 @@ class Evidence:
 
 
 def _gaps(who: str, lost: Mapping[str, Mapping[str, set[str]]], wanted: Mapping[str, set[str]]) -> Iterator[str]:
-    """Sentences on `lost[seed][target]`, seeds that lack the same in one."""
+    """Sentences on the measures in `lost[seed][target]`; seeds that lack the same share a sentence."""
     said: dict[str, list[str]] = {}
     for seed, targets in lost.items():
         none = [t for t, measures in targets.items() if measures >= wanted[t] - {"KL from base"}]
@@ -231,7 +231,7 @@ def in_order(measures: Iterable[str]) -> list[str]:
 
 
 def _seed(value: object) -> str:
-    """`42`, `42.0` and `"42"` are one seed; none is the empty string."""
+    """The text of a seed: `42`, `42.0` and `"42"` are one seed, and no seed is the empty string."""
     if value is None or value == "" or value != value:  # NaN
         return ""
     return str(int(float(str(value)))) if str(value).replace(".", "", 1).isdigit() else str(value)

@@ -95,7 +95,7 @@ class Plan(NamedTuple):
         return max(row.cost.memory for row in self.rows)
 
     def to_markdown(self) -> str:
-        """The plan, readable."""
+        """The plan as Markdown."""
         config = self.config
         lines = [
             f"# Plan: {len(config.trained)} methods x {len(config.sources)} sources x {len(config.seeds)} seeds, "
@@ -169,7 +169,7 @@ class Clock(NamedTuple):
     measured: Measured
 
     def remaining(self, units: Iterable[Unit]) -> str:
-        """A phrase: `about 4 min left`; `at least ...` while some stage was never measured; or `unknown`."""
+        """A phrase such as `about 4 min left`; it says `at least` while some stage was never measured."""
         rates = {stage: rate(entry) for stage, entry in self.measured.items()}
         left = [unit for unit in units if self.costs[unit].seconds]
         known = sum(self.costs[unit].seconds * (rates.get(unit.stage) or 0) for unit in left)

@@ -38,7 +38,7 @@ UNITS = {
     "tokens": "mean length in tokens",
 }  # fmt: skip
 NAMES = {"tokens": "length", "format": "format compliance", "finished": "ended by itself"}
-"""What measures are called in a report, where a longer name says more."""
+"""Longer names that a report has for some measures."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_report(folder: str | Path) -> Report:
 
 
 def _gaps(evidence: Evidence) -> str:
-    """What is not there, before anything that is."""
+    """What is missing, which a reader should know before anything else."""
     if not (missing := evidence.missing()):
         return ""
     says = (
@@ -166,7 +166,7 @@ def comparisons(changes: pd.DataFrame) -> str:
 
 
 def absolute(rows: pd.DataFrame) -> str:
-    """Mean of every measure and method, a table for each target and each side effect (Markdown)."""
+    """The mean of every measure and method, in a table for each target and each side effect (Markdown)."""
     lines = []
     n_planned = rows.n_seeds.max()
     for (role, target), part in rows.groupby(["role", "target"], sort=False):

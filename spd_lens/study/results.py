@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from spd_lens import methods, tasks
+from spd_lens import methods
 from spd_lens.comparison import MEASURES
 from spd_lens.corpus import Corpus
 from spd_lens.diagnostics import corpus_diagnostics
 from spd_lens.evaluation import EvalResult
 from spd_lens.storage import write_text
-from spd_lens.study.config import BASE, StudyConfig, named
+from spd_lens.study.config import BASE, named
 from spd_lens.study.evidence import COLUMNS
 from spd_lens.study.folder import Cell, Study
 from spd_lens.tasks import Task
@@ -29,7 +29,7 @@ DIAGNOSTICS = (
     "completions", "length", "length sd", "short", "truncated", "duplicates", "repeated 4-grams", "loops", "distinct-2",
     "answered", "after the answer",
 )  # fmt: skip
-"""Of `diagnostics.corpus_diagnostics`, what a study keeps of every corpus; shares, but for counts and lengths."""
+"""Rows of `diagnostics.corpus_diagnostics` that a study keeps: shares, counts and lengths."""
 _SCORED = ("accuracy", "accuracy by likelihood", "tokens")
 
 
@@ -43,13 +43,9 @@ def results_frame(folder: str | Path) -> pd.DataFrame:
     """
     study = Study.open(folder)
     config = study.config
-    known = {key: _task(config, name) for key, name in config.shared.targets.items()}
+    known = {key: config.task(name) for key, name in config.shared.targets.items()}
     rows = [row for cell in [study.base(), *study.cells(config)] for row in _rows(cell, known)]
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _task(config: StudyConfig, name: str) -> Task:
-    return tasks.configured(name, config.settings["data_dir"], config.task_options.get(name, {}))
 
 
 def _rows(cell: Cell, known: Mapping[str, Task]) -> Iterator[tuple[Any, ...]]:
@@ -70,17 +66,17 @@ def _rows(cell: Cell, known: Mapping[str, Task]) -> Iterator[tuple[Any, ...]]:
 
 
 def _forced(cell: Cell, name: str, *, side: bool) -> Iterator[tuple[str, str, str, float]]:
-    """`(phase, item, measure, value)`."""
+    """Rows `(phase, item, measure, value)` of what was measured teacher-forced."""
     for phase, items in cell.effects(name, side=side).items():
         for item in items:
             for measure, field in _FORCED.items():
-                # from itself the base has no KL; of a side effect's text every token is scored: one loss says it
+                # the base has no KL from itself; a side effect's text is scored on all tokens, so one loss is enough
                 if not (cell.method == BASE and field == "kl") and not (side and field == "aligned_loss"):
                     yield phase, item.id, measure, getattr(item, field)
 
 
 def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:
-    """`(item, measure, value)`."""
+    """Rows `(item, measure, value)` of scored completions."""
     for item in result.items:
         for measure in _SCORED:
             if (value := MEASURES[measure](item)) is not None:
@@ -93,19 +89,19 @@ def corpora_frame(folder: str | Path) -> pd.DataFrame:
     """Diagnostics of every finished corpus as it was trained on, one row per source, method and seed."""
     study = Study.open(folder)
     config = study.config
-    sources = {key: _task(config, name) for key, name in named(config.sources).items()}
+    sources = {key: config.task(name) for key, name in named(config.sources).items()}
     rows = []
     for cell in study.cells(config):
         if cell.has_corpus:
             kept = methods.get(cell.method).curated(Corpus.load(cell.corpus_path))
             found = corpus_diagnostics(kept, task=sources[cell.source]).set_index("measure")["value"]
-            found = found.reindex(list(DIAGNOSTICS))  # nothing stands after the answer where none was given
+            found = found.reindex(list(DIAGNOSTICS))  # a corpus without answers has no row on what stands after them
             rows.append({"source": cell.source, "method": cell.method, "seed": cell.seed, **found})
     return pd.DataFrame(rows)
 
 
 def write_tables(folder: str | Path) -> None:
-    """`results.csv` and `corpora.csv`, from the files that are there."""
+    """Write `results.csv` and `corpora.csv` from the files that are there."""
     folder = Path(folder)
     for name, frame in (("results", results_frame(folder)), ("corpora", corpora_frame(folder))):
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))

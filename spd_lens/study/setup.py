@@ -13,19 +13,19 @@ BACKBONES = (
     "Qwen2.5-0.5B-Instruct", "Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct", "Qwen3-4B-Instruct",
     "Llama-3.1-8B-Instruct",
 )  # fmt: skip
-"""The paper's, in the order of its table 1."""
+"""The paper's models, in the order of its table 1."""
 _PAPER = {
     "layers": "last_mid", "kinds": ["k", "v"], "rank": 0.5, "loss": "aligned", "strength": 1.0, "center": False,
     "method": "lora", "epochs": 5, "lr": 1e-5, "weight_decay": 0.01, "lora_rank": 8, "lora_alpha": 8,
     "lora_dropout": 0.05, "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "loss_on": "all",
 }  # fmt: skip
-"""Tables 7-8 and section A.3, as settings."""
+"""The paper's tables 7-8 and section A.3, as settings."""
 _SILENT = (
     "prompt_format", "per_head", "temperature", "top_p", "top_k", "max_new_tokens", "train_batch_size", "dtype",
 )  # fmt: skip
-"""What the paper does not say."""
+"""Settings that the paper does not state."""
 _SILENT_AND_RARE = ("system", "enable_thinking", "prompt_date", "too_long")
-"""And of that, what is listed only where a study sets it."""
+"""Settings that the paper does not state either, listed only where a study sets them."""
 
 
 def backbone(model: str) -> str | None:
@@ -82,14 +82,8 @@ def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "the model's own"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "the model's own", True: "yes", False: "no"}[value]
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

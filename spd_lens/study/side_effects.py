@@ -1,6 +1,6 @@
-"""Side effects: text that a method was never aimed at, and whether answers still come in the form that was asked for.
+"""Side effects: texts that a method was never aimed at.
 
-The measure on the texts is teacher-forced: the loss per token, and KL from the base model. A method that sharpens one
+The measure on them is teacher-forced: the loss per token, and KL from the base model. A method that sharpens one
 capability by forgetting others shows a higher loss here.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spd_lens.study.config import StudyConfig
 
 NEUTRAL = "neutral"
-"""The set of neutral prose."""
+"""Name of the set of neutral prose."""
 SYNTHETIC = ("synthetic-math", "synthetic-code", "synthetic-qa")
 """Tasks that need no files, so that every study has other tasks to look at."""
 PUBLISHED = ("gsm8k", "svamp", "mbpp", "codealpaca", "mmlu", "bbh")

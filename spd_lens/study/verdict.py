@@ -18,14 +18,14 @@ from spd_lens.study.evidence import Evidence
 
 LOSS, KL = "aligned loss", "KL from base"
 PLAIN = ("psr", "ssd", "ssd-config")
-"""Retraining on own outputs without any projection: what SPD must beat to have helped."""
+"""Methods that retrain on own outputs without any projection: SPD must beat them to have helped."""
 Rows = Mapping[str, Mapping[str, Any]]
-"""A difference for every target."""
+"""Differences by target, each a row of the table."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, a sentence or two, and what they rest on."""
+    """The answer to one question: a sentence or two, and the numbers that they rest on."""
 
     question: str
     headline: str
@@ -33,11 +33,11 @@ class Answer:
 
 
 def answers(evidence: Evidence, table: pd.DataFrame) -> dict[str, list[Answer]]:
-    """For every source, both answers.
+    """Both answers for every source.
 
     Args:
         evidence: The study.
-        table: Its `differences`.
+        table: The differences of the study.
     """
     asked = {"Did SPD help?": _helped, "Was it the gradient subspace?": _subspace}
     if FOCUS not in evidence.methods:
