@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spd_lens.errors import SPDError
 from spd_lens.models.devices import dtype_name
@@ -112,10 +113,7 @@ def right_pad(
     rows: list[list[int]], pad_id: int, device: torch.device | str
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Token ids and attention mask of rows of unequal length."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    tokens = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     return tokens.to(device), mask.to(device)
