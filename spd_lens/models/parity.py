@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spd_lens.errors import SPDError
 from spd_lens.models.devices import dtype_name
-from spd_lens.models.tokenizer import text_ids
 
 CHECK_TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
@@ -39,8 +36,6 @@ WIDENED: Tolerance = (0.1, 1e-5)
 """For copies in float32 of models in half precision, whose rotary frequencies may have been rounded with them."""
 
 Logits = Float[Tensor, "... d_vocab"]
-Forward = Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_vocab"]]
-"""From token ids and attention mask to logits."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Parity:
 
     @classmethod
     def between(cls, reference: Logits, model: Logits) -> Parity:
-        """Compare the logits that `check_logits` made of two models."""
+        """Compare logits that two models made of the same tokens."""
         gap = (reference - model).abs().max() / reference.std()
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
@@ -93,14 +88,6 @@ def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference over that of what was expected."""
     return ((found - expected).norm() / expected.norm()).item()
-
-
-@torch.no_grad()
-def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -> Float[Tensor, "token d_vocab"]:
-    """A model's logits on the check texts, right-padded to one batch, padding left out; in float64 on the CPU."""
-    rows = [text_ids(tokenizer, text) for text in CHECK_TEXTS]
-    tokens, mask = right_pad(rows, rows[0][0], device)  # some row of the embedding: padding is masked
-    return forward(tokens, mask)[mask.bool()].cpu().double()
 
 
 def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
