@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -179,12 +180,10 @@ class _AllOver(StoppingCriteria):
 @torch.no_grad()
 def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> list[list[int]]:
     """One batch through `generate` of transformers: padded on the left, as long as its longest completion."""
-    longest = max(len(job.prompt_ids) for job in jobs)
-    tokens = torch.full((len(jobs), longest), pair.pad_id)
-    mask = torch.zeros_like(tokens)
-    for row, job in enumerate(jobs):  # padding on the left: new tokens follow the prompt directly
-        tokens[row, longest - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
-        mask[row, longest - len(job.prompt_ids) :] = 1
+    prompts = [torch.tensor(job.prompt_ids) for job in jobs]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")  # new tokens follow the prompt directly
+    tokens = padded(prompts, padding_value=pair.pad_id)
+    mask = padded([torch.ones_like(ids) for ids in prompts])
     rows = [decoding.row(job) for job in jobs]
     # `generate` fills what a config leaves out from the model's own, which `decoding` has applied: a view without it
     twin: Any = copy.copy(pair.hf)

@@ -27,12 +27,7 @@ from spd_lens.models.torch_private import has_onednn_product, is_lazy, onednn_pa
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this machine's PyTorch has the product, which is what `torch.compile` calls, and it is worth calling."""
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and onednn_takes(dtype)
-        and torch.backends.mkldnn.enabled
-        and has_onednn_product()
-    )
+    return platform.machine().lower() in ("x86_64", "amd64") and onednn_takes(dtype) and has_onednn_product()
 
 
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.neutral import neutral
 from spd_lens.models.processed import remember
 from spd_lens.models.proof import beyond, parity_at, regimes, rows_that_fit
+from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import in_float32, run_twin
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,15 @@ class ProvenLens:
                 return self.model
 
     def check_logits(self, model: nn.Module) -> torch.Tensor:
-        """Logits of either model on the short check texts."""
-        forward = partial(lens_logits, model) if hasattr(model, "hook_dict") else partial(_twin_logits, model)
-        with neutral(model):
-            return parity.check_logits(forward, self._tokenizer, self._twin.device)
+        """Logits of either model on the short check texts, without those of padding; in float64 on the CPU."""
+        rows = [text_ids(self._tokenizer, text) for text in parity.CHECK_TEXTS]
+        tokens, mask = parity.right_pad(rows, rows[0][0], self._twin.device)  # padding is masked
+        with neutral(model), torch.no_grad():
+            if hasattr(model, "hook_dict"):
+                logits = lens_logits(model, tokens, mask)
+            else:
+                logits = run_twin(model, tokens, attention_mask=mask, use_cache=False).logits
+            return logits[mask.bool()].cpu().double()
 
     def _build(self) -> None:
         with self._explained():
@@ -175,7 +180,3 @@ class ProvenLens:
                 f"backend {self.backend.name!r} ({reason})",
                 f"{self.backend.instead}, or dtype='float32'",
             ) from error
-
-
-def _twin_logits(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return run_twin(model, tokens, attention_mask=mask, use_cache=False).logits

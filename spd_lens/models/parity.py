@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spd_lens.errors import SPDError
 from spd_lens.models.devices import dtype_name
-from spd_lens.models.tokenizer import text_ids
 
 CHECK_TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",
@@ -38,8 +36,6 @@ WIDENED: Tolerance = (0.1, 1e-5)
 """For copies in float32 of models in half precision, whose rotary frequencies may have been rounded with them."""
 
 Logits = Float[Tensor, "... d_vocab"]
-Forward = Callable[[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_vocab"]]
-"""From token ids and attention mask to logits."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Parity:
 
     @classmethod
     def between(cls, reference: Logits, model: Logits) -> Parity:
-        """Compare the logits that `check_logits` made of two models."""
+        """Compare logits that two models made of the same tokens."""
         gap = (reference - model).abs().max() / reference.std()
         return cls(logits=gap.item(), kl=kl_divergence(reference, model).mean().item())
 
@@ -94,14 +90,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@torch.no_grad()
-def check_logits(forward: Forward, tokenizer: Any, device: torch.device | str) -> Float[Tensor, "token d_vocab"]:
-    """A model's logits on the check texts, right-padded to one batch, padding left out; in float64 on the CPU."""
-    rows = [text_ids(tokenizer, text) for text in CHECK_TEXTS]
-    tokens, mask = right_pad(rows, rows[0][0], device)  # some row of the embedding: padding is masked
-    return forward(tokens, mask)[mask.bool()].cpu().double()
-
-
 def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
     """Raise `SPDError` unless the two models agree within the dtype's tolerance."""
     if not parity.within(dtype):
@@ -112,10 +100,7 @@ def right_pad(
     rows: list[list[int]], pad_id: int, device: torch.device | str
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Token ids and attention mask of rows of unequal length."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    tokens = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     return tokens.to(device), mask.to(device)

@@ -70,8 +70,9 @@ def own_memory(model: nn.Module) -> None:
 
 
 def has_onednn_product() -> bool:
-    """Whether PyTorch has oneDNN's product with a weight, which is what `torch.compile` calls."""
-    return enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether oneDNN is switched on, and PyTorch has its product with a weight, which is what `torch.compile` calls."""
+    switched_on = getattr(torch._C, "_get_mkldnn_enabled", lambda: True)
+    return enabled and bool(switched_on()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_product(

@@ -40,7 +40,7 @@ _VALUES = {
 
 
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """Value as JSON. Whatever is not plain data stays behind; `keep` gives the number that stands for it."""
+    """Value as JSON. What is not plain data stays in this process; `keep` gives a number that stands for it."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (float, str):
@@ -278,7 +278,7 @@ def refuse_calls(program: bytes) -> None:
 
 
 def main() -> None:
-    """Reads from standard input what to be, and is that."""
+    """Reads its role, runner or judge, from standard input, and plays it."""
     order = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds an end, and the order's file can't be written to
     for name, value in order["limits"].items():

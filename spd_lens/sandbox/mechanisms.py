@@ -216,7 +216,7 @@ def _interpreter() -> Interpreter:
 
 
 def _can_cover(point: str, prefix: Path | None) -> bool:
-    """Whether a directory can be mounted over: there, a real one, open to all, and not on the way to Python."""
+    """Whether a directory can be mounted over: it exists, is no link, is open to all, and does not lead to Python."""
     try:
         mode = os.lstat(point).st_mode
     except OSError:

@@ -93,7 +93,7 @@ def available() -> str | None:
 
 
 def unavailable() -> dict[str, str]:
-    """For every mechanism that does not work here, why."""
+    """The mechanisms that do not work here, each with the reason."""
     return {name: problem for name in mechanisms.NAMES if (problem := _problem(name))}
 
 

@@ -22,11 +22,11 @@ from spd_lens.sandbox import mechanisms
 from spd_lens.sandbox.seccomp import blocking_filter
 
 _START_SECONDS = 60.0
-"""For the sandbox to come up on a busy machine. A program's own time counts from then on."""
+"""Time for the sandbox to come up on a busy machine. A program's own time counts from then on."""
 _END_SECONDS = 10.0
-"""For a program that has ended to be cleared away, so that its exit code is known."""
+"""Time for a program that has ended to be cleared away, so that its exit code is known."""
 _GRACE_SECONDS = 0.3
-"""For a program to end by itself once the tests are over, before it is killed."""
+"""Time for a program to end by itself once the tests are over, before it is killed."""
 _SHOWN = 8_000
 """Bytes of each stream that a result keeps."""
 
@@ -165,7 +165,7 @@ class Trial:
                 raise SPDError(f"the sandbox {self.mechanism} did not start: {problem}")
 
     def _drain(self, deadline: float, until: str | None) -> str:
-        """Reads until a stream (or all of them) is closed; says what came first if it was something else."""
+        """Reads until a stream, or all of them, is closed; returns `output` or `timeout` if that limit came first."""
         while self._open() if until is None else until in self._open():
             if self._printed > self.max_output:
                 return "output"

@@ -218,7 +218,7 @@ class PublishedTask(Task):
 
 
 def check_count(task: str, split: str, n: int | None, available: int | None) -> int:
-    """How many examples to draw, `n` None being all there are; refused where that is nothing, or more than there is."""
+    """How many examples to draw (`n` None: all); `SPDError` where that is none, or more than there are."""
     n = whole("n", available if n is None else n, least=None)
     if n < 1:
         raise SPDError(f"{n} {split} examples of {task} make no sense; ask for at least 1")
@@ -245,7 +245,7 @@ def split_off(items: Sequence[Example], salt: str, n_test: int) -> tuple[list[Ex
 
 
 def round_robin(items: Sequence[Example], by: Callable[[Example], str]) -> list[Example]:
-    """`items` with the groups taking turns, so that every beginning of the list is as balanced as it can be."""
+    """`items` with the groups taking turns, so that each beginning of the list is as balanced as possible."""
     seen: dict[str, int] = {}
     turns = []
     for item in items:

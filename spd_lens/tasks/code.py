@@ -83,7 +83,7 @@ class CodeTask(Task):
         return extract_code(text)
 
     def in_asked_form(self, text: str) -> bool:
-        """Python that parses and defines something."""
+        """Whether there is Python that parses and defines something."""
         try:
             tree = syntax_tree(extract_code(text) or "")
         except UNPARSABLE:

@@ -39,7 +39,7 @@ class Block:
 
     @property
     def names(self) -> set[str]:
-        """What it defines for others; functions and classes alone, where it is not valid Python."""
+        """The names that the block defines; functions and classes alone where it is not valid Python."""
         return set(_DEFINES.findall(self.code) if parse(self.code) is None else Names.of(self.code).defined)
 
 
@@ -84,7 +84,7 @@ def _only_imports(block: Block, functions: Collection[str]) -> bool:
 
 
 def _stands_behind(block: Block, earlier: Sequence[Block]) -> bool:
-    """Whether a block only begins like one before it: a model that repeats itself until it is stopped."""
+    """Whether a block is only the beginning of an earlier one, from a model that repeats itself until it is stopped."""
     return (block.cut and not all(other.cut for other in earlier)) or any(
         other.code.startswith(block.code) and other.code != block.code for other in earlier
     )
@@ -192,7 +192,7 @@ def _unfenced(lines: list[str]) -> Iterator[Block]:
 
 
 def _runs(lines: Sequence[str]) -> Iterator[Block]:
-    """The longest runs of lines that are Python, from each line at which one can begin, without what is only words."""
+    """The longest runs of lines that are Python, without statements that are only words."""
     at = 0
     while at < len(lines):
         indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
@@ -211,7 +211,7 @@ def _level(lines: Sequence[str], indent: str) -> list[str]:
 
 
 def _compiling(lines: Sequence[str]) -> int:
-    """How many of the lines, from the first, are a program: up to the line at which the compiler stops, and so on."""
+    """How many of the first lines are a program: where the compiler stops at a line, those before it are tried."""
     end = len(lines)
     for _ in range(_MAX_TRIES):
         if end <= 0:
@@ -265,7 +265,7 @@ def _only_words(node: ast.stmt, known: frozenset[str]) -> bool:
 
 
 def _continued(header: str, body: str) -> str | None:
-    """A function whose header stood in the prompt, from the body that was written."""
+    """A function made of a header that stood in the prompt and the body that was written; None if it is none."""
     lines = body.strip("\n").split("\n")[:_MAX_LINES]
     for first, others in (("", ""), ("    ", ""), ("    ", "    ")):
         moved = [header + ":", first + lines[0], *(others + line for line in lines[1:])]

@@ -52,7 +52,7 @@ def source_of(node: ast.stmt, code: str) -> str:
 
 
 class Names(NamedTuple):
-    """What code has to do with its module's names."""
+    """The names of its module that a piece of code binds and reads."""
 
     defined: frozenset[str]
     """Those that it binds; `*` if it imports what cannot be known."""
@@ -85,8 +85,8 @@ def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def with_needed(pieces: Sequence[str], place: int, functions: Collection[str]) -> str:
-    """One of several pieces of code, behind those statements of the others that define what it does not: names that it
-    uses, and `functions`. The nearest ones, and rather those before it."""
+    """One of several pieces of code, preceded by statements of the others that define what it lacks: names that it uses,
+    and `functions`. The nearest definitions are taken, rather those before it."""
     code = pieces[place]
     if parse(code) is None:
         return code

@@ -64,7 +64,7 @@ class CodeAlpaca(PublishedTask):
         return Example(prompt, output, tuple(spans), id)
 
     def extract(self, text: str) -> str | None:
-        """The fenced block, if there is one, or the whole text; of what is no thought."""
+        """The fenced block, if there is one, or the whole text, without thoughts."""
         text = without_thoughts(text).replace("\r\n", "\n")
         match = _FENCED.search(text)
         return (match[1] if match else text).strip() or None

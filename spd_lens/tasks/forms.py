@@ -27,7 +27,7 @@ class FinalNumber(Task):
 
     @property
     def request(self) -> str:
-        """Tells an instruct model the form of the answer; the end of every prompt."""
+        """The end of every prompt, which tells an instruct model the form of the answer."""
         return NUMBER_REQUEST
 
     def example(self, id: str, problem: str, working: str, answer: str, **meta: object) -> Example:
@@ -48,7 +48,7 @@ class FinalNumber(Task):
         return final_number(text)
 
     def in_asked_form(self, text: str) -> bool:
-        """A line of `####` and a number."""
+        """Whether there is a line of `####` and a number."""
         return super().in_asked_form(text) and bool(hash_lines(answer_part(text), line_start=True))
 
     def score(self, item: Example, text: str) -> float:
@@ -74,7 +74,7 @@ class AnswerLine(Task):
     """Answers on a line `Answer: ...`: a letter or a few words."""
 
     def in_asked_form(self, text: str) -> bool:
-        """A line `Answer: ...` from which the answer can be taken."""
+        """Whether there is a line `Answer: ...` from which the answer can be taken."""
         return super().in_asked_form(text) and _ANSWER_LINE.search(answer_part(text)) is not None
 
 

@@ -65,7 +65,7 @@ class OwnData(Task):
 
     @property
     def label(self) -> str:
-        """What ids begin with: the name of the file or directory."""
+        """The name of the file or directory, with which ids begin."""
         assert isinstance(self.path, Path)
         return self.path.stem
 

@@ -70,7 +70,7 @@ def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
 
 
 def configured(name: str, data_dir: str | Path | None, options: Mapping[str, Any]) -> Task:
-    """The task that settings describe, in which options can be written down: none is an object of Python's."""
+    """The task that settings describe; options that only Python can give are refused."""
     for option, setting in _SETTINGS.items():
         if option in options:
             raise SPDError(f"{name} takes no option {option!r} from settings; the setting {setting} says it")

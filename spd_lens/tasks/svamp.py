@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +14,7 @@ from spd_lens.tasks.base import Pools, PublishedTask, split_off
 from spd_lens.tasks.forms import FinalNumber
 from spd_lens.tasks.sources import Row
 
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _TOKENS = re.compile(r"\d+(?:\.\d+)?|[-+*/()]")
 
 
@@ -56,13 +59,11 @@ def worked_line(equation: str, answer: float) -> str:
     tokens = _TOKENS.findall(equation)
     if "".join(tokens) != re.sub(r"\s", "", equation) or len(tokens) > 50:
         return ""
-    parser = _Parser(tokens)
-    value = parser.sum()
-    if parser.position != len(tokens) or not math.isclose(value, answer, abs_tol=1e-6) or len(tokens) < 3:
+    if not math.isclose(_value(" ".join(tokens)), answer, abs_tol=1e-6) or len(tokens) < 3:
         return ""
     text = " ".join(plain_number(float(token)) if token[0].isdigit() else token for token in tokens)
     text = re.sub(r"\(\s", "(", re.sub(r"\s\)", ")", text))
-    if text.startswith("(") and _closes_at(text) == len(text) - 1:  # the outermost pair says nothing
+    if text[0] == "(" and not math.isnan(_value(text[1:-1])):  # the outermost pair says nothing
         text = text[1:-1]
     return f"{text} = {plain_number(answer)}"
 
@@ -72,50 +73,20 @@ def plain_number(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:.10g}"
 
 
-def _closes_at(text: str) -> int:
-    """Where the bracket that `text` begins with is closed."""
-    depth = 0
-    for position, character in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            return position
-    return -1
+def _value(expression: str) -> float:
+    """The value of arithmetic in `+ - * /` and brackets, NaN of anything else; data is never given to `eval`."""
 
-
-class _Parser:
-    """Arithmetic by recursive descent: equations are data, and data is never given to `eval`. NaN means malformed."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.position = 0
-
-    def sum(self) -> float:
-        value = self._product()
-        while (sign := self._take("+-")) is not None:
-            other = self._product()
-            value = value + other if sign == "+" else value - other
-        return value
-
-    def _product(self) -> float:
-        value = self._atom()
-        while (sign := self._take("*/")) is not None:
-            other = self._atom()
-            if sign == "/" and other == 0:
-                return math.nan
-            value = value * other if sign == "*" else value / other
-        return value
-
-    def _atom(self) -> float:
-        if self._take("(") is not None:
-            value = self.sum()
-            return value if self._take(")") is not None else math.nan
-        if self.position < len(self.tokens) and self.tokens[self.position][0].isdigit():
-            self.position += 1
-            return float(self.tokens[self.position - 1])
+    def value(node: ast.expr) -> float:
+        match node:
+            case ast.Constant(float(number)):
+                return number
+            case ast.BinOp(left, operation, right) if type(operation) in _OPERATIONS:
+                return _OPERATIONS[type(operation)](value(left), value(right))
         return math.nan
 
-    def _take(self, allowed: str) -> str | None:
-        if self.position < len(self.tokens) and self.tokens[self.position] in allowed:
-            self.position += 1
-            return self.tokens[self.position - 1]
-        return None
+    # as decimals, since Python takes no whole number with a leading zero
+    numbers = re.sub(r"[\d.]+", lambda number: repr(float(number[0])), expression)
+    try:
+        return value(ast.parse(numbers, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError):
+        return math.nan

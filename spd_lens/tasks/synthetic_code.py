@@ -61,7 +61,7 @@ class SyntheticCode(CodeTask, SyntheticTask):
 
 
 def _telling(rng: random.Random, run: Callable[[list[int]], Any]) -> list[list[int]]:
-    """Three lists of numbers for which the function does not always return the same, nor an empty list twice."""
+    """Three lists of numbers on which the function's results are not all equal, and at most one is empty."""
     inputs: list[list[int]] = []
     for _ in range(30):
         inputs = [[rng.randint(-20, 40) for _ in range(rng.randint(3, 6))] for _ in range(3)]

@@ -72,7 +72,7 @@ def same_text(gold: str, said: str) -> bool:
 
 
 def _variants(text: str, *, gold_side: bool) -> Iterator[tuple[str, tuple[str, str]]]:
-    """`text`, and what is left of it without its wrapping, layer by layer; and the bracket and the mark that went."""
+    """`text` and what is left of it as wrapping is taken off, each with the bracket and the mark that were taken."""
     bracket = mark = ""
     for _ in range(8):
         if not text:
