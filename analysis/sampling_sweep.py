@@ -66,11 +66,11 @@ def sampled(
         pair: The model.
         items: Prompts.
         policies: Base, projected, controls.
-        temperatures: Of the grid.
-        top_ps: Of the grid.
+        temperatures: Temperatures of the grid.
+        top_ps: Values of top-p of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
-        seed: Of the noise, the same everywhere: policies differ by what they do with it.
+        seed: Seed of the sampling noise. It is the same everywhere: policies differ by what they do with it.
         batch_size: Completions at once. None: as many as memory allows.
         folder: Keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
