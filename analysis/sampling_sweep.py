@@ -72,7 +72,7 @@ def sampled(
         top_ps: Values of top-p of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
-        seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
+        seed: Seed of the sampling noise. It is the same everywhere: policies differ by what they do with it.
         batch_size: Completions at once. None: as many as memory allows.
         folder: Folder that keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.

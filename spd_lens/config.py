@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -198,11 +199,16 @@ class SPDConfig(
     @property
     def targets(self) -> dict[str, str]:
         """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
-        names = self.eval_tasks or [self.task]
-        targets = {result_name(name): name for name in names}
-        if len(targets) < len(set(names)):
-            raise SPDError(f"two of the tasks {', '.join(names)} have the same name; rename one of the files")
-        return targets
+        return named(self.eval_tasks or [self.task])
+
+
+def named(tasks: Iterable[str]) -> dict[str, str]:
+    """Tasks by the name that their results are kept under."""
+    listed = list(tasks)
+    found = {result_name(name): name for name in listed}
+    if len(found) < len(set(listed)):
+        raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
+    return found
 
 
 def result_name(task: str) -> str:

@@ -42,7 +42,7 @@ Engine = Callable[[Sequence[Job]], Iterator[Completions]]
 MOST_AT_A_TIME = {"cpu": 32, "cuda": 256}
 """More rows hardly raise tokens per second: from here on the arithmetic limits, not reading the weights."""
 _SHARE = 0.5
-"""Share of the free memory for cache and logits."""
+"""Share of the free memory that cache and logits may take."""
 
 
 @contextlib.contextmanager

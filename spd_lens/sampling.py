@@ -103,9 +103,9 @@ def choose(
     """The next token of every row.
 
     Args:
-        logits: Of the next token.
+        logits: Logits of the next token.
         sampling: What to draw from.
-        uniforms: Each row's noise at its step, of `row_uniforms`.
+        uniforms: Each row's noise at its step, from `row_uniforms`.
         steps: Each row's step (0 for the first new token), to name it where something is wrong.
 
     Raises:

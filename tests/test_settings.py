@@ -74,6 +74,15 @@ def test_settings_are_declared_once():
     assert issubclass(spd.SPDConfig, Settings)
 
 
+def test_training_json_records_settings_by_keyword_and_in_its_old_order():
+    assert TrainingSettings().by_keyword() == {
+        "method": "lora", "rank": 8, "alpha": 8, "dropout": 0.05, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "lr": 1e-5, "weight_decay": 0.01, "epochs": 5, "batch_size": 8, "gradient_accumulation": 1, "loss_on": "all",
+        "seed": 42,
+    }  # fmt: skip
+    assert list(TrainingSettings().by_keyword()) == list(TrainingKeywords.__annotations__)
+
+
 @FUNCTIONS
 def test_keywords_go_over_settings(function):
     kind, _ = CALLS[function]

@@ -79,7 +79,7 @@ def teacher_forced(
 
     Args:
         pair: The model; the base is its twin as it stands.
-        examples: With completion and spans; held out from calibration and training if the numbers are to mean much.
+        examples: Examples with completion and spans, held out from calibration and training.
         policies: Compared with the base on every batch, so that all see the same padding.
         batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
         progress: Show a progress bar.

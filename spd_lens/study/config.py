@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import SPDConfig, read_yaml, result_name, to_yaml, validated
+from spd_lens.config import SPDConfig, named, read_yaml, to_yaml, validated
 from spd_lens.errors import SPDError
 from spd_lens.settings import Settings
 
@@ -191,15 +191,6 @@ class StudyConfig(Settings):
             self.n_scored(target), self.n_measured(target)
         if BASE in named(self.sources):
             raise SPDError(f"a source called {BASE!r} would share its folder with the base model; rename its file")
-
-
-def named(tasks: Iterable[str]) -> dict[str, str]:
-    """Tasks by the name that their results are kept under: a file of one's own by its stem."""
-    listed = list(tasks)
-    found = {result_name(name): name for name in listed}
-    if len(found) < len(listed):
-        raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
-    return found
 
 
 def may_project(method: str) -> bool:

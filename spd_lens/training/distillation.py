@@ -57,7 +57,7 @@ def finetune(
 
     Args:
         pair: The model. If its lens model was built already, lens and twin are first checked to agree.
-        corpus: From `generate`, complete.
+        corpus: A finished corpus that `generate` made.
         settings: Everything that decides the result. None: the paper's values.
         out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
             that has no file.
