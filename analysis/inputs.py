@@ -122,9 +122,8 @@ def place(site: Site, block: int, per_head: bool) -> dict[str, Any]:
 def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject]:
     """Several runs; those of one model share one pair."""
     found = [Subject(path, progress=progress) for path in paths]
-    experiments = [subject.experiment for subject in found]
-    for experiment in experiments:
-        experiment.lenders = experiments
+    for subject in found[1:]:
+        subject.experiment.models = found[0].experiment.models
     names = [subject.name for subject in found]
     for name in names:
         if names.count(name) > 1:

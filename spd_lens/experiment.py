@@ -51,9 +51,6 @@ class Experiment:
     of `config`: whoever calls it says under which policy it is done and where the result belongs.
     """
 
-    lenders: Sequence[Experiment] = ()
-    """Experiments whose model is taken where it is loaded there already and the settings name the same one."""
-
     def __init__(
         self,
         config: SPDConfig,
@@ -81,6 +78,8 @@ class Experiment:
         self.begun: Run | None = None
         """The run whose model and data these must be; None where that is checked elsewhere."""
         self._loaded: dict[Path, GradientMoments] = {}
+        self.models: dict[str, ModelPair] = {}
+        """Pairs that were loaded, by the settings that decide them; several experiments may share it."""
         self._given = pair
         if tasks is not None:
             self.made = tasks
@@ -102,19 +101,14 @@ class Experiment:
         """The same experiment with another seed of sampling, training and controls."""
         return self.varied(config=self.config.model_copy(update={"seed": seed}))
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the model is in memory."""
-        return self._given is not None or "pair" in vars(self)
-
     @cached_property
     def pair(self) -> ModelPair:
         """The model."""
-        lent = (other.pair for other in self.lenders if other.is_loaded and _same_model(self.config, other.config))
-        pair = self._given or next(lent, None) or load_pair(self.config)
+        key = repr([getattr(self.config, name) for name in _OF_THE_PAIR])
+        pair = self._given or self.models.get(key) or load_pair(self.config)
         if self.begun is None:
             return pair
-        pair = self.begun.dated(pair)
+        pair = self.models[key] = self.begun.dated(pair)
         if self.begun.notes.get("weights") not in (None, weights_digest(pair.hf)):
             raise SPDError(
                 f"{pair.name} no longer has the weights that {self.path} was made with; analyse it with the "
@@ -214,11 +208,13 @@ class Experiment:
             # with a longer answer than its own, an example may no longer fit
             return self.task.kept("calibration", shuffled_answers(self.calibration, seed))
 
-        if path not in self._loaded:
+        found = self._loaded.get(path)
+        if found is None:
             if not is_made(path, GradientMoments.load):
                 self.extract(examples(), loss=loss, layers=layers).save(path)
-            self._loaded[path] = GradientMoments.load(path)
-        found = self._loaded[path]
+            found = GradientMoments.load(path)
+            if not shuffled:  # there is one of these for each seed, which is used once
+                self._loaded[path] = found
         if self.begun is None:  # a run's own were checked when it was made, and need neither model nor data to be read
             self._check(found, path, layers, len(examples()))
         return found
@@ -350,7 +346,3 @@ def allow_execution(config: SPDConfig, tasks: Iterable[Task]) -> None:
     for task in tasks if config.allow_code_execution else ():
         if isinstance(task, CodeTask):
             task.executor = passes_tests
-
-
-def _same_model(one: SPDConfig, other: SPDConfig) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in _OF_THE_PAIR)

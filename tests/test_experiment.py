@@ -65,8 +65,8 @@ def test_experiments_of_one_model_load_it_once(finished_run, tmp_path, monkeypat
     notes = json.loads((paths[2] / "run.json").read_text())
     (paths[2] / "run.json").write_text(json.dumps({**notes, "weights": "others"}))
     for experiment in found:
-        experiment.lenders = found
-        assert experiment.moments().sites and not experiment.is_loaded  # what is there needs no model
+        experiment.models = found[0].models
+        assert experiment.moments().sites and not experiment.models  # what is there needs no model
     first = found[0].pair
     monkeypatch.setattr(module, "load", None)  # a second model would fail
     assert found[1].pair is first

@@ -50,7 +50,7 @@ def test_moments_everywhere_are_extracted_once_and_hold_the_runs_own(
     for site in subject.moments.sites:
         torch.testing.assert_close(moments.gradient[site], subject.moments.gradient[site], rtol=1e-4, atol=1e-12)
     again = Subject(subject.run.path, progress=False)  # would load the model if it had to extract
-    assert again.moments_everywhere().sites == moments.sites and not again.experiment.is_loaded
+    assert again.moments_everywhere().sites == moments.sites and not again.experiment.models
 
 
 def test_another_models_weights_are_refused(copied: Callable[[str], Path], tiny_qwen2_pair: ModelPair) -> None:
