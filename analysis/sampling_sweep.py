@@ -65,11 +65,11 @@ def sampled(
         pair: The model.
         items: Prompts.
         policies: Base, projected, controls.
-        temperatures: Of the grid.
-        top_ps: Of the grid.
+        temperatures: Temperatures of the grid.
+        top_ps: Values of top-p of the grid.
         samples: Completions of each prompt.
         max_new_tokens: Token limit.
-        seed: Of the noise, the same everywhere: policies differ by what they do with it.
+        seed: Seed of the noise, the same everywhere: policies differ by what they do with it.
         batch_size: Completions at once. None: as many as memory allows.
         folder: Keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
@@ -196,13 +196,15 @@ def say(frame: pd.DataFrame, differences: pd.DataFrame) -> str:
 def main(
     subject: Subject,
     *,
-    temperatures: Annotated[str, typer.Option(help="with commas; 0 is greedy")] = ",".join(map(str, TEMPERATURES)),
-    top_ps: Annotated[str, typer.Option(help="with commas")] = ",".join(map(str, TOP_PS)),
-    n: Annotated[int, typer.Option(min=1, help="test items")] = 16,
-    samples: Annotated[int, typer.Option(min=1, help="completions of each")] = 4,
-    random: Annotated[bool, typer.Option(help="also under a random subspace of the same ranks, as a control")] = True,
-    adapter: Annotated[bool, typer.Option(help="also the fine-tuned model")] = False,
-    seed: Annotated[int, typer.Option(help="of the sampling noise and the random subspace")] = 42,
+    temperatures: Annotated[str, typer.Option(help="Temperatures, with commas; 0 is greedy.")] = ",".join(
+        map(str, TEMPERATURES)
+    ),
+    top_ps: Annotated[str, typer.Option(help="Values of top-p, with commas.")] = ",".join(map(str, TOP_PS)),
+    n: Annotated[int, typer.Option(min=1, help="Test items.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each item.")] = 4,
+    random: Annotated[bool, typer.Option(help="Also under a random subspace of the same ranks, the control.")] = True,
+    adapter: Annotated[bool, typer.Option(help="Also by the fine-tuned model.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise and of the random subspace.")] = 42,
 ) -> Findings:
     """Completions and scores over a grid of temperatures and top-p, under the run's projection and without."""
     grid = (_numbers(temperatures, "temperatures"), _numbers(top_ps, "top-ps"))

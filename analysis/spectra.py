@@ -59,7 +59,7 @@ def main(
     shuffled: Annotated[bool, typer.Option(help="Extract gradients of shuffled answers too.")] = True,
     all_layers: Annotated[bool, typer.Option(help="Effective ranks at every layer too; extracts them once.")] = False,
     draws: Annotated[int, typer.Option(min=20, help="Random subspaces for the range of chance.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling and of the random subspaces.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffling and of the random subspaces.")] = 0,
 ) -> Findings:
     """How low-rank the gradients are: spectra, effective ranks and kept activation energy, with their nulls."""
     moments = subject.moments
