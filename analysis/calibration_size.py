@@ -172,7 +172,7 @@ def main(
     draws: Annotated[int, typer.Option(help="Pairs of disjoint sets per size.")] = 8,
     faults: Annotated[bool, typer.Option(help="Also wrong answers, misplaced spans and a biased choice.")] = True,
     items: Annotated[int, typer.Option(help="Held-out items for the loss under projection; 0 leaves it out.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of divisions, faults and random subspaces.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of divisions, faults and random subspaces.")] = 0,
 ) -> None:
     """How many calibration examples a subspace needs, and what spoils it."""
     config, console = subject.run.config, Console()

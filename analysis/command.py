@@ -22,7 +22,7 @@ from spd_lens.errors import SPDError
 from .inputs import subjects
 
 INTERRUPTED = "what it had saved stays"
-Quiet = Annotated[bool, typer.Option(help="Warnings alone: no log and no progress bars.")]
+Quiet = Annotated[bool, typer.Option(help="Warnings only: no log and no progress bars.")]
 
 
 @dataclass(frozen=True)

@@ -131,16 +131,20 @@ def say(differences: pd.DataFrame, overlaps: pd.DataFrame, controls: Sequence[st
 
 def main(
     places: Annotated[
-        list[str], typer.Argument(help="a study, a run directory, or corpora as NAME=FILE.jsonl, the reference first")
+        list[str], typer.Argument(help="A study, a run directory, or corpora as NAME=FILE.jsonl, the reference first.")
     ],
     methods: Annotated[
-        str | None, typer.Option(help="of a study: which, with commas; the first is the reference")
+        str | None, typer.Option(help="Methods of a study that are shown, with commas; the first is the reference.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of a study: whose texts are shown; default: its first")] = None,
-    n: Annotated[int, typer.Option(help="prompts on the page of texts")] = 12,
-    task: Annotated[str | None, typer.Option(help="for JSONL files: whose answers they are")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="for JSONL files: where the task's data lie")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write to; default: analysis/ of the study or run")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of a study whose texts are shown; its first if not given.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Prompts on the page of texts.")] = 12,
+    task: Annotated[str | None, typer.Option(help="Task whose answers JSONL files hold.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of that task's data.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; analysis/ of the study or run if not given.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """What each method wrote, on the same prompts: texts side by side, and the corpora's diagnostics."""

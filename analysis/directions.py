@@ -208,11 +208,11 @@ def say(measures: pd.DataFrame) -> str:
 def main(
     subject: Subject,
     *,
-    n: Annotated[int, typer.Option(min=1, help="directions per head")] = 4,
-    top: Annotated[int, typer.Option(min=1, help="tokens per pole, contexts per direction")] = 8,
-    n_random: Annotated[int, typer.Option(min=19, help="random directions per head, the null")] = 100,
-    layers: Annotated[str, typer.Option(help="block indices such as 9,14; default: the run's own layers")] = "",
-    seed: Annotated[int, typer.Option(help="seed of the random directions")] = 0,
+    n: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 4,
+    top: Annotated[int, typer.Option(min=1, help="Tokens per pole, and contexts per direction.")] = 8,
+    n_random: Annotated[int, typer.Option(min=19, help="Random directions per head, the null.")] = 100,
+    layers: Annotated[str, typer.Option(help="Block indices such as 9,14; the run's own layers if empty.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
 ) -> Findings:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""
     config, examples, pair = subject.run.config, subject.calibration(), subject.pair

@@ -231,8 +231,8 @@ def main(
     subject: Subject,
     *,
     items: Annotated[int, typer.Option(help="Held-out items for the KL.")] = 24,
-    n_random: Annotated[int, typer.Option(help="Random projections as control.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of random subspaces and resampling.")] = 0,
+    n_random: Annotated[int, typer.Option(help="Number of random projections, the control.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of random subspaces and resampling.")] = 0,
 ) -> Findings:
     """The subspace after distillation against the one before."""
     adapter = subject.run.adapter  # refuses an unfinished run before the model is loaded

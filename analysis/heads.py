@@ -134,14 +134,18 @@ def main(
     subject: Subject,
     *,
     rank: Annotated[
-        str, typer.Option(help="rank of a head: a number or a fraction such as 0.5; default: the run's")
+        str, typer.Option(help="Directions of a head: a number, or a fraction such as 0.5; the run's if empty.")
     ] = "",
-    layers: Annotated[str, typer.Option(help="whose heads are projected: 'all', 'none', or indices: 9,14")] = "all",
-    n: Annotated[int, typer.Option(min=2, help="held-out items")] = 8,
-    n_random: Annotated[int, typer.Option(min=1, help="random subspaces per head, the null")] = 1,
-    example: Annotated[str, typer.Option(help="id of the calibration example to click through")] = "",
-    shuffled: Annotated[bool, typer.Option(help="energy also with shuffled answers (a second extraction)")] = True,
-    seed: Annotated[int, typer.Option(help="seed of shuffled answers and random subspaces")] = 0,
+    layers: Annotated[
+        str, typer.Option(help="Layers whose heads are projected: all, none, or indices such as 9,14.")
+    ] = "all",
+    n: Annotated[int, typer.Option(min=2, help="Held-out items.")] = 8,
+    n_random: Annotated[int, typer.Option(min=1, help="Random subspaces per head, the null.")] = 1,
+    example: Annotated[
+        str, typer.Option(help="Id of the calibration example to click through; the shortest if empty.")
+    ] = "",
+    shuffled: Annotated[bool, typer.Option(help="Energy with shuffled answers too, by a second extraction.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of shuffled answers and random subspaces.")] = 0,
 ) -> Findings:
     """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
     pair, examples = subject.pair, subject.calibration()

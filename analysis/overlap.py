@@ -52,7 +52,7 @@ def main(
     ] = False,
     permutations: Annotated[int, typer.Option(min=19, help="Exchanges of shards between two domains.")] = 199,
     draws: Annotated[int, typer.Option(min=99, help="Random subspaces for p-values against chance.")] = 999,
-    seed: Annotated[int, typer.Option(min=0, help="Of exchanges and random subspaces.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of exchanges and random subspaces.")] = 0,
 ) -> Findings:
     """How much of each other's gradient energy the subspaces of several runs hold, and what that says on transfer."""
     moments = {subject.name: subject.moments for subject in found}

@@ -209,13 +209,15 @@ def say(frame: pd.DataFrame, differences: pd.DataFrame) -> str:
 def main(
     subject: Subject,
     *,
-    temperatures: Annotated[str, typer.Option(help="with commas; 0 is greedy")] = ",".join(map(str, TEMPERATURES)),
-    top_ps: Annotated[str, typer.Option(help="with commas")] = ",".join(map(str, TOP_PS)),
-    n: Annotated[int, typer.Option(min=1, help="test items")] = 16,
-    samples: Annotated[int, typer.Option(min=1, help="completions of each")] = 4,
-    random: Annotated[bool, typer.Option(help="also under a random subspace of the same ranks, as a control")] = True,
-    adapter: Annotated[bool, typer.Option(help="also the fine-tuned model")] = False,
-    seed: Annotated[int, typer.Option(help="of the sampling noise and the random subspace")] = 42,
+    temperatures: Annotated[str, typer.Option(help="Temperatures, with commas; 0 is greedy.")] = ",".join(
+        map(str, TEMPERATURES)
+    ),
+    top_ps: Annotated[str, typer.Option(help="Values of top-p, with commas.")] = ",".join(map(str, TOP_PS)),
+    n: Annotated[int, typer.Option(min=1, help="Test items.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each item.")] = 4,
+    random: Annotated[bool, typer.Option(help="Also under a random subspace of the same ranks, the control.")] = True,
+    adapter: Annotated[bool, typer.Option(help="Also by the fine-tuned model.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise and of the random subspace.")] = 42,
 ) -> Findings:
     """Completions and scores over a grid of temperatures and top-p, under the run's projection and without."""
     grid = (_numbers(temperatures, "temperatures"), _numbers(top_ps, "top-ps"))

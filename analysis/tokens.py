@@ -104,7 +104,7 @@ def category_shares(
         energy: What `token_energy` gave.
         null: The same for examples with shuffled answers: what prompts and format alone attract.
         skip_first: Leave the first token out of all shares: it holds most of the energy in models with attention sinks.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         One row per site (and `all`: the energies of all sites added), category and measure, with `value, low, high`
@@ -219,9 +219,11 @@ def say(energy: pd.DataFrame, shares: pd.DataFrame) -> str:
 def main(
     subject: Subject,
     *,
-    n: Annotated[int | None, typer.Option(help="calibration examples; default: all of the run's")] = None,
-    shuffled: Annotated[bool, typer.Option(help="also with shuffled answers, as a null (a second extraction)")] = True,
-    seed: Annotated[int, typer.Option(help="of the shuffle and the bootstrap")] = 0,
+    n: Annotated[int | None, typer.Option(help="Calibration examples; all of the run's if not given.")] = None,
+    shuffled: Annotated[
+        bool, typer.Option(help="Also with shuffled answers, the null, by a second extraction.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle and of the bootstrap.")] = 0,
 ) -> Findings:
     """Where in the text the gradient sits, and how much of it the subspace holds; a page with coloured text."""
     config, examples = subject.run.config, subject.calibration(n)

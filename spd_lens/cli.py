@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings only: no log and no progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
@@ -279,7 +279,7 @@ def dashboard_command(
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("dashboard.html"),
     serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine, which generates.")] = False,
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port of the live app; 0: any that is free.")
+        int, typer.Option("--port", min=0, max=65535, help="Port of the live app; 0 takes any that is free.")
     ] = 8050,
     quiet: Quiet = False,
 ) -> None:

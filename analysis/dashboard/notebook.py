@@ -51,10 +51,11 @@ def explore(
 
     Args:
         subspace: What is looked at. Alone it has its spectrum, and angles with other subspaces.
-        moments: What it came from: adds every rank, the energies of gradients and activations, and split halves.
-        name: Its label.
+        moments: The moments it came from. They add every rank, the energies of gradients and activations, and
+            split halves.
+        name: Label of the subspace.
         others: Further subspaces or moments by their labels, to compare with. Energies need moments.
-        height: Of the frame in the notebook, in pixels.
+        height: Height of the frame in the notebook, in pixels.
     """
     if moments is not None and not any(site in moments.sites for site in subspace.sites):
         raise SPDError(f"the moments have none of the subspace's sites {', '.join(map(str, subspace.sites))}")

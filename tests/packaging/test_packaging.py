@@ -62,6 +62,18 @@ def test_wheel_holds_every_module_and_nothing_at_the_top_but_spd_lens(wheel_name
     assert {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name} == {"spd_lens"}
 
 
+def test_wheel_holds_every_file_that_a_module_reads(wheel_names: set[str]) -> None:
+    folders = {"spd_lens": ROOT / "spd_lens", "spd_lens/analysis": ROOT / "analysis"}
+    data = {
+        f"{package}/{path.relative_to(folder)}"
+        for package, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert {"spd_lens/templates/base.html", "spd_lens/analysis/templates/dashboard.js"} <= data
+    assert data <= wheel_names
+
+
 def test_wheel_holds_the_marker_for_type_checkers_the_licence_and_the_command(wheel_names: set[str]) -> None:
     assert "spd_lens/py.typed" in wheel_names
     assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
