@@ -190,11 +190,7 @@ class SPDConfig(
     def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ, with both values."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-
-        def text(value: Any) -> str:  # 1 == 1.0 in Python, but rank 1 is one direction and rank 1.0 is all
-            return json.dumps(value, sort_keys=True)
-
-        return {key: (mine[key], theirs[key]) for key in mine if text(mine[key]) != text(theirs[key])}
+        return {key: (mine[key], theirs[key]) for key in mine if differ(mine[key], theirs[key])}
 
     @property
     def targets(self) -> dict[str, str]:
@@ -209,6 +205,11 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
     if len(found) < len(set(listed)):
         raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
     return found
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two values are written differently: 1 == 1.0 in Python, but rank 1 is one direction and 1.0 is all."""
+    return json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
 
 
 def result_name(task: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import SPDConfig, named, read_yaml, to_yaml, validated
+from spd_lens.config import SPDConfig, differ, named, read_yaml, to_yaml, validated
 from spd_lens.errors import SPDError
 from spd_lens.settings import Settings
 
@@ -158,9 +157,11 @@ class StudyConfig(Settings):
                 missing = [str(value) for value in theirs[key] if value not in mine[key]]
                 phrases += [f"{key}: {', '.join(missing)} there and not now"] if missing else []
             elif isinstance(mine[key], dict):
-                names = [name for name in {**theirs[key], **mine[key]} if _differ(theirs[key], mine[key], name)]
+                names = [
+                    name for name in {**theirs[key], **mine[key]} if differ(theirs[key].get(name), mine[key].get(name))
+                ]
                 phrases += [f"{n}: {theirs[key].get(n)!r} there, {mine[key].get(n)!r} now" for n in names]
-            elif _text(mine[key]) != _text(theirs[key]):
+            elif differ(mine[key], theirs[key]):
                 phrases.append(f"{key}: {theirs[key]!r} there, {mine[key]!r} now")
         return phrases
 
@@ -228,11 +229,3 @@ def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         old = joined.get(key)
         joined[key] = _joined(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return joined
-
-
-def _text(value: Any) -> str:  # 1 == 1.0 in Python, but rank 1 is one direction and rank 1.0 is all
-    return json.dumps(value, sort_keys=True)
-
-
-def _differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
-    return _text(one.get(name)) != _text(other.get(name))
