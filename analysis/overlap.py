@@ -1,6 +1,6 @@
 """Do two subspaces hold each other's gradients? The command, and what it is made of, for notebooks.
 
-`energy_overlap` (leads), `permutation_test` and `held_by` compare moments; `compare_subspaces` and `angle_table` two subspaces;
+`energy_overlap`, `permutation_test` and `held_by` compare moments, `compare_subspaces` and `angle_table` subspaces;
 `transfer` sets overlap against what projections do to losses. The figures are in `overlap_figures` and `transfer`.
 """
 
@@ -27,7 +27,8 @@ from .subspace_pairs import angle_table, check_comparable, compare_subspaces
 from .transfer import transfer, transfer_figure, transfer_of, transfer_sentence
 
 __all__ = [
-    "angle_table", "check_comparable", "compare_subspaces", "energy_overlap", "held_by", "main", "permutation_test", "transfer",
+    "angle_table", "check_comparable", "compare_subspaces", "energy_overlap", "held_by", "main", "permutation_test",
+    "transfer",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)

@@ -173,12 +173,11 @@ class Experiment:
         layers: Layers = None,
     ) -> GradientMoments:
         """Gradient moments of the calibration examples, or of others (Eq. 6-8), anew: see `moments`."""
-        config, examples = self.config, self.calibration if examples is None else examples
+        examples = self.calibration if examples is None else examples
         log.info("extracting gradients of %d calibration examples", len(examples))
-        return extract(
-            self.pair, examples, layers=layers or config.layers, kinds=config.kinds, loss=loss or config.loss,
-            engine=config.engine, progress=self.progress,
-        )  # fmt: skip
+        changes = {key: value for key, value in (("loss", loss), ("layers", layers)) if value is not None}
+        settings = self.config.extraction.model_copy(update=changes)
+        return extract(self.pair, examples, settings=settings, progress=self.progress)
 
     def moments(
         self,

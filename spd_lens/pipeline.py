@@ -8,12 +8,11 @@ from pathlib import Path
 
 from spd_lens.config import SPDConfig
 from spd_lens.corpus import NOT_APPLIED, Corpus
-from spd_lens.decoding import stop_tokens
+from spd_lens.decoding import Decoding
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, Policy
 from spd_lens.experiment import Experiment, decided_by, ready_pair
 from spd_lens.fitting import left_out
-from spd_lens.model_settings import ModelSettings
 from spd_lens.models import ModelPair
 from spd_lens.models.fingerprint import weights_digest
 from spd_lens.models.neutral import neutral
@@ -23,7 +22,6 @@ from spd_lens.preflight import check_data, check_model
 from spd_lens.projection import folded, projected
 from spd_lens.report import write_summary
 from spd_lens.rundir import Folder, Run, write_effects
-from spd_lens.sampling import Sampling
 from spd_lens.storage import is_made, read_json, write_json
 from spd_lens.subspace import Subspace
 from spd_lens.training.place import is_finished
@@ -98,15 +96,15 @@ def note_model(folder: Folder, pair: ModelPair) -> None:
 
 def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
     """What the settings were resolved to; refused where an earlier start resolved them otherwise."""
-    sampling = Sampling.resolve(pair, config.temperature, config.top_p, config.top_k)
-    own = ModelSettings.of(pair, sampling, stop_tokens(pair)).settings
+    decoding = Decoding.of(pair, config.sampling)
+    own = dict(decoding.own.settings)
     if NOT_APPLIED in own:
         folder.note(**{NOT_APPLIED: own.pop(NOT_APPLIED)})
     resolved = {
         "dtype": str(pair.dtype).removeprefix("torch."),
         "device": str(pair.device),
         "backend": pair.backend,
-        "sampling": sampling.to_dict(),
+        "sampling": decoding.sampling.to_dict(),
         "format": pair.format.name,
         **own,
     }
