@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from spd_lens.corpus import Record
+from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.fitting import in_words
 from spd_lens.model_settings import APPLIED, shown
@@ -78,7 +79,7 @@ def _rounding(run: Run) -> float | None:
 
 def _scores(run: Run, task: str) -> str:
     results = {name: run.result(task, name) for name in run.config.policies}
-    columns = {
+    columns: dict[str, list[Estimate | None]] = {
         "accuracy": [result.accuracy for result in results.values()],
         "accuracy by likelihood": [result.choice_accuracy for result in results.values()],
         "mean length (tokens)": [result.mean_length for result in results.values()],

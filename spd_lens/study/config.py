@@ -194,11 +194,6 @@ class StudyConfig(Settings):
             raise SPDError(f"a source called {BASE!r} would share its folder with the base model; rename its file")
 
 
-def may_project(method: str) -> bool:
-    """Whether a method generates under a projection, as far as can be known before it does."""
-    from spd_lens import methods  # they import torch
-
-    return type(methods.get(method)).projection is not methods.Method.projection
 
 
 def preset_names() -> list[str]:
@@ -213,6 +208,13 @@ def preset_settings(name: str) -> dict[str, Any]:
         raise SPDError(f"unknown preset {name!r}; choose from {', '.join(preset_names())}")
     with resources.as_file(resources.files("spd_lens.study.presets") / f"{name}.yaml") as path:
         return read_yaml(path)
+
+
+def may_project(method: str) -> bool:
+    """Whether a method generates under a projection, as far as can be known before it does."""
+    from spd_lens import methods  # they import torch
+
+    return type(methods.get(method)).projection is not methods.Method.projection
 
 
 def _refuse(settings: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from spd_lens.errors import SPDError
+from spd_lens.study import Study, engine, report
 from spd_lens.study.contrasts import RANDOM, better, differences, estimate_of, means, references
 from spd_lens.study.evidence import Evidence
 from spd_lens.study.report import Report, write_report
@@ -289,6 +290,26 @@ def test_report_shows_the_numbers_and_gains_beside_side_effects(tmp_path: Path) 
     assert "| psr | 82 (±1) | 0 |" in text
     n = (table.family == "primary").sum()
     assert f"over {n} comparisons of the primary outcomes" in text
+
+
+def test_report_and_page_come_from_one_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(name: str) -> Callable[[Evidence], pd.DataFrame]:
+        function = getattr(report, name)
+
+        def call(evidence: Evidence) -> pd.DataFrame:
+            made.append(name)
+            return function(evidence)
+
+        return call
+
+    for name in ("means", "differences"):
+        monkeypatch.setattr(report, name, counted(name))
+    folder = write_study(tmp_path / "study", planted(targets=(MATH,), n_items=6, measures=("aligned loss",)))
+    engine._report(Study(folder))
+    assert sorted(made) == ["differences", "means"]
+    assert all((folder / name).exists() for name in ("report.md", "comparisons.csv", "report.html"))
 
 
 def test_unfinished_study_says_what_it_lacks(tmp_path: Path) -> None:
