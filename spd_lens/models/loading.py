@@ -1,0 +1,71 @@
+"""`load`: from a model's name to a `ModelPair`."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+from spd_lens.config import DEFAULT_MODEL
+from spd_lens.models import hub
+from spd_lens.models.backends import choose_backends
+from spd_lens.models.checkpoint import read_checkpoint
+from spd_lens.models.devices import resolve_device, resolve_dtype
+from spd_lens.models.launchers import single_process
+from spd_lens.models.neutral import neutral
+from spd_lens.models.pair import ModelPair
+from spd_lens.models.tokenizer import read_tokenizer
+
+
+@neutral()
+@single_process()
+def load(
+    model: str = DEFAULT_MODEL,
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    prompt_format: str = "auto",
+    system: str | None = None,
+    enable_thinking: bool | None = None,
+    prompt_date: str | date | None = None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """Load a model as lens and twin.
+
+    Args:
+        model: Hub name, local directory (safetensors, one GGUF file, or a PEFT adapter, which is merged into its base
+            in float32), or a `.gguf` file. GGUF and bitsandbytes weights are de-quantised.
+        backend: `"hooked"` (HookedTransformer, transformer-lens 3.9), `"bridge"` (TransformerBridge) or `"auto"`: the
+            first of them that takes the model and says what the twin says.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware multiplies it, else
+            float32. Exact identities (hook = fold, batched = single) are promised in float32.
+        device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        prompt_format: `"chat"`, `"raw"` or `"auto"` (chat where the tokenizer has a template).
+        system: System message of the chat format; None leaves the template's own.
+        enable_thinking: Whether the prompts of a thinking model (Qwen3 and like) leave room for thoughts; None leaves
+            the chat template's own default.
+        prompt_date: The day, as YYYY-MM-DD, that is shown by a chat template which shows today's. None: today's, or
+            that of a corpus or run that is continued.
+        revision: Hub branch, tag or commit.
+        gguf_file: Which file, where a directory or hub repository has several GGUF files.
+        trust_remote_code: Allow code from the model's repository to run. Off unless you ask for it.
+
+    Raises:
+        SPDError: the model does not exist or cannot be converted, the device or dtype is not to be had, or the
+            tokenizer has no chat template that takes `system`, `enable_thinking` or `prompt_date`.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    choose_backends(backend)  # a wrong backend is refused before the model is read
+    directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
+    twin = read_checkpoint(directory, kind, trust_remote_code)
+    tokenizer = read_tokenizer(directory, trust_remote_code)
+    # adapters name their base by this: what the user can load again, not where a cache happens to lie
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    twin.config._name_or_path = twin.name_or_path = name
+    return ModelPair(
+        twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system,
+        enable_thinking=enable_thinking, prompt_date=prompt_date,
+    )  # fmt: skip
