@@ -85,8 +85,10 @@ def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def with_needed(pieces: Sequence[str], place: int, functions: Collection[str]) -> str:
-    """One of several pieces of code, preceded by statements of the others that define what it lacks: names that it uses,
-    and `functions`. The nearest definitions are taken, rather those before it."""
+    """One of several pieces of code, preceded by statements of the others that define what it lacks.
+
+    It lacks names that it uses, and `functions`. The nearest definitions are taken, rather those before it.
+    """
     code = pieces[place]
     if parse(code) is None:
         return code
