@@ -11,12 +11,13 @@ from typing import TypeVar
 
 from spd_lens.errors import SPDError
 from spd_lens.methods.base import Method
+from spd_lens.registry import Registry
 
 ENTRY_POINT = "spd_lens.methods"
 """Installed packages that name a module under this entry point have their methods found."""
 
 _PACKAGE = __name__.rpartition(".")[0]
-_METHODS: dict[str, type[Method]] = {}
+_METHODS: Registry[type[Method]] = Registry("method", "unknown method {name}; choose from {names}")
 _M = TypeVar("_M", bound=type[Method])
 
 
@@ -30,19 +31,14 @@ def register(method: _M) -> _M:
         raise SPDError(f"method {method.__name__} has the name {name!r}; give it one of letters, digits and dashes")
     if not method.__module__.startswith(f"{_PACKAGE}."):
         _find_own()  # else a name of ours could be taken before we take it
-    known = _METHODS.get(method.name)
-    if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
-        raise SPDError(f"there is already a method called {method.name!r}; give yours another name")
-    _METHODS[method.name] = method
+    _METHODS.add(method)
     return method
 
 
 def get(name: str) -> Method:
     """A method by name; `SPDError` that lists the names if there is none."""
     _discover()
-    if name not in _METHODS:
-        raise SPDError(f"unknown method {name!r}; choose from {', '.join(names())}")
-    return _METHODS[name]()
+    return _METHODS.find(name, names())()
 
 
 def names() -> list[str]:

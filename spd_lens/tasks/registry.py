@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spd_lens.errors import SPDError
+from spd_lens.registry import Registry, did_you_mean
 from spd_lens.tasks.base import Task
 from spd_lens.tasks.bbh import BBH
 from spd_lens.tasks.codealpaca import CodeAlpaca
@@ -23,7 +23,7 @@ from spd_lens.tasks.synthetic_qa import SyntheticQA
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 
-_TASKS: dict[str, type[Task]] = {}
+_TASKS: Registry[type[Task]] = Registry("task", "there is no task {name}{guess}; there are {names}")
 
 _SETTINGS = {"path": "data_dir", "executor": "allow_code_execution"}
 """Fields of tasks that are no options where a task is made from settings, and the settings in their place."""
@@ -42,8 +42,11 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
 
 
 def register(task: TaskClass) -> TaskClass:
-    """Class decorator that makes a task known under its `name`, in the library or in a notebook."""
-    _TASKS[task.name] = task
+    """Class decorator that makes a task known under its `name`, in the library or in a notebook.
+
+    Raises `SPDError` for a name that another task has.
+    """
+    _TASKS.add(task)
     return task
 
 
@@ -80,17 +83,10 @@ def configured(name: str, data_dir: str | Path | None, options: Mapping[str, Any
 
 def _known(name: str, options: Mapping[str, Any], hidden: Collection[str]) -> type[Task]:
     """The task's class; refuses a name that there is not, and options that the task does not have."""
-    if name not in _TASKS:
-        raise SPDError(f"there is no task {name!r}{_did_you_mean(name, names())}; there are {', '.join(names())}")
-    task = _TASKS[name]
+    task = _TASKS.find(name, names())
     known = [item.name for item in fields(task) if item.init and item.name not in hidden]
     for option in options:
         if option not in known:
-            guess = _did_you_mean(str(option), known)
+            guess = did_you_mean(str(option), known)
             raise SPDError(f"{name} has no option {option!r}{guess}; it has {', '.join(known)}")
     return task
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

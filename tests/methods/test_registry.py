@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -35,7 +36,7 @@ class Mine(Method):
 def own_registry(monkeypatch):
     """What a test registers is gone after it."""
     methods.names()
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", copy.copy(registry._METHODS))
 
 
 def test_all_methods_are_found_the_paper_first():
