@@ -96,6 +96,7 @@ def sensitivity(
     for draw in range(draws):
         half, other = _halves(clean.n_shards, rng)
         held_out = clean.shards(other)
+        floor = clean.shards(half).subspace(rank, per_head=per_head).random_like(seed + draw)
         for share in sorted({0.0, *shares}):
             count = round(share * len(half))
             kept = clean.shards(half[count:]) if count < len(half) else None
@@ -108,7 +109,6 @@ def sensitivity(
                 subspace = mixed.subspace(rank, per_head=per_head)
                 here = {"fault": fault, "share": share, "draw": draw}
                 rows += agreement(subspace, held_out, rank, {**here, "of": "subspace"})
-            floor = clean.shards(half).subspace(rank, per_head=per_head).random_like(seed + draw)
             rows += agreement(floor, held_out, rank, {"fault": "none", "share": share, "draw": draw, "of": "random"})
     return pd.DataFrame(rows)
 
@@ -150,6 +150,7 @@ def biased(
     for draw in range(draws):
         half, other = _halves(clean.n_shards, rng)
         held_out = clean.shards(other)
+        floor = clean.shards(half).subspace(rank, per_head=per_head).random_like(seed + draw)
         orders = {name: _ordered(half, values, rng) for name, values in keys.items()}
         for share in sorted({*shares, 1.0}):
             count = max(1, round(share * len(half)))
@@ -157,7 +158,6 @@ def biased(
                 subspace = clean.shards(order[:count]).subspace(rank, per_head=per_head)
                 here = {"fault": fault, "share": share, "draw": draw}
                 rows += agreement(subspace, held_out, rank, {**here, "of": "subspace"})
-            floor = clean.shards(half).subspace(rank, per_head=per_head).random_like(seed + draw)
             rows += agreement(floor, held_out, rank, {"fault": "none", "share": share, "draw": draw, "of": "random"})
     return pd.DataFrame(rows)
 

@@ -21,7 +21,7 @@ from spd_lens.statistics import mean_interval, score_interval
 from spd_lens.subspace import Subspace
 from spd_lens.tasks import Task
 
-from .contrast import contrasts
+from .contrast import beside_random, contrasts
 from .sweep import measure
 from .sweep_cells import Values
 
@@ -135,22 +135,8 @@ def _rows(
         if name not in ("aligned_loss", "kl", "kl_own"):
             rows.append({"cell": "base", "measure": name, **_estimate(found["base"][name], name)})
         for cell in chosen:
-            means = random[cell].mean(axis=1)
-            rows.append(
-                {
-                    "cell": cell,
-                    "measure": name,
-                    **_estimate(own[cell], name),
-                    "random": float(means.mean()),
-                    "random_low": float(means.min()),
-                    "random_high": float(means.max()),
-                    "difference": against[cell].value,
-                    "difference_low": against[cell].low,
-                    "difference_high": against[cell].high,
-                    "p": against[cell].p,
-                    "n_random": n_random,
-                }
-            )
+            beside = beside_random(random[cell], against[cell])
+            rows.append({"cell": cell, "measure": name, **_estimate(own[cell], name), **beside, "n_random": n_random})
     return pd.DataFrame(rows)
 
 

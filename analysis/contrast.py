@@ -36,6 +36,17 @@ class Contrast:
     df: float
     """Degrees of freedom of the t interval (Satterthwaite)."""
 
+    def columns(self, name: str) -> dict[str, float]:
+        """Value and interval as columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+def beside_random(random: Draws, against: Contrast) -> dict[str, float]:
+    """Columns of a table on what random subspaces do, with the range over draws, and how far a subspace is from it."""
+    means = random.mean(axis=1)
+    found = {"random": means.mean(), "random_low": means.min(), "random_high": means.max()}
+    return {**{name: float(value) for name, value in found.items()}, **against.columns("difference"), "p": against.p}
+
 
 def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: float = 0.95) -> list[Contrast]:
     """Each effect minus the mean over its random draws.

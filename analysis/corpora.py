@@ -15,7 +15,7 @@ from rich.table import Table
 
 from spd_lens.console import set_up_logging
 from spd_lens.corpus import Record
-from spd_lens.diagnostics import corpus_diagnostics, ends_in_loop, repeated_ngrams, share_after_answer, text_ids
+from spd_lens.diagnostics import OF_COMPLETIONS, corpus_diagnostics, share_after_answer
 from spd_lens.estimate import Estimate
 from spd_lens.statistics import mean_interval, paired_difference
 from spd_lens.storage import write_json, write_text
@@ -174,12 +174,8 @@ def main(
 
 def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], float | None]]]:
     """Unit and value of one completion; None where it has none."""
-    measures: dict[str, tuple[str, Callable[[Record], float | None]]] = {
-        "length": ("tokens", lambda record: float(record.n_completion_tokens)),
-        "truncated": ("share", lambda record: float(record.finish_reason == "length")),
-        "repeated 4-grams": ("share", lambda record: repeated_ngrams(text_ids(record))),
-        "loops": ("share", lambda record: float(ends_in_loop(text_ids(record)))),
-    }
+    names = ("length", "truncated", "repeated 4-grams", "loops")
+    measures: dict[str, tuple[str, Callable[[Record], float | None]]] = {name: OF_COMPLETIONS[name] for name in names}
     if task is None:
         return measures
 

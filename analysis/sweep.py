@@ -23,10 +23,11 @@ from spd_lens.rundir import Folder
 from spd_lens.statistics import paired_difference
 from spd_lens.subspace import Subspace
 
-from .contrast import Contrast, contrasts, matched_draws
+from .contrast import Contrast, beside_random, contrasts, matched_draws
 from .grid import Grid, GridCell
 from .sweep_cells import MEASURES, Measured, Store, Values
 
+_UNMATCHED = dict.fromkeys(("matched", "matched_low", "matched_high"))
 _TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
 
 
@@ -54,25 +55,14 @@ class Sweep:
             matched = self._matched(measure) if measure == "aligned_loss" else {}
             for i, cell in enumerate(self.cells):
                 interval = paired_difference(self.base[measure], cell.own[measure])
-                means = random[i].mean(axis=1)
                 rows.append(
                     {
-                        **_columns(cell),
-                        "measure": measure,
-                        "value": interval.value,
-                        "low": interval.low,
-                        "high": interval.high,
-                        "random": float(means.mean()),
-                        "random_low": float(means.min()),
-                        "random_high": float(means.max()),
-                        **_contrast_columns("difference", against[i]),
-                        "p": against[i].p,
-                        "p_holm": against[i].p_holm,
-                        **_contrast_columns("matched", matched.get(i)),
-                        "n_items": len(own[i]),
-                        "n_random": len(means),
+                        **_columns(cell), "measure": measure, "value": interval.value, "low": interval.low,
+                        "high": interval.high, **beside_random(random[i], against[i]), "p_holm": against[i].p_holm,
+                        **(matched[i].columns("matched") if i in matched else _UNMATCHED),
+                        "n_items": len(own[i]), "n_random": len(random[i]),
                     }
-                )
+                )  # fmt: skip
         return pd.DataFrame(rows)
 
     def placebo(self, measure: str) -> pd.DataFrame:
@@ -245,9 +235,3 @@ def _columns(measured: Measured) -> dict[str, Any]:
         "width": cell.width,
         "least_rank": min(measured.ranks),
     }
-
-
-def _contrast_columns(name: str, contrast: Contrast | None) -> dict[str, float | None]:
-    if contrast is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {name: contrast.value, f"{name}_low": contrast.low, f"{name}_high": contrast.high}

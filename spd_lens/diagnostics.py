@@ -98,6 +98,10 @@ class _Measures:
         interval = score_interval if unit == "share" else mean_interval
         self.add(measure, unit, interval(values, confidence=self.confidence))
 
+    def known(self, *measures: str) -> None:
+        for measure in measures:
+            self.mean(measure, *OF_COMPLETIONS[measure])
+
     def bootstrapped(self, measure: str, unit: str, statistic: Callable[[Sequence[float]], float]) -> None:
         """A statistic of all lengths; its bootstrap draws prompts with all of their samples."""
         lengths = [[float(record.n_completion_tokens) for record in samples] for samples in self.prompts]
@@ -116,7 +120,7 @@ def _lengths(table: _Measures) -> None:
     lengths = [float(record.n_completion_tokens) for record in table.records]
     table.fact("completions", "count", len(table.records))
     table.fact("prompts", "count", len(table.prompts))
-    table.mean("length", "tokens", lambda record: record.n_completion_tokens)
+    table.known("length")
     table.bootstrapped("length sd", "tokens", lambda drawn: stdev(drawn) if len(drawn) > 1 else 0.0)
     table.bootstrapped("length median", "tokens", median)
     tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else lengths * 9
@@ -124,9 +128,7 @@ def _lengths(table: _Measures) -> None:
     table.fact("length 10 %", "tokens", tenths[0])
     table.fact("length 90 %", "tokens", tenths[-1])
     table.fact("longest", "tokens", max(lengths))
-    table.mean("short", "share", lambda record: float(record.n_completion_tokens < SHORT))
-    table.mean("truncated", "share", lambda record: float(record.finish_reason == "length"))
-    table.mean("empty", "share", lambda record: float(not record.completion.strip()))
+    table.known("short", "truncated", "empty")
 
 
 def _repetition(table: _Measures) -> None:
@@ -136,9 +138,7 @@ def _repetition(table: _Measures) -> None:
     if several:
         shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
         table.add("duplicates within prompts", "share", score_interval(shares, confidence=table.confidence))
-    table.mean("repeated 4-grams", "share", lambda record: repeated_ngrams(text_ids(record), 4))
-    table.mean("longest loop", "tokens", lambda record: longest_loop(text_ids(record)))
-    table.mean("loops", "share", lambda record: float(ends_in_loop(text_ids(record))))
+    table.known("repeated 4-grams", "longest loop", "loops")
     for n in (1, 2):
         table.add(f"distinct-{n}", "share", _distinct(table.prompts, n, table.confidence))
 
@@ -254,6 +254,18 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
 def text_ids(record: Record) -> tuple[int, ...]:
     """A completion's tokens without the one that ended it."""
     return record.completion_ids[:-1] if record.finish_reason == "eos" else record.completion_ids
+
+
+OF_COMPLETIONS: dict[str, tuple[str, Callable[[Record], float]]] = {
+    "length": ("tokens", lambda record: float(record.n_completion_tokens)),
+    "short": ("share", lambda record: float(record.n_completion_tokens < SHORT)),
+    "truncated": ("share", lambda record: float(record.finish_reason == "length")),
+    "empty": ("share", lambda record: float(not record.completion.strip())),
+    "repeated 4-grams": ("share", lambda record: repeated_ngrams(text_ids(record), 4)),
+    "longest loop": ("tokens", lambda record: float(longest_loop(text_ids(record)))),
+    "loops": ("share", lambda record: float(ends_in_loop(text_ids(record)))),
+}
+"""Unit and value of what a single completion tells."""
 
 
 def _by_prompt(corpus: Iterable[Record]) -> list[list[Record]]:
