@@ -194,8 +194,6 @@ class StudyConfig(Settings):
             raise SPDError(f"a source called {BASE!r} would share its folder with the base model; rename its file")
 
 
-
-
 def preset_names() -> list[str]:
     """Names of the ready-made studies."""
     folder = resources.files("spd_lens.study.presets")
