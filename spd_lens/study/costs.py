@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,9 +13,6 @@ from spd_lens.models.devices import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.shapes import Shape
-
-if TYPE_CHECKING:
-    from spd_lens.study.plan import Unit
 
 LENGTHS = {
     "bbh": (105, 4), "codealpaca": (54, 65), "gsm8k": (116, 96), "mbpp": (77, 150), "mmlu": (164, 3),
@@ -28,6 +25,22 @@ _BATCH_TOKENS = 2048
 """Padded tokens in a batch of an extraction; a batch that is measured teacher-forced has half."""
 _KEPT = 34
 """Values kept per token, layer and unit of d_model for the backward pass (attention scores are not kept)."""
+
+
+class Unit(NamedTuple):
+    """One piece of work of a stage. What does not apply is empty: the base model has no source and no seed."""
+
+    stage: str
+    source: str = ""
+    method: str = ""
+    seed: int | None = None
+    target: str = ""
+    phase: str = "trained"
+
+    def __str__(self) -> str:
+        parts = [self.method, self.target and f"on {self.target}", self.source and f"from {self.source}"]
+        parts += ["" if self.seed is None else f"seed {self.seed}", "" if self.phase == "trained" else self.phase]
+        return f"{self.stage}: {', '.join(part for part in parts if part)}"
 
 
 class Machine(NamedTuple):

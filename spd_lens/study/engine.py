@@ -18,9 +18,9 @@ from spd_lens.pipeline import note_model, note_set_up
 from spd_lens.preflight import check_data, check_model
 from spd_lens.storage import is_made, read_json
 from spd_lens.study.config import BASE, StudyConfig, named
-from spd_lens.study.costs import Machine
+from spd_lens.study.costs import Machine, Unit
 from spd_lens.study.folder import Cell, Study
-from spd_lens.study.plan import Clock, Unit, duration, schedule, unit_costs
+from spd_lens.study.plan import Clock, duration, schedule, unit_costs
 from spd_lens.study.results import write_tables
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples

@@ -10,29 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
-from spd_lens.study.costs import Cost, Costs, Machine, bytes_per_weight
+from spd_lens.study.costs import Cost, Costs, Machine, Unit, bytes_per_weight
 from spd_lens.study.shapes import Shape
 from spd_lens.tables import markdown
 
 STAGES = ("extract", "generate", "finetune", "measure", "side effects", "score")
 Measured = Mapping[str, Mapping[str, float]]
 """By stage: `seconds` that were measured, and the seconds that the plan had foreseen for the same (`work`)."""
-
-
-class Unit(NamedTuple):
-    """One piece of work of a stage. What does not apply is empty: the base model has no source and no seed."""
-
-    stage: str
-    source: str = ""
-    method: str = ""
-    seed: int | None = None
-    target: str = ""
-    phase: str = "trained"
-
-    def __str__(self) -> str:
-        parts = [self.method, self.target and f"on {self.target}", self.source and f"from {self.source}"]
-        parts += ["" if self.seed is None else f"seed {self.seed}", "" if self.phase == "trained" else self.phase]
-        return f"{self.stage}: {', '.join(part for part in parts if part)}"
 
 
 def schedule(config: StudyConfig) -> list[Unit]:

@@ -7,8 +7,18 @@ import sys
 import pytest
 
 from spd_lens.study import StudyConfig, make_plan, preset_names
-from spd_lens.study.costs import A100, LENGTHS, TWO_CORES, TWO_CORES_FLOAT32, Cost, Costs, Machine, bytes_per_weight
-from spd_lens.study.plan import Clock, Unit, duration, rate, schedule, unit_costs
+from spd_lens.study.costs import (
+    A100,
+    LENGTHS,
+    TWO_CORES,
+    TWO_CORES_FLOAT32,
+    Cost,
+    Costs,
+    Machine,
+    Unit,
+    bytes_per_weight,
+)
+from spd_lens.study.plan import Clock, duration, rate, schedule, unit_costs
 from spd_lens.study.shapes import TABLE, Shape, read_shape
 from tests.helpers import refused
 
