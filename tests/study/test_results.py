@@ -9,7 +9,7 @@ import spd_lens as spd
 from spd_lens.diagnostics import corpus_diagnostics
 from spd_lens.study import corpora_frame, results_frame
 from spd_lens.study.results import COLUMNS, DIAGNOSTICS
-from spd_lens.study.side_effects import in_asked_form
+from spd_lens.tasks.asked_form import in_asked_form
 from tests.helpers import refused
 
 FORCED = {"aligned_loss": "aligned loss", "completion_loss": "completion loss", "kl": "KL from base"}
