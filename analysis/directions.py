@@ -32,6 +32,7 @@ from spd_lens.models.prompts import Loss
 from spd_lens.moments import GradientMoments
 from spd_lens.sites import Site, resolve_layers
 from spd_lens.storage import write_text
+from spd_lens.subspace import Subspace
 
 from .command import Findings, analysis, run
 from .direction_sums import Tally, Vocabulary
@@ -111,26 +112,37 @@ def read_directions(
         for site in sites:
             tallies[site].add(pair.hf, rows)
             nulls[site].add(pair.hf, rows)
+    texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     measures: list[dict[str, Any]] = []
     tokens: list[dict[str, Any]] = []
-    texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     for site in sites:
-        tally, null = tallies[site], nulls[site]
-        signs = tally.signs
-        values, chance = tally.measures(), null.measures()
-        if site.kind == "v" and unembed is not None:
-            read = Vocabulary(pair, unembed, site, top)
-            values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
-            chance["vocabulary kurtosis"], random = read(null.directions)
-            tokens += [row for row in read.rows(found, random) if row["direction"] <= _rank(subspace.ranks[site], row)]
-        singular = subspace.singular_values[site]
-        for head, rank in enumerate(subspace.ranks[site]):
-            for i in range(rank):
-                where = {**place(site, head, per_head=True), "direction": i + 1}
-                common = {**where, "singular_value": singular[head, i].item(), "sign": signs[head, i].item()}
-                measures += [{**common, **_against(m, values[m][head, i], chance[m][head])} for m in values]
-                tokens += [{**where, **row} for row in tally.contexts(head, i, signs[head, i].item(), texts, top)]
+        read = Vocabulary(pair, unembed, site, top) if site.kind == "v" and unembed is not None else None
+        own = _read_site(subspace, tallies[site], nulls[site], read, texts, top)
+        measures += own[0]
+        tokens += own[1]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
+
+
+def _read_site(
+    subspace: Subspace, tally: Tally, null: Tally, read: Vocabulary | None, texts: Sequence[Sequence[str]], top: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of measures and of tokens of one site's directions, from what was tallied of them and of random ones."""
+    site, signs = tally.site, tally.signs
+    measures: list[dict[str, Any]] = []
+    tokens: list[dict[str, Any]] = []
+    values, chance = tally.measures(), null.measures()
+    if read is not None:
+        values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
+        chance["vocabulary kurtosis"], random = read(null.directions)
+        tokens += [row for row in read.rows(found, random) if row["direction"] <= _rank(subspace.ranks[site], row)]
+    singular = subspace.singular_values[site]
+    for head, rank in enumerate(subspace.ranks[site]):
+        for i in range(rank):
+            where = {**place(site, head, per_head=True), "direction": i + 1}
+            common = {**where, "singular_value": singular[head, i].item(), "sign": signs[head, i].item()}
+            measures += [{**common, **_against(m, values[m][head, i], chance[m][head])} for m in values]
+            tokens += [{**where, **row} for row in tally.contexts(head, i, signs[head, i].item(), texts, top)]
+    return measures, tokens
 
 
 def random_directions(like: Directions, n: int, seed: int) -> Directions:
