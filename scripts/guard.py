@@ -61,6 +61,7 @@ NOISE = (
     (r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", "UUID"),
     (r"\b20\d\d-\d\d-\d\d([T ][\d:.+]+)?", "DATE"),
     (r"\b\d+(\.\d+)? ?(s|seconds?|minutes?|hours?)\b", "TIME"),
+    (r'(?<="Seconds per stage","rows":)\[\[.*?\]\]', "TIME"),
     (r"\b(torch|transformers|transformer-lens|peft|numpy|scipy|python|spd[-_]lens) \d+\.[\w.+]+", "VERSION"),
 )
 
