@@ -231,8 +231,9 @@ def main(
         max_new_tokens=subject.task.max_new_tokens, batch_size=config.generation_batch_size,
         folder=subject.folder / "sampling_sweep" / f"n{n}-samples{samples}-seed{seed}", progress=subject.progress,
     )  # fmt: skip
-    frame = sweep_frame(corpora, subject.task, items, subject.pair)
-    differences = sweep_differences(corpora, subject.task, items)
+    scores = scored(corpora, subject.task, items)
+    frame = sweep_frame(corpora, scores, subject.task, subject.pair)
+    differences = sweep_differences(scores)
     says = say(frame, differences)
     facts: dict[str, Any] = {
         "temperatures": grid[0],
