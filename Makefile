@@ -59,7 +59,7 @@ bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generati
 	.venv/bin/python -m benchmarks.run $(BENCH_ARGS)
 
 speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md from benchmarks/results/
-	PYTHONPATH=. .venv/bin/python scripts/speed_table.py
+	.venv/bin/python -m benchmarks.speed_table
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py

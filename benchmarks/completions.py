@@ -11,9 +11,8 @@ import spd_lens as spd
 from benchmarks import subjects
 from benchmarks.measure import Sample, ratios
 from benchmarks.table import Row
-from spd_lens.decoding import Decoding, Job
-from spd_lens.engines import twin_engine
-from spd_lens.policy import Policy
+from spd_lens.generation import Decoding, Job, twin_engine
+from spd_lens.subspaces import Policy
 
 
 def jobs_of(pair: spd.ModelPair, n: int, cut: int | None = None) -> list[Job]:

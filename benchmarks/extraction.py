@@ -16,9 +16,7 @@ import spd_lens as spd
 from benchmarks import machine, subjects
 from benchmarks.measure import Sample, in_fresh_process, in_turn, settle, timed
 from benchmarks.table import Row
-from spd_lens.models.backends import lens_logits
-from spd_lens.models.batches import batches_by_length
-from spd_lens.models.weights import site_layer
+from spd_lens.models import batches_by_length, lens_logits, site_layer
 
 ROUNDS = {"smollm2": 4, "qwen2.5-0.5b-shape": 2}
 N_EXAMPLES = 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,10 +25,8 @@ from benchmarks.completions import (
 )
 from benchmarks.measure import Sample, in_turn, settle, timed
 from benchmarks.table import Row
-from spd_lens import slots
-from spd_lens.decoding import Decoding, Job, stop_tokens
-from spd_lens.projection import projected, projected_twin
-from spd_lens.sampling import Sampling
+from spd_lens.generation import Decoding, Job, Sampling, stop_tokens
+from spd_lens.subspaces import projected, projected_twin
 
 BATCH = 16
 PROMPT_TOKENS = 64
@@ -255,6 +254,7 @@ def _few_shot(quick: bool) -> Iterator[Row]:
         return in_slots(pair, decoding, jobs, None, BATCH)
 
     def not_shared(_: int) -> list[list[int]]:
+        slots: Any = importlib.import_module("spd_lens.generation.slots")
         least, slots.MIN_PREFIX = slots.MIN_PREFIX, 10**9
         try:
             return in_slots(pair, decoding, jobs, None, BATCH)

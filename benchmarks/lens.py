@@ -11,7 +11,7 @@ from benchmarks import subjects
 from benchmarks.measure import in_turn, ratios, settle
 from benchmarks.table import Row
 from spd_lens.errors import SPDError
-from spd_lens.models.backends import choose_backends
+from spd_lens.models import choose_backends
 
 N_EXAMPLES, ROUNDS = {"smollm2": 9, "qwen2.5-0.5b-shape": 5}, 2
 DTYPES = ("float32", "bfloat16")

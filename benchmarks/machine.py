@@ -14,8 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from spd_lens.models.torch_private import onednn_packed, onednn_product
-from spd_lens.products import available
+from spd_lens.models import available, onednn_packed, onednn_product
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "peft", "trl", "accelerate", "numpy")
 

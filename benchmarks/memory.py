@@ -15,8 +15,9 @@ from benchmarks import subjects
 from benchmarks.lens import backends
 from benchmarks.measure import held, settle, timed
 from benchmarks.table import Row
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.models.torch_private import own_memory
+from spd_lens.evaluation import teacher_forced
+from spd_lens.models import own_memory
+from spd_lens.subspaces import Policy
 
 DTYPES = ("float32", "bfloat16")
 N_EXAMPLES, NEW_TOKENS = 8, 32

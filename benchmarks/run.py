@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import machine, subjects, table
-from spd_lens.console import set_up_logging, single_command, start
+from spd_lens.output import set_up_logging, single_command, start
 
 STAGES = ("extraction", "lens", "generation", "training", "sweep", "memory", "profile")
 """Each is a module here with `rows(models, quick)`."""

@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import spd_lens as spd
-from spd_lens.defaults import DEFAULT_MODEL
-from spd_lens.models.devices import resolve_device
+from spd_lens.models import resolve_device
+from spd_lens.settings import DEFAULT_MODEL
 
 DATA = Path(os.environ.get("SPD_LENS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Folder with the published benchmark files. Without it the synthetic arithmetic task stands in."""

@@ -12,10 +12,9 @@ import spd_lens as spd
 from benchmarks import subjects
 from benchmarks.measure import in_turn, settle
 from benchmarks.table import Row
-from spd_lens.analysis.grid import Grid, GridCell
-from spd_lens.analysis.sweep import measure
-from spd_lens.evaluation import Policy
-from spd_lens.evaluation.skip_layers import exact_prefix
+from spd_lens.analysis.sweeps import Grid, GridCell, measure
+from spd_lens.evaluation import exact_prefix
+from spd_lens.subspaces import Policy
 
 RANKS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4]
 N_EXAMPLES, N_ITEMS, ROUNDS = 8, 4, 2

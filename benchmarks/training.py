@@ -24,7 +24,7 @@ import spd_lens as spd
 from benchmarks import machine, subjects
 from benchmarks.measure import Sample, settle, timed
 from benchmarks.table import Row
-from spd_lens.corpus import Record
+from spd_lens.generation import Record
 from spd_lens.training import ATTENTION
 
 BATCH = 8

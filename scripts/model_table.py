@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spd_lens.check import MOMENTS_TOLERANCE
-from spd_lens.models.architectures import ARCHITECTURES
-from spd_lens.models.parity import TOLERANCE
+from spd_lens.models import ARCHITECTURES, TOLERANCE
+from spd_lens.runs import MOMENTS_TOLERANCE
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 BACKENDS = (("hooked", "hooked"), ("hooked", "bridge"), ("bridge", "bridge"))

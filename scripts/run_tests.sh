@@ -36,8 +36,8 @@ step() { # step NAME COMMAND…: run it, keep its closing line
 
 # What multiplies by other code where newer instructions are missing. PyTorch and oneDNN use nothing beyond AVX2 here.
 without_newer=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2)
-multiplying=(tests/test_{products,generation,model_settings,slots,capture,projection}.py
-  tests/models/test_{attention,parity,matrix}.py tests/evaluation tests/training)
+multiplying=(tests/generation/test_{generate,model_settings,slots}.py tests/subspaces/test_{extract,projection}.py
+  tests/models/test_{onednn,attention,parity,matrix}.py tests/evaluation tests/training)
 
 step lint scripts/lint.sh
 for lane in ${LANES:-hooked bridge}; do

@@ -1,4 +1,8 @@
-"""The one exception type a user of the library has to know."""
+"""The one exception type a user of the library has to know, and the numbers that a caller gives."""
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class SPDError(Exception):
@@ -30,3 +34,28 @@ def shortened(text: str, most: int = 60) -> str:
 
 class TooLong(SPDError):
     """A text is so much longer than the model's context that it was not even tokenised to its end."""
+
+
+def plain(value: Any) -> Any:
+    """Scalars and arrays of numpy and torch as Python's own numbers and lists; anything else as it is.
+
+    JSON, seeds and comparisons of types take nothing else. Lists, tuples and dictionaries are gone through.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(plain(part) for part in value)
+    if type(value) is dict:
+        return {plain(key): plain(part) for key, part in value.items()}
+    return value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
+
+
+def whole(name: str, value: Any, least: int | None = 1) -> int:
+    """A whole number as Python's own `int`, of at least `least` if that is given.
+
+    Raises:
+        SPDError: it is no whole number (a truth value is none, nor is 3.0), or too small.
+    """
+    number = plain(value)
+    if type(number) is not int or (least is not None and number < least):
+        rule = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise SPDError(f"{name} is {number!r}; it must be {rule}")
+    return number

@@ -8,8 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spd_lens.errors import SPDError
-from spd_lens.numbers import plain
+from spd_lens.errors import SPDError, plain
 
 Span = tuple[int, int]
 

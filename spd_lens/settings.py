@@ -16,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from spd_lens.errors import SPDError
-from spd_lens.numbers import plain, whole
+from spd_lens.errors import SPDError, plain, whole
 from spd_lens.sites import KINDS
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
 
 
 class Settings(BaseModel):

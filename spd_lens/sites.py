@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spd_lens.errors import SPDError
-from spd_lens.numbers import plain
+from spd_lens.errors import SPDError, plain
 
 KINDS: tuple[str, ...] = ("k", "v", "q", "z", "resid")
 """The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12); queries, the heads'

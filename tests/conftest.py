@@ -29,10 +29,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from spd_lens.config import SPDConfig
-from spd_lens.models import ModelPair, load
-from spd_lens.pipeline import run
-from spd_lens.rundir import Run
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
+from spd_lens.runs.config import SPDConfig
+from spd_lens.runs.pipeline import run
+from spd_lens.runs.run_dir import Run
 
 # One thread each: tiny models gain nothing from more, and threads of several test workers hold each other up.
 torch.set_num_threads(1)
@@ -210,7 +211,7 @@ def processes() -> Iterator[BaseContext]:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             patch.setenv(variable, "1")  # as in the tests' own process
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["spd_lens.pipeline"])
+        context.set_forkserver_preload(["spd_lens.runs.pipeline"])
         yield context
 
 

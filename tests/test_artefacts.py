@@ -18,8 +18,10 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spd_lens as spd
-from spd_lens.rounds import Rounds, run_rounds
-from spd_lens.study import Study, results_frame, run_study
+from spd_lens.runs.rounds import Rounds, run_rounds
+from spd_lens.study.engine import run_study
+from spd_lens.study.folder import Study
+from spd_lens.study.results import results_frame
 from tests.conftest import build_tokenizer, randomise
 
 FOLDER = Path(__file__).parent / "fixtures" / "artefacts"

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spd_lens.capture import extract
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair, load
 from spd_lens.models.devices import resolve_device, resolve_dtype
-from spd_lens.moments import GradientMoments
-from spd_lens.projection import fold_to, folded, projected
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
 from spd_lens.sites import Site
-from spd_lens.subspace import Subspace
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.projection import fold_to, folded, projected
+from spd_lens.subspaces.subspace import Subspace
 from tests.conftest import BACKENDS, N_CTX, build_llama, randomise
 from tests.helpers import EXAMPLES, assert_same_bits, refused
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import spd_lens as spd
-from spd_lens.cli import app, main
+from spd_lens.cli.commands import app, main
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
 from tests.conftest import BACKENDS, N_CTX
@@ -99,7 +99,7 @@ def test_the_commands_are_there():
 def test_help_names_the_commands_and_needs_no_torch():
     code = (
         "import sys; sys.argv = ['spd-lens', '--help']\n"
-        "from spd_lens.cli import main\n"
+        "from spd_lens.cli.commands import main\n"
         "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -252,7 +252,7 @@ def test_extraction_checks_ranks_before_it_extracts(call, in_tmp, model_flags, m
     def extract(*_args, **_options):
         raise AssertionError("an expensive stage was begun")
 
-    monkeypatch.setattr("spd_lens.experiment.extract", extract)
+    monkeypatch.setattr("spd_lens.runs.experiment.extract", extract)
     one_error(call("extract", *model_flags, "--task", "synthetic-math", "--rank", "9"), "rank 9")
     assert not any(in_tmp.iterdir())
 
@@ -406,7 +406,7 @@ def test_interrupted_runs_say_that_the_same_command_goes_on(call, flags, finishe
     """A real process, the signal of Ctrl-C in the midst of it, and then the same command again."""
     out = tmp_path / "run"
     program = (
-        "import signal\nfrom tests.helpers import signal_once_there\nfrom spd_lens.cli import main\n"
+        "import signal\nfrom tests.helpers import signal_once_there\nfrom spd_lens.cli.commands import main\n"
         f"signal_once_there({str(out)!r}, 'subspace.safetensors', signal.SIGINT)\nmain()"
     )
     command = [sys.executable, "-c", program, "run", *flags, "--out", str(out)]

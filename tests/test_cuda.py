@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.decoding import Decoding
-from spd_lens.graphs import CudaGraphs
-from spd_lens.models import ModelPair
+from spd_lens.generation.cuda_graphs import CudaGraphs
+from spd_lens.generation.jobs import Decoding
+from spd_lens.generation.slots import Slots
 from spd_lens.models.architectures import takes_slots
-from spd_lens.slots import Slots
+from spd_lens.models.pair import ModelPair
 from tests.conftest import build_tokenizer
+from tests.generation.test_slots import GREEDY, by_id, jobs_of, recomputed
 from tests.models.zoo import ZOO, build_twin
-from tests.test_slots import GREEDY, by_id, jobs_of, recomputed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from spd_lens.corpus import Corpus, Record
 from spd_lens.examples import Example, as_examples, worked_examples
+from spd_lens.generation.corpus import Corpus, Record
 from tests.helpers import refused
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.analysis.grid import Grid
-from spd_lens.numbers import plain, whole
+from spd_lens.analysis.sweeps.grid import Grid
+from spd_lens.errors import plain, whole
 from spd_lens.study.config import StudyConfig
 from tests.helpers import EXAMPLES, refused
 

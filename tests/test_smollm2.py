@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.defaults import DEFAULT_MODEL
+from spd_lens.settings import DEFAULT_MODEL
 
 pytestmark = [
     pytest.mark.smollm2,

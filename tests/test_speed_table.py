@@ -1,19 +1,12 @@
 """The tables of docs/speed.md: those of the committed results, a tick only where a goal was met."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
+from benchmarks import speed_table
 from benchmarks.table import Row
-
-SPEC = importlib.util.spec_from_file_location("speed_table", Path(__file__).parents[1] / "scripts" / "speed_table.py")
-speed_table = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = speed_table
-SPEC.loader.exec_module(speed_table)
 
 FACTS = {
     "date": "2026-01-02",

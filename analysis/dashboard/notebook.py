@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from spd_lens.analysis.dashboard.document import from_sources
+from spd_lens.analysis.dashboard.page import page
+from spd_lens.analysis.dashboard.rank_curves import Source
 from spd_lens.errors import SPDError
-from spd_lens.moments import GradientMoments
-from spd_lens.storage import write_text
-from spd_lens.subspace import Subspace
-
-from .curves import Source
-from .data import from_sources
-from .page import page
+from spd_lens.files import write_text
+from spd_lens.subspaces import GradientMoments, Subspace
 
 
 class Explorer:

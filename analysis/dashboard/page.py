@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..style import drawn
+from spd_lens.analysis.common import drawn
 
 Look = Literal["page", "embedded"]
 

@@ -12,20 +12,17 @@ from typing import Any
 import pandas as pd
 import plotly
 
-from spd_lens.audit.safe_text import visible
-from spd_lens.config import SPDConfig
-from spd_lens.corpus import Corpus
+from spd_lens.analysis import ANALYSES
+from spd_lens.analysis.common import Subject
+from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
+from spd_lens.analysis.dashboard.word_diff import word_diff
 from spd_lens.errors import SPDError
-from spd_lens.estimate import Estimate
 from spd_lens.evaluation import EvalResult, ForcedItem
-from spd_lens.rundir import Run, environment
-from spd_lens.statistics import difference_sentence, mean_interval, paired_difference
-from spd_lens.storage import read_json
-
-from ..index import ANALYSES
-from ..inputs import Subject
-from .differences import word_diff
-from .sweeps import layer_sweep, rank_sweep
+from spd_lens.files import read_json
+from spd_lens.generation import Corpus
+from spd_lens.output import visible
+from spd_lens.runs import Run, SPDConfig, environment
+from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
@@ -168,7 +165,7 @@ def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
     found = []
     for name in sorted({path.stem for ending in ("csv", "html") for path in subject.folder.glob(f"*.{ending}")}):
         page = subject.folder / f"{name}.html"
-        questions = (question for known, question in ANALYSES.items() if name.startswith(known))
+        questions = (found.question for known, found in ANALYSES.items() if name.startswith(known))
         entry: dict[str, Any] = {"name": visible(name), "question": next(questions, "")}
         entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:

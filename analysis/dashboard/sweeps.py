@@ -6,9 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from spd_lens.audit.safe_text import visible
-
-from ..inputs import Subject
+from spd_lens.analysis.common import Subject
+from spd_lens.output import visible
 
 _NEEDED = {
     "layers", "kind", "head", "projector", "rank", "width", "measure", "value", "low", "high", "random", "random_low",

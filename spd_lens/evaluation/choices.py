@@ -7,14 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from tqdm.auto import tqdm
 
-from spd_lens.evaluation.forced import ForcedBatch, forced_logits
+from spd_lens.evaluation.teacher_forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair
-from spd_lens.models.architectures import angles_change_beyond
-from spd_lens.models.batches import batches_by_length
-from spd_lens.models.losses import token_losses
-from spd_lens.models.neutral import neutrally
-from spd_lens.policy import Policy
+from spd_lens.models import ModelPair, angles_change_beyond, batches_by_length, neutrally, token_losses
+from spd_lens.subspaces import Policy
 
 
 @neutrally

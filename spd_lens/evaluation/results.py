@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import DamagedFile, SPDError
-from spd_lens.estimate import Estimate
-from spd_lens.statistics import mean_interval, paired_difference, score_interval
-from spd_lens.storage import read_json, write_json
+from spd_lens.files import read_json, write_json
+from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
 
 
 @dataclass(frozen=True)

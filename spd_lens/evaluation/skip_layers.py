@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair
-from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.models.neutral import neutrally
-from spd_lens.policy import Policy
+from spd_lens.models import Fingerprint, ModelPair, neutrally
+from spd_lens.subspaces import Policy
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from spd_lens.corpus import Corpus
-from spd_lens.evaluation import Policy
-from spd_lens.experiment import Experiment
-from spd_lens.subspace import Subspace
+from spd_lens.generation import Corpus
+from spd_lens.runs import Experiment
+from spd_lens.subspaces import Policy, Subspace
 
 
 def Projection(subspace: Subspace, strength: float = 1.0) -> Policy:

@@ -8,12 +8,11 @@ import torch
 from einops import einsum
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.experiment import Experiment
+from spd_lens.evaluation import teacher_forced
 from spd_lens.methods.registry import register
 from spd_lens.methods.spd import SelfPolicyDistillation
-from spd_lens.moments import GradientMoments
-from spd_lens.subspace import Subspace
+from spd_lens.runs import Experiment
+from spd_lens.subspaces import GradientMoments, Policy, Subspace
 
 N_MATCHING = 16
 """Calibration examples on which damage is matched: their KL is paired, so few are enough, and none is a test item."""

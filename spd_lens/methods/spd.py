@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy
-from spd_lens.experiment import Experiment
 from spd_lens.methods.base import Method
 from spd_lens.methods.registry import register
-from spd_lens.subspace import Subspace
+from spd_lens.runs import Experiment
+from spd_lens.subspaces import Policy, Subspace
 
 
 @register

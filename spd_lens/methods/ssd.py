@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spd_lens.corpus import Corpus
-from spd_lens.experiment import Experiment
+from spd_lens.generation import Corpus
 from spd_lens.methods.base import Method
 from spd_lens.methods.registry import register
+from spd_lens.runs import Experiment
 
 
 @register

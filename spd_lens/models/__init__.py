@@ -1,6 +1,41 @@
 """Models: a Hugging Face twin, its TransformerLens counterpart, and the weights between them."""
 
+from spd_lens.models.adapter_files import adapter_digest
+from spd_lens.models.adapters import adapted, merged_copy
+from spd_lens.models.architectures import ARCHITECTURES, angles_change_beyond, architecture, n_kv_heads, takes_slots
+from spd_lens.models.attention import fastest_attention, one_query_at_a_time
+from spd_lens.models.backends import choose_backends, lens_logits
+from spd_lens.models.batches import batches_by_length
+from spd_lens.models.checkpoint import check_whole
+from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
+from spd_lens.models.fingerprint import Fingerprint, weights_digest
+from spd_lens.models.hooks import LensHook, run_only, unembed_only
+from spd_lens.models.launchers import single_process
 from spd_lens.models.load import load
+from spd_lens.models.losses import token_losses
+from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
+from spd_lens.models.onednn import available, fast_products, packed, recomputed_alike
 from spd_lens.models.pair import ModelPair
+from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error, right_pad
+from spd_lens.models.probe import probe
+from spd_lens.models.processed import refuse_processed
+from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat
+from spd_lens.models.tokenizer import load_tokenizer, text_ids
+from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory
+from spd_lens.models.transformers_private import attention, default_generation_settings, logits_processors
+from spd_lens.models.twin import check_saveable, named_outputs, run_twin
+from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
-__all__ = ["ModelPair", "load"]
+__all__ = [
+    "ARCHITECTURES", "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
+    "PromptFormat", "SiteLayer", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond", "architecture",
+    "attention", "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
+    "default_generation_settings", "dtype_name", "fast_products", "fastest_attention", "free_memory", "kl_divergence",
+    "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads", "named_outputs",
+    "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product", "ordinary_buffers",
+    "out_of_memory", "own_memory", "packed", "positionwise_in_last_block", "probe", "random_kept", "recomputed_alike",
+    "refuse_compiled", "refuse_processed", "relative_error", "resolve_device", "resolve_dtype", "right_pad",
+    "run_only", "run_twin", "single_process", "site_layer", "takes_slots", "text_ids", "token_losses", "twin_hook",
+    "unembed_only", "weights_digest", "without_autocast",
+]  # fmt: skip

@@ -18,13 +18,13 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spd_lens.errors import SPDError, one_line
+from spd_lens.files import read_json
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
 from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.multimodal import auto_class, text_part
 from spd_lens.models.settings import numbers_in
 from spd_lens.models.twin import cast
-from spd_lens.storage import read_json
 
 _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
 """Names of settings that say how many modules are made."""

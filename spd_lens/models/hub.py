@@ -16,11 +16,18 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import UNREADABLE, SPDError, one_line
-from spd_lens.publishing import damage, filling, inventory, make_directory, unreadable_weights
-from spd_lens.stand_ins import refuse_stand_in
-from spd_lens.storage import read_json, write_json
+from spd_lens.files import (
+    damage,
+    filling,
+    inventory,
+    make_directory,
+    read_json,
+    refuse_stand_in,
+    unreadable_weights,
+    write_json,
+)
+from spd_lens.settings import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
 

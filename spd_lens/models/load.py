@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.models import hub
 from spd_lens.models.backends import choose_backends
 from spd_lens.models.checkpoint import read_checkpoint
@@ -14,6 +13,7 @@ from spd_lens.models.launchers import single_process
 from spd_lens.models.neutral import neutral
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.tokenizer import read_tokenizer
+from spd_lens.settings import DEFAULT_MODEL
 
 
 @neutral()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from spd_lens.config import SPDConfig, differ, named, read_yaml, to_yaml, validated
 from spd_lens.errors import SPDError
+from spd_lens.runs import SPDConfig, differ, named, read_yaml, to_yaml, validated
 from spd_lens.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spd_lens import methods
-from spd_lens.models.devices import resolve_device, resolve_dtype
+from spd_lens.models import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.shapes import Shape

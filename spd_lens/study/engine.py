@@ -10,13 +10,20 @@ from pathlib import Path
 
 from spd_lens import tasks
 from spd_lens.evaluation import EvalResult
-from spd_lens.experiment import Experiment, allow_execution, decided_by, ready_pair
-from spd_lens.fitting import Draws, left_out
-from spd_lens.models import ModelPair
-from spd_lens.models.neutral import neutral
-from spd_lens.pipeline import note_model, note_set_up
-from spd_lens.preflight import check_data, check_model
-from spd_lens.storage import is_made, read_json
+from spd_lens.files import is_made, read_json
+from spd_lens.models import ModelPair, neutral
+from spd_lens.runs import (
+    Draws,
+    Experiment,
+    allow_execution,
+    check_data,
+    check_model,
+    decided_by,
+    left_out,
+    note_model,
+    note_set_up,
+    ready_pair,
+)
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.study.costs import Machine, Unit
 from spd_lens.study.folder import Cell, Study
@@ -25,8 +32,8 @@ from spd_lens.study.results import write_tables
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
 from spd_lens.study.stages import Bench, distil, finish, measure, project, score, self_generate
-from spd_lens.subspace import Subspace
-from spd_lens.training.place import is_finished
+from spd_lens.subspaces import Subspace
+from spd_lens.training import is_finished
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +235,8 @@ def _do(bench: Bench, unit: Unit) -> bool:
 
 def _report(study: Study) -> None:
     """Markdown and page. What was measured is safe already: a report that fails is made again by the same command."""
-    from spd_lens.study.report import write_report
+    from spd_lens.study.reporting.report import write_report
 
     report = write_report(study.path)
     # found by name when it is needed: the library does not depend on its analyses
-    importlib.import_module("spd_lens.analysis.study_report").write_page(study.path, report)
+    importlib.import_module("spd_lens.analysis.paper.study_page").write_page(study.path, report)

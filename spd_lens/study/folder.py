@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd_lens.config import check_whole
-from spd_lens.corpus import Corpus
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem, Policy
-from spd_lens.publishing import occupants
-from spd_lens.rundir import Folder, read_effects
-from spd_lens.storage import is_made, read_json, write_text
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.files import is_made, occupants, read_json, write_text
+from spd_lens.generation import Corpus
+from spd_lens.runs import Folder, check_whole, read_effects
 from spd_lens.study.config import BASE, StudyConfig, named
-from spd_lens.subspace import Subspace
+from spd_lens.subspaces import Policy, Subspace
 
 Effects = dict[str, list[ForcedItem]]
 """Teacher-forced items by phase: `trained`, and `projected` where the method projects."""

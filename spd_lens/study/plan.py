@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from spd_lens.output import markdown
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.costs import Cost, Costs, Machine, Unit, bytes_per_weight
 from spd_lens.study.shapes import Shape
-from spd_lens.tables import markdown
 
 STAGES = ("extract", "generate", "finetune", "measure", "side effects", "score")
 Measured = Mapping[str, Mapping[str, float]]

@@ -9,14 +9,13 @@ from typing import Any
 import pandas as pd
 
 from spd_lens import methods
-from spd_lens.comparison import MEASURES
-from spd_lens.corpus import Corpus
-from spd_lens.diagnostics import corpus_diagnostics
-from spd_lens.evaluation import EvalResult
-from spd_lens.storage import write_text
+from spd_lens.evaluation import EvalResult, corpus_diagnostics
+from spd_lens.files import write_text
+from spd_lens.generation import Corpus
+from spd_lens.runs import MEASURES
 from spd_lens.study.config import BASE, named
-from spd_lens.study.evidence import COLUMNS
 from spd_lens.study.folder import Cell, Study
+from spd_lens.study.reporting.evidence import COLUMNS
 from spd_lens.tasks import Task
 
 _FORCED = {

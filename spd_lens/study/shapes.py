@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spd_lens.defaults import DEFAULT_MODEL
 from spd_lens.errors import SPDError, one_line
-from spd_lens.models.architectures import n_kv_heads
+from spd_lens.models import n_kv_heads
+from spd_lens.settings import DEFAULT_MODEL
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
           "intermediate_size", "vocab_size", "tie_word_embeddings")  # fmt: skip

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens import methods
-from spd_lens.corpus import Corpus, Header, corpus_digest, settings_path
-from spd_lens.evaluation import EvalResult, ForcedItem, Policy
+from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.examples import Example
-from spd_lens.experiment import Experiment
-from spd_lens.models.adapter_files import adapter_digest
-from spd_lens.publishing import replacing
-from spd_lens.rundir import write_effects
-from spd_lens.sampling import Sampling
-from spd_lens.storage import is_made, read_json, write_json
+from spd_lens.files import is_made, read_json, replacing, write_json
+from spd_lens.generation import Corpus, Header, Sampling, corpus_digest, settings_path
+from spd_lens.models import adapter_digest
+from spd_lens.runs import Experiment, write_effects
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.folder import Cell, Study
+from spd_lens.subspaces import Policy
 
 
 @dataclass(frozen=True)

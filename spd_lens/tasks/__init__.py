@@ -4,8 +4,8 @@
 sizes. Nothing in here knows of models.
 """
 
-from spd_lens.tasks.base import Task
+from spd_lens.tasks.base import Split, Task
 from spd_lens.tasks.code import CodeTask
 from spd_lens.tasks.registry import PRESETS, configured, get, names, register
 
-__all__ = ["PRESETS", "CodeTask", "Task", "configured", "get", "names", "register"]
+__all__ = ["CodeTask", "PRESETS", "Split", "Task", "configured", "get", "names", "register"]

@@ -18,9 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal, Self
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, plain, whole
 from spd_lens.examples import Example
-from spd_lens.numbers import plain, whole
 from spd_lens.tasks.sources import Source
 
 Split = Literal["calibration", "train", "test"]

@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Pools, PublishedTask, split_off
 from spd_lens.tasks.forms import ANSWER_MARK, AnswerLine, answer_example
-from spd_lens.tasks.scoring import same_choice, same_short_answer, short_answer
+from spd_lens.tasks.scoring.letters import same_choice
+from spd_lens.tasks.scoring.short_answers import same_short_answer
+from spd_lens.tasks.scoring.words import short_answer
 from spd_lens.tasks.sources import Row
 
 SUBTASKS = tuple(

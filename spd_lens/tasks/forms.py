@@ -9,7 +9,10 @@ from typing import Literal
 
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Task, normalised
-from spd_lens.tasks.scoring import answer_letter, answer_part, final_number, hash_lines, same_choice, same_number
+from spd_lens.tasks.scoring.letters import answer_letter, same_choice
+from spd_lens.tasks.scoring.numbers import final_number, hash_lines
+from spd_lens.tasks.scoring.reading import answer_part
+from spd_lens.tasks.scoring.values import same_number
 
 NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '#### ' followed by the final number."
 

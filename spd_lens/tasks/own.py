@@ -14,7 +14,10 @@ import regex  # like `re`, with a time limit: patterns come from data files
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools, Split, Task, check_count, split_off
-from spd_lens.tasks.scoring import answer_part, final_number, is_number, same_number, same_text, short_answer
+from spd_lens.tasks.scoring.numbers import final_number
+from spd_lens.tasks.scoring.reading import answer_part
+from spd_lens.tasks.scoring.values import is_number, same_number
+from spd_lens.tasks.scoring.words import same_text, short_answer
 from spd_lens.tasks.sources import Row, read_rows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "train", "test")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import SPDError, one_line, shortened
-from spd_lens.stand_ins import refuse_stand_in
+from spd_lens.files import refuse_stand_in
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, whole
 from spd_lens.examples import Example
-from spd_lens.numbers import whole
 from spd_lens.tasks.base import Pools, Split, Task, check_count, digest
 
 _SHARES: dict[Split, range] = {"calibration": range(0, 20), "train": range(20, 70), "test": range(70, 100)}

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lens.models.hooks import unembed_only
-from spd_lens.models.twin import run_twin
+from spd_lens.models import run_twin, unembed_only
 
 IGNORED = -100
 """Label of a position without loss, by PyTorch's convention."""

@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from spd_lens.corpus import Record
 from spd_lens.errors import SPDError
-from spd_lens.models.architectures import angles_change_beyond
-from spd_lens.models.attention import fastest_attention
-from spd_lens.storage import read_json, write_text
+from spd_lens.files import read_json, write_text
+from spd_lens.generation import Record
+from spd_lens.models import angles_change_beyond, fastest_attention
+from spd_lens.training.checkpoint_dir import complete_checkpoint
+from spd_lens.training.length_groups import passes
 from spd_lens.training.loss import IGNORED, NextTokenLoss
-from spd_lens.training.passes import passes
-from spd_lens.training.place import complete_checkpoint
 
 
 class TokenRows(Dataset[dict[str, list[int]]]):

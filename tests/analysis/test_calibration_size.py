@@ -9,9 +9,16 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.analysis import calibration_faults, calibration_losses, calibration_size
-from spd_lens.analysis.agreements import MEASURES
-from spd_lens.analysis.calibration_faults import (
+from spd_lens.analysis.calibration import (
+    faults as calibration_faults,
+)
+from spd_lens.analysis.calibration import (
+    losses as calibration_losses,
+)
+from spd_lens.analysis.calibration import (
+    size as calibration_size,
+)
+from spd_lens.analysis.calibration.faults import (
     AT_RANDOM,
     ENERGY,
     LEFT_OUT,
@@ -24,10 +31,12 @@ from spd_lens.analysis.calibration_faults import (
     sensitivity,
     summarise,
 )
-from spd_lens.analysis.calibration_size import losses_under, main, stability, stability_figure, stability_sentence
+from spd_lens.analysis.calibration.size import losses_under, main, stability, stability_figure, stability_sentence
+from spd_lens.analysis.common.agreements import MEASURES
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.moments import GradientMoments
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.policy import Policy
 
 SITE = spd.Site(1, "v")
 

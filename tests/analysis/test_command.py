@@ -9,11 +9,11 @@ import pytest
 import typer
 from rich.table import Table
 
-from spd_lens.analysis.command import Findings, analysis
-from spd_lens.analysis.inputs import Subject
-from spd_lens.console import single_command
+from spd_lens.analysis.common.command import Findings, analysis
+from spd_lens.analysis.common.subject import Subject
 from spd_lens.errors import SPDError
-from spd_lens.rundir import Run
+from spd_lens.output.console import single_command
+from spd_lens.runs.run_dir import Run
 
 Seen = list[tuple[str, int, bool]]
 

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from spd_lens import tasks
-from spd_lens.analysis import corpora as module
-from spd_lens.analysis.corpora import corpora_differences, corpora_overlaps, corpora_table, say, shares_figure
-from spd_lens.analysis.corpora_page import added_words, corpora_page
-from spd_lens.analysis.corpora_sources import corpora_sets, pooled, shared_prompts
-from spd_lens.corpus import Corpus, Record
-from spd_lens.statistics import paired_difference
+from spd_lens.analysis.corpora import command as module
+from spd_lens.analysis.corpora.command import corpora_differences, corpora_overlaps, corpora_table, say, shares_figure
+from spd_lens.analysis.corpora.page import added_words, corpora_page
+from spd_lens.analysis.corpora.sources import corpora_sets, pooled, shared_prompts
+from spd_lens.generation.corpus import Corpus, Record
+from spd_lens.stats.intervals import paired_difference
 from tests.helpers import refused
 
 MATH = tasks.get("synthetic-math")
@@ -161,7 +161,7 @@ def test_files_and_runs_are_found_by_the_command(finished_run, tmp_path, capsys)
 
 
 def test_a_study_gives_one_set_per_source(tmp_path):
-    from spd_lens.study import StudyConfig
+    from spd_lens.study.config import StudyConfig
 
     config = StudyConfig.make({"sources": ["synthetic-math"], "methods": ["psr", "spd", "spd-random"], "seeds": [1, 2]})
     (tmp_path / "study.yaml").write_text(config.to_yaml())

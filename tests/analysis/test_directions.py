@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
-from spd_lens.analysis.directions import (
+from spd_lens.analysis.common.token_html import pieces_of
+from spd_lens.analysis.directions.command import (
     MEASURES,
     main,
     measure_figure,
@@ -22,14 +23,13 @@ from spd_lens.analysis.directions import (
     read_directions,
     say,
 )
-from spd_lens.analysis.directions_page import cards_page
-from spd_lens.analysis.reading import pieces_of
-from spd_lens.analysis.readout import Unembedding, _gain, matches, written
-from spd_lens.capture import token_gradients
-from spd_lens.console import single_command
+from spd_lens.analysis.directions.page import cards_page
+from spd_lens.analysis.directions.readout import Unembedding, _gain, matches, written
 from spd_lens.models.hooks import LensHook
-from spd_lens.moments import GradientMoments
-from spd_lens.rundir import Run
+from spd_lens.output.console import single_command
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces.extract import token_gradients
+from spd_lens.subspaces.moments import GradientMoments
 
 LAST, HEADS, GROUP, WIDTH = 3, 2, 2, 8
 

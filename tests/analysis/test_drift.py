@@ -11,9 +11,9 @@ from peft import PeftModel
 from scipy import stats
 
 import spd_lens as spd
-from spd_lens.analysis.absorption import absorbed, absorption, absorption_figure, absorption_sentence
-from spd_lens.analysis.agreements import ENERGY, MEASURES
-from spd_lens.analysis.drift import (
+from spd_lens.analysis.common.agreements import ENERGY, MEASURES
+from spd_lens.analysis.distilled.absorption import absorbed, absorption, absorption_figure, absorption_sentence
+from spd_lens.analysis.distilled.drift import (
     drift,
     drift_figure,
     drift_sentence,
@@ -23,7 +23,7 @@ from spd_lens.analysis.drift import (
     spectra_figure,
 )
 from spd_lens.errors import SPDError
-from spd_lens.moments import GradientMoments
+from spd_lens.subspaces.moments import GradientMoments
 from tests.helpers import assert_same_bits, make_adapter
 
 SITE = spd.Site(1, "k")

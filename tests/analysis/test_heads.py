@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
-from spd_lens.analysis.attention import attention_of, attention_patterns
-from spd_lens.analysis.heads import effect_map, energy_map, head_energy, main, say
-from spd_lens.analysis.heads_page import heads_page
-from spd_lens.analysis.one_head import head_effects, only_head
-from spd_lens.capture import token_gradients
-from spd_lens.console import single_command
+from spd_lens.analysis.heads.ablation import head_effects, only_head
+from spd_lens.analysis.heads.attention import attention_of, attention_patterns
+from spd_lens.analysis.heads.command import effect_map, energy_map, head_energy, main, say
+from spd_lens.analysis.heads.page import heads_page
 from spd_lens.models.hooks import LensHook
-from spd_lens.moments import GradientMoments
-from spd_lens.projection import folded
-from spd_lens.rundir import Run
+from spd_lens.output.console import single_command
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces.extract import token_gradients
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.projection import folded
 
 HEADS, WIDTH = 2, 8
 EXAMPLES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -16,9 +17,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from spd_lens.analysis import overlap, overlap_figures
-from spd_lens.analysis import transfer as transfers
-from spd_lens.analysis.angles import (
+from spd_lens.analysis.common.angles import (
     chance_cosine,
     energy_by_rank,
     energy_share,
@@ -28,13 +27,17 @@ from spd_lens.analysis.angles import (
     random_bases,
 )
 from spd_lens.analysis.index import analyze
+from spd_lens.analysis.overlap import command as overlap
+from spd_lens.analysis.overlap import figures as overlap_figures
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedItem
+from spd_lens.evaluation.teacher_forced import ForcedItem
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.moments import GradientMoments
-from spd_lens.rundir import Run
+from spd_lens.runs.run_dir import Run
 from spd_lens.sites import Site
-from spd_lens.subspace import Subspace
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.subspace import Subspace
+
+transfers = importlib.import_module("spd_lens.analysis.overlap.transfer")
 
 SHAPE = Fingerprint(n_layers=4, d_model=32, n_heads=4, n_kv_heads=2, d_head=8, sample=(1.0,))
 SITE = Site(1, "k")

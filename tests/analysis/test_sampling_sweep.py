@@ -9,12 +9,19 @@ import pandas as pd
 import pytest
 
 from spd_lens import tasks
-from spd_lens.analysis import sampling_sweep as module
-from spd_lens.analysis.sampling_sweep import sampled, say, scored, sweep_differences, sweep_figure, sweep_frame
-from spd_lens.corpus import Corpus, Record
-from spd_lens.evaluation import Policy
-from spd_lens.generation import generate
-from spd_lens.statistics import clustered_mean, paired_difference
+from spd_lens.analysis.corpora import sampling_sweep as module
+from spd_lens.analysis.corpora.sampling_sweep import (
+    sampled,
+    say,
+    scored,
+    sweep_differences,
+    sweep_figure,
+    sweep_frame,
+)
+from spd_lens.generation.corpus import Corpus, Record
+from spd_lens.generation.generate import generate
+from spd_lens.stats.intervals import clustered_mean, paired_difference
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import refused
 
 MATH = tasks.get("synthetic-math")

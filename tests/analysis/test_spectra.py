@@ -13,17 +13,18 @@ import pytest
 import torch
 from scipy import stats
 
-from spd_lens.analysis import spectra, spectra_figures
-from spd_lens.analysis.angles import entropy_rank, participation_ratio, rank_holding, stable_rank
+from spd_lens.analysis.common.angles import entropy_rank, participation_ratio, rank_holding, stable_rank
+from spd_lens.analysis.common.jackknife import filled, half_width, halves, sets, shard_grams
 from spd_lens.analysis.index import analyze
-from spd_lens.analysis.shardwise import filled, half_width, halves, sets, shard_grams
-from spd_lens.analysis.spectra_measures import ACTIVATIONS, CENTRED, ENERGY, GRADIENTS, HELD_OUT, SHUFFLED, SINGULAR
+from spd_lens.analysis.spectra import command as spectra
+from spd_lens.analysis.spectra import figures as spectra_figures
+from spd_lens.analysis.spectra.measures import ACTIVATIONS, CENTRED, ENERGY, GRADIENTS, HELD_OUT, SHUFFLED, SINGULAR
 from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.moments import GradientMoments
-from spd_lens.rundir import Run
+from spd_lens.runs.run_dir import Run
 from spd_lens.sites import Site
-from spd_lens.spectrum import BlockSpectrum
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.spectrum import BlockSpectrum
 
 SHAPE = Fingerprint(n_layers=4, d_model=32, n_heads=4, n_kv_heads=2, d_head=8, sample=(1.0,))
 SITES = [Site(1, "k"), Site(3, "v")]

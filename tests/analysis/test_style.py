@@ -7,7 +7,19 @@ import re
 import plotly.graph_objects as go
 import pytest
 
-from spd_lens.analysis.style import COLORS, DASHES, NULL_COLOR, SYMBOLS, band, figure, line, page, panel, panels, plain
+from spd_lens.analysis.common.style import (
+    COLORS,
+    DASHES,
+    NULL_COLOR,
+    SYMBOLS,
+    band,
+    figure,
+    line,
+    page,
+    panel,
+    panels,
+    plain,
+)
 
 
 def test_figures_have_titles_and_no_ground_of_their_own() -> None:

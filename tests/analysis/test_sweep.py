@@ -1,5 +1,6 @@
 """The sweep itself on a tiny model: right numbers, no needless work, and a killed one that goes on."""
 
+import importlib
 import shutil
 
 import numpy as np
@@ -8,18 +9,21 @@ import pytest
 import torch
 
 from spd_lens import extract
-from spd_lens.analysis import chosen, rank_sweep, sweep_figures
-from spd_lens.analysis.contrast import contrasts
-from spd_lens.analysis.grid import Grid
-from spd_lens.analysis.inputs import Subject
-from spd_lens.analysis.sweep import measure, sweep
-from spd_lens.analysis.sweep_cells import MEASURES, Store
-from spd_lens.analysis.sweep_report import default_cell, report
+from spd_lens.analysis.common.against_random import contrasts
+from spd_lens.analysis.common.subject import Subject
+from spd_lens.analysis.sweeps import confirm as chosen
+from spd_lens.analysis.sweeps import ranks as rank_sweep
+from spd_lens.analysis.sweeps.engine import measure, sweep
+from spd_lens.analysis.sweeps.grid import Grid
+from spd_lens.analysis.sweeps.report import default_cell, report
+from spd_lens.analysis.sweeps.store import MEASURES, Store
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Policy
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.sites import Site
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES, hook_at
+
+sweep_figures = importlib.import_module("spd_lens.analysis.sweeps.figures")
 
 GRID = Grid(ranks=[1, 2, 4], layers=["3", "last_mid", "all"], n_random=3)
 

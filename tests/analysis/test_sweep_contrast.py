@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from spd_lens.analysis.contrast import contrasts, matched_draws, moderated
-from spd_lens.analysis.recommend import overall, recommend
+from spd_lens.analysis.common.against_random import contrasts, matched_draws, moderated
+from spd_lens.analysis.sweeps.recommend import overall, recommend
 from spd_lens.errors import SPDError
-from spd_lens.multiple_comparisons import holm
+from spd_lens.stats.corrections import holm
 
 
 def noise(rng, n_cells, *, n_items=24, n_draws=3, draw_sd=0.1, item_sd=0.15):

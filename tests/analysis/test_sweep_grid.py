@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spd_lens import extract
-from spd_lens.analysis.grid import Grid, GridCell
+from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
 from tests.helpers import EXAMPLES

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import study_report
-from analysis.calibration_figure import figure_4, points, points_sentence
-from analysis.paper_numbers import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
-from analysis.tables import NOT_RUN, fill, main, model_of, to_markdown
+from spd_lens.analysis.paper import study_page as study_report
+from spd_lens.analysis.paper.figure_4 import figure_4, points, points_sentence
+from spd_lens.analysis.paper.printed import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
+from spd_lens.analysis.paper.tables import NOT_RUN, fill, main, model_of, to_markdown
 from spd_lens.errors import SPDError
-from spd_lens.study.contrasts import differences, means
-from spd_lens.study.evidence import Evidence
-from spd_lens.study.setup import BACKBONES
+from spd_lens.study.reporting.contrasts import differences, means
+from spd_lens.study.reporting.evidence import Evidence
+from spd_lens.study.reporting.setup import BACKBONES
 from tests.studies import planted, write_study
 
 PAPER = Path(__file__).parents[3] / "shared" / "paper" / "paper.txt"

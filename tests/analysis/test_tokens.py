@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
-from spd_lens.analysis.categories import CATEGORIES, categories
-from spd_lens.analysis.reading import pieces_of, tokens_of
-from spd_lens.analysis.tokens import category_shares, main, say, share_figure, token_energy
-from spd_lens.analysis.tokens_page import text_page
-from spd_lens.capture import token_gradients
-from spd_lens.console import single_command
-from spd_lens.rundir import Run
+from spd_lens.analysis.common.token_html import pieces_of, tokens_of
+from spd_lens.analysis.tokens.categories import CATEGORIES, categories
+from spd_lens.analysis.tokens.command import category_shares, main, say, share_figure, token_energy
+from spd_lens.analysis.tokens.page import text_page
+from spd_lens.output.console import single_command
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces.extract import token_gradients
 
 ASK = " Answer with a number."
 EXAMPLES = [

@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spd_lens as spd
-from spd_lens.subspace import Subspace
+from spd_lens.subspaces.subspace import Subspace
 from tests.helpers import greedy
 
 pytestmark = pytest.mark.skipif(

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.evaluation import Policy, evaluate
 from spd_lens.evaluation.choices import most_likely
+from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.examples import Example
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import norms_in_full_precision
 
 

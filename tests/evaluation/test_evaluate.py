@@ -7,13 +7,15 @@ from typing import ClassVar
 
 import pytest
 
-from spd_lens.capture import extract
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ItemResult, Policy, evaluate, teacher_forced
+from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.results import EvalResult, ItemResult
+from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.examples import Example
-from spd_lens.projection import folded
-from spd_lens.tasks import Task
-from spd_lens.tasks.base import Pools
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.policy import Policy
+from spd_lens.subspaces.projection import folded
+from spd_lens.tasks.base import Pools, Task
 from tests.helpers import EXAMPLES, assert_same_bits, greedy, make_adapter, refused
 
 LIMIT = 6

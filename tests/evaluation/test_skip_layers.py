@@ -3,8 +3,9 @@
 import torch
 
 from spd_lens import extract
-from spd_lens.evaluation import Policy, teacher_forced
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix, forced_above
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES
 
 

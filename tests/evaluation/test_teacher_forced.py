@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spd_lens.capture import extract
-from spd_lens.evaluation import ForcedItem, Policy, teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedItem, teacher_forced
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES, assert_same_bits, make_adapter, norms_in_full_precision, refused
 
 SITES = {"layers": [1, 3], "kinds": ("k", "v")}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from spd_lens import tasks
-from spd_lens.config import SPDConfig
-from spd_lens.experiment import Experiment
-from spd_lens.models import ModelPair
+from spd_lens.models.pair import ModelPair
+from spd_lens.runs.config import SPDConfig
+from spd_lens.runs.experiment import Experiment
 
 SETTINGS: dict[str, Any] = {
     "task": "synthetic-math",

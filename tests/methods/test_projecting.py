@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from spd_lens import methods
-from spd_lens.controls import shuffled_answers
-from spd_lens.experiment import Experiment
-from spd_lens.moments import GradientMoments
+from spd_lens.runs.experiment import Experiment
+from spd_lens.subspaces.controls import shuffled_answers
+from spd_lens.subspaces.moments import GradientMoments
 from tests.helpers import reference_rows, refused, relative_error, sine
 
 
@@ -137,7 +137,7 @@ def test_extractions_are_made_once_and_shared(experiment, monkeypatch, tmp_path)
     first = own.moments()
     assert [path.name for path in tmp_path.iterdir()] == ["moments-aligned.safetensors"]
     with monkeypatch.context() as patch:
-        patch.setattr("spd_lens.experiment.extract", None)  # a second extraction would fail
+        patch.setattr("spd_lens.runs.experiment.extract", None)  # a second extraction would fail
         for seed in (1, 2):
             again = again_with(own, seed=seed).moments()
             assert all(torch.equal(first.gradient[site], again.gradient[site]) for site in first.sites)

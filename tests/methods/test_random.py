@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from spd_lens import methods
-from spd_lens.evaluation import Policy, teacher_forced
+from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.methods import random as matching
 from spd_lens.methods.random import KL_TOLERANCE, N_MATCHING, matched_in_energy
-from spd_lens.statistics import mean_interval
+from spd_lens.stats.intervals import mean_interval
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import refused, sine
 
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from spd_lens import methods
-from spd_lens.evaluation import Policy
-from spd_lens.methods import Method, registry
+from spd_lens.methods import registry
+from spd_lens.methods.base import Method
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import refused
 
 OWN = '''

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spd_lens import methods
-from spd_lens.corpus import Corpus, Record
-from spd_lens.generation import generate
+from spd_lens.generation.corpus import Corpus, Record
+from spd_lens.generation.generate import generate
 
 FLAT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 

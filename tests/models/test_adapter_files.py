@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from spd_lens.models import adapter_files, load
+from spd_lens.models import adapter_files
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import adapted, merged_copy
+from spd_lens.models.load import load
 from spd_lens.models.tokenizer import load_tokenizer
 from tests.helpers import assert_same_bits, make_adapter, refused, save_adapter
 

@@ -11,11 +11,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
 import spd_lens as spd
-from spd_lens.capture import extract
-from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.models.adapter_files import REFUSED, TAKEN, adapter_digest
 from spd_lens.models.adapters import adapted, merged_copy
-from spd_lens.projection import fold_to, folded, projected_twin
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.policy import Policy
+from spd_lens.subspaces.projection import fold_to, folded, projected_twin
 from tests.helpers import ALL_KINDS, EXAMPLES, assert_same_bits, refused, save_adapter
 
 TOKENS = torch.tensor([[0, 20, 31, 42, 53, 64, 75, 86], [0, 86, 20, 75, 31, 64, 42, 53]])

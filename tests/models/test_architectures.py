@@ -4,12 +4,12 @@ import pytest
 import torch
 import transformers
 
-from spd_lens.capture import extract
-from spd_lens.models import ModelPair
 from spd_lens.models.architectures import ARCHITECTURES, architecture
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.weights import site_layer
 from spd_lens.sites import Site
-from spd_lens.training import resolve_targets
+from spd_lens.subspaces.extract import extract
+from spd_lens.training.lora_targets import resolve_targets
 from tests.conftest import BACKENDS, build_tokenizer, randomise
 from tests.helpers import EXAMPLES, refused
 from tests.models.zoo import ZOO, build_twin

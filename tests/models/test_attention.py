@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from spd_lens.models import attention, load
+from spd_lens.models import attention
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time, one_query_attention
+from spd_lens.models.load import load
 from tests.models.zoo import ZOO, build_twin
 
 

@@ -5,12 +5,12 @@ import shutil
 import pytest
 
 import spd_lens as spd
-from spd_lens.analysis.inputs import Subject
-from spd_lens.decoding import stop_tokens
+from spd_lens.analysis.common.subject import Subject
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair
+from spd_lens.generation.jobs import stop_tokens
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
-from spd_lens.rounds import merged
+from spd_lens.runs.rounds import merged
 from tests.conftest import CHAT_TEMPLATE, build_qwen2, build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
 

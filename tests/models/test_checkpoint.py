@@ -10,14 +10,15 @@ from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from spd_lens.capture import extract
-from spd_lens.check import require_core
 from spd_lens.examples import Example
-from spd_lens.generation import generate
-from spd_lens.models import ModelPair, load
+from spd_lens.generation.generate import generate
 from spd_lens.models.adapters import adapted
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import Parity
-from spd_lens.projection import folded, projected
+from spd_lens.runs.model_check import require_core
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.projection import folded, projected
 from tests.conftest import build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
 from tests.models.zoo import build_twin

@@ -1,5 +1,6 @@
 """What spd_lens works on is decided when a pair is made: every other model is refused there, in one sentence."""
 
+import importlib
 import json
 import shutil
 
@@ -8,15 +9,16 @@ import torch
 import transformers
 
 import spd_lens as spd
-from spd_lens.capture import TwinTap, extract
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import evaluate
-from spd_lens.models import ModelPair, load
+from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.models.architectures import context_length
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import Parity
-from spd_lens.projection import folded, projected_twin
 from spd_lens.study.shapes import read_shape
-from spd_lens.training import finetune
+from spd_lens.subspaces.extract import TwinTap, extract
+from spd_lens.subspaces.projection import folded, projected_twin
+from spd_lens.training.finetune import finetune
 from tests.conftest import build_llama, build_tokenizer, randomise
 from tests.helpers import EXAMPLES, greedy, refused, relative_error
 
@@ -84,7 +86,9 @@ def test_what_loads_works_to_the_end(name):
     pair = ModelPair(WORKS[name](), TOKENIZER)
     moments = extract(pair, EXAMPLES[:3], progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spd_lens.capture.positionwise_in_last_block", lambda model: [])
+        patch.setattr(
+            importlib.import_module("spd_lens.subspaces.extract"), "positionwise_in_last_block", lambda model: []
+        )
         plain = extract(pair, EXAMPLES[:3], engine="twin", progress=False)
     for found in (moments, extract(pair, EXAMPLES[:3], engine="twin", progress=False)):
         assert all(relative_error(found.gradient[s].sum(0), plain.gradient[s].sum(0)) < 1e-3 for s in plain.sites)

@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spd_lens.capture import extract
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair, hub, load
+from spd_lens.models import hub
 from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.models.backends import HookedBackend, lens_logits
-from spd_lens.projection import folded, projected
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.projection import folded, projected
 from tests.conftest import BACKENDS, build_llama, build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
 

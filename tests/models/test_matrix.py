@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import spd_lens as spd
-from spd_lens.capture import extract
-from spd_lens.check import MOMENTS_TOLERANCE, check_model
 from spd_lens.models.adapters import adapted
 from spd_lens.models.parity import Parity
 from spd_lens.models.weights import site_layer
-from spd_lens.projection import folded, projected, projected_twin
+from spd_lens.runs.model_check import MOMENTS_TOLERANCE, check_model
 from spd_lens.sites import Site
-from spd_lens.training import ATTENTION, resolve_targets
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.projection import folded, projected, projected_twin
+from spd_lens.training.lora_targets import ATTENTION, resolve_targets
 from tests.conftest import BACKENDS, build_tokenizer
 from tests.helpers import (
     ALL_KINDS,

@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import settle
 from spd_lens import extract, projected
-from spd_lens.models import ModelPair, load
 from spd_lens.models.adapters import adapted
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.torch_private import lazy_copy
-from spd_lens.projection import folded
+from spd_lens.subspaces.projection import folded
 from tests.conftest import build_tokenizer
 from tests.helpers import EXAMPLES, assert_same_bits, make_adapter
 from tests.models.zoo import ZOO, build_pair

@@ -6,10 +6,11 @@ import transformers
 from safetensors.torch import load_file
 
 import spd_lens as spd
-from spd_lens.models import ModelPair, load
+from spd_lens.models.load import load
 from spd_lens.models.multimodal import text_part
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import Parity
-from spd_lens.training import ATTENTION
+from spd_lens.training.lora_targets import ATTENTION
 from tests.conftest import build_tokenizer, randomise
 from tests.helpers import EXAMPLES, assert_same_bits, refused
 

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 import torch
 
-import spd_lens.projection
-from spd_lens.check import check_model, require_core
+import spd_lens.subspaces.projection
 from spd_lens.errors import SPDError
-from spd_lens.models import ModelPair
 from spd_lens.models.architectures import ARCHITECTURES, Architecture, architecture
 from spd_lens.models.fingerprint import Fingerprint
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.weights import site_layer
+from spd_lens.runs.model_check import check_model, require_core
 from spd_lens.sites import Site
 from tests.conftest import build_tokenizer
 from tests.models.zoo import ZOO, build_twin
@@ -127,13 +127,13 @@ def test_the_check_turns_red_line_by_line(name, monkeypatch):
 
 
 def forget_biases(patch):
-    right = spd_lens.projection._map_features
+    right = spd_lens.subspaces.projection._map_features
 
     def without_bias(weight, *arguments, **options):
         if weight.shape[1] > 1:
             right(weight, *arguments, **options)
 
-    patch.setattr(spd_lens.projection, "_map_features", without_bias)
+    patch.setattr(spd_lens.subspaces.projection, "_map_features", without_bias)
 
 
 def test_every_entry_of_the_table_is_mutated():

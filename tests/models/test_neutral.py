@@ -23,17 +23,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from spd_lens.capture import extract, token_gradients
-from spd_lens.check import check_model, require_core
-from spd_lens.evaluation import Policy, evaluate, teacher_forced
 from spd_lens.evaluation.choices import most_likely
-from spd_lens.generation import generate
-from spd_lens.models import ModelPair, load
+from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.generation.generate import generate
 from spd_lens.models.hooks import named_parts
+from spd_lens.models.load import load
 from spd_lens.models.neutral import neutral
-from spd_lens.projection import fold_to, folded, projected, projected_twin
-from spd_lens.rounds import merged
-from spd_lens.training import finetune
+from spd_lens.models.pair import ModelPair
+from spd_lens.runs.model_check import check_model, require_core
+from spd_lens.runs.rounds import merged
+from spd_lens.subspaces.extract import extract, token_gradients
+from spd_lens.subspaces.policy import Policy
+from spd_lens.subspaces.projection import fold_to, folded, projected, projected_twin
+from spd_lens.training.finetune import finetune
 from tests.conftest import BACKENDS, build_llama, build_tokenizer, randomise
 from tests.helpers import EXAMPLES, assert_same_bits, make_adapter, refused
 

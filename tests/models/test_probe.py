@@ -4,12 +4,12 @@ import pytest
 import torch
 import transformers
 
-from spd_lens.check import require_core
-from spd_lens.config import SPDConfig
-from spd_lens.models import ModelPair
 from spd_lens.models.architectures import ARCHITECTURES
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.probe import probe
-from spd_lens.pipeline import run
+from spd_lens.runs.config import SPDConfig
+from spd_lens.runs.model_check import require_core
+from spd_lens.runs.pipeline import run
 from spd_lens.sites import Site
 from tests.conftest import build_tokenizer, randomise
 from tests.helpers import ALL_KINDS, refused

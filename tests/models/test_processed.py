@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from spd_lens.capture import extract
-from spd_lens.generation import generate
-from spd_lens.models import ModelPair
+from spd_lens.generation.generate import generate
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import Parity
-from spd_lens.projection import folded, projected
-from spd_lens.subspace import Subspace
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.projection import folded, projected
+from spd_lens.subspaces.subspace import Subspace
 from tests.conftest import BACKENDS, build_llama, build_qwen2, build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
 

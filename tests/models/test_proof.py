@@ -7,17 +7,19 @@ import pytest
 import torch
 import transformers
 
-from spd_lens.analysis.attention import attention_patterns
-from spd_lens.capture import extract
-from spd_lens.check import MOMENTS_TOLERANCE, check_model
-from spd_lens.config import SPDConfig
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.generation import generate
-from spd_lens.models import ModelPair, lens
+from spd_lens.analysis.heads.attention import attention_patterns
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.generation.generate import generate
+from spd_lens.models import lens
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import CHECK_TEXTS
 from spd_lens.models.proof import beyond, long_text, parity_at, regimes
-from spd_lens.pipeline import run
-from spd_lens.training.passes import passes
+from spd_lens.runs.config import SPDConfig
+from spd_lens.runs.model_check import MOMENTS_TOLERANCE, check_model
+from spd_lens.runs.pipeline import run
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.policy import Policy
+from spd_lens.training.length_groups import passes
 from tests.conftest import BACKENDS, build_tokenizer, randomise
 from tests.helpers import EXAMPLES, LONG_EXAMPLE, greedy, make_adapter, refused, relative_error
 from tests.models.zoo import build_twin

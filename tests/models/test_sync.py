@@ -8,9 +8,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from spd_lens.errors import SPDError
-from spd_lens.models import ModelPair, load
 from spd_lens.models.adapters import adapted
 from spd_lens.models.backends import HookedBackend
+from spd_lens.models.load import load
+from spd_lens.models.pair import ModelPair
 from tests.conftest import BACKENDS, build_llama, build_tokenizer
 from tests.helpers import assert_same_bits, make_adapter, refused, save_adapter
 

@@ -8,14 +8,15 @@ import time
 import pytest
 
 import spd_lens as spd
-from spd_lens.analysis.inputs import Subject
-from spd_lens.check import check_model
-from spd_lens.corpus import Header, settings_path
-from spd_lens.decoding import stop_tokens
-from spd_lens.models import ModelPair, prompts
+from spd_lens.analysis.common.subject import Subject
+from spd_lens.generation.corpus import Header, settings_path
+from spd_lens.generation.jobs import stop_tokens
+from spd_lens.models import prompts
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
 from spd_lens.models.templates import render
-from spd_lens.rounds import merged
+from spd_lens.runs.model_check import check_model
+from spd_lens.runs.rounds import merged
 from tests.conftest import CHAT_TEMPLATE, build_qwen2, build_tokenizer
 from tests.helpers import EXAMPLES, make_adapter, refused
 

@@ -7,13 +7,13 @@ import torch
 from tokenizers import processors
 
 import spd_lens as spd
-from spd_lens.check import check_model
 from spd_lens.errors import TooLong
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.evaluation.forced import ForcedBatch
-from spd_lens.models import ModelPair
+from spd_lens.evaluation.teacher_forced import ForcedBatch, teacher_forced
+from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
 from spd_lens.models.tokenizer import text_ids, tokenised
+from spd_lens.runs.model_check import check_model
+from spd_lens.subspaces.policy import Policy
 from tests.conftest import BACKENDS, CHAT_TEMPLATE, SPECIALS, build_llama, build_tokenizer
 from tests.helpers import EXAMPLES, refused
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import spd_lens as spd
 from spd_lens.models import torch_private, transformers_private
-from spd_lens.products import available, packed
+from spd_lens.models.onednn import available, packed
 
 SEEN = "2.13.0"
 """The release of torch with which all of these were last seen to work."""
@@ -136,7 +136,7 @@ import sys
 import spd_lens as spd
 import spd_lens as spd
 from spd_lens.models import torch_private, transformers_private
-from spd_lens.products import available
+from spd_lens.models.onednn import available
 
 plain = sys.argv[2] == "plain"
 assert torch_private.enabled is not plain and not (plain and available())

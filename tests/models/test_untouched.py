@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from spd_lens.models import load
 from spd_lens.models.adapters import adapted
+from spd_lens.models.load import load
 from spd_lens.models.torch_private import is_lazy, own_memory
 from spd_lens.models.untouched import state_digest, untouched
 from tests.helpers import assert_same_bits, make_adapter, refused

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from spd_lens.models import ModelPair
+from spd_lens.models.pair import ModelPair
 from tests.conftest import build_tokenizer, randomise
 
 _STANDARD = {

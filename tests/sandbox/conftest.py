@@ -3,7 +3,8 @@
 import pytest
 
 from spd_lens import sandbox
-from spd_lens.sandbox import mechanisms, run_python
+from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox.runner import run_python
 
 
 @pytest.fixture(params=mechanisms.NAMES)

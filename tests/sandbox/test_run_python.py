@@ -9,7 +9,8 @@ import pytest
 
 from spd_lens import sandbox
 from spd_lens.errors import SPDError
-from spd_lens.sandbox import mechanisms, run_python, runner
+from spd_lens.sandbox import mechanisms, runner
+from spd_lens.sandbox.runner import run_python
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEST = ["assert f(2) == 4"]

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from spd_lens import experiment
-from spd_lens.models import ModelPair
-from spd_lens.study import Study, StudyConfig, run_study
+from spd_lens.models.pair import ModelPair
+from spd_lens.runs import experiment
+from spd_lens.study.config import StudyConfig
+from spd_lens.study.engine import run_study
+from spd_lens.study.folder import Study
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ import yaml
 from rich.console import Console
 
 from spd_lens.errors import SPDError
-from spd_lens.study import StudyConfig, preset_names
 from spd_lens.study.command import overrides, study
-from spd_lens.tasks import PRESETS
+from spd_lens.study.config import StudyConfig, preset_names
+from spd_lens.tasks.registry import PRESETS
 from tests.helpers import refused
 
 

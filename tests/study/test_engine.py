@@ -10,14 +10,18 @@ import torch
 
 import spd_lens as spd
 from spd_lens import methods
-from spd_lens.capture import extract
-from spd_lens.evaluation import Policy, evaluate, teacher_forced
+from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.methods.base import Method
-from spd_lens.study import Study, engine, run_study
+from spd_lens.study import engine
 from spd_lens.study.costs import Machine
+from spd_lens.study.engine import run_study
+from spd_lens.study.folder import Study
 from spd_lens.study.plan import unit_costs
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
+from spd_lens.subspaces.extract import extract
+from spd_lens.subspaces.policy import Policy
 from tests.helpers import killed_once_there, refused
 from tests.study.conftest import counting
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spd_lens.study import StudyConfig, make_plan, preset_names
+from spd_lens.study.config import StudyConfig, preset_names
 from spd_lens.study.costs import (
     A100,
     LENGTHS,
@@ -18,7 +18,7 @@ from spd_lens.study.costs import (
     Unit,
     bytes_per_weight,
 )
-from spd_lens.study.plan import Clock, duration, rate, schedule, unit_costs
+from spd_lens.study.plan import Clock, duration, make_plan, rate, schedule, unit_costs
 from spd_lens.study.shapes import TABLE, Shape, read_shape
 from tests.helpers import refused
 

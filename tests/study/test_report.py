@@ -12,12 +12,14 @@ import pytest
 from scipy import stats
 
 from spd_lens.errors import SPDError
-from spd_lens.study import Study, engine, report
-from spd_lens.study.contrasts import RANDOM, better, differences, estimate_of, means, references
-from spd_lens.study.evidence import Evidence
-from spd_lens.study.report import Report, write_report
-from spd_lens.study.setup import backbone, differences_from_paper
-from spd_lens.study.verdict import Answer, answers
+from spd_lens.study import engine
+from spd_lens.study.folder import Study
+from spd_lens.study.reporting import report
+from spd_lens.study.reporting.contrasts import RANDOM, better, differences, estimate_of, means, references
+from spd_lens.study.reporting.evidence import Evidence
+from spd_lens.study.reporting.report import Report, write_report
+from spd_lens.study.reporting.setup import backbone, differences_from_paper
+from spd_lens.study.reporting.verdict import Answer, answers
 from tests.studies import planted, write_study
 
 MATH = "synthetic-math"

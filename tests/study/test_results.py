@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 
 import spd_lens as spd
-from spd_lens.diagnostics import corpus_diagnostics
-from spd_lens.study import corpora_frame, results_frame
-from spd_lens.study.results import COLUMNS, DIAGNOSTICS
+from spd_lens.evaluation.corpus_diagnostics import corpus_diagnostics
+from spd_lens.study.results import COLUMNS, DIAGNOSTICS, corpora_frame, results_frame
 from tests.helpers import refused
 
 FORCED = {"aligned_loss": "aligned loss", "completion_loss": "completion loss", "kl": "KL from base"}

@@ -9,14 +9,10 @@ import pytest
 import torch
 
 from spd_lens import tasks
-from spd_lens.evaluation import Policy, teacher_forced
-from spd_lens.study import StudyConfig
-from spd_lens.study.side_effects import (
-    SYNTHETIC,
-    held_out_texts,
-    neutral_texts,
-    side_effect_examples,
-)
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.study.config import StudyConfig
+from spd_lens.study.side_effects import SYNTHETIC, held_out_texts, neutral_texts, side_effect_examples
+from spd_lens.subspaces.policy import Policy
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

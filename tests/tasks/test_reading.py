@@ -7,7 +7,9 @@ import time
 import pytest
 
 from spd_lens import tasks
-from spd_lens.tasks.scoring import answer_letter, final_number, same_choice, same_short_answer
+from spd_lens.tasks.scoring.letters import answer_letter, same_choice
+from spd_lens.tasks.scoring.numbers import final_number
+from spd_lens.tasks.scoring.short_answers import same_short_answer
 
 FORMS = {
     "number": (lambda text: final_number(text), "3 * 6 = 18\n#### 18", "#### 3", "18", "3"),

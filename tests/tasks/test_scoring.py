@@ -6,15 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_lens.tasks.scoring import (
-    answer_letter,
-    final_number,
-    same_choice,
-    same_number,
-    same_short_answer,
-    same_text,
-    short_answer,
-)
+from spd_lens.tasks.scoring.letters import answer_letter, same_choice
+from spd_lens.tasks.scoring.numbers import final_number
+from spd_lens.tasks.scoring.short_answers import same_short_answer
+from spd_lens.tasks.scoring.values import same_number
+from spd_lens.tasks.scoring.words import same_text, short_answer
 
 
 @pytest.mark.parametrize(

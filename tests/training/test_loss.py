@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from spd_lens.corpus import Corpus, Record
-from spd_lens.models import ModelPair
-from spd_lens.training import finetune
+from spd_lens.generation.corpus import Corpus, Record
+from spd_lens.models.pair import ModelPair
 from spd_lens.training import loss as loss_module
+from spd_lens.training.finetune import finetune
 from spd_lens.training.loss import IGNORED, NextTokenLoss
 from tests.conftest import build_tokenizer, randomise
 from tests.helpers import relative_error

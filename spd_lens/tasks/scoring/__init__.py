@@ -13,18 +13,6 @@ from spd_lens.tasks.scoring.values import NUMBER, is_number, same_number, values
 from spd_lens.tasks.scoring.words import same_text, short_answer
 
 __all__ = [
-    "NUMBER",
-    "answer_letter",
-    "answer_part",
-    "final_number",
-    "hash_lines",
-    "is_number",
-    "last_box",
-    "same_choice",
-    "same_number",
-    "same_short_answer",
-    "same_text",
-    "short_answer",
-    "tidy",
-    "values",
-]
+    "NUMBER", "answer_letter", "answer_part", "final_number", "hash_lines", "is_number", "last_box", "same_choice",
+    "same_number", "same_short_answer", "same_text", "short_answer", "tidy", "values",
+]  # fmt: skip

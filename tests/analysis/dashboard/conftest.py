@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 import pytest
 
-from spd_lens.analysis.inputs import Subject
-from spd_lens.rundir import Run
+from spd_lens.analysis.common.subject import Subject
+from spd_lens.runs.run_dir import Run
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

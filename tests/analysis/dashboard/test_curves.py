@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from spd_lens.analysis.angles import cosine_by_rank
-from spd_lens.analysis.dashboard.curves import (
+from spd_lens.analysis.common.angles import cosine_by_rank
+from spd_lens.analysis.dashboard.document import from_sources, on_grid, rank_grid
+from spd_lens.analysis.dashboard.rank_curves import (
     SiteDirections,
     Source,
     jackknife_band,
@@ -17,7 +18,6 @@ from spd_lens.analysis.dashboard.curves import (
     shares,
     split_half,
 )
-from spd_lens.analysis.dashboard.data import from_sources, on_grid, rank_grid
 from spd_lens.sites import Site
 
 

@@ -7,18 +7,18 @@ import shutil
 import numpy as np
 import pytest
 
-from spd_lens.analysis.dashboard import write_dashboard
-from spd_lens.analysis.dashboard.data import assemble
+from spd_lens.analysis.common.style import plotly_script
+from spd_lens.analysis.common.subject import Subject, subjects
+from spd_lens.analysis.dashboard.command import write_dashboard
+from spd_lens.analysis.dashboard.document import assemble
 from spd_lens.analysis.dashboard.page import page
 from spd_lens.analysis.dashboard.records import effects, relative_to
-from spd_lens.analysis.inputs import Subject, subjects
-from spd_lens.analysis.style import plotly_script
-from spd_lens.audit.safe_text import visible
-from spd_lens.corpus import Corpus
-from spd_lens.moments import GradientMoments
-from spd_lens.pages import digest
-from spd_lens.rundir import Run
-from spd_lens.subspace import Subspace
+from spd_lens.generation.corpus import Corpus
+from spd_lens.output.pages import digest
+from spd_lens.output.safe_text import visible
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.subspace import Subspace
 from tests.helpers import refused
 
 from .conftest import BETA, HOSTILE

@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from spd_lens.analysis.attention import attention_of
-from spd_lens.analysis.heads import energy_map
-from spd_lens.analysis.heads_page import heads_page
-from spd_lens.analysis.style import figure, line, page, plain
+from spd_lens.analysis.common.style import figure, line, page, plain
+from spd_lens.analysis.heads.attention import attention_of
+from spd_lens.analysis.heads.command import energy_map
+from spd_lens.analysis.heads.page import heads_page
 from spd_lens.examples import Example
 
 from .conftest import HOSTILE

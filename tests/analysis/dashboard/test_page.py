@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from spd_lens.analysis.dashboard import write_dashboard
-from spd_lens.analysis.dashboard.data import assemble
-from spd_lens.analysis.inputs import subjects
+from spd_lens.analysis.common.subject import subjects
+from spd_lens.analysis.dashboard.command import write_dashboard
+from spd_lens.analysis.dashboard.document import assemble
 
 from .conftest import BETA, HOSTILE, new_watch
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spd_lens.analysis.dashboard import studio as module
-from spd_lens.analysis.dashboard.studio import Ask, Studio
-from spd_lens.analysis.inputs import Subject
+from spd_lens.analysis.common.subject import Subject
+from spd_lens.analysis.dashboard import playground as module
+from spd_lens.analysis.dashboard.playground import Ask, Studio
 from spd_lens.examples import Example
-from spd_lens.generation import generate
-from spd_lens.projection import folded
+from spd_lens.generation.generate import generate
+from spd_lens.subspaces.projection import folded
 from tests.helpers import assert_same_bits, refused
 
 from .conftest import HOSTILE, new_watch
@@ -129,7 +129,7 @@ def lock():
 
 @pytest.fixture(scope="module")
 def app_url(subject, lock):
-    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="flask is not installed")
+    live = pytest.importorskip("spd_lens.analysis.dashboard.server", reason="flask is not installed")
     app = live.create_app([subject], lock)
     with live.listen(0) as waiting:
         server = live.start(app, waiting)
@@ -317,7 +317,7 @@ def test_saved_pages_are_served_by_name_alone(app_url):
 
 
 def test_it_listens_to_this_machine_alone_and_names_a_taken_port():
-    live = pytest.importorskip("spd_lens.analysis.dashboard.live", reason="flask is not installed")
+    live = pytest.importorskip("spd_lens.analysis.dashboard.server", reason="flask is not installed")
     with live.listen(0) as waiting:
         address, port = waiting.getsockname()
         assert address == "127.0.0.1"

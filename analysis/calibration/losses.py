@@ -1,0 +1,76 @@
+"""What projections by several subspaces do to held-out items: the aligned loss and KL, with intervals over items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from spd_lens.analysis.common import NULL_COLOR, figure, line
+from spd_lens.evaluation import teacher_forced
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair, neutrally
+from spd_lens.stats import mean_interval, paired_difference
+from spd_lens.subspaces import Policy, Subspace
+
+
+@neutrally
+def losses_under(
+    pair: ModelPair,
+    subspaces: Mapping[str, Sequence[Subspace]],
+    items: Sequence[Example],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Aligned loss and KL under projection, teacher-forced on held-out items.
+
+    Args:
+        pair: The model.
+        subspaces: Subspaces by label; several of one label are averaged per item, since items are the sample.
+        items: Held-out examples with completion and spans.
+        batch_tokens: Padded tokens per batch.
+        progress: Show a progress bar.
+
+    Returns:
+        Columns `label, measure, value, low, high, n`: `"change of aligned loss"` from base in nats per correctness
+        token, paired per item, and `"KL from base"` in nats per token, with 95 % bootstrap intervals over items.
+    """
+    policies = [Policy("base")]
+    policies += [Policy(f"{label}#{i}", one) for label, several in subspaces.items() for i, one in enumerate(several)]
+    found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+    base = [item.aligned_loss for item in found["base"]]
+    rows = []
+    for label, several in subspaces.items():
+        tables = [found[f"{label}#{i}"] for i in range(len(several))]
+        losses = np.mean([[item.aligned_loss for item in table] for table in tables], axis=0)
+        kl = np.mean([[item.kl for item in table] for table in tables], axis=0)
+        for measure, estimate in (
+            ("change of aligned loss", paired_difference(base, losses)),
+            ("KL from base", mean_interval(kl)),
+        ):
+            rows.append({"label": label, "measure": measure, **estimate.to_row()})
+    return pd.DataFrame(rows)
+
+
+def losses_figure(table: pd.DataFrame, measure: str, *, title: str, null: str = "random") -> go.Figure:
+    """Values of `losses_under` as points with intervals; labels that begin with `null` are grey."""
+    part = table[table.measure == measure]
+    fig = figure(
+        title, "subspace from", f"{measure}<br>(nats per token)", says="bars: 95 % interval over held-out items"
+    )
+    for grey in (False, True):
+        mine = part[part.label.str.startswith(null) == grey]
+        if mine.empty:
+            continue
+        high, low = mine.high.fillna(mine.value) - mine.value, mine.value - mine.low.fillna(mine.value)
+        line(
+            fig, mine.label, mine.value, "random subspaces" if grey else "subspace", null=grey, mode="markers",
+            error_y={"type": "data", "array": high, "arrayminus": low},
+        )  # fmt: skip
+    if measure != "KL from base":
+        fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
+    fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(table.label)))
+    return fig

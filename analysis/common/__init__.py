@@ -1,0 +1,50 @@
+"""What analyses share: runs as subjects, the look of figures, measures between subspaces, intervals."""
+
+from spd_lens.analysis.common.against_random import Contrast, beside_random, contrasts, matched_draws
+from spd_lens.analysis.common.agreements import ENERGY, MEASURES, agreement
+from spd_lens.analysis.common.angles import (
+    chance_cosine,
+    cosine_by_rank,
+    energy_by_rank,
+    energy_share,
+    entropy_rank,
+    mean_squared_cosine,
+    p_value,
+    participation_ratio,
+    principal_angles,
+    random_bases,
+    rank_holding,
+    stable_rank,
+)
+from spd_lens.analysis.common.command import Findings, Quiet, analysis
+from spd_lens.analysis.common.jackknife import filled, half_width, halves, sets, shard_grams, summed
+from spd_lens.analysis.common.style import (
+    COLORS,
+    DASHES,
+    DIVERGING,
+    NULL_COLOR,
+    PACKAGE,
+    SEQUENTIAL,
+    SYMBOLS,
+    as_data,
+    band,
+    drawn,
+    figure,
+    line,
+    listed,
+    page,
+    panel,
+    panels,
+    plain,
+)
+from spd_lens.analysis.common.subject import Subject, place, subjects
+from spd_lens.analysis.common.token_html import context, pieces_of, spelled, tokens_of
+
+__all__ = [
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Quiet",
+    "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "as_data", "band", "beside_random", "chance_cosine",
+    "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share", "entropy_rank", "figure",
+    "filled", "half_width", "halves", "line", "listed", "matched_draws", "mean_squared_cosine", "p_value", "page",
+    "panel", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases",
+    "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of",
+]  # fmt: skip

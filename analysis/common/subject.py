@@ -1,0 +1,128 @@
+"""`Subject`: a run directory as an analysis sees it, and the folder in it that analyses write to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from spd_lens.analysis.common.style import page
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.files import read_json, write_json, write_text
+from spd_lens.models import ModelPair
+from spd_lens.runs import Experiment, Run
+from spd_lens.sites import Site
+from spd_lens.subspaces import GradientMoments, Subspace
+from spd_lens.tasks import Task
+
+
+class Subject:
+    """One run: the experiment that it was made by, with its model and data at hand, and what analyses save of it."""
+
+    def __init__(self, run: Run | str | Path, *, pair: ModelPair | None = None, progress: bool = True) -> None:
+        self.run = run if isinstance(run, Run) else Run.open(run)
+        self.experiment = Experiment.opened(self.run, pair=pair, progress=progress)
+        self.progress = progress
+
+    @property
+    def name(self) -> str:
+        """The directory's name, which labels it in tables and figures."""
+        return self.run.path.resolve().name
+
+    @property
+    def folder(self) -> Path:
+        """Where analyses of this run are kept."""
+        return self.run.path / "analysis"
+
+    @property
+    def pair(self) -> ModelPair:
+        """The model that the run was made with; `SPDError` if its weights have changed since."""
+        return self.experiment.pair
+
+    @property
+    def task(self) -> Task:
+        """The source task."""
+        return self.experiment.task
+
+    @property
+    def targets(self) -> dict[str, Task]:
+        """The tasks that the run was evaluated on."""
+        return self.experiment.targets
+
+    def calibration(self, n: int | None = None) -> list[Example]:
+        """The run's calibration examples, or `n` drawn in the same way."""
+        return self.task.calibration(n, self.run.config.data_seed) if n else self.experiment.calibration
+
+    def held_out(self, n: int, task: str | None = None) -> list[Example]:
+        """Test items with gold completions and spans: of the source task, or of one of the targets."""
+        source = self.task if task is None else self.targets[task]
+        items = [item for item in source.test(n, self.run.config.data_seed) if item.spans]
+        if not items:
+            raise SPDError(f"task {task or self.run.config.task} has no test items with correctness spans")
+        return items
+
+    @property
+    def moments(self) -> GradientMoments:
+        """Moments of the calibration examples at the run's own layers."""
+        return self.run.moments
+
+    @property
+    def subspace(self) -> Subspace:
+        return self.run.subspace
+
+    def moments_everywhere(self) -> GradientMoments:
+        """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
+        return self.experiment.moments(layers="all")
+
+    def save(
+        self, name: str, frame: pd.DataFrame, figures: Sequence[go.Figure] = (), *, says: str = "", **facts: Any
+    ) -> list[Path]:
+        """Write `analysis/NAME.csv`, `.json` (settings and provenance) and, with figures, one page `.html`.
+
+        Args:
+            name: Name of the analysis, with a suffix if it has several tables.
+            frame: Tidy: one row per measurement, units in `facts` or column names.
+            figures: Shown one under the other.
+            says: What the figures show, in a paragraph over them.
+            facts: Settings of the analysis, for whoever reads the table later.
+        """
+        record = {"run": self.name, "model": self.run.config.model, "task": self.run.config.task, **facts}
+        written = [
+            write_text(self.folder / f"{name}.csv", frame.to_csv(index=False)),
+            write_json(self.folder / f"{name}.json", record),
+        ]
+        if figures:
+            title = f"{name.replace('_', ' ').replace('-', ' ')} of {self.name}"
+            written.append(write_text(self.folder / f"{name}.html", page(title, figures, says=says, facts=record)))
+        return [path for path in written if path is not None]
+
+    def saved(self, name: str) -> pd.DataFrame | None:
+        """A table that an analysis left, or None."""
+        path = self.folder / f"{name}.csv"
+        return pd.read_csv(path) if path.exists() else None
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """The settings that a saved table was made with."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.exists() else {}
+
+
+def place(site: Site, block: int, per_head: bool) -> dict[str, Any]:
+    """The columns `site`, `layer`, `kind`, `head` of a tidy row; `head` is `"all"` for a joint block."""
+    return {"site": str(site), "layer": site.layer, "kind": site.kind, "head": str(block) if per_head else "all"}
+
+
+def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject]:
+    """Several runs; those of one model share one pair."""
+    found = [Subject(path, progress=progress) for path in paths]
+    for subject in found[1:]:
+        subject.experiment.models = found[0].experiment.models
+    names = [subject.name for subject in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise SPDError(f"two of the run directories are called {name!r}; rename one, since names label the figures")
+    return found

@@ -1,0 +1,1 @@
+"""What did each method write on the same prompts, and how do the corpora differ?"""

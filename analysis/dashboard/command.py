@@ -1,0 +1,54 @@
+"""The dashboard: runs as one self-contained page, as a live app that generates, and inside a notebook.
+
+One page serves all three: `write_dashboard` writes it, `serve` adds a tab that generates, `explore` shows it in a
+notebook's output, where it works without a kernel too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spd_lens.analysis.common import subjects
+from spd_lens.analysis.dashboard.document import assemble
+from spd_lens.analysis.dashboard.page import page
+from spd_lens.analysis.dashboard.records import relative_to
+from spd_lens.errors import SPDError
+from spd_lens.files import write_text
+
+
+def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int = 200) -> Path:
+    """Write the page of one or more run directories.
+
+    Args:
+        runs: Run directories of the same or of different models; the first is shown first.
+        out: The page, about 5 MB, most of it plotly. Works from `file://` and makes no request.
+        texts: Completions per set that go in, at most.
+
+    Raises:
+        SPDError: no run, a directory that is none or has no moments yet, or a place that cannot be written.
+    """
+    if not runs:
+        raise SPDError("there is no run to show; name at least one run directory")
+    out = Path(out)
+    if out.is_dir():
+        raise SPDError(f"{out} is a directory; name the page to write, as in --out {out / 'dashboard.html'}")
+    found = subjects(runs)
+    document = assemble(found, link=relative_to(out), texts=texts)
+    return write_text(out, page(document, title=title_of([subject.name for subject in found])))
+
+
+def title_of(names: Sequence[str]) -> str:
+    """The page's title."""
+    return f"SPD dashboard: {', '.join(names)}"
+
+
+def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:
+    """Run the live app on this machine until it is interrupted; needs the extra `dashboard`."""
+    try:
+        from spd_lens.analysis.dashboard.server import serve as serve_live
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("flask", "werkzeug"):
+            raise
+        raise SPDError("the live app needs flask; install it with pip install 'spd-lens[dashboard]'") from error
+    serve_live(runs, port=port)

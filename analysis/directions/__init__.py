@@ -1,0 +1,1 @@
+"""What do singular directions read and write, in tokens?"""

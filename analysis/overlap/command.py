@@ -1,0 +1,168 @@
+"""Do two subspaces hold each other's gradients? The command, and what it is made of, for notebooks.
+
+`energy_overlap`, `permutation_test` and `held_by` compare moments, `compare_subspaces` and `angle_table` subspaces;
+`transfer` sets overlap against what projections do to losses. The figures are in `overlap_figures` and `transfer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import combinations
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.table import Table
+
+from spd_lens.analysis.common import Findings, Subject, analysis
+from spd_lens.analysis.overlap import figures as draw
+from spd_lens.analysis.overlap.angles_table import angle_table, check_comparable, compare_subspaces
+from spd_lens.analysis.overlap.energy import energy_overlap, held_by, permutation_test
+from spd_lens.analysis.overlap.transfer import transfer, transfer_figure, transfer_of, transfer_sentence
+from spd_lens.errors import SPDError
+from spd_lens.output import terminal
+from spd_lens.subspaces import GradientMoments, Rank, resolve_rank
+
+__all__ = [
+    "angle_table", "check_comparable", "compare_subspaces", "energy_overlap", "held_by", "main", "permutation_test",
+    "transfer",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+CURVE = (1, 2, 4, 8, 16, 32, 64)
+
+
+@analysis(
+    runs="Run directories, two or more; results go to the first.",
+    together="an overlap needs two runs or more, for example runs/gsm8k runs/mbpp",
+)
+def main(
+    found: list[Subject],
+    *,
+    rank: Annotated[
+        str, typer.Option(help="Directions per block of maps and tests: a number or a fraction.")
+    ] = "0.125",
+    joint: Annotated[bool, typer.Option("--joint", help="Subspaces over all heads instead of per head.")] = False,
+    shuffled: Annotated[bool, typer.Option(help="Gradients of shuffled answers beside them, as a null.")] = True,
+    all_layers: Annotated[
+        bool, typer.Option(help="A profile over all layers too; extracts them once per run.")
+    ] = False,
+    permutations: Annotated[int, typer.Option(min=19, help="Exchanges of shards between two domains.")] = 199,
+    draws: Annotated[int, typer.Option(min=99, help="Random subspaces for p-values against chance.")] = 999,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of exchanges and random subspaces.")] = 0,
+) -> Findings:
+    """How much of each other's gradient energy the subspaces of several runs hold, and what that says on transfer."""
+    moments = {subject.name: subject.moments for subject in found}
+    settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
+    chosen = _rank(rank)
+    leading = _directions(chosen, moments, joint)
+    wrong = _shuffled(found, seed) if shuffled else {}
+    energy = energy_overlap(moments, sorted({*CURVE, leading}), shuffled=wrong, draws=draws, **settings)
+    tests, angles, cosines = [], [], []
+    for a, b in combinations(moments, 2):
+        pair = f"{a} – {b}"
+        test = permutation_test(moments[a], moments[b], leading, permutations=permutations, **settings)
+        tests.append(test.assign(a=a, b=b, pair=pair))
+        one, other = (moments[name].subspace(leading, per_head=not joint) for name in (a, b))
+        angles.append(angle_table(one, other, seed=seed).assign(a=a, b=b, pair=pair))
+        cosines.append(compare_subspaces(one, other, draws=draws, seed=seed).assign(a=a, b=b, pair=pair))
+    exchanged = pd.concat(tests, ignore_index=True)
+    figures = [
+        draw.heat_map_figure(energy, leading), draw.energy_figure(energy), draw.exchange_figure(exchanged),
+        draw.angles_figure(pd.concat(angles)),
+    ]  # fmt: skip
+    if not joint:
+        figures.insert(1, draw.heat_map_figure(energy, leading, heads=True))
+    subject, says = found[0], [overlap_sentence(energy, exchanged, leading)]
+    facts: dict[str, Any] = {
+        "runs": list(moments),
+        "rank": leading,
+        "permutations": permutations,
+        "draws": draws,
+        **settings,
+    }
+    if all_layers:
+        figures.insert(1, _layers(found, leading, facts))
+    try:
+        points = transfer_of(found)
+    except SPDError as error:  # runs that were not evaluated on each other's tasks
+        says.append(f"No transfer: {error}.")
+    else:
+        says.append(transfer_sentence(points))
+        figures.append(transfer_figure(points))
+        subject.save("overlap-transfer", points, **facts)
+    subject.save("overlap-exchange", exchanged, **facts)
+    subject.save("overlap-angles", pd.concat(cosines), **facts)
+    text = " ".join(says)
+    subject.save("overlap", energy, figures, says=text, **facts)
+    return Findings(_table(energy, exchanged, leading), text, [subject.folder / "overlap.html"], "Figures")
+
+
+def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> str:
+    """What the domains hold of each other at a rank, between chance and ceiling; and which differ."""
+    mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
+    nulls = energy[(energy["rank"] == rank) & (energy.of != "domain") & (energy.a == energy.b)]
+    own, other = mine[mine.a == mine.b], mine[mine.a != mine.b]
+    above = int((other.p_random < 0.05).sum())
+    pairs = exchanged[exchanged.site == "all"]
+    differ = [f"{row.pair} (p = {row.p_permutation:.2g})" for row in pairs.itertuples() if row.p_permutation < 0.05]
+    same = [f"{row.pair} (p = {row.p_permutation:.2g})" for row in pairs.itertuples() if row.p_permutation >= 0.05]
+    text = (
+        f"{rank} of {int(mine.width.iloc[0])} directions of another domain hold {other.value.mean():.2f} of a domain's "
+        f"gradient energy, those of its own other half {own.value.mean():.2f}, random ones {mine.chance.mean():.3g} "
+        f"(mean over sites and heads); {above} of {len(other)} overlaps lie above chance (p < 0.05 each, uncorrected). "
+    )
+    for of, label in draw.NULLS.items():
+        if of in set(nulls.of):
+            text += f"Directions of {label} hold {nulls[nulls.of == of].value.mean():.2f}. "
+    if differ:
+        text += f"Domains differ when shards are exchanged: {', '.join(differ)}. "
+    if same:
+        text += f"Not told apart from one pool: {', '.join(same)}. "
+    return text.strip()
+
+
+def _shuffled(found: list[Subject], seed: int) -> dict[str, GradientMoments]:
+    """Where answers can be shuffled: the nulls that `spectra` extracts, or has."""
+    moments = {}
+    for subject in found:
+        try:
+            moments[subject.name] = subject.experiment.moments(shuffled=True, seed=seed)
+        except SPDError as error:  # most examples have one and the same answer
+            log.warning("shuffled answers of %s left out: %s", subject.name, error)
+    return moments
+
+
+def _layers(found: list[Subject], rank: int, facts: dict[str, Any]) -> Any:
+    everywhere: dict[str, GradientMoments] = {one.name: one.moments_everywhere() for one in found}
+    frame = energy_overlap(everywhere, (rank,), per_head=facts["per_head"], draws=99, seed=facts["seed"])
+    found[0].save("overlap-layers", frame, **facts)
+    return draw.layers_figure(frame, rank)
+
+
+def _directions(rank: Rank, moments: dict[str, GradientMoments], joint: bool) -> int:
+    first = next(iter(moments.values()))
+    site = first.sites[0]
+    return resolve_rank(rank, first.gradient[site].shape[-1] // (1 if joint else first.n_heads[site]))
+
+
+def _rank(text: str) -> Rank:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
+
+
+def _table(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> Table:
+    mine = energy[(energy["rank"] == rank) & (energy.of == "domain")]
+    means = mine.groupby(["a", "b"], sort=False)[["value", "full", "chance"]].mean()
+    tested = {(row.a, row.b): row.p_permutation for row in exchanged[exchanged.site == "all"].itertuples()}
+    rows = []
+    for (a, b), row in means.iterrows():
+        p = tested.get((a, b), tested.get((b, a)))
+        shares = (f"{share:.3f}" for share in (row.value, row.full, row.chance))
+        rows.append([a, b, *shares, "ceiling" if p is None else f"{p:.2g}"])
+    head = ["subspace of", "gradients of", "energy share", "all examples", "chance", "p (one pool)"]
+    title = f"energy held by {rank} of {int(mine.width.iloc[0])} directions, mean over sites and heads"
+    return terminal(head, rows, title=title)

@@ -1,0 +1,1 @@
+"""The paper's tables and figure from studies, and a study as a page."""

@@ -1,0 +1,143 @@
+"""Figure 4 of the paper: accuracy after SPD against the number of calibration examples, from studies or runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from spd_lens.analysis.common import NULL_COLOR, band, figure, line, plain
+from spd_lens.analysis.paper.printed import FIGURE_4, FIGURE_4_SIZES, LABELS
+from spd_lens.errors import SPDError
+from spd_lens.runs import SPDConfig
+from spd_lens.stats import clustered_mean
+from spd_lens.study import BASE, Evidence, Outcome
+
+LOSSES_FILE = Path("analysis") / "calibration_size-losses.csv"
+COLUMNS = ["folder", "source", "target", "method", "measure", "n_calibration", "value", "low", "high", "n", "seeds"]
+METHODS = ("spd", "spd-random", BASE)
+
+
+def points(folders: Sequence[str | Path]) -> pd.DataFrame:
+    """What folders know about calibration size.
+
+    Studies give accuracy in percent after training (of `spd`, `spd-random` and the base) at their own `n_calibration`;
+    run directories with `analyze calibration-size` give the change of the aligned loss under the projection.
+
+    Returns:
+        Columns `folder, source, target, method, measure, n_calibration, value, low, high, n, seeds`.
+
+    Raises:
+        SPDError: a folder that is neither.
+    """
+    rows: list[dict[str, object]] = []
+    for folder in map(Path, folders):
+        if (folder / "results.csv").is_file():
+            rows += _of_study(Evidence.read(folder))
+        elif (folder / LOSSES_FILE).is_file():
+            rows += _of_run(folder)
+        else:
+            raise SPDError(
+                f"{folder} is neither a study with results nor a run with {LOSSES_FILE}; run `spd-lens study`, or "
+                "`spd-lens analyze calibration-size` on the run"
+            )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _of_study(study: Evidence) -> list[dict[str, object]]:
+    settings = study.plan.get("settings") or {}
+    by_source = study.plan.get("source_settings") or {}
+    default = SPDConfig.model_fields["n_calibration"].default
+    rows: list[dict[str, object]] = []
+    for source in study.sources:
+        size = by_source.get(source, {}).get("n_calibration", settings.get("n_calibration", default))
+        for target in study.targets:
+            for method in METHODS:
+                scores = study.scores(Outcome(source, target, "target", "trained", method, "accuracy"))
+                if scores is None or not scores.size:
+                    continue
+                found = clustered_mean(scores.to_numpy())
+                low, high = (100 * end if found.bounded else None for end in (found.low, found.high))
+                rows.append(
+                    {
+                        "folder": study.name, "source": source, "target": target, "method": method,
+                        "measure": "accuracy", "n_calibration": int(size), "value": 100 * found.value, "low": low,
+                        "high": high, "n": found.n, "seeds": len(scores),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def _of_run(folder: Path) -> list[dict[str, object]]:
+    table = pd.read_csv(folder / LOSSES_FILE)
+    table = table[table.measure == "change of aligned loss"]
+    name = folder.resolve().name
+    sizes = [int(label.split()[0]) for label in table.label if not label.startswith("random")]
+    rows: list[dict[str, object]] = []
+    for row in table.to_dict("records"):
+        null = row["label"].startswith("random")  # random directions have the rank and no size: a level
+        for size in sizes if null else [int(row["label"].split()[0])]:
+            rows.append(
+                {
+                    "folder": name, "source": name, "target": name, "measure": row["measure"],
+                    "method": "spd-random" if null else "spd", "n_calibration": size, "value": row["value"],
+                    "low": row["low"], "high": row["high"], "n": row["n"], "seeds": 1,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
+    """A figure for each measure and target: value against calibration size, controls grey, the paper's range a band."""
+    figures = []
+    for (measure, target), part in frame.groupby(["measure", "target"], sort=False):
+        accuracy = measure == "accuracy"
+        label = LABELS.get(str(target), plain(str(target)))
+        fig = figure(
+            f"{label}: {'accuracy after SPD' if accuracy else 'aligned loss under the projection'}",
+            "calibration examples", "accuracy (%)" if accuracy else "change from base (nats)",
+            says="bars: 95 % interval over items" + ("; band: the paper's printed range" if target in FIGURE_4 else ""),
+        )  # fmt: skip
+        if accuracy and target in FIGURE_4:
+            low, high = FIGURE_4[str(target)]
+            band(fig, list(FIGURE_4_SIZES), [low, low], [high, high], index=4)
+        for index, (source, method) in enumerate(itertools.product(part.source.unique(), METHODS)):
+            own = part[(part.source == source) & (part.method == method)].sort_values("n_calibration")
+            if own.empty:
+                continue
+            up, down = (own.high - own.value).fillna(0.0), (own.value - own.low).fillna(0.0)
+            null = method != "spd"
+            line(
+                fig, own.n_calibration, own.value, plain(f"{method}, source {source}"), index=index, null=null,
+                error_y={"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.2},
+            )  # fmt: skip
+            if method == BASE:  # two greys: the base and the random directions
+                fig.data[-1].marker.symbol = "diamond-open"
+        if not accuracy:
+            fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
+        ticks = sorted({20, 50, 100, 200, 500, *map(int, part.n_calibration)})
+        fig.update_xaxes(type="log", tickvals=ticks, range=[math.log10(ticks[0] / 1.2), math.log10(ticks[-1] * 1.2)])
+        fig.update_layout(legend={"y": -0.32})
+        figures.append(fig)
+    return figures
+
+
+def points_sentence(frame: pd.DataFrame) -> str:
+    """What there is, and whether size can be told to matter."""
+    sentences = []
+    for (measure, target), part in frame[frame.method == "spd"].groupby(["measure", "target"], sort=False):
+        sizes = sorted(part.n_calibration.unique())
+        if len(sizes) < 2:
+            sentences.append(f"{measure} on {target}: one size ({sizes[0]}), so nothing about size.")
+            continue
+        overlap = part.low.max() <= part.high.min()
+        values = ", ".join(
+            f"{row.value:.3g} at {row.n_calibration}" for row in part.sort_values("n_calibration").itertuples()
+        )
+        verdict = "all intervals overlap: within noise" if overlap else "not all intervals overlap"
+        sentences.append(f"{measure} on {target}: {values}; {verdict}.")
+    return " ".join(sentences) or "No result after SPD yet: not run."

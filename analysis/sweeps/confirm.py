@@ -1,0 +1,142 @@
+"""The few cells that a sweep chose, measured dearly: on fresh items, with more random draws, and by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from spd_lens.analysis.common import beside_random, contrasts
+from spd_lens.analysis.sweeps.engine import measure
+from spd_lens.analysis.sweeps.store import Values
+from spd_lens.evaluation import EvalResult, evaluate, repeated_ngrams
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair, text_ids
+from spd_lens.stats import Estimate, mean_interval, score_interval
+from spd_lens.subspaces import Policy, Subspace
+from spd_lens.tasks import Task
+
+CHOSEN_MEASURES = {
+    "aligned_loss": "change of aligned loss, fresh items (nats per token)",
+    "kl": "KL from base, fresh items (nats per token)",
+    "kl_own": "KL from base, its own completions (nats per token)",
+    "accuracy": "accuracy",
+    "repetition": "repeated 4-grams (share)",
+    "truncated": "cut at the token limit (share)",
+}
+
+
+def remeasure(
+    pair: ModelPair,
+    items: Sequence[Example],
+    chosen: Mapping[str, Subspace],
+    *,
+    n_random: int = 10,
+    seed: int = 1000,
+    strength: float = 1.0,
+    batch_tokens: int = 1024,
+) -> pd.DataFrame:
+    """Aligned loss and KL of chosen subspaces on items that took no part in choosing them.
+
+    The best of many cells looks better than it is; fresh items and fresh random draws undo that.
+    """
+    policies = _policies(chosen, n_random, seed, strength)
+    found = measure(pair, items, policies, batch_tokens=batch_tokens)
+    return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
+
+
+def _policies(chosen: Mapping[str, Subspace], n_random: int, seed: int, strength: float) -> list[Policy]:
+    """The base model, each chosen subspace, and random ones of its shape."""
+    policies = [Policy("base")]
+    for name, subspace in chosen.items():
+        policies.append(Policy(name, subspace, strength))
+        policies += [Policy(f"{name}/{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
+    return policies
+
+
+def write(
+    pair: ModelPair,
+    task: Task,
+    n: int,
+    chosen: Mapping[str, Subspace],
+    *,
+    n_random: int = 3,
+    seed: int = 0,
+    data_seed: int = 42,
+    strength: float = 1.0,
+    batch_size: int | None = None,
+    batch_tokens: int = 1024,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Greedy completions under chosen subspaces and random ones of their shape: accuracy, repetition, length.
+
+    Beside these the KL from the base model on the base model's own completions of the same prompts: gold completions
+    are another's text, on which a model may be less sure. With `folder` an interrupted run goes on.
+    """
+    policies = _policies(chosen, n_random, seed, strength)
+    results: dict[str, EvalResult] = {}
+    for policy in policies:
+        # by content: the same name in another sweep is another subspace
+        stem = "base" if policy.subspace is None else policy.subspace.digest()
+        path = None if folder is None else Path(folder) / f"{stem}.jsonl"
+        results[policy.name] = evaluate(
+            pair, task, n, policy=policy, seed=data_seed, batch_size=batch_size, forced=[], path=path,
+            progress=progress,
+        )  # fmt: skip
+    found = {name: written(pair, result) for name, result in results.items()}
+    own = own_completions(results["base"])
+    if own:
+        for name, values in measure(pair, own, policies, batch_tokens=batch_tokens).items():
+            found[name]["kl_own"] = values["kl"]
+    return _rows(found, chosen, n_random, ("accuracy", "kl_own", "repetition", "truncated"))
+
+
+def written(pair: ModelPair, result: EvalResult) -> Values:
+    """What one policy's completions are like, item by item."""
+    return {
+        "accuracy": np.array([item.score for item in result.items]),
+        "repetition": np.array([repeated_ngrams(text_ids(pair.tokenizer, item.completion)) for item in result.items]),
+        "truncated": np.array([float(item.finish_reason == "length") for item in result.items]),
+    }
+
+
+def own_completions(base: EvalResult) -> list[Example]:
+    """The base model's completions as if they were gold; empty ones are left out."""
+    return [
+        replace(Example(item.prompt, id=item.id), completion=item.completion, spans=((0, len(item.completion)),))
+        for item in base.items
+        if item.completion.strip()
+    ]
+
+
+def _rows(
+    found: Mapping[str, Values], chosen: Mapping[str, Subspace], n_random: int, measures: Sequence[str]
+) -> pd.DataFrame:
+    """Base and chosen cells; `value` with its interval over items, then their random subspaces, then the contrast."""
+    rows: list[dict[str, Any]] = []
+    for name in measures:
+        if name not in found["base"]:
+            continue
+        # losses as change from base; shares and KL as they are
+        shift = found["base"][name] if name == "aligned_loss" else np.zeros_like(found["base"][name])
+        own = {cell: found[cell][name] - shift for cell in chosen}
+        random = {cell: np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift for cell in chosen}
+        against = dict(zip(chosen, contrasts(list(own.values()), list(random.values())), strict=True))
+        if name not in ("aligned_loss", "kl", "kl_own"):
+            rows.append({"cell": "base", "measure": name, **_estimate(found["base"][name], name)})
+        for cell in chosen:
+            beside = beside_random(random[cell], against[cell])
+            rows.append({"cell": cell, "measure": name, **_estimate(own[cell], name), **beside, "n_random": n_random})
+    return pd.DataFrame(rows)
+
+
+def _estimate(values: Float[np.ndarray, " item"], name: str) -> dict[str, float]:
+    shares = name in ("accuracy", "truncated", "repetition")
+    interval: Estimate = score_interval(values) if shares else mean_interval(values)
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "n_items": interval.n}

@@ -1,0 +1,232 @@
+"""The engine of `rank_sweep` and `layer_sweep`: cheap measures of every cell, beside random subspaces of its shape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from spd_lens.analysis.common import Contrast, beside_random, contrasts, matched_draws
+from spd_lens.analysis.sweeps.grid import Grid, GridCell
+from spd_lens.analysis.sweeps.store import MEASURES, Measured, Store, Values
+from spd_lens.evaluation import ForcedItem, Prefix, exact_prefix, forced_above
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair, neutrally, weights_digest
+from spd_lens.runs import Folder
+from spd_lens.stats import paired_difference
+from spd_lens.subspaces import GradientMoments, Policy, Subspace
+
+_UNMATCHED = dict.fromkeys(("matched", "matched_low", "matched_high"))
+_TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: the items under the base model, and under every cell."""
+
+    base: Values
+    cells: list[Measured]
+
+    def table(self) -> pd.DataFrame:
+        """One row per cell and measure, all in nats per token, with 95 % intervals.
+
+        `value` is the paired change from the base model, `low` and `high` its bootstrap interval over items; `random`
+        is the same for the mean over random subspaces of the same ranks at the same sites, `random_low` and
+        `random_high` the smallest and largest of them. `difference` is the cell minus random with the interval of
+        `contrast.contrasts` (items and draws), `p_holm` corrected over the cells. `matched` compares with random
+        subspaces of the same KL, interpolated between ranks; empty where no random subspace did as much damage.
+        """
+        rows = []
+        for measure in MEASURES:
+            own = [cell.change(self.base, measure) for cell in self.cells]
+            random = [cell.random_change(self.base, measure) for cell in self.cells]
+            against = contrasts(own, random)
+            matched = self._matched(measure) if measure == "aligned_loss" else {}
+            for i, cell in enumerate(self.cells):
+                interval = paired_difference(self.base[measure], cell.own[measure])
+                rows.append(
+                    {
+                        **_columns(cell), "measure": measure, "value": interval.value, "low": interval.low,
+                        "high": interval.high, **beside_random(random[i], against[i]), "p_holm": against[i].p_holm,
+                        **(matched[i].columns("matched") if i in matched else _UNMATCHED),
+                        "n_items": len(own[i]), "n_random": len(random[i]),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def placebo(self, measure: str) -> pd.DataFrame:
+        """The same test with each random subspace in the place of the cell, against the other draws of its cell.
+
+        One row per cell and draw with `cell`, `draw`, `p` and `p_holm` (corrected over the cells, as in `table`). None
+        of them differs from its fellows but by chance: what passes here says how far to trust what passes there.
+        """
+        rows = []
+        random = [cell.random_change(self.base, measure) for cell in self.cells]
+        for draw in range(min(len(draws) for draws in random)):
+            others = [np.delete(draws, draw, axis=0) for draws in random]
+            for cell, found in zip(self.cells, contrasts([d[draw] for d in random], others), strict=True):
+                rows.append({"cell": cell.cell.name, "draw": draw, "p": found.p, "p_holm": found.p_holm})
+        return pd.DataFrame(rows)
+
+    def _matched(self, measure: str) -> dict[int, Contrast]:
+        """Against random subspaces of the same KL, where there are such."""
+        found: dict[int, np.ndarray] = {}
+        for i, cell in enumerate(self.cells):
+            family = [other for other in self.cells if other.cell.family == cell.cell.family]
+            ladder = [
+                (other.random_change(self.base, "kl").mean(axis=1), other.random_change(self.base, measure))
+                for other in family
+            ]
+            draws = matched_draws(float(cell.own["kl"].mean()), ladder)
+            if draws is not None:
+                found[i] = draws
+        against = contrasts([self.cells[i].change(self.base, measure) for i in found], list(found.values()))
+        return dict(zip(found, against, strict=True))
+
+
+@neutrally
+def sweep(
+    pair: ModelPair,
+    moments: GradientMoments,
+    items: Sequence[Example],
+    grid: Grid,
+    *,
+    folder: str | Path | None = None,
+    strength: float = 1.0,
+    center: bool = False,
+    chunk: int | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Aligned loss, completion loss and KL from base of every cell of a grid, teacher-forced on held-out items.
+
+    One extraction serves all cells. Cells are taken in chunks that share the base model's logits; within a batch, no
+    layer below a cell's first one is run again. The cost is about `cells × (1 + n_random)` forward passes over the
+    layers from the first projected one on.
+
+    Args:
+        pair: The model.
+        moments: Moments at all layers of the grid.
+        items: Gold completions with spans, held out from calibration.
+        grid: The combinations to try.
+        folder: Folder that keeps finished chunks of cells: a sweep that was killed goes on, a larger grid adds cells.
+        strength: Strength of the projections.
+        center: Project around the mean activation.
+        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
+            many as make 24 subspaces.
+        progress: Show a progress bar.
+
+    Raises:
+        SPDError: the grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
+            settings.
+    """
+    cells = grid.cells(moments)
+    store = Store(None if folder is None else Path(folder), items)
+    bench = _Bench(pair, moments, items, grid, strength, center)
+    with contextlib.nullcontext() if folder is None else Folder(folder).locked():
+        store.check(bench.settings())
+        todo = [cell for cell in cells if not store.has(cell)]
+        prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
+        done = len(cells) - len(todo)
+        chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
+        with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
+            for start in range(0, len(todo), chunk):
+                base, found = bench.cells(todo[start : start + chunk], prefix)
+                if not store.has_base:
+                    store.put_base(base)
+                for measured in found:
+                    store.put(measured)
+                    bar.update()
+        return Sweep(store.base, [store.get(cell) for cell in cells])
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all cells of a sweep are measured on."""
+
+    pair: ModelPair
+    moments: GradientMoments
+    items: Sequence[Example]
+    grid: Grid
+    strength: float
+    center: bool
+
+    def cells(self, cells: Sequence[GridCell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
+        """The base model, and some cells with their controls, on the same batches and against the same logits."""
+        subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
+        policies = [Policy("base")]
+        policies += [
+            Policy(f"{cell.name}/{name}", subspace, self.strength)
+            for cell, own in zip(cells, subspaces, strict=True)
+            for name, subspace in enumerate([own, *controls(own, self.grid)])
+        ]
+        found = measure(self.pair, self.items, policies, prefix=prefix, batch_tokens=self.grid.batch_tokens)
+        measured = []
+        for cell, own in zip(cells, subspaces, strict=True):
+            values = [found[f"{cell.name}/{i}"] for i in range(1 + self.grid.n_random)]
+            ranks = tuple(rank for site in own.sites for rank in own.ranks[site])
+            measured.append(Measured(cell, ranks, values[0], values[1:]))
+        return found["base"], measured
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
+        checksum = sum(float(self.moments.gradient[site].sum()) for site in self.moments.sites)
+        return {
+            "model": self.pair.name,
+            "dtype": str(self.pair.dtype).removeprefix("torch."),
+            **self.pair.format.settings,
+            "task": self.grid.task,
+            "items": [item.id for item in self.items],
+            "n_random": self.grid.n_random,
+            "seed": self.grid.seed,
+            "strength": float(self.strength),
+            "center": self.center,
+            "batch_tokens": self.grid.batch_tokens,
+            "moments": [int(self.moments.n_examples.sum()), int(self.moments.n_tokens.sum()), f"{checksum:.9g}"],
+            "weights": weights_digest(self.pair.hf),
+        }
+
+
+def controls(subspace: Subspace, grid: Grid) -> list[Subspace]:
+    """Random subspaces of the same ranks at the same sites."""
+    return [subspace.random_like(grid.seed + i) for i in range(grid.n_random)]
+
+
+@neutrally
+def measure(
+    pair: ModelPair,
+    items: Sequence[Example],
+    policies: Sequence[Policy],
+    *,
+    prefix: Prefix | None = None,
+    batch_tokens: int = 1024,
+) -> dict[str, Values]:
+    """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
+    found = forced_above(prefix, pair, items, policies, batch_tokens=batch_tokens, progress=False)
+    return {name: values(rows) for name, rows in found.items()}
+
+
+def values(rows: Sequence[ForcedItem]) -> Values:
+    """One array per measure."""
+    return {name: np.array([getattr(row, name) for row in rows]) for name in MEASURES}
+
+
+def _columns(measured: Measured) -> dict[str, Any]:
+    cell = measured.cell
+    return {
+        "cell": cell.name,
+        "site": " ".join(map(str, cell.sites)),
+        "layers": cell.layers,
+        "layer": str(cell.first_layer) if len({s.layer for s in cell.sites}) == 1 else "several",
+        "kind": cell.kinds,
+        "head": cell.head,
+        "projector": cell.projector,
+        "rank": cell.rank,
+        "width": cell.width,
+        "least_rank": min(measured.ranks),
+    }

@@ -1,0 +1,122 @@
+"""What both sweep commands do with a run: sweep, recommend, generate under the chosen cells, save and say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.text import Text
+
+from spd_lens.analysis.common import Subject
+from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, remeasure, write
+from spd_lens.analysis.sweeps.engine import sweep
+from spd_lens.analysis.sweeps.figures import figures
+from spd_lens.analysis.sweeps.grid import Grid, GridCell
+from spd_lens.analysis.sweeps.recommend import KL_BUDGET, Recommendation, overall, recommend
+from spd_lens.errors import SPDError
+from spd_lens.output import terminal
+from spd_lens.stats import bracketed
+from spd_lens.subspaces import GradientMoments
+
+log = logging.getLogger(__name__)
+
+
+def report(
+    name: str, subject: Subject, grid: Grid, *, kl_budget: float = KL_BUDGET, generate: bool = True
+) -> Recommendation:
+    """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`."""
+    config = subject.run.config
+    moments = subject.moments_everywhere()
+    grid.cells(moments)  # a grid that cannot be is refused before the model is loaded
+    items = subject.held_out(grid.n_items, grid.task)
+    found = sweep(
+        subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,
+        center=config.center, progress=subject.progress,
+    )  # fmt: skip
+    table = found.table()
+    cells = {measured.cell.name: measured.cell for measured in found.cells}
+    default = default_cell(subject, moments)
+    advice = recommend(table, kl_budget=kl_budget, default=default.name if default else None)
+    counts = [overall(table, measure, found.placebo(measure)) for measure in ("aligned_loss", "kl")]
+    says = " ".join([advice.reason, *counts])
+    facts: dict[str, Any] = {
+        "grid": grid.model_dump(mode="json"), "items": len(items), "kl_budget": kl_budget, "unit": "nats per token",
+        "recommended": advice.cell, "reason": advice.reason, "counts": counts, "strength": config.strength,
+        "extraction": f"{int(moments.n_examples.sum())} examples",
+    }  # fmt: skip
+    subject.save(name, table, figures(table, recommended=advice.cell), says=says, **facts)
+    _print(name, subject, table, says)
+    if generate:
+        chosen = {c.name: c for c in (cells.get(advice.cell or ""), default) if c is not None}
+        dear = measure_chosen(subject, moments, grid, list(chosen.values()), name)
+        subject.save(f"{name}-chosen", dear, says="", **facts)
+        _print_chosen(dear)
+    return advice
+
+
+def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
+    """The run's own setting as a cell, or None if it keeps everything."""
+    config = subject.run.config
+    own = {
+        "layers": [config.layers],
+        "kinds": ["+".join(config.kinds)],
+        "ranks": [config.rank],
+        "projectors": ["per_head" if config.per_head else "joint"],
+    }
+    try:
+        return Grid.make(own).cells(moments)[0]
+    except SPDError:
+        return None
+
+
+def measure_chosen(
+    subject: Subject, moments: GradientMoments, grid: Grid, cells: list[GridCell], name: str, n_confirm: int = 10
+) -> pd.DataFrame:
+    """Fresh items with `n_confirm` fresh draws, and generation on the sweep's items."""
+    config = subject.run.config
+    chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
+    used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
+    fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
+    log.info("measuring the chosen cells on %d fresh items", len(fresh))
+    again = remeasure(
+        subject.pair, fresh, chosen, n_random=n_confirm, seed=grid.seed + 1000, strength=config.strength,
+        batch_tokens=grid.batch_tokens,
+    )  # fmt: skip
+    log.info("generating under the chosen cells")
+    task = subject.task if grid.task is None else subject.targets[grid.task]
+    by_writing = write(
+        subject.pair, task, grid.n_items, chosen, n_random=grid.n_random, seed=grid.seed, data_seed=config.data_seed,
+        strength=config.strength, batch_size=config.generation_batch_size, batch_tokens=grid.batch_tokens,
+        folder=subject.folder / name / "completions", progress=subject.progress,
+    )  # fmt: skip
+    return pd.concat([again, by_writing], ignore_index=True)
+
+
+def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:
+    loss = table[table["measure"] == "aligned_loss"].set_index("cell")
+    kl = table[table["measure"] == "kl"].set_index("cell")
+    names = ["layers", "kind", "head", "projector", "rank"]
+    head = [*names, "Δ aligned loss", "random", "minus random", "p (Holm)", "KL", "KL random"]
+    rows = [
+        [*map(str, row[names]), *_intervals(row), f"{row['p_holm']:.2g}",
+         f"{kl.loc[cell, 'value']:.3f}", f"{kl.loc[cell, 'random']:.3f}"]
+        for cell, row in loss.iterrows()
+    ]  # fmt: skip
+    console = Console()
+    console.print(terminal(head, rows, title=f"{name.replace('_', ' ')} of {subject.name}, nats per token"))
+    console.print(Text(says))
+
+
+def _print_chosen(dear: pd.DataFrame) -> None:
+    head = ["measure", "cell", "value", "random (range of draws)", "minus random"]
+    rows = [[CHOSEN_MEASURES[row["measure"]], str(row["cell"]), *_intervals(row)] for _, row in dear.iterrows()]
+    Console().print(terminal(head, rows, title="the chosen cells"))
+
+
+def _intervals(row: pd.Series) -> Iterator[str]:
+    """The cell, random subspaces and their difference; square brackets look like markup to rich, but these are none."""
+    for name, ends in (("value", ""), ("random", "random_"), ("difference", "difference_")):
+        yield "-" if pd.isna(row[name]) else bracketed(row[name], row[f"{ends}low"], row[f"{ends}high"])

@@ -1,0 +1,122 @@
+"""What a sweep has measured: every item under every cell and its controls, kept cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spd_lens.analysis.sweeps.grid import GridCell
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.files import read_json, write_json
+
+MEASURES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
+"""What is measured of each cell, in nats per token of the gold completion."""
+
+Values = dict[str, Float[np.ndarray, " item"]]
+"""For each measure, one number per item."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one cell and its controls did to every item."""
+
+    cell: GridCell
+    ranks: tuple[int, ...]
+    """Directions that were kept, for each block of each site in turn: fewer than asked where gradients had fewer."""
+    own: Values
+    random: list[Values]
+
+    def change(self, base: Values, measure: str) -> Float[np.ndarray, " item"]:
+        """Change of each item from the base model, in nats."""
+        return self.own[measure] - base[measure]
+
+    def random_change(self, base: Values, measure: str) -> Float[np.ndarray, "draw item"]:
+        """The same under each random subspace."""
+        return np.stack([values[measure] for values in self.random]) - base[measure]
+
+
+class Store:
+    """Finished cells as one JSON file each, written whole; in memory only, without a folder."""
+
+    def __init__(self, folder: Path | None, items: Sequence[Example]) -> None:
+        self._folder = folder
+        self._n_items = len(items)
+        self._memory: dict[str, Any] = {}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise `SPDError` unless the folder is new or holds a sweep with these settings; begin it."""
+        if self._folder is None:
+            return
+        path = self._folder / "settings.json"
+        if path.exists():
+            known = read_json(path)
+            differ = [key for key in settings if known.get(key) != settings[key]]
+            if differ:
+                shown = "; ".join(
+                    f"{key}: {_short(known.get(key))} there, {_short(settings[key])} now" for key in differ
+                )
+                raise SPDError(
+                    f"{self._folder} holds a sweep with other settings ({shown}); move it away or use the same settings"
+                )
+        else:
+            write_json(path, dict(settings))
+
+    @property
+    def has_base(self) -> bool:
+        return self._read("base") is not None
+
+    @property
+    def base(self) -> Values:
+        return _arrays(self._read("base"))
+
+    def put_base(self, base: Values) -> None:
+        self._write("base", _lists(base))
+
+    def has(self, cell: GridCell) -> bool:
+        return self._read(cell.name) is not None
+
+    def put(self, measured: Measured) -> None:
+        record = {"own": _lists(measured.own), "random": [_lists(r) for r in measured.random]}
+        self._write(measured.cell.name, {"ranks": list(measured.ranks), **record})
+
+    def get(self, cell: GridCell) -> Measured:
+        record = self._read(cell.name)
+        try:
+            own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]
+            if any(len(array) != self._n_items for each in (own, *random) for array in each.values()):
+                raise ValueError("another number of items")
+            return Measured(cell, tuple(record["ranks"]), own, random)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise SPDError(f"{self._path(cell.name)} is damaged ({error!r}); remove it to measure it again") from error
+
+    def _path(self, name: str) -> Path:
+        return (self._folder or Path()) / f"{name}.json"
+
+    def _read(self, name: str) -> Any:
+        if name not in self._memory and self._folder is not None and self._path(name).exists():
+            self._memory[name] = read_json(self._path(name))
+        return self._memory.get(name)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        self._memory[name] = record
+        if self._folder is not None:
+            write_json(self._path(name), record)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{len(value)} of them" if isinstance(value, list) and len(text) > 60 else text
+
+
+def _lists(arrays: Values) -> dict[str, list[float]]:
+    return {name: array.tolist() for name, array in arrays.items()}
+
+
+def _arrays(record: Mapping[str, Any]) -> Values:
+    return {name: np.array(record[name], dtype=float) for name in MEASURES}

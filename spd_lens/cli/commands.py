@@ -1,0 +1,300 @@
+"""`spd-lens`: the whole job, or its stages alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from spd_lens.cli.flags import with_settings
+from spd_lens.files import check_writable
+from spd_lens.output import set_up_logging, start
+from spd_lens.runs import DEMO, SPDConfig
+from spd_lens.settings import DEFAULT_MODEL
+
+app = typer.Typer(
+    help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings only: no log and no progress bars.")]
+SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
+AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
+
+_RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
+_FORMAT = ("prompt_format", "system", "enable_thinking", "prompt_date")
+_MODEL = ("model", "backend", "dtype", "device", *_FORMAT)
+_DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    start(app, on_interrupt=_after_interrupt(sys.argv[1:2]))
+
+
+@app.command("run")
+@with_settings()
+def run_command(
+    config: SPDConfig,
+    out: Out = Path("runs/spd"),
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print all settings and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate, generate, fine-tune and evaluate. Started again, it continues."""
+    if show_config:
+        sys.stdout.write(config.to_yaml(ascii=not Console().encoding.startswith("utf")))
+        return
+    _run(config, out, quiet)
+
+
+@app.command("demo")
+def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
+    """The whole job on SmolLM2-135M-Instruct and synthetic word problems, in a few minutes on two cores."""
+    _run(SPDConfig.make(DEMO), out, quiet)
+
+
+@app.command("study")
+def study_command(
+    file: Annotated[Path | None, typer.Argument(help="YAML file: methods, sources, targets, seeds, settings.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A ready-made study; the file's lines go over it.")
+    ] = None,
+    out: Out = Path("runs/study"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, tokens, memory, time; do nothing.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over both, as seeds=[1,2].")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Methods x sources x targets x seeds on one model, with a report. Started again, it continues."""
+    set_up_logging(quiet)
+    from spd_lens.study import study
+
+    study(file, preset, out, setting or [], dry_run=dry_run, console=Console())
+
+
+@app.command("rounds")
+@with_settings()
+def rounds_command(
+    config: SPDConfig,
+    out: Out = Path("runs/rounds"),
+    n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds at most.")] = 3,
+    reextract: Annotated[str, typer.Option("--reextract", help="Each round's subspace: current or first model's.")] = (
+        "current"
+    ),
+    kl_budget: Annotated[
+        float, typer.Option("--kl-budget", help="Stop beyond this KL from the first model; 0: any.")
+    ] = 1.0,
+    stop_on_loss: Annotated[
+        bool, typer.Option("--stop-on-loss/--no-stop-on-loss", help="Stop when the held-out loss rises beyond noise.")
+    ] = True,
+    n_held_out: Annotated[int, typer.Option("--n-held-out", min=2, help="Test items for drift and stop rule.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """SPD again on what SPD made, in float32. Started again, it continues."""
+    set_up_logging(quiet)
+    from spd_lens.runs import StopRule, run_rounds, say
+
+    rule = StopRule(stop_on_loss, kl_budget or None)
+    done = run_rounds(
+        config, out, n_rounds, reextract=reextract, stop=rule, n_held_out=n_held_out, progress=not quiet
+    )  # fmt: skip
+    Console().print(say(done.table, done.notes.get("stopped")), highlight=False, markup=False)
+    Console().print(f"Everything is in {out}.", highlight=False, markup=False)
+
+
+@app.command("extract")
+@with_settings(*_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "per_head", "center", "loss", "engine")
+def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
+    """Gradient moments and subspace of a task's calibration examples, into a directory."""
+    set_up_logging(quiet)
+    from spd_lens.runs import Experiment, check_stage
+
+    check_writable(out, directory=True)
+    experiment = Experiment(config, out, progress=not quiet)
+    check_stage(experiment, "calibration", config.n_calibration)
+    moments = experiment.extract()
+    subspace = experiment.subspace(moments)
+    moments.save(out / "moments.safetensors")
+    subspace.save(out / "subspace.safetensors")
+    Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)
+
+
+@app.command("generate")
+@with_settings(
+    *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
+    "seed",
+)  # fmt: skip
+def generate_command(
+    config: SPDConfig,
+    out: Out = Path("corpus.jsonl"),
+    subspace: SubspaceFile = None,
+    adapter: AdapterDir = None,
+    engine: Annotated[str, typer.Option("--engine", help="twin (folded, batched) or lens (hooks).")] = "twin",
+    quiet: Quiet = False,
+) -> None:
+    """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
+    set_up_logging(quiet)
+    from spd_lens.runs import Experiment, check_stage
+    from spd_lens.subspaces import Policy, Subspace
+
+    kept = Subspace.load(subspace) if subspace else None
+    experiment = Experiment(config, out.parent, progress=not quiet)
+    check_stage(experiment, "train", config.n_train)
+    corpus = experiment.generate(out, Policy("", kept, config.strength, adapter), engine=engine)
+    Console().print(f"{corpus}", highlight=False, markup=False)
+
+
+@app.command("finetune")
+@with_settings(
+    *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
+    "lora_targets", "loss_on", "seed",
+)  # fmt: skip
+def finetune_command(
+    config: SPDConfig,
+    corpus: Annotated[Path, typer.Option("--corpus", help="JSONL file that `generate` wrote.")],
+    out: Out = Path("adapter"),
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
+    set_up_logging(quiet)
+    from spd_lens.generation import Corpus
+    from spd_lens.runs import Experiment, check_settings
+
+    check_settings(config)
+    path = Experiment(config, out.parent, progress=not quiet).finetune(Corpus.load(corpus), out)
+    Console().print(f"written to {path}", highlight=False, markup=False)
+
+
+@app.command("evaluate")
+@with_settings(*_MODEL, *_DATA, "n_eval", "strength", "generation_batch_size", "allow_code_execution")
+def evaluate_command(
+    config: SPDConfig,
+    out: Out = Path("eval.json"),
+    subspace: SubspaceFile = None,
+    adapter: AdapterDir = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit; else the task's own.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score the base, projected or fine-tuned model on a task's test items."""
+    set_up_logging(quiet)
+    from spd_lens.runs import Experiment, check_stage
+    from spd_lens.subspaces import Policy, Subspace
+
+    check_writable(out)
+    kept = Subspace.load(subspace) if subspace else None
+    own = config.model_copy(update={"eval_tasks": [config.task]})
+    experiment = Experiment(own, out.parent, progress=not quiet, answer_tokens=max_new_tokens)
+    n = config.n_test(config.task)
+    check_stage(experiment, "test", n)
+    policy = Policy("", kept, config.strength, adapter)
+    result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)
+    Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
+
+
+@app.command("spans")
+@with_settings("data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed")
+def spans_command(
+    config: SPDConfig,
+    task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],
+    split: Annotated[str, typer.Option("--split", help="calibration, train or test.")] = "calibration",
+    n: Annotated[int | None, typer.Option("--n", help="Examples to audit; by default 20, or all there are.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a standalone page.")] = None,
+    show: Annotated[int, typer.Option("--show", help="Examples printed token by token.")] = 3,
+) -> None:
+    """Which tokens of a task's examples count as correctness, and what looks wrong with them."""
+    set_up_logging(quiet=True)
+    from spd_lens.spans import show_spans
+
+    if html is not None:
+        check_writable(html)
+    show_spans(config, task, split, n, html, show, Console())
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(help="A run directory, or several with commas between (other seeds).")],
+    second: Annotated[str, typer.Argument(help="What to compare with it.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the table here, as Markdown.")] = None,
+) -> None:
+    """Two runs on the same test items: paired differences with intervals and exact tests."""
+    from spd_lens.files import write_text
+    from spd_lens.runs import Run, compare, comparison_table
+
+    if out is not None:
+        check_writable(out)
+    runs = [[Run.open(path.strip()) for path in side.split(",")] for side in (first, second)]
+    table = comparison_table(compare(*runs), first, second)
+    if out is not None:
+        write_text(out, table)
+    Console().print(Markdown(table))
+
+
+@app.command("check")
+@with_settings("backend", "dtype", "device", *_FORMAT)
+def check_command(
+    config: SPDConfig,
+    model: Annotated[str, typer.Argument(help="Hub name, model directory or .gguf file.")] = DEFAULT_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    show_tokens: Annotated[str | None, typer.Option(help="Also print the tokens that this prompt becomes.")] = None,
+) -> None:
+    """Does this model work here, provably: hooks, folding, gradients, padding, cache? Exit code 1 if not."""
+    set_up_logging(quiet=True)
+    from spd_lens.runs import load_pair, print_report
+
+    pair = load_pair(config.model_copy(update={"model": model}))
+    if not print_report(pair, Console(soft_wrap=as_json), as_json=as_json, prompt=show_tokens):
+        raise typer.Exit(1)
+
+
+@app.command(
+    "analyze",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def analyze_command(context: typer.Context) -> None:
+    """Spectra, overlaps, sweeps and more of run directories: `spd-lens analyze` lists them."""
+    # found by name and imported when asked for: the library does not depend on its analyses
+    index = importlib.import_module("spd_lens.analysis.index")
+    index.analyze(context.args)
+
+
+@app.command("dashboard")
+def dashboard_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the one that is shown first.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("dashboard.html"),
+    serve: Annotated[bool, typer.Option("--serve", help="A live app on this machine, which generates.")] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port of the live app; 0 takes any that is free.")
+    ] = 8050,
+    quiet: Quiet = False,
+) -> None:
+    """Runs as one self-contained page, or as a live app that also generates."""
+    set_up_logging(quiet)
+    dashboard = importlib.import_module("spd_lens.analysis.dashboard")
+    if serve:
+        dashboard.serve(runs, port=port)
+        return
+    check_writable(out)
+    written = dashboard.write_dashboard(runs, out)
+    Console().print(f"written to {written}", highlight=False, markup=False)
+
+
+def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
+    set_up_logging(quiet)
+    from spd_lens.runs import run
+
+    record = run(config, out, progress=not quiet)
+    Console().print(Markdown(record.summary))
+    Console().print(f"Everything is in {out}.", highlight=False, markup=False)
+
+
+def _after_interrupt(command: list[str]) -> str:
+    if command and command[0] in _RESUMABLE:
+        return "the same command continues where it was"
+    return "nothing was written"

@@ -1,0 +1,99 @@
+"""Command-line flags made from `SPDConfig`: one declaration per setting, in one place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from spd_lens.errors import SPDError
+from spd_lens.runs import SPDConfig
+
+# What may be said with a pair of flags instead of a value.
+_SWITCHES = {
+    "enable_thinking": "--enable-thinking/--no-enable-thinking",
+    "allow_code_execution": "--allow-code-execution",
+    "per_head": "--per-head/--joint",
+    "center": "--center/--no-center",
+}
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command `--config` and a flag for each of some settings (all without names).
+
+    The command is called with a `config: SPDConfig`: defaults, under the file, under the flags.
+    """
+    chosen = names or tuple(SPDConfig.model_fields)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for name, p in inspect.signature(command).parameters.items() if name != "config"]
+        hints = typing.get_type_hints(command, include_extras=True)
+
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> None:
+            settings = {name: arguments.pop(name) for name in chosen}
+            file, preset = arguments.pop("config"), arguments.pop("preset", None)
+            overrides = {name: value for name, value in settings.items() if value is not None}
+            if "task_options" in overrides:
+                overrides["task_options"] = dict(_key_and_value(text) for text in overrides["task_options"])
+                if not overrides["task_options"]:
+                    del overrides["task_options"]  # no flag was given; typer passes an empty list
+            command(config=SPDConfig.read(file, overrides, preset), **arguments)
+
+        parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [_parameter(name) for name in chosen]
+        option = typer.Option("--config", help="YAML file with settings; flags override it.")
+        parameters.append(_keyword("config", Annotated[Path | None, option]))
+        if {"n_train", "n_eval"} <= set(chosen):
+            text = "Sizes of a named preset (paper: tables 7-8); file and flags override them."
+            parameters.append(_keyword("preset", Annotated[str | None, typer.Option("--preset", help=text)]))
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        return wrapper
+
+    return decorate
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field = SPDConfig.model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    shown = ",".join(map(str, default)) if isinstance(default, list) else default
+    text = f"{field.description} (default: {shown})" if shown not in (None, {}, "") else field.description
+    flag = f"--{name.replace('_', '-')}"
+    if name == "task_options":
+        option = typer.Option("--task-option", help="KEY=VALUE, an option of the task; may be repeated.")
+        return _keyword(name, Annotated[list[str] | None, option])
+    if name in _SWITCHES:
+        return _keyword(name, Annotated[bool | None, typer.Option(_SWITCHES[name], help=text)])
+    return _keyword(name, Annotated[_plain(field.annotation) | None, typer.Option(flag, help=text)])
+
+
+def _plain(annotation: Any) -> Any:
+    """The type that the command line parses; lists and choices are text here, and `SPDConfig` validates them."""
+    parts = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+    if typing.get_origin(annotation) is Literal:
+        return str
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return parts[0] if len(parts) == 1 else str
+    return annotation if annotation in (int, float, str, bool) else str
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SPDError(f"--task-option {text!r} must be KEY=VALUE")
+    for parse in (int, float):
+        try:
+            return key, parse(value)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False}.get(value, value)

@@ -1,0 +1,152 @@
+"""Teacher-forced effects: what a policy does to the loss and the distribution on gold completions.
+
+Accuracy on a few hundred items cannot tell small effects apart; these measures can, and they are paired per item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spd_lens.errors import SPDError, whole
+from spd_lens.examples import Example, worked_examples
+from spd_lens.models import (
+    Encoded,
+    ModelPair,
+    angles_change_beyond,
+    batches_by_length,
+    fast_products,
+    neutrally,
+    right_pad,
+    run_twin,
+    unembed_only,
+)
+from spd_lens.subspaces import Policy
+
+
+@dataclass(frozen=True)
+class ForcedItem:
+    """One gold completion under one policy. Losses and KL are in nats, each a mean over tokens."""
+
+    id: str
+    aligned_loss: float
+    """Mean of `-log p` over the tokens of `S` (Eq. 6)."""
+    completion_loss: float
+    """Mean of `-log p` over all tokens of the completion."""
+    kl: float
+    """Mean over the completion's tokens of KL(base || policy)."""
+    token_accuracy: float
+    """Share of the completion's tokens that are the policy's most probable next token."""
+
+
+@dataclass(frozen=True)
+class ForcedBatch:
+    """Right-padded rows, and the positions that predict completion tokens."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+    scored: list[list[int]]
+    """For each row, which of the `n` predictions are of a token in `S`."""
+
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> ForcedBatch:
+        tokens, mask = right_pad([e.ids for e in encoded], pair.pad_id, pair.device)
+        places = [(i, t) for i, e in enumerate(encoded) for t in range(e.completion_start, len(e.ids))]
+        index = {place: n for n, place in enumerate(places)}
+        row, target = torch.tensor(places, device=pair.device).T
+        scored = [[index[i, t] for t in e.scored] for i, e in enumerate(encoded)]
+        return cls(tokens, mask, row, target - 1, tokens[row, target], scored)
+
+
+@neutrally
+@torch.no_grad()
+def teacher_forced(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    policies: Sequence[Policy],
+    *,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> dict[str, list[ForcedItem]]:
+    """Aligned loss, completion loss and KL from base of each policy on the same gold completions.
+
+    Args:
+        pair: The model; the base is its twin as it stands.
+        examples: Examples with completion and spans, held out from calibration and training.
+        policies: Compared with the base on every batch, so that all see the same padding.
+        batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
+        progress: Show a progress bar.
+
+    Returns:
+        For each policy's name, one item per example, in the order of `examples`.
+    """
+    examples, batch_tokens = worked_examples(examples), whole("batch_tokens", batch_tokens)
+    if not examples:
+        raise SPDError("there are no items to evaluate; give at least one")
+    names = [policy.name for policy in policies]
+    if len(set(names)) < len(names):
+        raise SPDError(f"policies need names of their own, but these were given: {', '.join(names)}")
+    encoded = [pair.encode(example) for example in examples]
+    items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
+    with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
+        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
+        for indices in batches_by_length(lengths, batch_tokens, apart):
+            batch = ForcedBatch.of([encoded[i] for i in indices], pair)
+            base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
+            for policy in policies:
+                logits = None
+                if not policy.is_base:
+                    with policy.applied(pair) as model:
+                        logits = forced_logits(pair, model, batch)
+                losses, kl, right = _compare(base, logits, batch.target)
+                for i, index in enumerate(indices):
+                    mine = batch.row == i
+                    items[policy.name][index] = ForcedItem(
+                        id=examples[index].id,
+                        aligned_loss=losses[batch.scored[i]].mean().item(),
+                        completion_loss=losses[mine].mean().item(),
+                        kl=kl[mine].mean().item(),
+                        token_accuracy=right[mine].mean().item(),
+                    )
+                bar.update(len(indices))
+    return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}
+
+
+def _compare(
+    base: Float[Tensor, "n d_vocab"],
+    logits: Float[Tensor, "n d_vocab"] | None,
+    target: Int[Tensor, " n"],
+    rows: int = 32,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Loss, KL(base || policy) and whether the target is the most probable token, from the base's log-probabilities.
+
+    `logits` None: the policy is the base. A few rows at a time: a vocabulary's worth of temporaries then stays in the
+    processor's cache, which on a CPU is several times faster.
+    """
+    parts = []
+    policy = base if logits is None else logits
+    for log_p, some, wanted in zip(base.split(rows), policy.split(rows), target.split(rows), strict=True):
+        log_q = log_p if logits is None else some.log_softmax(dim=-1)
+        # rounding can leave a sum of positive and negative terms a hair below zero
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
+        loss = -log_q.gather(1, wanted[:, None])[:, 0]
+        parts.append((loss, kl, (some.argmax(dim=-1) == wanted).float()))
+    losses, kls, right = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(kls), torch.cat(right)
+
+
+def forced_logits(pair: ModelPair, model: nn.Module, batch: ForcedBatch) -> Float[Tensor, "n d_vocab"]:
+    """Float32 logits that predict the completion tokens; `model` is the pair's twin under some policy."""
+    with (
+        fast_products(pair.device, pair.dtype),
+        unembed_only(pair.hf.get_output_embeddings(), batch.row, batch.position),
+    ):
+        return run_twin(model, batch.tokens, attention_mask=batch.mask, use_cache=False).logits[0].float()

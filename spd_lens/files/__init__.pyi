@@ -1,0 +1,27 @@
+# What the face hands on, each loaded when it is first used.
+from .contents import is_made as is_made
+from .contents import load_tensors as load_tensors
+from .contents import read_json as read_json
+from .contents import reading as reading
+from .contents import save_tensors as save_tensors
+from .contents import write_json as write_json
+from .contents import write_text as write_text
+from .publishing import check_writable as check_writable
+from .publishing import damage as damage
+from .publishing import filling as filling
+from .publishing import inventory as inventory
+from .publishing import is_blank as is_blank
+from .publishing import is_free as is_free
+from .publishing import make_directory as make_directory
+from .publishing import occupants as occupants
+from .publishing import publish as publish
+from .publishing import replacing as replacing
+from .publishing import sync as sync
+from .publishing import unreadable_weights as unreadable_weights
+from .stand_ins import refuse_stand_in as refuse_stand_in
+
+__all__ = [
+    "check_writable", "damage", "filling", "inventory", "is_blank", "is_free", "is_made", "load_tensors",
+    "make_directory", "occupants", "publish", "read_json", "reading", "refuse_stand_in", "replacing", "save_tensors",
+    "sync", "unreadable_weights", "write_json", "write_text",
+]  # fmt: skip

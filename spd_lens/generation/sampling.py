@@ -1,0 +1,200 @@
+"""How the next token is drawn: temperature, top-k, top-p, and noise that belongs to the row and not to its batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError, whole
+
+if TYPE_CHECKING:
+    from spd_lens.models import ModelPair
+
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_TOP_P = 0.95
+
+_FIRST_CANDIDATES = 128  # enough for top-p 0.95 at nearly every step of a language model
+_GROWTH = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that Eq. 13 draws from. The paper does not name it, so every run writes it out."""
+
+    temperature: float = DEFAULT_TEMPERATURE
+    """Divides the logits. 0 is greedy: the most probable token, whatever `top_p` and `top_k` say."""
+    top_p: float = DEFAULT_TOP_P
+    """Smallest set of most probable tokens whose probabilities reach this sum; 1 keeps all."""
+    top_k: int | None = None
+    """At most this many tokens (more where logits tie), applied before `top_p`; None keeps all."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise SPDError(
+                f"temperature {self.temperature} is not a number >= 0; 0 is greedy, {DEFAULT_TEMPERATURE} usual"
+            )
+        if not 0 < self.top_p <= 1:
+            raise SPDError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, {DEFAULT_TOP_P} is usual")
+        if self.top_k is not None and self.top_k < 1:
+            raise SPDError(f"top_k {self.top_k} is not a count >= 1; leave it out (or give 0) to keep every token")
+
+    @classmethod
+    def resolve(
+        cls,
+        pair: ModelPair,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+    ) -> Sampling:
+        """What is given; else what the model's own generation config sets; else temperature 0.7, top-p 0.95, no top-k.
+
+        Each of the three is resolved by itself. `top_k=0` means none, also where the model's config sets one. Greedy
+        (`temperature=0`) drops the other two, so that settings which cannot matter are not compared on resume.
+
+        Raises:
+            SPDError: temperature < 0, top_p outside (0, 1] or top_k < 0.
+        """
+        own: Any = pair.hf.generation_config
+        given = cls(  # checked before greedy forgets the others
+            float(_first(temperature, own.temperature, DEFAULT_TEMPERATURE)),
+            float(_first(top_p, own.top_p, DEFAULT_TOP_P)),
+            whole("top_k", _first(top_k, own.top_k, 0), least=None) or None,
+        )
+        return cls(0.0, 1.0, None) if given.greedy else given
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def row_uniforms(seed: int, prompt_id: str, sample: int, n_steps: int) -> Float[np.ndarray, " step"]:
+    """One uniform number in [0, 1) per step for one completion.
+
+    Philox is counter-based: the key is a hash of seed, prompt id and sample number, the counter is the step. A longer
+    row begins with the shorter one, and no other row, batch or interruption can shift it. Raw bits are used because
+    numpy promises them to stay the same in every version.
+    """
+    name = json.dumps([seed, prompt_id, sample]).encode()
+    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+    bits = np.random.Philox(key=key).random_raw(n_steps)
+    return (bits >> np.uint64(11)) * 2.0**-53  # the upper 53 bits, as a double
+
+
+def choose(
+    logits: Float[Tensor, "row d_vocab"], sampling: Sampling, uniforms: Float[Tensor, " row"], steps: Sequence[int]
+) -> Int[Tensor, " row"]:
+    """The next token of every row.
+
+    Args:
+        logits: Logits of the next token.
+        sampling: What to draw from.
+        uniforms: Each row's noise at its step, from `row_uniforms`.
+        steps: Each row's step (0 for the first new token), to name it where something is wrong.
+
+    Raises:
+        SPDError: the logits hold NaN, from which nothing can be drawn.
+    """
+    best, greedy = logits.max(dim=-1)
+    require_finite(best, steps)
+    if sampling.greedy:
+        return greedy
+    ids, weights = truncated(logits, sampling)
+    return draw(ids, weights, uniforms.to(logits.device))
+
+
+def require_finite(best: Float[Tensor, " row"], steps: Sequence[int]) -> None:
+    """Raise `SPDError` where nothing can be drawn from a row's logits, of which `best` is the largest."""
+    finite = torch.isfinite(best)  # NaN and +inf win every maximum; all -inf leaves -inf
+    if not finite.all():
+        raise SPDError(
+            f"the model's logits are not finite at new token {steps[int(finite.int().argmin())] + 1}; load it with "
+            "dtype='float32' (float16 overflows in many models) or check its weights"
+        )
+
+
+def draw(
+    ids: Int[Tensor, "row candidate"],
+    weights: Float[Tensor, "row candidate"],
+    uniforms: Float[Tensor, " row"],
+) -> Int[Tensor, " row"]:
+    """Inverse of the cumulative distribution over the candidates, which must be in ascending order of token id.
+
+    Weights need not sum to 1. Order by id, not by probability: two nearly equal probabilities may swap between batches,
+    ids never do.
+    """
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    # u < 1, but u * total may round up to the total: the last candidate with any weight then takes it
+    target = uniforms[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return ids.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+def truncated(
+    logits: Float[Tensor, "row d_vocab"], sampling: Sampling
+) -> tuple[Int[Tensor, "row candidate"], Float[Tensor, "row candidate"]]:
+    """Candidate tokens in ascending order of id, and their weights (0 outside the truncation, not summing to 1).
+
+    Equal to transformers' temperature, top-k and top-p warpers in this order, except that tokens whose logits tie with
+    the last one kept are all kept, so that the outcome cannot depend on how a sort breaks ties. The vocabulary is not
+    sorted, which would cost more than a step of a small model: the largest `n` logits are taken, and more only where
+    something may have been missed. Float64 is kept for what is accumulated, over the candidates.
+    """
+    d_vocab = logits.shape[-1]
+    top = logits.amax(dim=-1, keepdim=True)
+    top_k = d_vocab if sampling.top_k is None else min(sampling.top_k, d_vocab)
+    if top_k == d_vocab and sampling.top_p >= 1:
+        ids = torch.arange(d_vocab, device=logits.device).expand_as(logits)
+        return ids, ((logits - top) / sampling.temperature).exp()
+    everything = None if top_k < d_vocab else _mass(logits, top, sampling.temperature)
+    n = min(max(_FIRST_CANDIDATES, top_k + 1 if top_k < d_vocab else 0), d_vocab)
+    while True:
+        values, ids = logits.topk(n, dim=-1)
+        weights = ((values - top).double() / sampling.temperature).exp()
+        if everything is None:
+            among_k = values >= values[:, top_k - 1 : top_k]
+            weights = weights * among_k
+            kept = among_k & _nucleus(weights, weights.sum(dim=-1, keepdim=True), sampling.top_p)
+            complete = not among_k[:, -1].any()
+        else:
+            kept = _nucleus(weights, everything, sampling.top_p)
+            complete = not kept[:, -1].any()
+        # once every row has cut something off, all ties with the last token kept are among the candidates
+        if complete or n == d_vocab:
+            break
+        n = min(n * _GROWTH, d_vocab)
+    ids, order = ids.sort(dim=-1)
+    return ids, (weights * kept).gather(-1, order)
+
+
+def _mass(
+    logits: Float[Tensor, "row d_vocab"], top: Float[Tensor, "row 1"], temperature: float
+) -> Float[Tensor, "row 1"]:
+    """Sum of all tokens' weights, relative to the most probable token's."""
+    return ((logits - top) / temperature).exp().sum(dim=-1, keepdim=True).double()
+
+
+def _nucleus(
+    weights: Float[Tensor, "row candidate"], total: Float[Tensor, "row 1"], top_p: float
+) -> Bool[Tensor, "row candidate"]:
+    """Which of the descending weights belong to the smallest set that reaches `top_p` of the total, ties included."""
+    before = weights.cumsum(dim=-1) - weights
+    inside = before < top_p * total  # the first token always is
+    last = weights.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)
+    return weights >= last

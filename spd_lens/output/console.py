@@ -1,0 +1,147 @@
+"""What every command of the project does alike: a mistake is one sentence, chatter goes to stderr or nowhere."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from spd_lens.errors import SPDError
+from spd_lens.output.safe_text import visible
+
+INTERRUPTED = 130
+_NEAREST = dict(zip("⟦⟧│↵·×–—−→•■", "[]|/-x--->*#", strict=True))
+"""Plain characters in place of those in our own output, for terminals that lack them."""
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_NEAREST.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("spd_lens.nearest", _nearest)
+
+
+def start(app: Callable[..., None], arguments: Sequence[str] | None = None, *, on_interrupt: str) -> None:
+    """Run a typer app: a user's mistake is one sentence on stderr and exit code 2.
+
+    Output that cannot be delivered stops no work: the command does all it has to do and then says so, with exit code 1.
+    """
+    with _patient_streams() as lost:
+        try:
+            app(args=None if arguments is None else list(arguments))
+        except SPDError as error:
+            _say_error(" ".join(str(error).splitlines()))
+            sys.exit(2)
+        except SystemExit as stop:
+            if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
+                Console(stderr=True).print(Text(f"stopped; {on_interrupt}"))
+            if lost() is None or stop.code not in (0, None):
+                raise
+        if reason := lost():
+            _say_error(f"the output could not be shown ({reason}); what the command wrote to files is there")
+            sys.exit(1)
+
+
+def _say_error(sentence: str) -> None:
+    text = Text.assemble(("error:", "bold red"), " ", visible(sentence))
+    Console(stderr=True, soft_wrap=True).print(text)
+
+
+class _Patient:
+    """A standard stream that stops no work: what its encoding lacks is replaced, and once it fails it stays silent."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        """The stream itself; None where the process was started without one."""
+        self.failure: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self.stream.flush())
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.stream.write(text.encode(encoding, "spd_lens.nearest").decode(encoding))
+
+    def _attempt(self, output: Callable[[], object]) -> None:
+        if self.stream is None:
+            self.failure = "it is closed"
+        if self.failure is not None:
+            return
+        try:
+            output()
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+            self.failure = getattr(error, "strerror", None) or str(error)
+            with contextlib.suppress(OSError, ValueError):
+                # what is still in its buffer would fail again when the process ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _patient_streams() -> Iterator[Callable[[], str | None]]:
+    """While open, output that fails stops no work; yields a function that says why stdout failed, None if it did not.
+
+    Within a command that another command runs, it is the outer one that reports.
+    """
+    if isinstance(sys.stdout, _Patient):
+        yield lambda: None
+        return
+    for descriptor in (0, 1, 2):  # one that is closed would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = patient, _ = _Patient(out), _Patient(err)
+
+    def lost() -> str | None:
+        if out is not None:
+            patient.flush()
+        return patient.failure
+
+    try:
+        yield lost
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def set_up_logging(quiet: bool) -> None:
+    """Log to stderr; keep the libraries' chatter down."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("spd_lens").setLevel(logging.WARNING if quiet else logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def single_command(function: Callable[..., None]) -> typer.Typer:
+    """A typer app that is one command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    return app

@@ -1,0 +1,49 @@
+# What the face hands on, each loaded when it is first used.
+from .comparison import MEASURES as MEASURES
+from .comparison import compare as compare
+from .comparison import comparison_table as comparison_table
+from .config import DEMO as DEMO
+from .config import SPDConfig as SPDConfig
+from .config import check_whole as check_whole
+from .config import differ as differ
+from .config import named as named
+from .config import read_yaml as read_yaml
+from .config import result_name as result_name
+from .config import to_yaml as to_yaml
+from .config import validated as validated
+from .context_limit import Draws as Draws
+from .context_limit import fitted as fitted
+from .context_limit import in_words as in_words
+from .context_limit import left_out as left_out
+from .experiment import Experiment as Experiment
+from .experiment import allow_execution as allow_execution
+from .experiment import decided_by as decided_by
+from .experiment import load_pair as load_pair
+from .experiment import make_tasks as make_tasks
+from .experiment import ready_pair as ready_pair
+from .model_check import MOMENTS_TOLERANCE as MOMENTS_TOLERANCE
+from .model_check import print_report as print_report
+from .pipeline import note_model as note_model
+from .pipeline import note_set_up as note_set_up
+from .pipeline import run as run
+from .preflight import check_data as check_data
+from .preflight import check_model as check_model
+from .preflight import check_settings as check_settings
+from .preflight import check_stage as check_stage
+from .round_drift import StopRule as StopRule
+from .round_drift import say as say
+from .rounds import run_rounds as run_rounds
+from .run_dir import Folder as Folder
+from .run_dir import Run as Run
+from .run_dir import environment as environment
+from .run_dir import read_effects as read_effects
+from .run_dir import write_effects as write_effects
+from .summary import quoted as quoted
+
+__all__ = [
+    "DEMO", "Draws", "Experiment", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "StopRule",
+    "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "check_whole", "compare",
+    "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "left_out", "load_pair",
+    "make_tasks", "named", "note_model", "note_set_up", "print_report", "quoted", "read_effects", "read_yaml",
+    "ready_pair", "result_name", "run", "run_rounds", "say", "to_yaml", "validated", "write_effects",
+]  # fmt: skip

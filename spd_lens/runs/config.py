@@ -1,0 +1,295 @@
+"""`SPDConfig`: everything that decides what a run does, with the paper's values as defaults (tables 7-8)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from spd_lens.errors import SPDError
+from spd_lens.files import refuse_stand_in
+from spd_lens.settings import (
+    COMMAS,
+    DEFAULT_MODEL,
+    CompletionGroup,
+    Extraction,
+    GradientGroup,
+    OptimisationGroup,
+    SamplingSettings,
+    SeedGroup,
+    Settings,
+    SiteGroup,
+    TrainingSettings,
+)
+from spd_lens.tasks import PRESETS
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class ModelGroup(Settings):
+    """The model, and how prompts are written for it."""
+
+    model: str = Field(DEFAULT_MODEL, description="Hub name, model directory or .gguf file.")
+    backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
+    dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    prompt_format: Literal["auto", "chat", "raw"] = Field("auto", description="Chat template or raw text.")
+    system: str | None = Field(None, description="System message of chat prompts; else the template's own.")
+    enable_thinking: bool | None = Field(
+        None, description="Room for thoughts in a thinking model's prompts; else the template's own default."
+    )
+    prompt_date: str | None = Field(
+        None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
+    )
+
+    @field_validator("prompt_date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """YAML reads an unquoted day as a date."""
+        try:
+            return str(date.fromisoformat(str(value))) if value is not None else None
+        except ValueError as error:
+            raise ValueError("write a day as YYYY-MM-DD") from error
+
+
+class DataGroup(Settings):
+    """The examples."""
+
+    task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
+    data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
+    task_options: dict[str, Any] = Field(default_factory=dict, description="Options of the source task.")
+    eval_tasks: Annotated[list[str], COMMAS] = Field(
+        default_factory=list, description="Tasks to evaluate on; the source task if empty."
+    )
+    n_calibration: int = Field(50, ge=1, description="Calibration examples.")
+    n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
+    n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="Texts beyond the context: refuse them, or leave them out and count them."
+    )
+    allow_code_execution: bool = Field(False, description="Run generated programs, in the sandbox, to score them.")
+
+    @field_validator("n_eval", mode="before")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        if isinstance(value, str) and "=" in value:
+            value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
+        counts = dict(value) if isinstance(value, dict) else {"": value}
+        for name, count in counts.items():
+            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
+            if type(counts[name]) is not int or counts[name] < 1:
+                raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
+        return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
+
+
+class SubspaceGroup(Settings):
+    """Which subspace is taken from the gradients, and how it is applied."""
+
+    rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
+    per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
+    center: bool = Field(False, description="Project around the mean activation instead of the origin.")
+    strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _possible_rank(cls, value: Any) -> Any:
+        """An integer counts directions, a fraction is a share of the width: `1` is one direction, `1.0` all of them."""
+        rank = (
+            (int(value) if value.strip().lstrip("+-").isdigit() else float(value)) if isinstance(value, str) else value
+        )
+        if isinstance(rank, bool) or not isinstance(rank, int | float):
+            raise ValueError("write an integer, or a fraction of the block's width")
+        if rank < 1 if isinstance(rank, int) else not 0 < rank <= 1:
+            raise ValueError("write a number of directions of at least 1, or a fraction of the width up to 1.0")
+        return rank
+
+
+class EvaluationGroup(Settings):
+    """What is measured, and the seed of the draws of examples."""
+
+    policies: Annotated[list[Literal["base", "projected", "spd"]], COMMAS] = Field(
+        ["base", "spd"], min_length=1, description="Policies to score by generation: base, projected, spd."
+    )
+    n_random: int = Field(5, ge=0, description="Random subspaces of the same ranks, as controls.")
+    n_compared: int = Field(32, ge=1, description="Prompts also answered without projection, to see what changed.")
+    data_seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of the draws of examples; the same for runs to compare."
+    )
+
+
+# Settings are written in the order of the groups from the last to the first, since bases come before their classes.
+class SPDConfig(
+    SeedGroup, EvaluationGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup, SiteGroup, DataGroup,
+    ModelGroup,
+):  # fmt: skip
+    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
+
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
+
+    lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")  # in files and flags a whole number
+
+    @field_validator("model", "data_dir", mode="before")
+    @classmethod
+    def _path_to_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @property
+    def extraction(self) -> Extraction:
+        """The settings of `extract`."""
+        return Extraction.of(self)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The settings of `generate`."""
+        return SamplingSettings.of(self)
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The settings of `finetune`."""
+        return TrainingSettings.of(self)
+
+    def n_test(self, task: str) -> int:
+        """Test items of one of the tasks to evaluate on."""
+        if isinstance(self.n_eval, int):
+            return self.n_eval
+        if task not in self.n_eval:
+            raise SPDError(f"n_eval names no number of items for {task}; it has {', '.join(self.n_eval)}")
+        return self.n_eval[task]
+
+    @classmethod
+    def make(cls, settings: dict[str, Any]) -> SPDConfig:
+        """Validate settings; `SPDError` in one sentence that names the first wrong one."""
+        return validated(cls, settings)
+
+    @classmethod
+    def read(
+        cls, path: str | Path | None, overrides: dict[str, Any] | None = None, preset: str | None = None
+    ) -> SPDConfig:
+        """A YAML file with some settings over it; then the preset's sizes, then the defaults where none speaks.
+
+        Of `task_options`, file and overrides are joined.
+        """
+        settings = {} if path is None else read_yaml(path)
+        over = dict(overrides or {})
+        if isinstance(options := settings.get("task_options"), dict) and "task_options" in over:
+            over["task_options"] = {**options, **over["task_options"]}
+        merged = {**settings, **over}
+        if preset is None:
+            return cls.make(merged)
+        return cls.make({**preset_sizes(preset, cls.make(merged)), **merged})
+
+    def to_yaml(self, *, ascii: bool = False) -> str:
+        """All settings, as `read` takes them; `ascii` spells other characters out."""
+        return to_yaml(self, ascii=ascii)
+
+    def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings in which two configs differ, with both values."""
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return {key: (mine[key], theirs[key]) for key in mine if differ(mine[key], theirs[key])}
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
+        return named(self.eval_tasks or [self.task])
+
+
+def named(tasks: Iterable[str]) -> dict[str, str]:
+    """Tasks by the name that their results are kept under."""
+    listed = list(tasks)
+    found = {result_name(name): name for name in listed}
+    if len(found) < len(set(listed)):
+        raise SPDError(f"two of the tasks {', '.join(listed)} have the same name; rename one of the files")
+    return found
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two values are written differently: 1 == 1.0 in Python, but rank 1 is one direction and 1.0 is all."""
+    return json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
+
+
+def result_name(task: str) -> str:
+    """The name that a task's results are kept under: of a file of one's own its stem."""
+    if not task.endswith(".jsonl"):
+        return task
+    stem = Path(task).stem
+    if not stem.strip("."):
+        raise SPDError(f"the results of {task} cannot be kept under the name {stem!r}; rename the file")
+    return stem
+
+
+def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
+    """A pydantic model of these settings; `SPDError` in one sentence that names the first wrong one."""
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(model.model_fields)}") from error
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
+
+
+def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
+    """A whole YAML document: `---` begins it and `...` ends it, by which `check_whole` knows that nothing was lost."""
+    return yaml.safe_dump(
+        settings.model_dump(mode="json"),
+        sort_keys=False, allow_unicode=not ascii, explicit_start=True, explicit_end=True,
+    )  # fmt: skip
+
+
+def check_whole(path: Path) -> None:
+    """Raise `SPDError` if a settings file that a run or a study keeps is empty or was cut off."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # `read_yaml` says what is wrong
+    # earlier versions wrote no marks
+    if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
+        raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The 'setting: value' lines of a file; `SPDError` in one sentence if it cannot be read or holds something else."""
+    refuse_stand_in(path)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+    settings = {} if content is None else content  # an empty file leaves all defaults
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise SPDError(f"config file {path} must hold 'setting: value' lines")
+    return settings
+
+
+def preset_sizes(name: str, config: SPDConfig) -> dict[str, Any]:
+    """The sizes that a preset of `tasks.PRESETS` has for a config's source task and tasks to evaluate on."""
+    if name not in PRESETS:
+        raise SPDError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    known = PRESETS[name]
+    for task in (config.task, *config.targets):
+        if task not in known:
+            raise SPDError(f"preset {name!r} has no sizes for {task}; it has {', '.join(known)}")
+    source = known[config.task]
+    if not source["n_train"]:
+        raise SPDError(f"preset {name!r} only evaluates on {config.task}; choose another source task")
+    n_eval = {task: known[task]["n_test"] for task in config.targets}
+    return {"n_calibration": source["n_calibration"], "n_train": source["n_train"], "n_eval": n_eval}
+
+
+DEMO: dict[str, Any] = {
+    "task": "synthetic-math",
+    "task_options": {"difficulty": "easy"},
+    "n_train": 64,
+    "n_eval": 96,
+    "max_new_tokens": 96,
+    # 64 short texts make 24 optimiser steps: at the paper's 1e-5 nothing would move that one could see
+    "epochs": 3,
+    "lr": 2e-4,
+}
+"""Settings of `spd-lens demo`: the whole job in a few minutes on two cores."""

@@ -1,0 +1,118 @@
+"""Texts beyond a model's context: with `too_long="drop"` a task's draws leave them out, whole, and they are counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spd_lens.errors import TooLong
+from spd_lens.evaluation import with_choice
+from spd_lens.examples import Example
+from spd_lens.models import ModelPair
+from spd_lens.runs.config import SPDConfig
+from spd_lens.tasks import Split, Task
+
+log = logging.getLogger(__name__)
+
+Draws = Mapping[Split, Mapping[str, tuple[Task, int]]]
+"""By split and by the name of a task: the task, and how many examples are asked of it."""
+
+_WORDS: dict[str, str] = {
+    "calibration": "calibration examples", "train": "training prompts", "test": "test items",
+}  # fmt: skip
+
+
+def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int | None = None) -> Task:
+    """The task as it is; or, with `too_long="drop"`, one that draws the same examples without those that do not fit.
+
+    No text is ever cut, since what a cut takes first is the end, where correctness spans are.
+
+    Args:
+        task: The task.
+        pair: The model. A calibration example fits with its completion, in the context of the engine that captures; a
+            training prompt with `config.max_new_tokens` more; a test item with the answer's token limit, and with
+            everything that is measured teacher-forced on it.
+        config: `too_long`, `engine` and `max_new_tokens` count.
+        max_new_tokens: The limit of an answer in evaluation; None: the task's own.
+    """
+    if config.too_long == "error":
+        return task
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return task.that_fits(_Fits(pair, task, config.engine, {"train": config.max_new_tokens, "test": limit}))
+
+
+def forced_texts(task: Task, item: Example) -> Iterator[Example]:
+    """What is measured teacher-forced on a test item: its gold completion, and each answer that may stand in it."""
+    if item.spans:
+        yield item
+        yield from (with_choice(item, choice) for choice in task.choices(item))
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """Whether an example of a split is within a model's context; every text is tokenised once."""
+
+    pair: ModelPair
+    task: Task
+    engine: str
+    room: Mapping[Split, int]
+    """Tokens that may follow a prompt."""
+    known: dict[tuple[Split, Example], bool] = field(default_factory=dict, repr=False)
+
+    def __call__(self, split: Split, example: Example) -> bool:
+        key = split, example
+        if key not in self.known:
+            try:
+                self.known[key] = self._within(split, example)
+            except TooLong:
+                self.known[key] = False
+        return self.known[key]
+
+    def _within(self, split: Split, example: Example) -> bool:
+        if split == "calibration":
+            return self._length(example) <= self.pair.context(self.engine)
+        n_prompt = len(self.pair.format.prompt_ids(example.prompt))
+        if n_prompt + self.room[split] > self.pair.n_ctx:
+            return False
+        return split == "train" or all(
+            self._length(text) <= self.pair.n_ctx for text in forced_texts(self.task, example)
+        )
+
+    def _length(self, example: Example) -> int:
+        return len(self.pair.format.joint(example).ids)
+
+
+def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]:
+    """How many examples of some draws do not fit, logged, and for a record.
+
+    Returns:
+        `{"context": 2048, "train": {"gsm8k": {"left_out": 3, "of": 500}}, ...}`; nothing unless `too_long` is `"drop"`.
+    """
+    if config.too_long == "error":
+        return {}
+    counts: dict[str, Any] = {"context": pair.n_ctx}
+    if "calibration" in draws and (own := pair.context(config.engine)) != pair.n_ctx:
+        counts["context_of_lens"] = own
+    for split, tasks in draws.items():
+        counts[split] = {}
+        for name, (task, n) in tasks.items():
+            drawn = task.draw(split, n, config.data_seed)
+            counts[split][name] = {"left_out": len(drawn) - len(task.kept(split, drawn)), "of": len(drawn)}
+    lost = any(entry["left_out"] for split in draws for entry in counts[split].values())
+    log.log(logging.WARNING if lost else logging.INFO, "left out, %s", in_words(counts))
+    return counts
+
+
+def in_words(counts: Mapping[str, Any]) -> str:
+    """What `left_out` counted: "beyond the context of 2048 tokens: 2 of 50 calibration examples, ..."."""
+    lens = f" ({counts['context_of_lens']} in the lens model)" if "context_of_lens" in counts else ""
+    parts = []
+    for split, words in _WORDS.items():
+        tasks = counts.get(split, {})
+        for name, n in tasks.items():
+            # a run has one source, which its summary names; it may have several tasks to test on
+            whose = f" of {name}" if split == "test" or len(tasks) > 1 else ""
+            parts.append(f"{n['left_out']} of {n['of']} {words}{whose}")
+    return f"beyond the context of {counts['context']} tokens{lens}: {', '.join(parts)}"

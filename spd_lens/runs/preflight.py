@@ -1,0 +1,79 @@
+"""What can be known to be wrong before a run directory is made or an expensive stage begins."""
+
+from __future__ import annotations
+
+from spd_lens.errors import SPDError
+from spd_lens.generation import Decoding, check_room
+from spd_lens.models import ModelPair, choose_backends, resolve_device, resolve_dtype
+from spd_lens.runs.config import SPDConfig
+from spd_lens.runs.context_limit import forced_texts, left_out
+from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.model_check import require_core
+from spd_lens.subspaces import resolve_rank
+from spd_lens.tasks import Split
+from spd_lens.training import resolve_targets
+
+
+def check_settings(config: SPDConfig) -> None:
+    """Refuse what is wrong whatever the model: needs no model."""
+    choose_backends(config.backend)
+    resolve_dtype(config.dtype, resolve_device(config.device))
+
+
+def check_data(experiment: Experiment) -> None:
+    """Refuse wrong settings, sizes that the data sets do not have and tasks that cannot be scored: needs no model."""
+    config, (source, targets) = experiment.config, experiment.made
+    check_settings(config)
+    source.calibration(config.n_calibration, config.data_seed)
+    source.train(config.n_train, config.data_seed)
+    for name, task in targets.items():
+        task.test(config.n_test(name), config.data_seed)
+        task.check_scorable()
+
+
+def check_stage(experiment: Experiment, split: Split, n: int) -> None:
+    """Before one stage alone, which takes `n` examples: refuse what is wrong, and count the texts that do not fit."""
+    config, source = experiment.config, experiment.made[0]
+    check_settings(config)
+    getattr(source, split)(n, config.data_seed)  # refused before the model is read
+    if split == "calibration":
+        check_subspace(config, experiment.pair)
+    left_out(experiment.pair, config, {split: {config.task: (experiment.task, n)}})
+
+
+def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
+    """Refuse layers and ranks that the model does not have."""
+    shape = pair.fingerprint
+    for site in pair.sites(config.layers, config.kinds):
+        n_heads, d_head = shape.heads_at(site)
+        resolve_rank(config.rank, d_head * (1 if config.per_head else n_heads))
+
+
+def check_model(experiment: Experiment, *, targets: bool = True) -> None:
+    """Refuse settings and texts that this model cannot take: layers, ranks, LoRA targets, prompts beyond its context.
+
+    And refuse a model for which hooks, folding and gradients are not what a run takes them for (`require_core`).
+    Everything is tokenised once for this: a prompt that is too long should not come to light after the training.
+
+    Args:
+        experiment: Its model is loaded for this.
+        targets: Whether to look at the tasks to evaluate on too.
+    """
+    config, pair = experiment.config, experiment.pair
+    check_subspace(config, pair)
+    Decoding.of(pair, config.sampling)
+    if config.method == "lora":
+        resolve_targets(pair.hf, config.lora_targets)
+    require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
+    longest = max(len(pair.encode(example, config.loss, config.engine).ids) for example in experiment.calibration)
+    if config.engine == "lens":
+        pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
+    check_room(pair, experiment.prompts, config.max_new_tokens)
+    for name, task in experiment.targets.items() if targets else ():
+        items = task.test(config.n_test(name), config.data_seed)
+        try:
+            check_room(pair, items, task.max_new_tokens)
+        except SPDError as error:
+            raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
+        for text in (text for item in items for text in forced_texts(task, item)):
+            pair.encode(text)

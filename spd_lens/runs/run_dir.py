@@ -1,0 +1,249 @@
+"""`Run`: a directory that holds everything a run made, stage by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from spd_lens.errors import DamagedFile, SPDError
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.files import is_blank, is_free, make_directory, read_json, write_json, write_text
+from spd_lens.generation import Corpus
+from spd_lens.models import ModelPair
+from spd_lens.runs.config import SPDConfig, check_whole
+from spd_lens.subspaces import GradientMoments, Subspace
+
+_LOCK = ".lock"
+_PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
+
+
+class Folder:
+    """A directory that one process at a time works in, with notes on how its content was made."""
+
+    settings_file = "config.yaml"
+    """Written first: what makes the directory one of this kind."""
+    notes_file = "run.json"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a new one may begin here, also where a process was killed before it had begun one."""
+        return is_free(self.path, self.settings_file, self.notes_file)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the folder says about how it was made."""
+        path = self.path / self.notes_file
+        notes = read_json(path) if path.exists() and not is_blank(path) else {}
+        if type(notes) is not dict:
+            raise DamagedFile(f"{path} holds no notes of a {type(self).__name__.lower()}; start a new directory")
+        return notes
+
+    def note(self, **fields: Any) -> None:
+        """Add to the notes."""
+        write_json(self.path / self.notes_file, {**self.notes, **fields})
+
+    def dated(self, pair: ModelPair) -> ModelPair:
+        """The pair, asked as on the day on which the folder was begun, where its prompts show a date."""
+        return pair.dated(self.notes.get("prompt_date"))
+
+    def note_date(self, pair: ModelPair) -> None:
+        """Add the date that prompts show, or refuse to go on with another one."""
+        if pair.format.prompt_date is not None:
+            self.note_once("the date in the prompts", prompt_date=pair.format.prompt_date)
+
+    def note_environment(self) -> None:
+        """Versions and machine: those a run was begun with, and those of later starts where they differ."""
+        now, notes = environment(), self.notes
+        if "versions" not in notes:
+            self.note(**now)
+        elif now not in (known := [{key: notes[key] for key in now}, *notes.get("continued_with", [])]):
+            self.note(continued_with=[*known[1:], now])
+
+    def note_once(self, what: str, **fields: Any) -> None:
+        """Add to the notes, or refuse to go on where an earlier part of the run saw something else."""
+        notes = self.notes
+        for key, value in fields.items():
+            if key in notes and notes[key] != value:
+                raise SPDError(f"{what} is not what {self.path} was begun with ({key} differs); start a new directory")
+        self.note(**fields)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of the directory."""
+        lock = FileLock(self.path / _LOCK)
+        try:
+            make_directory(self.path)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise SPDError(f"{self.path} cannot be written ({error}); choose another --out") from error
+        try:
+            if self.is_free:
+                for name in (self.settings_file, self.notes_file):
+                    (self.path / name).unlink(missing_ok=True)  # empty, if they are there
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
+        start = time.perf_counter()
+
+        def count() -> None:
+            seconds = self.notes.get("seconds", {})
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+            self.note(seconds=seconds)
+
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(SPDError):  # on a disk that is full: what stopped the stage is what to say
+                count()
+            raise
+        count()
+
+
+class Run(Folder):
+    """What a run directory holds. Artefacts are read when asked for; an unfinished stage raises `SPDError`.
+
+    | file | what |
+    | --- | --- |
+    | `config.yaml` | all settings |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs and seconds by stage |
+    | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
+    | `moments.safetensors`, `subspace.safetensors` | extraction |
+    | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |
+    | `adapter/` | PEFT adapter (or a whole checkpoint) |
+    | `effects/TASK.json` | teacher-forced effects per item |
+    | `eval/TASK/POLICY.json` | every test item's prompt, completion, answer and verdict |
+    | `summary.md` | the result, readable |
+    """
+
+    @classmethod
+    def open(cls, path: str | Path, config: SPDConfig | None = None) -> Run:
+        """An existing run, or with `config` a new or resumed one.
+
+        Raises `SPDError` if the directory belongs to a run with other settings, or to something else.
+        """
+        run = cls(path)
+        if config is None:
+            if not run.config_path.exists():
+                raise SPDError(f"{path} is not a run directory: it has no config.yaml")
+            check_whole(run.config_path)
+            return run
+        run.check(config)
+        if run.is_free:
+            with run.locked():
+                run.check(config)  # another process may have begun a run meanwhile
+                write_text(run.config_path, config.to_yaml())
+        return run
+
+    def check(self, config: SPDConfig) -> None:
+        """Raise `SPDError` unless the directory is a run with these settings or free for a new one. Writes nothing."""
+        if self.is_free:
+            return
+        if self.config_path.exists():
+            if differ := self.config.differences(config):
+                named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
+                raise SPDError(
+                    f"{self.path} holds a run with other settings ({named}); choose another --out or the same settings"
+                )
+        else:
+            raise SPDError(f"{self.path} exists and is not a run directory; choose a new directory")
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / self.settings_file
+
+    @property
+    def config(self) -> SPDConfig:
+        check_whole(self.config_path)
+        return SPDConfig.read(self.config_path)
+
+    @property
+    def moments(self) -> GradientMoments:
+        return GradientMoments.load(self.path / "moments.safetensors")
+
+    @property
+    def subspace(self) -> Subspace:
+        return Subspace.load(self.path / "subspace.safetensors")
+
+    @property
+    def corpus(self) -> Corpus:
+        return Corpus.load(self.path / "corpus.jsonl")
+
+    @property
+    def unprojected(self) -> Corpus:
+        """Completions of some of the same prompts with the same noise, without the projection."""
+        return Corpus.load(self.path / "unprojected.jsonl")
+
+    @property
+    def adapter(self) -> Path:
+        path = self.path / "adapter"
+        if not path.exists():
+            raise SPDError(f"{self.path} has no adapter yet; let the run finish its fine-tuning")
+        return path
+
+    def result(self, task: str, policy: str) -> EvalResult:
+        """Scores of one policy (`base`, `projected`, `spd`) on one task, by its name in `config.targets`."""
+        return EvalResult.load(self.path / "eval" / task / f"{policy}.json")
+
+    def effects(self, task: str) -> dict[str, list[ForcedItem]]:
+        """Teacher-forced effects on one task: `base`, `projected`, `spd`, `random-0`, ..."""
+        return read_effects(self.effects_path(task))
+
+    def effects_path(self, task: str) -> Path:
+        return self.path / "effects" / f"{task}.json"
+
+    @property
+    def summary(self) -> str:
+        """`summary.md`."""
+        path = self.path / "summary.md"
+        if not path.exists():
+            raise SPDError(f"{self.path} has no summary yet; start the run again to finish it")
+        return path.read_text(encoding="utf-8")
+
+
+def read_effects(path: Path) -> dict[str, list[ForcedItem]]:
+    """Teacher-forced items by policy, as `write_effects` wrote them; `SPDError` if the file holds something else."""
+    record = read_json(path)
+    try:
+        return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
+    except (AttributeError, TypeError) as error:
+        raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+
+
+def write_effects(path: Path, effects: Mapping[str, Sequence[ForcedItem]]) -> None:
+    """Keep teacher-forced items by policy."""
+    write_json(path, {policy: [asdict(item) for item in items] for policy, items in effects.items()})
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine: dict[str, Any] = {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"versions": {"python": platform.python_version(), **versions}, "machine": machine}

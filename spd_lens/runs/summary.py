@@ -1,0 +1,233 @@
+"""`summary.md`: what a run found, with intervals and controls, from the files in its directory."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.files import write_text
+from spd_lens.generation import APPLIED, Record, shown
+from spd_lens.output import markdown
+from spd_lens.runs.context_limit import in_words
+from spd_lens.runs.run_dir import Run
+from spd_lens.stats import (
+    Estimate,
+    difference_sentence,
+    mcnemar_exact,
+    mean_interval,
+    paired_difference,
+    score_interval,
+    verdict,
+)
+
+Forced = Mapping[str, Sequence[ForcedItem]]
+"""Teacher-forced items of several policies."""
+_FIELDS = {"aligned loss": "aligned_loss", "KL from base": "kl", "completion loss": "completion_loss",
+           "token accuracy": "token_accuracy"}  # fmt: skip
+STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
+
+
+def write_summary(run: Run) -> str:
+    """Write and return `summary.md`."""
+    targets = list(run.config.targets)
+    parts = [_heading(run)]
+    for task in targets:
+        parts.append(_scores(run, task))
+        if (run.path / "effects" / f"{task}.json").exists():
+            parts.append(effects_section(run.effects(task), task, _rounding(run)))
+    parts += [_proof(run), _completions(run, targets[0]), _times(run)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_text(run.path / "summary.md", text)
+    return text
+
+
+def _heading(run: Run) -> str:
+    config, notes = run.config, run.notes
+    subspace, resolved = run.subspace, notes["resolved"]
+    sampling = ", ".join(f"{key} {value}" for key, value in resolved["sampling"].items() if value is not None)
+    if APPLIED in resolved:
+        sampling += f"; of the model's own, {quoted(shown(resolved[APPLIED]))}"
+    ranks = "; ".join(f"{site}: {'/'.join(map(str, subspace.ranks[site]))}" for site in subspace.sites)
+    width = next(iter(subspace.bases.values())).shape[1]
+    return "\n".join(
+        [
+            f"# SPD on {quoted(config.task)} with {quoted(config.model)}",
+            "",
+            f"- Calibration: {subspace.origin['n_examples']} examples, {subspace.origin['n_scored']} scored of "
+            f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
+            f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",
+            f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
+            f"strength {config.strength:g}",
+            f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
+            f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
+            *([f"- Left out, {in_words(notes['left_out'])}."] if "left_out" in notes else []),
+            "- Intervals are 95 %. Teacher-forced measures are on the gold completions of the test items: `aligned "
+            "loss` on the tokens that decide correctness, `completion loss` and `KL` (base || policy) on all tokens, "
+            "in nats per token; `token accuracy` is the share of tokens that are the most probable next one.",
+        ]
+    )
+
+
+def _rounding(run: Run) -> float | None:
+    """KL between hooks and folded weights, which differ by rounding alone; None where no lens model was built."""
+    return run.notes["hooks"]["fold_parity"]["kl"] if "hooks" in run.notes else None
+
+
+def _scores(run: Run, task: str) -> str:
+    results = {name: run.result(task, name) for name in run.config.policies}
+    columns: dict[str, list[Estimate | None]] = {
+        "accuracy": [result.accuracy for result in results.values()],
+        "accuracy by likelihood": [result.choice_accuracy for result in results.values()],
+        "mean length (tokens)": [result.mean_length for result in results.values()],
+        "cut off": [result.truncated for result in results.values()],
+    }
+    if not any(columns["accuracy by likelihood"]):
+        del columns["accuracy by likelihood"]
+    n = len(next(iter(results.values())).items)
+    rows = zip(results, *columns.values(), strict=True)
+    lines = [f"## {task}: {n} test items", "", *markdown(["policy", *columns], rows)]
+    for name, result in results.items():
+        if "base" in results and name != "base":
+            lines += ["", f"- {_gain(results['base'], result)}"]
+    return "\n".join(lines)
+
+
+def _gain(base: EvalResult, result: EvalResult) -> str:
+    before, after = ([item.score for item in side.items] for side in (base, result))
+    test = mcnemar_exact(before, after) if {*before, *after} <= {0.0, 1.0} else None
+    return difference_sentence(
+        result.accuracy_gain(base), measure="Accuracy", first=base.policy, second=result.policy, test=test
+    )
+
+
+def effects_section(effects: Forced, task: str, rounding: float | None = None) -> str:
+    """Teacher-forced effects: each policy against the base, and the projection against random subspaces.
+
+    `rounding` is the KL that the model's dtype alone leaves between two ways to compute the same thing.
+    """
+    random = {name: items for name, items in effects.items() if name.startswith("random-")}
+    groups: dict[str, Forced] = {
+        name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects
+    }
+    if random:
+        groups[f"{len(random)} random subspaces"] = random
+    changes = {
+        label: paired_difference(_per_item(groups["base"], "aligned_loss"), _per_item(group, "aligned_loss"))
+        for label, group in groups.items()
+        if label != "base"
+    }
+    rows = []
+    for label, group in groups.items():
+        loss, kl, whole, right = (mean_interval(_per_item(group, field)) for field in _FIELDS.values())
+        rows.append([label, loss, changes.get(label, "0"), kl if label in changes else "0", whole, right])
+    columns = ["policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy"]
+    lines = [f"### Teacher-forced on gold solutions of {task}", "", *markdown(columns, rows)]
+    if random and "projected" in effects:
+        lines += ["", *_against_random(groups["projected"], random)]
+    if "spd" in effects:
+        lines += [f"- Aligned loss after fine-tuning, minus before: {changes['spd']}; {verdict(changes['spd'])}."]
+        moved_by = fmean(item.kl for item in effects["spd"])
+        if rounding is not None and moved_by < 2 * rounding:
+            lines += [
+                f"- The fine-tuned model's KL from base ({moved_by:.1g}) is no more than rounding in this dtype leaves "
+                f"between two engines ({rounding:.1g}): the training changed little."
+            ]
+    return "\n".join(lines)
+
+
+def _against_random(projected: Forced, random: Forced) -> list[str]:
+    """The question that matters: does the gradient subspace do what any subspace of its rank would?"""
+    lines = []
+    for measure in ("aligned loss", "KL from base"):
+        field = _FIELDS[measure]
+        difference = paired_difference(_per_item(random, field), _per_item(projected, field))
+        each = [fmean(getattr(item, field) for item in items) for items in random.values()]
+        name = measure[0].upper() + measure[1:]
+        sentence = difference_sentence(difference, measure=name, first="random", second="projected")
+        lines.append(f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}.")
+    return lines
+
+
+def _per_item(group: Forced, field: str) -> list[float]:
+    """A value per item, averaged over the policies of a group: items are the units, not policies."""
+    return [fmean(getattr(item, field) for item in items) for items in zip(*group.values(), strict=True)]
+
+
+def changed(first: Sequence[Record], second: Sequence[Record]) -> list[bool]:
+    """Whether each completion of `first` differs from that of the same prompt in `second`, where both have it."""
+    other = {record.key: record for record in second}
+    return [record.completion_ids != other[record.key].completion_ids for record in first if record.key in other]
+
+
+def _proof(run: Run) -> str:
+    notes = run.notes
+    corpus, unprojected = run.corpus, run.unprojected
+    share = score_interval([float(x) for x in changed(corpus, unprojected)])
+    ended = score_interval([float(record.finish_reason != "length") for record in corpus])
+    lines = ["## What shows that something happened", ""]
+    if "hooks" in notes:
+        firings = ", ".join(f"{site}: {n}" for site, n in notes["hooks"]["firings"].items())
+        parity = notes["hooks"]["fold_parity"]
+        lines.append(
+            f"- Hook firings per site in one forward pass of the lens model: {firings}. The folded twin that generated "
+            f"the corpus agrees with the hooks to a KL of {parity['kl']:.1g} nats."
+        )
+    else:
+        lines.append("- No lens model was built (engine `twin`): the projection was folded into the twin's weights.")
+    dtype, rounding = notes["resolved"]["dtype"], ""
+    if dtype not in ("float32", "float64") and len(unprojected) != len(corpus):
+        rounding = f" In {dtype} some of them differ by their batch alone (it held other prompts)."
+    lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.{rounding}")
+    lines.append(f"- Completions that the model ended by itself: {ended}.")
+    return "\n".join(lines)
+
+
+def _completions(run: Run, task: str, n: int = 3) -> str:
+    """The same prompts side by side: base, under the projection, and after fine-tuning."""
+    other = {record.key: record for record in run.unprojected}
+    both = [record for record in run.corpus if record.key in other]
+    lines = [f"## Training prompts without and with the projection ({min(n, len(both))} of {len(both)})", ""]
+    # changed ones first: equal pairs show nothing
+    both.sort(key=lambda record: record.completion_ids == other[record.key].completion_ids)
+    for record in both[:n]:
+        pair = {"Base": other[record.key].completion, "Projected": record.completion}
+        lines += _quotations({"Prompt": record.prompt, **pair})
+    if {"base", "spd"} <= set(run.config.policies):
+        base, spd = run.result(task, "base").items, run.result(task, "spd").items
+        lines += [f"## Test items of {task}, base and fine-tuned, greedy ({min(n, len(base))} of {len(base)})", ""]
+        pairs = sorted(zip(base, spd, strict=True), key=lambda pair: pair[0].completion == pair[1].completion)
+        for before, after in pairs[:n]:
+            base_label, spd_label = f"Base ({before.score:g})", f"SPD ({after.score:g})"
+            lines += _quotations({"Prompt": before.prompt, base_label: before.completion, spd_label: after.completion})
+    return "\n".join(lines).rstrip()
+
+
+def _quotations(texts: Mapping[str, str]) -> list[str]:
+    """Texts one below the other, each after its label."""
+    return [*(line for label, text in texts.items() for line in (f"> **{label}:** {quoted(text)}", ">")), ""]
+
+
+def quoted(text: str, limit: int = 600) -> str:
+    """A model's or a data set's text on one line, shown as it is: a code span, in which Markdown and HTML mean nothing.
+
+    Line breaks become `⏎`, other control characters `�`; a long text is cut in the middle, so that the answer shows.
+    """
+    text = re.sub("\r\n|[\n\r\v\f\x85\u2028\u2029]", " ⏎ ", text.strip()).replace("\t", "    ")
+    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    if not text:
+        return "(nothing)"
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-(limit // 2) :]}"
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if "`" in (text[0], text[-1]) else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _times(run: Run) -> str:
+    seconds = run.notes.get("seconds", {})
+    known = {stage: seconds[stage] for stage in STAGES if stage in seconds}
+    known["total"] = sum(known.values())
+    return "\n".join(["## Time", "", *markdown(list(known), [[f"{time:.0f} s" for time in known.values()]])])

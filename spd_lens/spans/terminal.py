@@ -1,0 +1,165 @@
+"""The span audit in a terminal. Scored tokens are marked by brackets and bars, so colour is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from statistics import median
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spd_lens.output import visible
+from spd_lens.spans.core import KINDS, Audit, AuditedExample, Bin, Piece
+
+_PROMPT_CHARACTERS = 600
+"""A longer prompt is shown from its end: the answer's form is asked for there."""
+_ROWS = 40
+_BAR = 30
+
+
+def print_audit(console: Console, found: Audit, *, title: str, show: int = 3) -> None:
+    """Print the first `show` examples token by token, then a row per example, flags and distributions."""
+    for item in found.examples[: max(show, 0)]:
+        console.print(_example(item))
+    if show > 0:
+        console.print(
+            "Scored tokens stand between ⟦ and ⟧, with │ between one and the next; ↵ is a line break in one of them.\n",
+            style="dim",
+        )
+    console.print(_rows(found, title))
+    if found.flag_counts():
+        console.print(_flags(found))
+    if found.sizes:
+        console.print(_bars("Scored tokens per example, |S|", found.size_bins(), found.paper_sizes))
+        console.print(_bars("Where in the completion they lie", found.place_bins(), None))
+    console.print(Text(headline(found), style="bold"))
+
+
+def headline(found: Audit) -> str:
+    """The audit in two or three sentences."""
+    total, sizes = len(found.examples), found.sizes
+    parts = [f"{len(sizes)} of {total} examples have scored tokens."]
+    if sizes:
+        parts.append(f"|S|: {min(sizes)} to {max(sizes)}, median {median(sizes):g}.")
+    if found.paper_sizes and found.share_in_paper_sizes is not None:
+        parts.append(
+            f"The paper's table 6 says {between(found.paper_sizes)} for {found.task}: "
+            f"{found.share_in_paper_sizes:.0%} of these examples lie there."
+        )
+    n = len(found.suspicious)
+    parts.append(f"{n} of {total} {'is' if n == 1 else 'are'} suspicious." if n else "Nothing is suspicious.")
+    return " ".join(parts)
+
+
+def between(bounds: tuple[int, int]) -> str:
+    """A range as text: `5-20`, or `1`."""
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]}-{bounds[1]}"
+
+
+def bin_name(bar: Bin) -> str:
+    """What stands beside a bar: `3`, `5-9` or `40-50 %`."""
+    if isinstance(bar.high, float):
+        return f"{bar.low:.0%}".removesuffix("%") + f"-{bar.high:.0%}".replace("%", " %")
+    return between((int(bar.low), int(bar.high)))
+
+
+def amount(bar: Bin) -> str:
+    """What stands above a bar: a count, with one decimal where examples are spread over several bars."""
+    return f"{bar.count:.1f}".removesuffix(".0")
+
+
+def inside(bar: Bin, bounds: tuple[int, int] | None) -> bool:
+    """Whether the whole bar lies in the paper's range."""
+    return bounds is not None and bounds[0] <= bar.low and bar.high <= bounds[1]
+
+
+def place_name(item: AuditedExample) -> str:
+    """Where in the completion an example's scored tokens lie: `93-100 %`."""
+    places = item.places
+    if not places:
+        return ""
+    half = 0.5 / sum(piece.in_completion and piece.id is not None for piece in item.pieces)
+    return f"{places[0] - half:.0%}".removesuffix("%") + f"-{places[-1] + half:.0%}".replace("%", " %")
+
+
+def _example(item: AuditedExample) -> RenderableType:
+    head = Text.assemble(("■ ", "blue"), (visible(item.example.id or "(no id)"), "bold"), f"   |S| = {item.size}")
+    body = _tokens(item.pieces) if item.pieces else Text(visible(item.example.prompt), style="dim")
+    notes = [_flag_line(flag.text, flag.suspicious) for flag in item.flags]
+    return Group(head, body, *notes, Text())
+
+
+def _flag_line(text: str, suspicious: bool) -> Text:
+    return Text(f"{'⚠' if suspicious else '·'} {visible(text)}", style="yellow" if suspicious else "dim")
+
+
+def _tokens(pieces: Sequence[Piece]) -> Text:
+    text = Text()
+    prompt = visible("".join(piece.text for piece in pieces if not piece.in_completion))
+    if len(prompt) > _PROMPT_CHARACTERS:
+        prompt = "[...] " + prompt[-_PROMPT_CHARACTERS:]
+    text.append(prompt, style="dim")
+    completion = [piece for piece in pieces if piece.in_completion]
+    for scored, run in groupby(completion, key=lambda piece: piece.scored):
+        if not scored:
+            text.append("".join(visible(piece.text) for piece in run))
+            continue
+        marked = "│".join(_spelled(piece) for piece in run)
+        text.append(f"⟦{marked}⟧", style="bold reverse")
+    return text
+
+
+def _spelled(piece: Piece) -> str:
+    if not piece.text:
+        return "⋯"  # the rest of the character in the token before
+    return visible(piece.text).replace("\n", "↵\n")
+
+
+def _rows(found: Audit, title: str) -> Table:
+    table = Table(title=Text(visible(title), style="bold"), title_justify="left")
+    table.add_column("example", no_wrap=True)
+    table.add_column("|S|", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("place", justify="right")
+    table.add_column("flags", overflow="fold")
+    # in a long audit the suspicious ones come first, since the rest is cut off
+    items = sorted(found.examples, key=lambda item: not item.suspicious) if len(found.examples) > _ROWS else None
+    for item in (items or found.examples)[:_ROWS]:
+        flags = Text("\n").join(_flag_line(flag.text, True) for flag in item.flags if flag.suspicious)
+        total = sum(piece.id is not None for piece in item.pieces)
+        table.add_row(_tail(visible(item.example.id)), str(item.size), str(total), place_name(item), flags)
+    if len(found.examples) > _ROWS:
+        table.caption = f"{_ROWS} of {len(found.examples)}, the suspicious ones first; --html shows all"
+    return table
+
+
+def _tail(id: str, most: int = 24) -> str:
+    """The end of an id, which tells it from the others."""
+    return id if len(id) <= most else f"…{id[1 - most :]}"
+
+
+def _flags(found: Audit) -> Table:
+    table = Table(title="Flags, in number of examples", title_justify="left", title_style="bold")
+    table.add_column("what")
+    table.add_column("suspicious", justify="right")
+    table.add_column("as a rule harmless", justify="right")
+    for kind, (bad, harmless) in found.flag_counts().items():
+        table.add_row(KINDS[kind], str(bad or "-"), str(harmless or "-"))
+    return table
+
+
+def _bars(title: str, bins: Sequence[Bin], paper: tuple[int, int] | None) -> RenderableType:
+    return Group(Text(title, style="bold"), *_bar_lines(bins, paper), Text())
+
+
+def _bar_lines(bins: Sequence[Bin], paper: tuple[int, int] | None) -> Iterator[Text]:
+    most = max(bar.count for bar in bins)
+    names = [bin_name(bar) for bar in bins]
+    for name, bar in zip(names, bins, strict=True):
+        length = round(_BAR * bar.count / most) or (1 if bar.count else 0)
+        line = Text(f"{name:>{max(map(len, names))}}  ")
+        line.append("█" * length, style="blue")
+        line.append(f" {amount(bar)}" + ("   table 6" if inside(bar, paper) else ""), style="dim")
+        yield line

@@ -1,0 +1,28 @@
+"""Intervals, paired comparisons and corrections for many of them."""
+
+from spd_lens.stats.corrections import holm, sign_flip
+from spd_lens.stats.estimate import Estimate, bracketed
+from spd_lens.stats.intervals import (
+    MIN_BOOTSTRAP,
+    TOO_FEW,
+    WITHIN_NOISE,
+    McNemar,
+    SeedSummary,
+    bootstrap_ends,
+    clustered_difference,
+    clustered_mean,
+    difference_sentence,
+    mcnemar_exact,
+    mean_interval,
+    paired_difference,
+    score_interval,
+    seed_summary,
+    verdict,
+    within_noise,
+)
+
+__all__ = [
+    "Estimate", "MIN_BOOTSTRAP", "McNemar", "SeedSummary", "TOO_FEW", "WITHIN_NOISE", "bootstrap_ends", "bracketed",
+    "clustered_difference", "clustered_mean", "difference_sentence", "holm", "mcnemar_exact", "mean_interval",
+    "paired_difference", "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
+]  # fmt: skip

@@ -1,0 +1,26 @@
+# What the face hands on, each loaded when it is first used.
+from .command import study as study
+from .config import BASE as BASE
+from .config import StudyConfig as StudyConfig
+from .config import preset_names as preset_names
+from .engine import run_study as run_study
+from .folder import Cell as Cell
+from .folder import Study as Study
+from .plan import make_plan as make_plan
+from .reporting.contrasts import FOCUS as FOCUS
+from .reporting.contrasts import RANDOM as RANDOM
+from .reporting.evidence import Evidence as Evidence
+from .reporting.evidence import Outcome as Outcome
+from .reporting.report import PHASES as PHASES
+from .reporting.report import Report as Report
+from .reporting.setup import BACKBONES as BACKBONES
+from .reporting.setup import backbone as backbone
+from .reporting.setup import differences_from_paper as differences_from_paper
+from .results import corpora_frame as corpora_frame
+from .results import results_frame as results_frame
+
+__all__ = [
+    "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig",
+    "backbone", "corpora_frame", "differences_from_paper", "make_plan", "preset_names", "results_frame", "run_study",
+    "study",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""From what a study measured to its report."""

@@ -1,0 +1,289 @@
+"""`extract`: gradients of the correctness-aligned loss with respect to K and V, straight into moments (Eq. 6-8)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spd_lens.errors import SPDError, whole
+from spd_lens.examples import Example, worked_examples
+from spd_lens.models import (
+    CHECK_TEXTS,
+    Encoded,
+    LensHook,
+    ModelPair,
+    Parity,
+    angles_change_beyond,
+    batches_by_length,
+    fast_products,
+    fastest_attention,
+    free_memory,
+    lens_logits,
+    neutrally,
+    positionwise_in_last_block,
+    right_pad,
+    run_only,
+    run_twin,
+    text_ids,
+    token_losses,
+    twin_hook,
+    unembed_only,
+)
+from spd_lens.settings import Extraction, ExtractionKeywords
+from spd_lens.sites import Site
+from spd_lens.subspaces.moments import GradientMoments
+
+log = logging.getLogger(__name__)
+
+CAPTURE_ENGINES = ("lens", "twin")
+
+# float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. A larger
+# one would overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
+_HALF_SCALE = 2.0**10
+
+
+@neutrally
+def extract(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    settings: Extraction | None = None,
+    shards: int = 8,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+    **keywords: Unpack[ExtractionKeywords],
+) -> GradientMoments:
+    """Moments of the token gradients of all examples, for any rank afterwards.
+
+    One forward and one backward pass per batch of similar length. Weights are frozen, nothing below the first target
+    layer keeps a graph, and logits are computed only where a scored token is predicted. Each example's loss is a mean
+    over its own `S`, so neither batching nor padding changes a row.
+
+    Args:
+        pair: The model.
+        examples: Calibration examples with completion and spans.
+        settings: Where and of what gradients are captured. None: the paper's choice.
+        shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
+            numbers per shard and site.
+        batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
+            CPU, where more gain nothing, and 16,384 on CUDA.
+        progress: Show a progress bar.
+        **keywords: Single settings, over `settings`: layers, kinds, loss, engine. `spd_lens.settings.Extraction` says
+            what they mean.
+
+    Raises:
+        SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.
+    """
+    shards = whole("shards", shards)
+    examples = worked_examples(examples, "calibration examples")
+    settings = Extraction.given(settings, keywords, "extract")
+    sites = pair.sites(settings.layers, settings.kinds)
+    recorded = {"loss": settings.loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    if pair.format.prompt_date is not None:
+        recorded["prompt_date"] = pair.format.prompt_date
+    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
+    for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
+        shard = rows.index % shards
+        for site in sites:
+            moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site])
+        moments.n_examples[shard] += 1
+        moments.n_tokens[shard] += len(rows.encoded.ids)
+        moments.n_scored[shard] += len(rows.encoded.scored)
+        moments.loss_sum[shard] += rows.loss
+    return moments
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """One example's rows of `G`: the gradient at every token of prompt and completion (Eq. 7)."""
+
+    index: int
+    """Which of the examples."""
+    encoded: Encoded
+    """Its tokens, and which of them are scored."""
+    loss: float
+    """Mean of `-log p` over `S`, in nats (Eq. 6)."""
+    gradient: dict[Site, Float[Tensor, "token width"]]
+    """`∂ loss / ∂ activation`, float64, all heads side by side."""
+    activation: dict[Site, Float[Tensor, "token width"]]
+    """The activation itself, in the model's dtype."""
+
+
+@neutrally
+def token_gradients(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    settings: Extraction | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+    **keywords: Unpack[ExtractionKeywords],
+) -> Iterator[TokenGradients]:
+    """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
+    settings = Extraction.given(settings, keywords, "token_gradients")
+    engine = settings.engine
+    if engine not in CAPTURE_ENGINES:
+        raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(CAPTURE_ENGINES)}")
+    examples = worked_examples(examples, "calibration examples")
+    if batch_tokens is not None:
+        batch_tokens = whole("batch_tokens", batch_tokens)
+    if not examples:
+        raise SPDError("there are no calibration examples; give at least one")
+    sites = pair.sites(settings.layers, settings.kinds)
+    encoded = [pair.encode(example, settings.loss, engine) for example in examples]
+    if batch_tokens is None:
+        batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
+    tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
+    with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
+        for batch in batches_by_length(
+            [len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(pair.hf.config)
+        ):
+            yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
+            bar.update(len(batch))
+
+
+def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> Tap:
+    """The engine asked for; the twin where `backend="auto"` finds no lens model that agrees with it on such a text."""
+    if engine == "lens":
+        if pair.lens_if_any(longest) is not None:
+            return LensTap(pair, sites)
+        log.warning("no lens model of %s agrees with the twin: gradients are captured on the twin", pair.name)
+    return TwinTap(pair, sites)
+
+
+def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
+    tokens, mask = right_pad([e.ids for e in batch], pair.pad_id, pair.device)
+    row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
+    target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
+    with torch.enable_grad(), fast_products(pair.device, pair.dtype), tap.tapped() as activations:
+        logits = tap.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
+        losses = token_losses(logits, tokens[row, target])
+        sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)
+        per_example = torch.zeros(len(batch), device=pair.device, dtype=losses.dtype)
+        per_example = per_example.index_add(0, row, losses / sizes[row])  # mean over S (Eq. 6)
+        scale = _HALF_SCALE if pair.dtype == torch.float16 else 1.0
+        gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
+    if not all(g.isfinite().all() for g in gradients):
+        raise SPDError(
+            f"gradients are not finite in {str(pair.dtype).removeprefix('torch.')} for example "
+            f"{indices[0]} or one of its batch; load the model with dtype='float32' or 'bfloat16'"
+        )
+    for i, (index, e, value) in enumerate(zip(indices, batch, per_example.tolist(), strict=True)):
+        length = len(e.ids)  # what follows is padding
+        yield TokenGradients(
+            index=index,
+            encoded=e,
+            loss=value,
+            gradient={
+                site: g[i, :length].flatten(1).double() / scale for site, g in zip(activations, gradients, strict=True)
+            },
+            activation={site: x.detach()[i, :length].flatten(1) for site, x in activations.items()},
+        )
+
+
+def fitting_tokens(pair: ModelPair, n_layers: int) -> int:
+    """Tokens per batch that half of the free memory holds, where `n_layers` layers keep a graph.
+
+    A layer keeps at most about 34 values per token and unit of `d_model` (Korthikanti et al. 2022, section 4).
+    """
+    most = 16_384 if pair.device.type == "cuda" else 1_024
+    per_token = 34 * n_layers * pair.fingerprint.d_model * pair.dtype.itemsize
+    return max(1, min(most, int(free_memory(pair.device) / 2 / per_token)))
+
+
+class Tap(ABC):
+    """One way to run a model with its K and V in reach of autograd."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, sites: Sequence[Site]) -> None:
+        self.model: Any = model
+        self.sites = list(sites)
+        self._head = head
+        self._last: list[nn.Module] = []
+        """What of the last block is needed at the predicting positions alone."""
+
+    @abstractmethod
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        """Install `keep` at a site and return something with `remove()`."""
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """A forward pass."""
+
+    @contextlib.contextmanager
+    def tapped(self) -> Iterator[dict[Site, Float[Tensor, "batch pos ..."]]]:
+        """Activations of the forward pass run inside, each the start of a graph or a node of one."""
+        activations: dict[Site, Tensor] = {}
+
+        def keep(activation: Tensor, site: Site) -> Tensor:
+            # With all weights frozen, nothing below the first target layer needs a graph: it begins here.
+            if not activation.requires_grad:
+                activation.requires_grad_()
+            activations[site] = activation
+            return activation
+
+        with contextlib.ExitStack() as stack:
+            for site in self.sites:
+                stack.callback(self._hook(site, partial(keep, site=site)).remove)
+            yield activations
+
+    def logits_at(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], row: Tensor, position: Tensor
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits at some positions only."""
+        with unembed_only(self._head, row, position), run_only(self._last, row, position, tokens.shape[1]):
+            return self._logits(tokens, mask)[0]
+
+
+class LensTap(Tap):
+    """Captures at `hook_k` / `hook_v` of the lens model: `[batch, pos, head, d_head]`."""
+
+    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
+        super().__init__(pair.proven_lens, pair.lens.unembed, sites)
+
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        return LensHook(self.model, site, keep)
+
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return lens_logits(self.model, tokens, mask)
+
+
+class TwinTap(Tap):
+    """Captures in the Hugging Face model, for k and v at the outputs of `k_proj` and `v_proj`."""
+
+    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
+        super().__init__(pair.hf, pair.hf.get_output_embeddings(), sites)
+        if all(site.kind in ("k", "v") for site in sites if site.layer == pair.n_layers - 1):
+            self._last = positionwise_in_last_block(pair.hf)
+            if not self._exact_on(text_ids(pair.tokenizer, CHECK_TEXTS[0])[: pair.n_ctx]):
+                self._last = []
+
+    @torch.no_grad()
+    def _exact_on(self, ids: list[int]) -> bool:
+        """Whether the last block may run at some positions alone: in some architectures its parts mix positions."""
+        tokens = torch.tensor([ids], device=self.model.device)
+        row, position = torch.zeros(1, dtype=torch.long), torch.tensor([len(ids) - 1])
+        row, position = row.to(tokens.device), position.to(tokens.device)
+        try:
+            found = self.logits_at(tokens, torch.ones_like(tokens), row, position).double()
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            return False  # a part of the block that takes something else than activations of all positions
+        whole = self._logits(tokens, torch.ones_like(tokens))[0, -1:].double()
+        return Parity.between(whole, found).within(self.model.dtype)
+
+    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
+        return twin_hook(self.model, site, keep)
+
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # no mask: padding on the right is behind all that a real token attends to, and causal kernels are faster
+        with fastest_attention(self.model, tokens.shape[1]):
+            return run_twin(self.model, tokens, use_cache=False).logits

@@ -1,0 +1,246 @@
+"""`GradientMoments`: what one extraction leaves behind, and all that a subspace of any rank needs (Eq. 8-9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError, plain, whole
+from spd_lens.files import load_tensors, reading, save_tensors
+from spd_lens.models import Fingerprint, neutral
+from spd_lens.sites import Site
+from spd_lens.subspaces.spectrum import BlockSpectrum
+from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
+
+Gram = Float[Tensor, "shard width width"]
+
+
+@dataclass
+class GradientMoments:
+    """Sums over tokens of `gᵀg` and `xᵀx` per site, in float64 and in a few shards of examples.
+
+    The eigenvectors of `Σ gᵀg` are the right singular vectors of the stacked gradients `G`, its eigenvalues their
+    squared singular values; its diagonal blocks are the per-head moments. Moments of disjoint examples add: `a + b`.
+    Nothing is centred.
+    """
+
+    fingerprint: Fingerprint
+    """The model they were taken from."""
+    n_heads: dict[Site, int]
+    """Heads at each site: KV heads for `k` and `v`, query heads for `q` and `z`, one for `resid`."""
+    gradient: dict[Site, Gram]
+    """`Σ gᵀg` over the tokens of each shard's examples."""
+    activation: dict[Site, Gram]
+    """`Σ xᵀx` over the same tokens."""
+    activation_sum: dict[Site, Float[Tensor, "shard width"]]
+    """`Σ x` over the same tokens."""
+    n_tokens: Int[Tensor, " shard"]
+    """Rows of `G`: all real tokens, scored or not (Eq. 8)."""
+    n_scored: Int[Tensor, " shard"]
+    """Tokens in `S` (Eq. 6)."""
+    n_examples: Int[Tensor, " shard"]
+    loss_sum: Float[Tensor, " shard"]
+    """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How they were taken: `loss`, `engine`, `dtype` of the model."""
+    _spectra: dict[tuple[Site, bool, str], BlockSpectrum] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    @neutral()
+    def empty(
+        cls, fingerprint: Fingerprint, sites: Iterable[Site], n_shards: int, settings: dict[str, Any]
+    ) -> GradientMoments:
+        """Moments of nothing, to be added to."""
+        shapes = {site: fingerprint.heads_at(site) for site in sites}
+        widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
+
+        zeros, counts = torch.zeros(n_shards, dtype=torch.float64), torch.zeros(n_shards, dtype=torch.long)
+        return cls(
+            fingerprint=fingerprint,
+            n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
+            gradient={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
+            n_tokens=counts,
+            n_scored=counts.clone(),
+            n_examples=counts.clone(),
+            loss_sum=zeros,
+            settings=settings,
+        )
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted(self.gradient)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.n_examples)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over examples of the loss, in nats per scored token."""
+        return (self.loss_sum.sum() / self.n_examples.sum()).item()
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model, in which the gradients were rounded."""
+        return self.settings.get("dtype", "float32")
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientMoments({int(self.n_examples.sum())} examples, {int(self.n_tokens.sum())} tokens, "
+            f"{int(self.n_scored.sum())} scored, {self.n_shards} shards, sites {', '.join(map(str, self.sites))})"
+        )
+
+    def add_tokens(
+        self,
+        site: Site,
+        shard: int,
+        gradients: Float[Tensor, "token width"],
+        activations: Float[Tensor, "token width"],
+    ) -> None:
+        """Add one example's rows at one site. Products and sums are float64 whatever the model's dtype."""
+        g, x = gradients.double(), activations.double()
+        self.gradient[site][shard] += (g.T @ g).cpu()
+        self.activation[site][shard] += (x.T @ x).cpu()
+        self.activation_sum[site][shard] += x.sum(dim=0).cpu()
+
+    def __add__(self, other: GradientMoments) -> GradientMoments:
+        """Moments of both sets of examples, which must be disjoint and taken in the same way from the same model."""
+        if not isinstance(other, GradientMoments):
+            return NotImplemented
+        self.fingerprint.check(other.fingerprint, "the first of the two moments")
+        for what in ("sites", "n_shards", "settings"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SPDError(f"moments with {what} {mine} and {theirs} do not add; extract both in the same way")
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _PER_SHARD}
+        for name in _PER_SITE:
+            sums[name] = {site: getattr(self, name)[site] + getattr(other, name)[site] for site in self.sites}
+        return replace(self, **sums, _spectra={})
+
+    @neutral()
+    def shards(self, chosen: Sequence[int]) -> GradientMoments:
+        """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
+        index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
+        if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
+            raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
+        parts: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SHARD}
+        for name in _PER_SITE:
+            parts[name] = {site: value[index] for site, value in getattr(self, name).items()}
+        return replace(self, **parts, _spectra={})
+
+    def halves(self) -> tuple[GradientMoments, GradientMoments]:
+        """Two disjoint halves of the examples: even and odd shards."""
+        if self.n_shards < 2:
+            raise SPDError("moments with one shard have no halves; extract with shards=2 or more")
+        return self.shards(range(0, self.n_shards, 2)), self.shards(range(1, self.n_shards, 2))
+
+    def blocks(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> Float[Tensor, "block width width"]:
+        """`Σ gᵀg` (`of="gradient"`) or `Σ xᵀx` (`of="activation"`) over all shards: per head, or as one joint block."""
+        gram = {"gradient": self.gradient, "activation": self.activation}[of][site].sum(dim=0)
+        gram = (gram + gram.T) / 2  # exact symmetry, which eigh assumes
+        if not per_head:
+            return gram[None]
+        d_head = gram.shape[0] // self.n_heads[site]
+        heads = gram.unfold(0, d_head, d_head).unfold(1, d_head, d_head)
+        return heads.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+
+    @neutral()
+    def spectrum(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> BlockSpectrum:
+        """The decomposition of `blocks(...)`, computed once and kept for as long as these sums stay what they are."""
+        gram, key = self.blocks(site, per_head, of=of), (site, per_head, of)
+        if key not in self._spectra or not torch.equal(self._spectra[key].gram, gram):
+            self._spectra[key] = BlockSpectrum.of(gram)
+        return self._spectra[key]
+
+    def mean(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
+        """Mean activation over all tokens."""
+        mean = self.activation_sum[site].sum(dim=0) / self.n_tokens.sum()
+        return mean.view(self.n_heads[site] if per_head else 1, -1)
+
+    def singular_values(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
+        """Singular values of the stacked gradients, descending (Eq. 9)."""
+        return self.spectrum(site, per_head).singular_values
+
+    @neutral()
+    def subspace(
+        self,
+        rank: Rank = 0.5,
+        *,
+        per_head: bool = True,
+        sites: Iterable[Site] | None = None,
+        center: bool = False,
+        of: str = "gradient",
+    ) -> Subspace:
+        """The top right singular vectors of each block (Eq. 9-11).
+
+        Args:
+            rank: Directions per block: an integer, or a fraction of the block's width (the paper: half). Where the
+                gradients have fewer directions than that, the rank is theirs and `Subspace.ranks` says so.
+            per_head: A projector for each head, or one joint projector over all heads.
+            sites: Some of the extracted sites; all by default.
+            center: Project around the mean activation instead of the origin. The paper does not.
+            of: `"gradient"`, or as a control `"activation"`: the top directions of the activations themselves.
+        """
+        if not int(self.n_examples.sum()):
+            raise SPDError("there are no examples in these moments, so there is no subspace")
+        rank = plain(rank)
+        chosen = self.sites if sites is None else sorted(sites)
+        bases: dict[Site, list[Tensor]] = {}
+        values: dict[Site, Tensor] = {}
+        for site in chosen:
+            if site not in self.gradient:
+                raise SPDError(f"site {site} was not extracted; the moments have {', '.join(map(str, self.sites))}")
+            limit = resolve_rank(rank, self.gradient[site].shape[-1] // (self.n_heads[site] if per_head else 1))
+            spectrum = self.spectrum(site, per_head, of=of)
+            values[site], bases[site] = spectrum.singular_values, spectrum.leading(limit, self.dtype)
+            if not any(basis.shape[1] for basis in bases[site]):
+                raise SPDError(f"the {of}s at site {site} are all zero; the scored tokens do not depend on it")
+        return Subspace.from_blocks(
+            bases,
+            singular_values=values,
+            offset={site: self.mean(site, per_head) for site in chosen} if center else {},
+            rank=rank,
+            fingerprint=self.fingerprint,
+            origin={
+                **({} if of == "gradient" else {"of": of}),
+                **self.settings,
+                "n_examples": int(self.n_examples.sum()),
+                "n_tokens": int(self.n_tokens.sum()),
+                "n_scored": int(self.n_scored.sum()),
+            },
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        tensors = {f"{name}.{site}": v for name in _PER_SITE for site, v in getattr(self, name).items()}
+        tensors |= {name: getattr(self, name) for name in _PER_SHARD}
+        header = {
+            "fingerprint": self.fingerprint.to_dict(),
+            "n_heads": {str(site): n for site, n in self.n_heads.items()},
+            "settings": self.settings,
+        }
+        return save_tensors(path, "gradient moments", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> GradientMoments:
+        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
+        tensors, header = load_tensors(path, "gradient moments")
+        with reading(path):
+            n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
+            parts: dict[str, Any] = {name: tensors[name] for name in _PER_SHARD}
+            for name in _PER_SITE:
+                parts[name] = {site: tensors[f"{name}.{site}"] for site in n_heads}
+            fingerprint = Fingerprint.from_dict(header["fingerprint"])
+            return cls(fingerprint=fingerprint, n_heads=n_heads, settings=header["settings"], **parts)
+
+
+_PER_SITE = ("gradient", "activation", "activation_sum")
+_PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")

@@ -1,0 +1,68 @@
+"""`BlockSpectrum`: the one eigendecomposition of a block's Gram matrix, from which all about its directions follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.subspaces.bases import Basis
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSpectrum:
+    """Spectra of blocks: of one site's heads, or of one joint block, also for several sets of examples at once.
+
+    Its tensors may be shared: they are to be read, not written to. What is called rounding is that of the gradients in
+    the model's dtype, such as `"bfloat16"`.
+    """
+
+    gram: Float[Tensor, "*n width width"]
+    """What was decomposed: `Σ gᵀg` or `Σ xᵀx`."""
+    energies: Float[Tensor, "*n width"]
+    """Its eigenvalues `σ²`, descending: the squared singular values of the stacked rows."""
+    vectors: Float[Tensor, "*n width width"]
+    """Its eigenvectors as columns, in the same order: the right singular vectors of the stacked rows."""
+
+    @classmethod
+    def of(cls, gram: Float[Tensor, "*n width width"]) -> BlockSpectrum:
+        """Decompose Gram matrices, which must be exactly symmetric."""
+        values, vectors = torch.linalg.eigh(gram)
+        # rounding leaves eigenvalues of -1e-20 where there is none
+        return cls(gram, values.flip(-1).clamp_min(0), vectors.flip(-1))
+
+    @property
+    def singular_values(self) -> Float[Tensor, "*n width"]:
+        """Singular values of the stacked rows, descending (Eq. 9)."""
+        return self.energies.sqrt()
+
+    def n_known(self, dtype: str) -> Int[Tensor, "*n"]:
+        """How many singular values of each block stand above what rounding alone would leave.
+
+        Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width`
+        directions, so each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
+        """
+        values = self.singular_values
+        width = values.shape[-1]
+        noise = torch.finfo(getattr(torch, dtype)).eps * values.norm(dim=-1, keepdim=True) / width**0.5
+        gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[..., :1]
+        return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
+
+    def known(self, dtype: str) -> tuple[Float[Tensor, "*n width"], Float[Tensor, "*n width width"]]:
+        """Energies and directions, with zeros for those that rounding alone would leave."""
+        known = torch.arange(self.energies.shape[-1]) < self.n_known(dtype)[..., None]
+        return self.energies * known, self.vectors * known[..., None, :]
+
+    def leading(self, rank: int, dtype: str) -> list[Basis]:
+        """The leading `rank` directions of each block, or as many as stand above rounding.
+
+        Singular vectors are defined up to sign: each one's largest entry is positive, so that files compare.
+        """
+        bases = []
+        for vectors, own in zip(self.vectors, self.n_known(dtype).clamp_max(rank).tolist(), strict=True):
+            basis = vectors[:, :own]
+            largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+            bases.append(basis * torch.where(largest < 0, -1.0, 1.0))
+        return bases

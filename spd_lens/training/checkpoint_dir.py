@@ -1,0 +1,194 @@
+"""Where a training happens on disk: a scratch directory with checkpoints, and a result that appears all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
+from spd_lens.files import (
+    damage,
+    inventory,
+    is_free,
+    make_directory,
+    publish,
+    read_json,
+    sync,
+    unreadable_weights,
+    write_json,
+)
+from spd_lens.generation import Corpus, disk_errors_explained, refuse_other_settings
+
+log = logging.getLogger(__name__)
+
+LOG = "training.json"
+COMPLETE = "complete"
+"""Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
+_EARLIER = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""What a checkpoint holds beside the weights."""
+
+
+def default_place(corpus: Corpus) -> Path:
+    """`adapter` beside the corpus file, or a new temporary directory."""
+    if corpus.path is not None:
+        return corpus.path.parent / "adapter"
+    return Path(tempfile.mkdtemp(prefix="spd_")) / "adapter"
+
+
+class TrainingPlace:
+    """`out` exists once the training is finished and not before; until then all is in `out.training` beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `SPDError` if something else is there."""
+        self.directory = directory
+        self.scratch = directory.with_name(f"{directory.name}.training")
+        self.checkpoints = self.scratch / "checkpoints"
+        self.result = self.scratch / "result"
+        """Filled, then renamed to `directory`."""
+        if not is_free(directory) and not (directory / LOG).is_file():
+            raise SPDError(f"{directory} exists and does not come from finetune; give another directory as out")
+
+    def finished(self, settings: dict[str, Any]) -> bool:
+        """Whether the result is there already, and whole; `SPDError` if it was trained with other settings."""
+        noted = self.directory / LOG
+        if not noted.is_file():
+            return False
+        try:
+            earlier = dict(read_json(noted)["settings"])
+        except (SPDError, *UNREADABLE) as error:
+            raise SPDError(f"{noted} cannot be read ({error}); remove its directory and train again") from error
+        refuse_other_settings(f"the adapter in {self.directory} was trained", earlier, settings)
+        return is_finished(self.directory)
+
+    @contextlib.contextmanager
+    def working(self, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+        """Hold the scratch directory, alone, with what an interrupted training with these settings left there."""
+        for place in (self.directory, self.scratch, self.checkpoints, self.result):
+            if place.is_symlink():  # what is in them will be deleted
+                raise SPDError(f"{place} is a link, and its content would be replaced; give another directory as out")
+        failed = f"the training directory {self.scratch} cannot be written"
+        with disk_errors_explained(failed):
+            make_directory(self.scratch)
+            lock = FileLock(self.scratch / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise SPDError(f"another process is training in {self.scratch}; wait for it") from error
+        try:
+            with disk_errors_explained(failed):
+                self._take_up(settings, resume)
+            yield
+        finally:
+            lock.release()
+
+    def _take_up(self, settings: dict[str, Any], resume: bool) -> None:
+        noted = self.scratch / "settings.json"
+        earlier = _settings(noted) if resume else None
+        if earlier is not None:
+            refuse_other_settings(f"the training in {self.scratch} was begun", earlier, settings)
+        elif self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
+        shutil.rmtree(self.result, ignore_errors=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        write_json(noted, settings)
+
+    def latest_checkpoint(self) -> str | None:
+        """The newest checkpoint that is whole; others, which a killed process or a power failure left, are deleted."""
+        found = [place for place in self.checkpoints.glob("checkpoint-*") if place.name[11:].isdigit()]
+        for checkpoint in sorted(found, key=lambda place: int(place.name[11:]), reverse=True):
+            problem = _checkpoint_damage(checkpoint)
+            if problem is None:
+                return str(checkpoint)
+            log.info("%s: going on from before it", problem)
+            shutil.rmtree(checkpoint)
+        return None
+
+    def publish(self, summary: dict[str, Any]) -> None:
+        """Give the finished result its name, in one step, and delete the checkpoints."""
+        write_json(self.result / LOG, {**summary, "files": inventory(self.result)})
+        if self.directory.exists():  # free, damaged, or what `resume=False` trains anew
+            shutil.rmtree(self.directory)
+        publish(self.result, self.directory)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def complete_checkpoint(checkpoint: Path) -> None:
+    """Mark a checkpoint as finished, with every file of it on the disk."""
+    sync(checkpoint)
+    write_json(checkpoint / COMPLETE, inventory(checkpoint))
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether an adapter or checkpoint is there with the weights that were trained; damage is told to the log.
+
+    What a process that was killed at the very end has left beside it goes.
+    """
+    if not directory.exists():
+        return False
+    if problem := _result_damage(directory):
+        log.warning("%s: training it again", problem)
+        return False
+    scratch = directory.with_name(f"{directory.name}.training")
+    if scratch.is_dir() and not scratch.is_symlink():
+        with contextlib.suppress(Timeout, OSError), FileLock(scratch / "lock", timeout=0):
+            shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _result_damage(directory: Path) -> str | None:
+    """What is wrong with weights or, which may have been edited since, with the configuration: can it be read?"""
+    try:
+        recorded = read_json(directory / LOG).get("files") if (directory / LOG).exists() else None
+        config = directory / "adapter_config.json"
+        read_json(config if config.exists() else directory / "config.json")
+        if recorded is None:  # of an earlier version
+            return unreadable_weights(directory)
+        return damage(directory, {name: entry for name, entry in recorded.items() if name.endswith(".safetensors")})
+    except (SPDError, *UNREADABLE) as error:
+        return f"the adapter in {directory} is damaged ({error})"
+
+
+def _checkpoint_damage(checkpoint: Path) -> str | None:
+    marker = checkpoint / COMPLETE
+    if not marker.is_file():
+        return f"{checkpoint} was not finished"
+    try:
+        if not marker.stat().st_size:
+            return _earlier_damage(checkpoint)
+        return damage(checkpoint, read_json(marker))
+    except Exception as error:  # damaged archives raise many types
+        return f"{checkpoint} is damaged ({error})"
+
+
+def _earlier_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of an earlier version, which noted no digests; torch's files have their own."""
+    for name in _EARLIER:
+        if name.endswith(".json"):
+            read_json(checkpoint / name)
+            continue
+        with zipfile.ZipFile(checkpoint / name) as archive:
+            if archive.testzip() is not None:
+                return f"{checkpoint / name} is damaged"
+    config = checkpoint / "adapter_config.json"
+    read_json(config if config.exists() else checkpoint / "config.json")
+    return unreadable_weights(checkpoint)
+
+
+def _settings(noted: Path) -> dict[str, Any] | None:
+    """What a training was begun with; None if nothing says, so that its checkpoints are of no use."""
+    if not noted.exists():
+        return None
+    try:
+        record = read_json(noted)
+    except DamagedFile as error:
+        log.warning("%s: training from the first step on", error)
+        return None
+    return record if isinstance(record, dict) and record else None

@@ -1,0 +1,268 @@
+"""`finetune`: distil the corpus into the model, by LoRA or in full (paper section 3.4, Eq. 14)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import TrainingArguments
+
+from spd_lens.errors import SPDError, whole
+from spd_lens.files import reading
+from spd_lens.generation import Corpus, corpus_digest
+from spd_lens.models import (
+    Fingerprint,
+    ModelPair,
+    check_saveable,
+    fast_products,
+    neutrally,
+    recomputed_alike,
+    single_process,
+    weights_digest,
+)
+from spd_lens.settings import TrainingKeywords, TrainingSettings
+from spd_lens.training.checkpoint_dir import TrainingPlace, default_place
+from spd_lens.training.length_groups import needs_checkpointing
+from spd_lens.training.lora_targets import resolve_targets
+from spd_lens.training.trainer import CorpusTrainer, TokenRows, save_weights
+from spd_lens.training.undo import as_it_was, isolated_random, on_device
+
+
+@neutrally
+@single_process()
+def finetune(
+    pair: ModelPair,
+    corpus: Corpus,
+    *,
+    settings: TrainingSettings | None = None,
+    out: str | Path | None = None,
+    gradient_checkpointing: bool | None = None,
+    resume: bool = True,
+    save_steps: int | None = None,
+    progress: bool = True,
+    **keywords: Unpack[TrainingKeywords],
+) -> Path:
+    """Train on the corpus' own tokens with next-token loss (Eq. 14), and leave the model as it was, bit for bit.
+
+    AdamW with a cosine schedule from `lr` to 0, no warm-up, gradients clipped to norm 1. A step's loss is the mean over
+    all scored tokens of its sequences. LoRA weights are float32 whatever the model's dtype. On the CPU in float32 a
+    seed names one adapter, interrupted or not.
+
+    Args:
+        pair: The model. If its lens model was built already, lens and twin are first checked to agree.
+        corpus: A finished corpus that `generate` made.
+        settings: Everything that decides the result. None: the paper's values.
+        out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
+            that has no file.
+        gradient_checkpointing: Less memory for a third more time, and the same result. None: if a batch of the longest
+            sequences would otherwise take more than half of the free memory.
+        resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
+        save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
+            every 100 steps. They are deleted at the end.
+        progress: Show a progress bar.
+        **keywords: Single settings, over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
+            batch_size, gradient_accumulation, loss_on, seed. `spd_lens.settings.TrainingSettings` says what they mean.
+
+    Returns:
+        `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
+
+    Raises:
+        SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a target that the model
+            does not have; other settings in `out`; a loss that is no number; memory or disk full.
+    """
+    save_steps = None if save_steps is None else whole("save_steps", save_steps)
+    settings = TrainingSettings.given(settings, keywords, "finetune")
+    settings.check()
+    rows = _rows(pair, corpus, settings.loss_on)
+    if pair.has_lens:
+        pair.check()
+    settings = _for_model(settings, pair)
+    identity = {
+        "model": pair.name,
+        "weights": weights_digest(pair.hf),
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "corpus": corpus_digest(corpus),
+        **settings.by_keyword(),
+    }
+    place = TrainingPlace(default_place(corpus) if out is None else Path(out))
+    if resume and place.finished(identity):
+        return place.directory
+    with place.working(identity, resume), isolated_random(settings.seed), on_device(pair.device):
+        summary = _train(pair, settings, rows, place, save_steps, gradient_checkpointing, progress)
+        with _explained(place):
+            place.publish({"settings": identity, **summary})
+    return place.directory
+
+
+def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
+    """The settings with the names that the model has for the LoRA targets, or `SPDError` if it cannot be trained so."""
+    targets = settings.lora_targets
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if settings.full:
+        check_saveable(pair.hf)
+    else:
+        targets = list(resolve_targets(pair.hf, targets))
+    return settings.model_copy(update={"lora_targets": targets})
+
+
+def _train(
+    pair: ModelPair,
+    settings: TrainingSettings,
+    rows: TokenRows,
+    place: TrainingPlace,
+    save_steps: int | None,
+    gradient_checkpointing: bool | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the adapter or checkpoint to `place.result`, and say how the training went."""
+    start = time.monotonic()
+    with _trainable(pair, settings) as model:
+        if gradient_checkpointing is None:
+            n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * rows.longest, n_trained)
+        if gradient_checkpointing:
+            _checkpoint_gradients(model)
+        args = _arguments(pair, settings, len(rows), place, save_steps)
+        trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress)
+        with _explained(place), fast_products(pair.device, pair.dtype):
+            trainer.train(resume_from_checkpoint=place.latest_checkpoint())
+            save_weights(model, place.result)
+            if settings.full:
+                pair.tokenizer.save_pretrained(place.result)
+    return {
+        "n_sequences": len(rows),
+        "n_scored_tokens": rows.n_scored,
+        "n_steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
+        "log": trainer.loss_log,
+    }
+
+
+def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
+    """The corpus as training sees it, or `SPDError` if it is not one for this model."""
+    if not isinstance(corpus, Corpus):
+        raise SPDError(
+            f"finetune takes a Corpus, which generate makes and Corpus.load(path) reads, not a {type(corpus).__name__}"
+        )
+    if not len(corpus):
+        raise SPDError("the corpus is empty, so there is nothing to train on; generate completions first")
+    if not getattr(corpus, "complete", True):
+        raise SPDError(
+            f"the corpus {corpus.path} is not finished ({len(corpus)} completions so far); "
+            "run generate with the same settings to finish it"
+        )
+    fingerprint = corpus.settings.get("fingerprint")
+    if fingerprint is not None:
+        with reading(corpus.path or "the corpus"):
+            Fingerprint.from_dict(fingerprint).check(pair.fingerprint, "the corpus")
+    d_vocab = pair.hf.get_input_embeddings().weight.shape[0]
+    for record in corpus:
+        ids = record.prompt_ids + record.completion_ids
+        if len(ids) < 2:
+            raise SPDError(f"the completion of prompt {record.id!r} has {len(ids)} tokens, and training needs two")
+        if len(ids) > pair.n_ctx or not all(0 <= token < d_vocab for token in ids):
+            raise SPDError(
+                f"the completion of prompt {record.id!r} does not fit the model: {len(ids)} tokens (context "
+                f"{pair.n_ctx}), largest id {max(ids)} (vocabulary {d_vocab}); was it generated by another model?"
+            )
+    return TokenRows(corpus.records, loss_on)
+
+
+def _arguments(
+    pair: ModelPair, settings: TrainingSettings, n_rows: int, place: TrainingPlace, save_steps: int | None
+) -> TrainingArguments:
+    per_epoch = math.ceil(math.ceil(n_rows / settings.train_batch_size) / settings.gradient_accumulation)
+    every = save_steps or (per_epoch if settings.full else min(per_epoch, 100))
+    args = TrainingArguments(
+        output_dir=str(place.checkpoints),
+        per_device_train_batch_size=settings.train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        optim="adamw_torch",
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        # full training keeps float32 weights and computes in the model's own precision, as LoRA on it does
+        bf16=settings.full and pair.dtype == torch.bfloat16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,  # the newest may be half-written when the process is killed
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
+        report_to="none",
+        disable_tqdm=True,  # there is a bar of our own
+        use_cpu=pair.device.type == "cpu",
+        dataloader_pin_memory=pair.device.type == "cuda",
+        remove_unused_columns=False,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make Trainer split every batch over them
+    return args
+
+
+@contextlib.contextmanager
+def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Module]:
+    """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained."""
+    if settings.full:
+        # float32, since steps of 1e-5 vanish in bfloat16 weights
+        model = copy.deepcopy(pair.hf).to(torch.float32).requires_grad_(True)
+        yield model.train()
+        return
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=_lasting_name(pair.name),
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a fraction works too
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
+    )
+    with as_it_was(pair.hf):
+        model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
+        model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+        yield model.train()
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # the newer name first: the older one warns where both exist
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": recomputed_alike(inner.device, inner.dtype)})
+
+
+def _lasting_name(name: str) -> str:
+    """A hub name as it is, a local path made absolute: the adapter may be used from another directory."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+
+
+@contextlib.contextmanager
+def _explained(place: TrainingPlace) -> Iterator[None]:
+    """Memory and disk that run out are no programming errors."""
+    again = "the latest checkpoint is kept, and the same call continues from it"
+    failed = f"training cannot write to {place.scratch}"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SPDError(
+            "training ran out of memory; lower batch_size and raise gradient_accumulation, or set "
+            f"gradient_checkpointing=True ({again} unless batch_size changes)"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise SPDError(f"{failed} ({error}); {'make room: ' if full else ''}{again}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):  # how torch.save reports a full disk
+            raise
+        raise SPDError(f"{failed} ({error}); make room: {again}") from error

@@ -1,0 +1,74 @@
+"""`Experiment`: what is made of settings, model, tasks and a folder is made once, and the model is loaded once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import spd_lens as spd
+from spd_lens.runs import experiment as module
+from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces.policy import Policy
+from tests.helpers import refused
+
+
+@pytest.fixture
+def config(tiny_settings, tiny_pair):
+    return spd.SPDConfig.make({**tiny_settings, "model": tiny_pair.name, "engine": "twin"})
+
+
+@pytest.fixture
+def own(config, tiny_pair, tmp_path):
+    return Experiment(config, tmp_path, pair=tiny_pair)
+
+
+def test_moments_are_extracted_once_and_kept_where_their_name_says(own, config, tiny_pair, tmp_path, monkeypatch):
+    plain, everywhere, wrong = own.moments(), own.moments(layers="all"), own.moments(shuffled=True, seed=3)
+    assert len(everywhere.sites) > len(plain.sites) == len(wrong.sites)
+    names = {"moments", "analysis/moments-all-layers", "analysis/moments-shuffled-3"}
+    assert {str(p.relative_to(tmp_path).with_suffix("")) for p in tmp_path.rglob("*.safetensors")} == names
+    monkeypatch.setattr(module, "extract", None)  # a second extraction would fail
+    assert own.moments() is own.with_seed(5).moments() is plain
+    again = Experiment(config, tmp_path, pair=tiny_pair)
+    for site in plain.sites:
+        assert torch.equal(again.moments().gradient[site], plain.gradient[site])
+        assert not torch.equal(again.moments(shuffled=True, seed=3).gradient[site], plain.gradient[site])
+
+
+def test_an_extraction_of_something_else_is_refused_though_it_is_in_memory(own, tiny_qwen2_pair):
+    own.moments()
+    with refused("moments.safetensors", "another model"):
+        own.varied(pair=tiny_qwen2_pair).moments()
+    with refused("moments.safetensors", "another folder"):
+        own.varied(config=own.config.model_copy(update={"kinds": ["k"]})).moments()
+
+
+def test_a_policy_is_generated_under_whole(own, tmp_path):
+    policy = Policy("projected", own.subspace(), 0.5)
+    corpus = own.generate(tmp_path / "a.jsonl", policy, own.prompts[:3], sampling={"temperature": 1.2})
+    wanted = spd.generate(
+        own.pair, own.prompts[:3], subspace=policy.subspace, strength=0.5, temperature=1.2, seed=own.config.seed,
+        max_new_tokens=own.config.max_new_tokens, progress=False,
+    )  # fmt: skip
+    assert [r.completion_ids for r in corpus] == [r.completion_ids for r in wanted]
+    plain = own.generate(tmp_path / "b.jsonl", None, own.prompts[:3], sampling={"temperature": 1.2})
+    assert [r.completion_ids for r in plain] != [r.completion_ids for r in corpus]
+
+
+def test_experiments_of_one_model_load_it_once(finished_run, tmp_path, monkeypatch):
+    paths = [shutil.copytree(finished_run.path, tmp_path / name) for name in ("a", "b", "c")]
+    found = [Experiment.opened(Run(path), progress=False) for path in paths]
+    notes = json.loads((paths[2] / "run.json").read_text())
+    (paths[2] / "run.json").write_text(json.dumps({**notes, "weights": "others"}))
+    for experiment in found:
+        experiment.models = found[0].models
+        assert experiment.moments().sites and not experiment.models  # what is there needs no model
+    first = found[0].pair
+    monkeypatch.setattr(module, "load", None)  # a second model would fail
+    assert found[1].pair is first
+    with refused("no longer has the weights", str(paths[2])):
+        _ = found[2].pair

@@ -1,0 +1,64 @@
+import random
+
+import pytest
+
+import spd_lens as spd
+from spd_lens.errors import SPDError
+from spd_lens.examples import Example
+from spd_lens.subspaces.controls import shuffled_answers, with_answers
+
+
+def _example(answer: str, *more: str) -> Example:
+    completion, spans = "so it is ", []
+    for part in (answer, *more):
+        spans.append((len(completion), len(completion) + len(part)))
+        completion += part + " and "
+    return Example("q", completion, tuple(spans), id=answer)
+
+
+def _answers(example: Example) -> tuple[str, ...]:
+    return tuple(example.completion[a:b] for a, b in example.spans)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_keeps_an_answer_and_none_is_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    answers = ["A"] * 5 + ["B"] * 4 + ["C"] * 1  # the most common is exactly half
+    rng.shuffle(answers)
+    examples = [_example(a) for a in answers]
+    shuffled = shuffled_answers(examples, seed)
+    assert all(_answers(old) != _answers(new) for old, new in zip(examples, shuffled, strict=True))
+    assert sorted(map(_answers, shuffled)) == sorted(map(_answers, examples))
+    assert [e.prompt for e in shuffled] == [e.prompt for e in examples]
+
+
+def test_seeds_differ_and_repeat() -> None:
+    examples = [_example(str(i)) for i in range(12)]
+    assert shuffled_answers(examples, 1) == shuffled_answers(examples, 1)
+    assert shuffled_answers(examples, 1) != shuffled_answers(examples, 2)
+
+
+def test_spans_move_with_answers_of_other_lengths() -> None:
+    example = _example("7", "eight")
+    changed = with_answers(example, ["1234567"])
+    assert changed.completion == "so it is 1234567 and 1234567 and "
+    assert _answers(changed) == ("1234567", "1234567")
+
+
+def test_of_a_real_task() -> None:
+    examples = spd.tasks.get("synthetic-qa").calibration(n=40, seed=1)
+    shuffled = shuffled_answers(examples, 0)
+    assert all(_answers(old) != _answers(new) for old, new in zip(examples, shuffled, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [
+        ([_example("1")], "two examples"),
+        ([_example("1"), _example("1"), _example("2")], "2 of 3 examples have the same answer"),
+        ([_example("1"), Example("q", "text")], "correctness spans"),
+    ],
+)
+def test_refused(examples: list[Example], words: str) -> None:
+    with pytest.raises(SPDError, match=words):
+        shuffled_answers(examples, 0)
