@@ -146,6 +146,19 @@ def test_a_face_hands_on_what_it_lists_and_holds_no_code(package: str) -> None:
     assert not code
 
 
+def test_a_face_hands_on_no_name_of_a_file_that_holds_something_else() -> None:
+    """Python would not find the file under the name that it has."""
+    taken = [
+        (package, alias.name)
+        for package in PACKAGES
+        for node in ast.walk(_tree(package))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if f"{package}.{alias.name}" in FILES and node.module.rpartition(".")[2] != alias.name
+    ]
+    assert not taken
+
+
 @pytest.mark.parametrize("package", sorted(name for name in PACKAGES if FILES[name].with_suffix(".pyi").exists()))
 def test_a_face_that_loads_lazily_has_no_name_of_one_of_its_files(package: str) -> None:
     """Once the file was imported, Python would take it for what was asked for."""

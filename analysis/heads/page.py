@@ -29,6 +29,6 @@ def heads_page(
         facts: Settings of the analysis, shown under the findings.
     """
     return drawn(
-        "page.html", "page.js", title=title, says=says, facts=listed(facts),
+        "heads.html", "heads.js", title=title, says=says, facts=listed(facts),
         maps=[as_data(fig) for fig in figures], example=shown.record(),
     )  # fmt: skip

@@ -27,7 +27,7 @@ from spd_lens.generation.slots import Slots
 from spd_lens.models import (
     ModelPair,
     angles_change_beyond,
-    attention,
+    attention_implementation,
     free_memory,
     lens_logits,
     named_outputs,
@@ -130,7 +130,7 @@ def complete(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job], size: int
 
     Slots rely on how an architecture takes masks and positions, which tests show for those of the table.
     """
-    if takes_slots(pair.hf) and attention(pair.hf.config) in ("sdpa", "eager"):
+    if takes_slots(pair.hf) and attention_implementation(pair.hf.config) in ("sdpa", "eager"):
         yield from Slots(pair.hf, decoding, size).run(jobs)
         return
     ordered = sorted(jobs, key=lambda job: -len(job.prompt_ids))

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from spd_lens.generation.cuda_graphs import CudaGraphs
 from spd_lens.generation.jobs import Completions, Decoding, Job, Row
 from spd_lens.models import (
-    attention,
+    attention_implementation,
     fastest_attention,
     one_query_at_a_time,
     ordinary_buffers,
@@ -245,7 +245,7 @@ def step_mask(model: Any, positions: Int[Tensor, " row"], length: int, added: bo
     True where `column <= position`, and in a layer with a sliding window `column > position - window`. A mask that is
     `added` to scores, as eager attention's is, has 0 there and the lowest number elsewhere.
     """
-    added = added or attention(model.config) == "eager"
+    added = added or attention_implementation(model.config) == "eager"
 
     def wanted(mask: Bool[Tensor, "row 1 1 column"]) -> Tensor:
         if not added:

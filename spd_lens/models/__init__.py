@@ -23,14 +23,18 @@ from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat
 from spd_lens.models.tokenizer import load_tokenizer, text_ids
 from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory
-from spd_lens.models.transformers_private import attention, default_generation_settings, logits_processors
+from spd_lens.models.transformers_private import (
+    attention_implementation,
+    default_generation_settings,
+    logits_processors,
+)
 from spd_lens.models.twin import check_saveable, named_outputs, run_twin
 from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
 __all__ = [
     "ARCHITECTURES", "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
     "PromptFormat", "SiteLayer", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond", "architecture",
-    "attention", "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
+    "attention_implementation", "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
     "default_generation_settings", "dtype_name", "fast_products", "fastest_attention", "free_memory", "kl_divergence",
     "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads", "named_outputs",
     "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product", "ordinary_buffers",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from spd_lens.models.transformers_private import attention, call_attention, may_change_attention
+from spd_lens.models.transformers_private import attention_implementation, call_attention, may_change_attention
 
 _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
@@ -30,7 +30,7 @@ def fastest_attention(model: Any, length: int) -> Iterator[None]:
     They keep all attention weights for the backward pass, so long sequences keep torch's kernel.
     """
     fitting = model.dtype == torch.bfloat16 and model.device.type == "cpu" and length <= _SHORT
-    if not fitting or attention(model.config) != "sdpa" or not may_change_attention(model):
+    if not fitting or attention_implementation(model.config) != "sdpa" or not may_change_attention(model):
         yield
         return
     model.set_attn_implementation("eager")
@@ -48,7 +48,7 @@ def one_query_at_a_time(model: Any) -> Iterator[bool]:
     use sdpa and look up their attention by name.
     """
     config = model.config.get_text_config()
-    if attention(config) != "sdpa" or model.device.type != "cpu" or not may_change_attention(model):
+    if attention_implementation(config) != "sdpa" or model.device.type != "cpu" or not may_change_attention(model):
         yield False
         return
     call_attention(config, _ONE_QUERY)  # in every step

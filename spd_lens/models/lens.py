@@ -79,9 +79,9 @@ class ProvenLens:
 
     def check_logits(self, model: nn.Module) -> torch.Tensor:
         """Logits of either model on the short check texts, without those of padding; in float64 on the CPU."""
-        rows = [text_ids(self._tokenizer, text) for text in parity.CHECK_TEXTS]
-        tokens, mask = parity.right_pad(rows, rows[0][0], self._twin.device)  # padding is masked
         with neutral(model), torch.no_grad():
+            rows = [text_ids(self._tokenizer, text) for text in parity.CHECK_TEXTS]
+            tokens, mask = parity.right_pad(rows, rows[0][0], self._twin.device)  # padding is masked
             if hasattr(model, "hook_dict"):
                 logits = lens_logits(model, tokens, mask)
             else:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from spd_lens.errors import SPDError, one_line
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
-from spd_lens.models.transformers_private import attention, call_attention, causal_class, is_known_to
+from spd_lens.models.transformers_private import attention_implementation, call_attention, causal_class, is_known_to
 from spd_lens.models.twin import run_twin
 
 _OTHER_SENSES = ("vision", "image", "audio", "speech", "video", "perceiver", "qformer", "vq", "vlm")
@@ -93,7 +93,7 @@ def _renamed(decoder: nn.Module, head: nn.Module, text: Any) -> PreTrainedModel:
         key: value for key, value in settings["rope_parameters"].items() if "mrope" not in key
     } | {"rope_type": "default"}  # fmt: skip
     config = AutoConfig.for_model(_SAME_ON_TEXT[settings.pop("model_type")], **settings)
-    call_attention(config, attention(text))
+    call_attention(config, attention_implementation(text))
     with torch.device("meta"):
         part = AutoModelForCausalLM.from_config(config)
     state = {f"model.{key}": weight for key, weight in decoder.state_dict().items()}

@@ -49,7 +49,7 @@ def is_known_to(auto: Any, config: Any) -> bool:
     return type(config) in auto._model_mapping.keys()  # noqa: SIM118 (it is no dict)
 
 
-def attention(config: Any) -> str:
+def attention_implementation(config: Any) -> str:
     """The name of the attention that a model of this configuration calls."""
     return config._attn_implementation
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-import spd_lens.generation.generate
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.generation.corpus import Corpus
@@ -80,13 +81,14 @@ def test_the_settings_say_which(tiny_pair, prompts, choice):
 def test_equal_subspaces_are_one_group(tiny_pair, prompts, monkeypatch):
     """Folding costs time, so objects with the same numbers share it."""
     opened = []
-    engine = spd_lens.generation.generate.twin_engine
+    module = importlib.import_module("spd_lens.generation.generate")
+    engine = module.twin_engine
 
     def counted(pair, decoding, subspace, *rest):
         opened.append(subspace)
         return engine(pair, decoding, subspace, *rest)
 
-    monkeypatch.setattr(spd_lens.generation.generate, "twin_engine", counted)
+    monkeypatch.setattr(module, "twin_engine", counted)
     generate(tiny_pair, prompts, subspace=lambda example: subspaces(tiny_pair)[0], **OPTIONS)
     assert len(opened) == 1
     generate(tiny_pair, prompts, subspace=lambda e: subspaces(tiny_pair)[len(e.prompt) % 2], **OPTIONS)
