@@ -17,30 +17,44 @@ class Analysis(NamedTuple):
     """An analysis command."""
 
     module: str
-    """Where its `main` is, in this package."""
+    """The module that has its `main`; one of this package begins with a dot."""
     question: str
 
 
-ANALYSES: dict[str, Analysis] = {
-    "spectra": Analysis("spectra.command", "how low-rank are the gradients: singular values, effective ranks, nulls"),
-    "overlap": Analysis("overlap.command", "do two subspaces hold each other's gradients, by site and head"),
-    "rank_sweep": Analysis("sweeps.ranks", "what each rank costs and brings, against random subspaces"),
-    "layer_sweep": Analysis("sweeps.layers", "the same for layers and kinds; recommends layers and rank"),
-    "heads": Analysis("heads.command", "layer × head maps of gradient energy and of the effect of projecting one head"),
-    "directions": Analysis("directions.command", "what singular directions read and write, in tokens"),
-    "tokens": Analysis("tokens.command", "where in the text the gradient sits"),
-    "calibration_size": Analysis("calibration.size", "how many examples a subspace needs, and what spoils it"),
-    "corpora": Analysis(
-        "corpora.command", "what each method wrote on the same prompts, side by side, and how their corpora differ"
-    ),
-    "sampling_sweep": Analysis(
-        "corpora.sampling_sweep",
-        "what temperature and top-p do to completions and scores, with the projection and without",
-    ),
-    "drift": Analysis("distilled.drift", "the subspace after distillation against the one before"),
-    "tables": Analysis("paper.tables", "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)"),
-}
+ANALYSES: dict[str, Analysis] = {}
 """Every analysis command, in the order in which a reader asks; none is imported for the list."""
+
+
+def register(name: str, module: str, question: str) -> None:
+    """List an analysis for `spd-lens analyze`: see docs/extending.md.
+
+    Raises `SPDError` for a name that another analysis has.
+    """
+    found = Analysis(module, question)
+    if ANALYSES.setdefault(name.replace("-", "_"), found).module != module:
+        raise SPDError(f"there is already an analysis called {name!r}; give yours another name")
+
+
+register("spectra", ".spectra.command", "how low-rank are the gradients: singular values, effective ranks, nulls")
+register("overlap", ".overlap.command", "do two subspaces hold each other's gradients, by site and head")
+register("rank-sweep", ".sweeps.ranks", "what each rank costs and brings, against random subspaces")
+register("layer-sweep", ".sweeps.layers", "the same for layers and kinds; recommends layers and rank")
+register("heads", ".heads.command", "layer × head maps of gradient energy and of the effect of projecting one head")
+register("directions", ".directions.command", "what singular directions read and write, in tokens")
+register("tokens", ".tokens.command", "where in the text the gradient sits")
+register("calibration-size", ".calibration.size", "how many examples a subspace needs, and what spoils it")
+register(
+    "corpora",
+    ".corpora.command",
+    "what each method wrote on the same prompts, side by side, and how their corpora differ",
+)
+register(
+    "sampling-sweep",
+    ".corpora.sampling_sweep",
+    "what temperature and top-p do to completions and scores, with the projection and without",
+)
+register("drift", ".distilled.drift", "the subspace after distillation against the one before")
+register("tables", ".paper.tables", "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)")
 
 
 def analyze(arguments: Sequence[str]) -> None:
@@ -54,5 +68,5 @@ def analyze(arguments: Sequence[str]) -> None:
     name = arguments[0].replace("-", "_")
     if name not in ANALYSES:
         raise SPDError(f"unknown analysis {arguments[0]!r}; choose from {', '.join(ANALYSES).replace('_', '-')}")
-    module = importlib.import_module(f".{ANALYSES[name].module}", package=__package__)
+    module = importlib.import_module(ANALYSES[name].module, package=__package__)
     start(single_command(module.main), arguments[1:], on_interrupt="what it had saved stays")

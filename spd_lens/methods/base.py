@@ -19,8 +19,8 @@ class Method:
     """Everything that methods share is done once, outside of them: prompts, training, items, measures.
 
     A method is given the `Experiment` of its source and seed, and says under which policy completions are sampled, how
-    they are sampled, and which are kept. The defaults are those of plain self-retraining. To add one, put a file into
-    this package with a subclass under `@register`, or register it from your own module.
+    they are sampled, and which are kept. The defaults are those of plain self-retraining. docs/extending.md says
+    how to add one.
     """
 
     name: ClassVar[str]

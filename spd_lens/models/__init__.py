@@ -2,7 +2,14 @@
 
 from spd_lens.models.adapter_files import adapter_digest
 from spd_lens.models.adapters import adapted, merged_copy
-from spd_lens.models.architectures import ARCHITECTURES, angles_change_beyond, architecture, n_kv_heads, takes_slots
+from spd_lens.models.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    angles_change_beyond,
+    architecture,
+    n_kv_heads,
+    takes_slots,
+)
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.backends import choose_backends, lens_logits
 from spd_lens.models.batches import batches_by_length
@@ -32,7 +39,8 @@ from spd_lens.models.twin import check_saveable, named_outputs, run_twin
 from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
 __all__ = [
-    "ARCHITECTURES", "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
+    "ARCHITECTURES", "Architecture",
+    "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
     "PromptFormat", "SiteLayer", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond", "architecture",
     "attention_implementation", "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
     "default_generation_settings", "dtype_name", "fast_products", "fastest_attention", "free_memory", "kl_divergence",

@@ -32,7 +32,7 @@ def test_unknown_names_are_refused_with_the_list(name: str) -> None:
 @pytest.mark.parametrize("name", list(ANALYSES))
 def test_every_entry_is_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert importlib.util.find_spec(f"spd_lens.analysis.{name}") is not None  # for `python -m`
-    module = importlib.import_module(f"spd_lens.analysis.{ANALYSES[name].module}")
+    module = importlib.import_module(ANALYSES[name].module, package="spd_lens.analysis")
     assert module.main.__doc__
     with pytest.raises(SystemExit) as stop:
         analyze([name.replace("_", "-"), "--help"])
