@@ -20,7 +20,7 @@ from spd_lens.analysis.common.subject import subjects
 from spd_lens.errors import SPDError
 from spd_lens.output import set_up_logging
 
-Quiet = Annotated[bool, typer.Option(help="Warnings only: no log and no progress bars.")]
+Quiet = Annotated[bool, typer.Option(help="Show warnings only: no log, and no progress bars.")]
 
 
 @dataclass(frozen=True)

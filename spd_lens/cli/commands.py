@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings only: no log and no progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings only: no log, and no progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
