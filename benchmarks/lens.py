@@ -16,7 +16,7 @@ from spd_lens.models import choose_backends
 N_EXAMPLES, ROUNDS = {"smollm2": 9, "qwen2.5-0.5b-shape": 5}, 2
 DTYPES = ("float32", "bfloat16")
 GOAL = 2.0
-"""At most so many times the twin engine's time."""
+"""The most that the time may be, as a multiple of the twin engine's."""
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:

@@ -1,7 +1,9 @@
 """Every notebook runs from its first cell to its last, in one kernel, on the tiny model and with small numbers."""
 
+import html
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_runs_from_end_to_end(path, kernel, model):
     assert not errors
 
 
-def test_pages_in_the_docs_are_small_and_whole():
+def test_pages_in_the_docs_are_small_and_whole_and_show_the_notebooks_code():
     pages = Path(__file__).parent.parent / "docs" / "notebooks"
     for path in NOTEBOOKS:
         page = pages / f"{path.stem}.html"
@@ -97,3 +99,7 @@ def test_pages_in_the_docs_are_small_and_whole():
         assert page.stat().st_size < 2**20
         assert "<script" not in text and 'src="http' not in text and "<link" not in text
         assert "Traceback (most" not in text and "data:image/svg+xml" in text
+        shown = "".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert "".join(cell.source.split()) in shown, cell.source
