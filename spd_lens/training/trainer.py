@@ -90,7 +90,7 @@ class CorpusTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of one group of texts after the other: each graph is gone before the next begins."""
+        """Forward and backward pass, one group of texts after the other: a graph is gone before the next begins."""
         losses = []
         for part in passes(inputs, angles_change_beyond(self._inner.config)):
             with fastest_attention(self._inner, part["input_ids"].shape[1]):
