@@ -170,23 +170,6 @@ def test_a_face_that_loads_lazily_has_no_name_of_one_of_its_files(package: str) 
     assert not clashes
 
 
-@pytest.mark.parametrize("document", ["docs/architecture.md", "CONTRIBUTING.md"])
-def test_modules_and_files_that_documents_name_exist(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    paths = re.findall(r"`((?:spd_lens|analysis|tests|docs|benchmarks|scripts|notebooks)/[\w./-]*)`", text)
-    dotted = [name for name in re.findall(r"`(spd_lens(?:\.\w+)+)`", text)]
-    gone = [path for path in paths if not any((ROOT / f"{path}{end}").exists() for end in ("", ".py"))]
-    gone += [name for name in dotted if not _resolves(name)]
-    assert paths or dotted
-    assert not gone
-
-
-def _resolves(name: str) -> bool:
-    """Whether a dotted name is a module or an attribute of one."""
-    module, _, attribute = name.rpartition(".")
-    return name in FILES or (module in FILES and hasattr(importlib.import_module(module), attribute))
-
-
 def _rooms_of_the_tables() -> list[tuple[str, str]]:
     """(package, file) of the tables in docs/architecture.md: `| `package/` | `file` ..., `file` ... |`."""
     rows = re.findall(r"^\| `([\w/]+?)/?` \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
