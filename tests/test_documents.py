@@ -122,3 +122,13 @@ def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
     named = _all(r"(?m)(?:`|^)make ([a-z-]+)")
     assert named and not [(document, target) for document, target in named if target not in targets]
+
+
+def test_what_the_changelog_says_has_moved_is_there() -> None:
+    moved = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Moved")[2].partition("### Fixed")[0]
+    now = [
+        cell for row in re.findall(r"(?m)^\| `.+ \| (.+) \|$", moved) for cell in re.findall(r"`(spd_lens[\w.]+)`", row)
+    ]
+    assert len(now) > 10
+    for name in now:
+        resolve_name(name)
