@@ -29,6 +29,7 @@ from spd_lens.models.transformers_private import (
     logits_processors,
 )
 from spd_lens.models.twin import check_saveable, named_outputs, run_twin
+from spd_lens.models.untouched import untouched
 from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
 __all__ = [
@@ -41,5 +42,5 @@ __all__ = [
     "out_of_memory", "own_memory", "packed", "positionwise_in_last_block", "probe", "random_kept", "recomputed_alike",
     "refuse_compiled", "refuse_processed", "relative_error", "resolve_device", "resolve_dtype", "right_pad",
     "run_only", "run_twin", "single_process", "site_layer", "takes_slots", "text_ids", "token_losses", "twin_hook",
-    "unembed_only", "weights_digest", "without_autocast",
+    "unembed_only", "untouched", "weights_digest", "without_autocast",
 ]  # fmt: skip
