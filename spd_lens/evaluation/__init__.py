@@ -1,6 +1,5 @@
 """Scores and teacher-forced effects of the base, the projected and the fine-tuned policy, on the same items."""
 
-from spd_lens.evaluation.choices import with_choice
 from spd_lens.evaluation.corpus_diagnostics import (
     OF_COMPLETIONS,
     corpus_diagnostics,
@@ -17,5 +16,5 @@ from spd_lens.subspaces import Policy
 __all__ = [
     "EvalResult", "ForcedBatch", "ForcedItem", "ItemResult", "OF_COMPLETIONS", "Policy", "Prefix",
     "corpus_diagnostics", "evaluate", "exact_prefix", "forced_above", "forced_logits", "repeated_ngrams",
-    "settled_at", "share_after_answer", "teacher_forced", "with_choice",
+    "settled_at", "share_after_answer", "teacher_forced",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.generation import APPLIED, NOT_APPLIED, Corpus, check_room, generate, recorded_settings
-from spd_lens.models import ModelPair, neutrally
+from spd_lens.models import ModelPair, dtype_name, neutrally
 from spd_lens.subspaces import Policy, Subspace
 from spd_lens.tasks import Task
 
@@ -114,7 +114,7 @@ def _settings(
     """What one needs to make the result again."""
     return {
         "model": pair.name,
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         **pair.format.settings,
         "task_options": task.options(),
         "n": n,

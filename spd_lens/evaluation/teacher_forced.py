@@ -18,8 +18,6 @@ from spd_lens.examples import Example, worked_examples
 from spd_lens.models import (
     Encoded,
     ModelPair,
-    angles_change_beyond,
-    batches_by_length,
     fast_products,
     neutrally,
     right_pad,
@@ -27,6 +25,9 @@ from spd_lens.models import (
     unembed_only,
 )
 from spd_lens.subspaces import Policy
+
+_ROWS = 32
+"""How many rows of logits are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def teacher_forced(
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
     with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
-        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
-        for indices in batches_by_length(lengths, batch_tokens, apart):
+        for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
             for policy in policies:
@@ -124,7 +124,6 @@ def _compare(
     base: Float[Tensor, "n d_vocab"],
     logits: Float[Tensor, "n d_vocab"] | None,
     target: Int[Tensor, " n"],
-    rows: int = 32,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Loss, KL(base || policy) and whether the target is the most probable token, from the base's log-probabilities.
 
@@ -133,7 +132,7 @@ def _compare(
     """
     parts = []
     policy = base if logits is None else logits
-    for log_p, some, wanted in zip(base.split(rows), policy.split(rows), target.split(rows), strict=True):
+    for log_p, some, wanted in zip(base.split(_ROWS), policy.split(_ROWS), target.split(_ROWS), strict=True):
         log_q = log_p if logits is None else some.log_softmax(dim=-1)
         # rounding can leave a sum of positive and negative terms a hair below zero
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)

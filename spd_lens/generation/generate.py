@@ -15,11 +15,9 @@ from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.generation.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
 from spd_lens.generation.engines import lens_engine, twin_engine
 from spd_lens.generation.jobs import Decoding, Job
-from spd_lens.models import ModelPair, adapter_digest, neutrally, weights_digest
+from spd_lens.models import ModelPair, adapter_digest, dtype_name, neutrally, weights_digest
 from spd_lens.settings import SamplingKeywords, SamplingSettings
 from spd_lens.subspaces import Policy, Subspace
-
-GENERATION_ENGINES = ("twin", "lens")
 
 PerPrompt = Mapping[str, Subspace | None] | Callable[[Example], Subspace | None]
 """Which subspace each prompt is answered under, by its id or by asking; None for none."""
@@ -98,7 +96,7 @@ def generate(
 
 
 def _check_engine(engine: str, policy: Policy) -> None:
-    if engine not in GENERATION_ENGINES:
+    if engine not in ("twin", "lens"):
         raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
     if engine == "lens" and policy.adapter is not None:
         raise SPDError(
@@ -203,7 +201,7 @@ def _recorded(
     return {
         "model": pair.name,
         "engine": engine,
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         **pair.format.settings,
         "subspace": each if by_prompt else groups[0].digest,
         "strength": float(policy.strength) if any(group.digest for group in groups) else None,

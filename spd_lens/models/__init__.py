@@ -5,7 +5,7 @@ from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.models.architectures import ARCHITECTURES, angles_change_beyond, architecture, n_kv_heads, takes_slots
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.backends import choose_backends, lens_logits
-from spd_lens.models.batches import batches_by_length
+from spd_lens.models.batches import batches_by_length, right_pad
 from spd_lens.models.checkpoint import check_whole
 from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
@@ -17,7 +17,7 @@ from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
 from spd_lens.models.onednn import available, fast_products, packed, recomputed_alike
 from spd_lens.models.pair import ModelPair
-from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error, right_pad
+from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error
 from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat

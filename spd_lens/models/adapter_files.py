@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from spd_lens.errors import SPDError, one_line
 from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
-from spd_lens.models.settings import numbers_in
+from spd_lens.models.architectures import numbers_in
 
 TAKEN = frozenset(
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spd_lens.errors import SPDError
 from spd_lens.models.torch_private import hook_tables
@@ -55,18 +56,13 @@ def named_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: part for part, name in parts.items()}
 
 
-@contextlib.contextmanager
-def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Iterator[None]:
-    """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`.
+def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> RemovableHandle:
+    """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`: `with` ends that.
 
     A vocabulary of 150,000 is a quarter of a 0.5B model's work, and a float32 row of it is 600 kB. Whatever the model
     does to its logits afterwards (soft caps, scaling) is per position and still happens.
     """
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError, one_line
-from spd_lens.models.architectures import is_known
-from spd_lens.models.decoder import check_causal
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS, relative_error
 from spd_lens.models.tokenizer import text_ids
@@ -70,19 +68,6 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
                 "spd_lens reads them; choose another model, or report this architecture"
             )
     return found
-
-
-def probe_unknown(twin: PreTrainedModel, tokenizer: Any, sites: Sequence[Site]) -> None:
-    """`probe` for an architecture that is not in the table and taken to be built like Llama.
-
-    Raises:
-        SPDError: the model has no layers of Llama's names at these sites, or they are not what they are in Llama; or it
-            is no causal language model.
-    """
-    if is_known(twin):
-        return
-    probe(twin, tokenizer, sites)
-    check_causal(twin, tokenizer)
 
 
 class _Question:

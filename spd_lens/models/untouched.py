@@ -32,6 +32,7 @@ def untouched(twin: PreTrainedModel, *, writable: bool = True) -> Iterator[None]
     plain = [parameter for parameter in twin.parameters() if not is_lazy(parameter)]
     own_memory(twin)
     held = [(module, dict(vars(module))) for module in twin.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in twin.parameters()]
     before = state_digest(twin)
     copies: dict[int, Any] = {} if writable else {id(own): own for own in (*twin.parameters(), *twin.buffers())}
     try:
@@ -43,6 +44,8 @@ def untouched(twin: PreTrainedModel, *, writable: bool = True) -> Iterator[None]
         for module, attributes in held:
             vars(module).clear()
             vars(module).update(attributes)
+        for parameter, gradient in gradients:  # which a training clears
+            parameter.grad = gradient
         copies.clear()
         for parameter in plain:
             parameter.data_ptr()  # asked for as if to write: a storage that nobody shares any more is ordinary again

@@ -22,8 +22,7 @@ from spd_lens.models import (
     LensHook,
     ModelPair,
     Parity,
-    angles_change_beyond,
-    batches_by_length,
+    dtype_name,
     fast_products,
     fastest_attention,
     free_memory,
@@ -85,7 +84,7 @@ def extract(
     examples = worked_examples(examples, "calibration examples")
     settings = Extraction.given(settings, keywords, "extract")
     sites = pair.sites(settings.layers, settings.kinds)
-    recorded = {"loss": settings.loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype)}
     if pair.format.prompt_date is not None:
         recorded["prompt_date"] = pair.format.prompt_date
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
@@ -142,9 +141,7 @@ def token_gradients(
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
-        for batch in batches_by_length(
-            [len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(pair.hf.config)
-        ):
+        for batch in pair.batches(encoded, batch_tokens):
             yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
 
@@ -172,7 +169,7 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
         gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
     if not all(g.isfinite().all() for g in gradients):
         raise SPDError(
-            f"gradients are not finite in {str(pair.dtype).removeprefix('torch.')} for example "
+            f"gradients are not finite in {dtype_name(pair.dtype)} for example "
             f"{indices[0]} or one of its batch; load the model with dtype='float32' or 'bfloat16'"
         )
     for i, (index, e, value) in enumerate(zip(indices, batch, per_example.tolist(), strict=True)):
@@ -189,13 +186,9 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
 
 
 def fitting_tokens(pair: ModelPair, n_layers: int) -> int:
-    """Tokens per batch that half of the free memory holds, where `n_layers` layers keep a graph.
-
-    A layer keeps at most about 34 values per token and unit of `d_model` (Korthikanti et al. 2022, section 4).
-    """
+    """Tokens per batch that half of the free memory holds, where `n_layers` layers keep a graph."""
     most = 16_384 if pair.device.type == "cuda" else 1_024
-    per_token = 34 * n_layers * pair.fingerprint.d_model * pair.dtype.itemsize
-    return max(1, min(most, int(free_memory(pair.device) / 2 / per_token)))
+    return max(1, min(most, int(free_memory(pair.device) / 2 / (n_layers * pair.kept_by_layer))))
 
 
 class Tap:

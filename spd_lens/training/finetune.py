@@ -24,6 +24,7 @@ from spd_lens.models import (
     Fingerprint,
     ModelPair,
     check_saveable,
+    dtype_name,
     fast_products,
     neutrally,
     random_kept,
@@ -92,7 +93,7 @@ def finetune(
     identity = {
         "model": pair.name,
         "weights": weights_digest(pair.hf),
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         "corpus": corpus_digest(corpus),
         **settings.by_keyword(),
     }
