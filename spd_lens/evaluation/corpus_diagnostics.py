@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import fmean, median, quantiles, stdev
@@ -214,7 +216,7 @@ def settled_at(text: str, task: Task) -> int:
         return len(text)
     # The form too: in "5 + 7 = 12\n#### 12" a lenient reader has the answer before the line that gives it.
     in_form = task.in_asked_form(text)
-    ends = _word_ends(text)
+    ends = [word.end() for word in re.finditer(r"\S+", text)]
     settled = len(ends) - 1
     # From behind: most answers stand at the end, and a beginning may have had the right one by chance.
     while settled > 0:
@@ -227,20 +229,9 @@ def settled_at(text: str, task: Task) -> int:
     return ends[settled]
 
 
-def _word_ends(text: str) -> list[int]:
-    return [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
-
-
 def _tokens_of(ids: Sequence[int], n_characters: int, decode: Callable[[Sequence[int]], str]) -> int:
     """How many of the tokens make up the first characters; a token that reaches beyond counts."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if len(decode(ids[:middle])) >= n_characters:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(len(ids)), n_characters, key=lambda n: len(decode(ids[:n])))
 
 
 def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:

@@ -102,7 +102,8 @@ class ModelSettings:
                 StopStringCriteria(pair.tokenizer, own.stop_strings) if "stop_strings" in asked else None,
             )
             if found.make is not None:  # once, since some values are looked at in the first step
-                found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), _no_logits(pair))
+                logits = torch.zeros(1, pair.hf.get_output_embeddings().weight.shape[0], device=pair.device)
+                found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), logits)
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
             raise SPDError(
                 f"the model's generation config cannot be applied ({one_line(error)}): it sets {shown(applied)}; "
@@ -165,10 +166,6 @@ def _asked(own: Any) -> dict[str, Any]:
         if is_set:
             asked[name] = value
     return asked
-
-
-def _no_logits(pair: ModelPair) -> Float[Tensor, "1 d_vocab"]:
-    return torch.zeros(1, pair.hf.get_output_embeddings().weight.shape[0], device=pair.device)
 
 
 def _plain(value: Any) -> Any:

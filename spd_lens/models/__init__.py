@@ -7,13 +7,12 @@ from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.backends import choose_backends, lens_logits
 from spd_lens.models.batches import batches_by_length, right_pad
 from spd_lens.models.checkpoint import check_whole
-from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
+from spd_lens.models.devices import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.launchers import single_process
 from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
-from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
 from spd_lens.models.onednn import available, fast_products, packed, recomputed_alike
 from spd_lens.models.pair import ModelPair

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,6 @@ def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
 
     `modules` are the names of the twin's. PEFT hands patterns to `re`, which some hold up for ever.
     """
-    settings = read_settings(directory)
-    _check_kind(directory, settings)
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT raises many types on settings that do not go together
@@ -182,7 +181,7 @@ def _spelled_out(what: str, field: str, value: Any, names: list[str], until: flo
         first = {name: next((key for key in keys if _named(what, key, name, until)), None) for name in names}
         return masks | {name: value[key] for name, key in first.items() if key is not None}
     if isinstance(value, (list, set)):
-        parts = {name[i:] for name in names for i in _starts(name)}
+        parts = {end for name in names for end in accumulate(name.split(".")[::-1], lambda end, part: f"{part}.{end}")}
         if found := [part for part in value if part in parts]:
             return found
     first_of = next(iter(value)) if isinstance(value, (list, set)) else value
@@ -196,10 +195,6 @@ def _named(what: str, key: str, name: str, until: float) -> bool:
     if _PLAIN.fullmatch(key):
         return name == key or name.endswith(f".{key}")
     return _fits(what, rf"(.*\.)?({key})", name, until)
-
-
-def _starts(name: str) -> list[int]:
-    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
 
 
 def _fits(what: str, pattern: str, name: str, until: float) -> bool:

@@ -16,8 +16,7 @@ from spd_lens.models import parity
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import Backend, NoLens, lens_logits
 from spd_lens.models.batches import right_pad
-from spd_lens.models.devices import dtype_name
-from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.devices import dtype_name, free_memory, out_of_memory
 from spd_lens.models.neutral import neutral
 from spd_lens.models.processed import remember
 from spd_lens.models.proof import beyond, parity_at, regimes, rows_that_fit

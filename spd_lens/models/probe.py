@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError, one_line
+from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS, relative_error
 from spd_lens.models.tokenizer import text_ids
-from spd_lens.models.twin import run_twin
+from spd_lens.models.twin import run_twin, runnable
 from spd_lens.models.weights import site_layer, twin_hook
 from spd_lens.sites import Site
 
@@ -52,13 +52,8 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
     with contextlib.ExitStack() as stack:
         for question in asked:
             stack.enter_context(question.put())
-        try:
-            cache = run_twin(twin, tokens, use_cache=True).past_key_values
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
-            raise SPDError(
-                f"{type(twin).__name__} cannot be run on a short text with a cache ({one_line(error)}); check its "
-                "configuration or choose another model"
-            ) from error
+        stack.enter_context(runnable(twin, " with a cache"))
+        cache = run_twin(twin, tokens, use_cache=True).past_key_values
     found = {question.site: question.error(cache) for question in asked}
     for site, gap in found.items():
         if not gap <= _TOLERANCE:  # so that NaN is refused too

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from spd_lens.models.architectures import numbers_in
 from spd_lens.models.backends import lens_logits
 from spd_lens.models.batches import right_pad
+from spd_lens.models.devices import free_memory
 from spd_lens.models.hooks import unembed_only
-from spd_lens.models.memory import free_memory
 from spd_lens.models.parity import CHECK_TEXTS, Parity
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin

@@ -16,13 +16,13 @@ from spd_lens.models import hub
 from spd_lens.models.adapter_files import layers_of_models
 
 
-def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: str) -> Any:
     """The tokenizer that `spd_lens.load(model)` would use.
 
     Raises:
         SPDError: there is no such model, or it has no tokenizer that can be read.
     """
-    return read_tokenizer(hub.local_directory(model, revision=revision), trust_remote_code)
+    return read_tokenizer(hub.local_directory(model))
 
 
 def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

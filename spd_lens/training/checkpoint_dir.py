@@ -147,8 +147,7 @@ def _result_damage(directory: Path) -> str | None:
     """What is wrong with weights or, which may have been edited since, with the configuration: can it be read?"""
     try:
         recorded = read_json(directory / LOG).get("files") if (directory / LOG).exists() else None
-        config = directory / "adapter_config.json"
-        read_json(config if config.exists() else directory / "config.json")
+        _check_config(directory)
         if recorded is None:  # of an earlier version
             return unreadable_weights(directory)
         return damage(directory, {name: entry for name, entry in recorded.items() if name.endswith(".safetensors")})
@@ -177,9 +176,14 @@ def _earlier_damage(checkpoint: Path) -> str | None:
         with zipfile.ZipFile(checkpoint / name) as archive:
             if archive.testzip() is not None:
                 return f"{checkpoint / name} is damaged"
-    config = checkpoint / "adapter_config.json"
-    read_json(config if config.exists() else checkpoint / "config.json")
+    _check_config(checkpoint)
     return unreadable_weights(checkpoint)
+
+
+def _check_config(directory: Path) -> None:
+    """Read the configuration of an adapter or checkpoint; an error if it is damaged."""
+    config = directory / "adapter_config.json"
+    read_json(config if config.exists() else directory / "config.json")
 
 
 def _settings(noted: Path) -> dict[str, Any] | None:
