@@ -27,12 +27,12 @@ def most_likely(
     """For each item the choice whose span tokens have the largest summed log-probability after the item's prompt.
 
     Args:
-        pair: The model.
-        items: Items with one span each, in which the choices take their turns.
-        choices: By item id, the texts that may stand in the span.
-        policy: The policy that is asked.
+        pair: The model pair.
+        items: Items whose span each choice is put into.
+        choices: The texts that may stand in the span, by item id.
+        policy: The policy whose probabilities are compared.
         batch_tokens: Padded tokens per batch.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
     """
     variants = [(item.id, choice, with_answers(item, [choice])) for item in items for choice in choices[item.id]]
     encoded = [pair.encode(variant) for _, _, variant in variants]

@@ -20,12 +20,12 @@ from spd_lens.tasks import Task
 GROUP = 10
 """Prompts whose completions are pooled for one value of distinct-n, which falls with the size of the pool."""
 SAID = 3
-"""A completion that ends on the same words said so many times in a row is a loop (Holtzman et al. 2020)."""
+"""How often in a row a completion must end on the same words to count as a loop (Holtzman et al. 2020)."""
 SHORT = 3
 """Completions of fewer tokens are counted as short: at most a word and the end."""
 
 _CLOSING = " \t\n`*_)]}$.\"'"
-"""What may stand behind an answer by itself and ends it: a fence, a bracket, emphasis."""
+"""Characters that may stand alone behind an answer and belong to it: a fence, a bracket, emphasis."""
 
 
 def corpus_diagnostics(
@@ -164,7 +164,7 @@ def repeated_ngrams(ids: Sequence[int], n: int = 4) -> float:
 def longest_loop(ids: Sequence[int]) -> int:
     """Tokens of the longest stretch that only says again what stands directly before it, at any period.
 
-    `a b c a b c a b c` has one of 6: the first `a b c` is said, the rest repeats it. A stretch shorter than its period
+    `a b c a b c a b c` has one of 6: the first `a b c` is new, the rest repeats it. A stretch shorter than its period
     is no repeat.
     """
     tokens, best = np.asarray(ids), 0
@@ -177,8 +177,10 @@ def longest_loop(ids: Sequence[int]) -> int:
 
 
 def ends_in_loop(ids: Sequence[int]) -> bool:
-    """Whether a text ends on two or more tokens said three times or more (Holtzman et al. 2020); the last repetition
-    may be cut off in the middle."""
+    """Whether a text ends on two or more tokens that occur three times or more in a row (Holtzman et al. 2020).
+
+    The last repetition may be cut off in the middle.
+    """
     tokens = np.asarray(ids)
     for period in range(2, len(tokens) // SAID + 1):
         same = tokens[period:][::-1] == tokens[:-period][::-1]
@@ -272,7 +274,7 @@ def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) -> Estimate:
-    """Distinct-n of disjoint pools of ten prompts, one completion each: such pools compare whatever the corpus' size.
+    """Distinct-n of disjoint pools of ten prompts, one completion each, which compare across sizes of corpora.
 
     An incomplete last pool is left out, unless it is the only one.
     """

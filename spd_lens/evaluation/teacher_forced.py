@@ -84,7 +84,7 @@ def teacher_forced(
         examples: Examples with completion and spans, held out from calibration and training.
         policies: Compared with the base on every batch, so that all see the same padding.
         batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         For each policy's name, one item per example, in the order of `examples`.

@@ -50,10 +50,10 @@ def generate(
     change it to have it otherwise.
 
     Args:
-        pair: The model.
+        pair: The model pair.
         prompts: Texts or examples (their ids name the records and seed the noise).
-        policy: What to generate under. None: what `subspace`, `strength` and `adapter` say.
-        settings: How to sample. None: the defaults of `SamplingSettings`.
+        policy: The policy to generate under. None: the policy that `subspace`, `strength` and `adapter` describe.
+        settings: Settings of the sampling. None: the defaults of `SamplingSettings`.
         subspace: The subspace of the policy; or a choice by prompt, as a mapping from every prompt's id or a function
             of the `Example`: prompts of one choice are answered together, each as if its subspace were given alone.
         strength: The policy's strength.
@@ -63,9 +63,9 @@ def generate(
             the length of the longest prompt and its completion first.
         path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
             prompts than before (with a choice by prompt: with the same ones).
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: max_new_tokens, temperature, top_p, top_k, batch_size,
-            samples_per_prompt, seed. `spd_lens.settings.SamplingSettings` says what they mean.
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: max_new_tokens, temperature, top_p, top_k,
+            batch_size, samples_per_prompt, seed. `spd_lens.settings.SamplingSettings` says what they mean.
 
     Returns:
         The completions in prompt order.

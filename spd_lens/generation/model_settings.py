@@ -1,7 +1,7 @@
 """What a model's own generation config asks for beside temperature, top-p and top-k, with the meaning of transformers.
 
-`generate` of transformers takes from it whatever its caller leaves out: a repetition penalty, tokens that are never
-drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at a time:
+`generate` of transformers takes from it every setting that its caller leaves out: a repetition penalty, tokens that are
+never drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at a time:
 no padding, no neighbour and no interruption has a part in what they see.
 """
 
@@ -76,7 +76,7 @@ class ModelSettings:
         """The settings of a pair's twin, whose generation config is read and never written.
 
         Args:
-            pair: The model.
+            pair: The model pair.
             sampling: How tokens are drawn; where it is greedy, cut-offs of the distribution change nothing.
             stop_ids: Tokens that end a completion, and must not do so before `min_new_tokens`.
 

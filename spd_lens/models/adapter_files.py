@@ -139,7 +139,8 @@ def adapter_base(directory: Path) -> str:
 def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
     """PEFT's own configuration, with layers named one by one where the file gives a pattern.
 
-    `modules` are the names of the twin's. PEFT hands patterns to `re`, which some hold up for ever.
+    `modules` are the names of the twin's. PEFT hands patterns to `re`, and some patterns would keep
+    it busy for ever.
     """
     try:
         config = PeftConfig.from_pretrained(str(directory))

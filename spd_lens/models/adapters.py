@@ -38,7 +38,7 @@ def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Mo
     own bits, modules and configs are never touched, which a digest proves each time.
 
     Args:
-        twin: The model.
+        twin: The transformers model.
         adapter: A PEFT directory, or the directory of a whole fine-tuned checkpoint of the same architecture. None
             yields the twin itself.
 
@@ -110,7 +110,7 @@ def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[
     unknown = (base - expected.keys() - embeddings) | {_unnamed(name) for name in result.unexpected_keys}
     if unknown:
         return f"{min(unknown)} has no counterpart in the model"
-    # by name or by memory: some kinds have other names in files than in the model, and older files others again
+    # by name or by memory: some kinds have one name in files and another in the model, and older files a third
     names = {_unnamed(name) for name in result.missing_keys}
     places = {there[name].data_ptr() for name in result.missing_keys if id(there[name]) not in own}
     lacking = expected.keys() - stored.keys()

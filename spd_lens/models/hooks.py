@@ -85,7 +85,7 @@ def run_only(
         return (picked.view(*[1] * (args[0].ndim - 2), *picked.shape), *args[1:])
 
     def scatter(module: nn.Module, _: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # some mixtures of experts return what their router said as well
+        if isinstance(output, tuple):  # some mixtures of experts return the router's output as well
             return (scatter(module, _, output[0]), *output[1:])
         whole = output.new_zeros(shapes[module].numel(), output.shape[-1])
         return whole.index_copy(0, flat, output.flatten(0, -2)).view(*shapes[module], -1)

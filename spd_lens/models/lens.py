@@ -140,7 +140,7 @@ class ProvenLens:
         if not edited:
             self._require(found, where)
             return
-        # an edit or a merged adapter: what is asked is whether the conversion of the twin holds
+        # an edit or a merged adapter: the question is then whether the conversion of the twin holds
         with self._explained():
             own = self.backend.build(self._twin, self._tokenizer)
         try:

@@ -20,7 +20,7 @@ CHECK_TEXTS = (
 # Largest allowed difference of logits, relative to their spread, and mean KL in nats. What we saw, for SmolLM2-135M and
 # for tiny random models of every architecture, is in docs/models.md, written from the tests' results.
 # In half precision it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and
-# a mixture of experts sends a token to another expert where two are all but equal, and then all its logits are others.
+# a mixture of experts sends a token to another expert where two are all but equal, and then all of its logits differ.
 # In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
 Tolerance = tuple[float, float]
 TOLERANCE: dict[torch.dtype, Tolerance] = {

@@ -31,13 +31,13 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
 
     A random sign for each feature of a site, in the order that spd_lens takes the features to have, must come back in
     the cached keys or values, feature by feature. Signs pass through what stands between the projection and the cache:
-    norms over a head or over all of them, and the rotation, which is none at the first position. Heads in another
+    norms over a head or over all of them, and the rotation, which does nothing at the first position. Heads in another
     order, the wrong slice of a fused layer, or keys for values do not bring them back. And the layer must be affine in
     the weight and bias that a projection is folded into. One forward pass of a few tokens per site, in one batch.
 
     Args:
         twin: A transformers model.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         sites: Sites to compare; kinds other than k and v never reach the cache and are left out.
 
     Returns:

@@ -1,8 +1,8 @@
 """Lens models that are no longer what was built: edited, or with weights that TransformerLens has processed.
 
 Processing (`enable_compatibility_mode()`, `process_weights_()`, most ways to load a HookedTransformer) keeps what a
-model predicts and changes what it computes on the way: a value bias that is folded into the output's is no part of V
-any more, so that a projection of V is another one.
+model predicts and changes what it computes in between: a value bias that is folded into the output's is no longer part
+of V, so that a projection of V has another effect.
 """
 
 from __future__ import annotations

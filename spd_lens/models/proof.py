@@ -53,7 +53,7 @@ def rows_that_fit(twin: PreTrainedModel, length: int) -> int:
 
 @torch.no_grad()
 def parity_at(twin: PreTrainedModel, lens: Any, tokenizer: Any, length: int) -> Parity:
-    """How far the lens model is from the twin on a text of so many tokens.
+    """How far the lens model is from the twin on a text of that length in tokens.
 
     A shorter text stands beside it, padded on the right, where there is memory for two. Logits are made at some
     positions only.

@@ -61,10 +61,10 @@ def tokenised(tokenizer: Any, text: str, *, specials: bool = True, most: int | N
 
     Args:
         tokenizer: A fast tokenizer.
-        text: The text.
-        specials: Let the tokenizer add its special tokens; False for a chat template, which brings its own.
-        most: The model's context. A text of which a part is far longer already is not tokenised to its end: tens of
-            megabytes would take minutes and gigabytes.
+        text: The text to tokenise.
+        specials: Whether the tokenizer adds its special tokens; False for a chat template, which brings its own.
+        most: The model's context in tokens. A text of which a part is far longer already is not tokenised to its
+            end: tens of megabytes would take minutes and gigabytes of memory.
 
     Raises:
         TooLong: it is longer than `most` by far.

@@ -1,4 +1,4 @@
-"""Running a transformers model, with the same outputs whatever settings were left on its configuration."""
+"""Running a transformers model, with the same outputs whichever settings were left on its configuration."""
 
 from __future__ import annotations
 

@@ -66,16 +66,16 @@ def extract(
     over its own `S`, so neither batching nor padding changes a row.
 
     Args:
-        pair: The model.
+        pair: The model pair.
         examples: Calibration examples with completion and spans.
-        settings: Where and of what gradients are captured. None: the paper's choice.
+        settings: Which gradients are captured, and where. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
             numbers per shard and site.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: layers, kinds, loss, engine. `spd_lens.settings.Extraction` says
-            what they mean.
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine.
+            `spd_lens.settings.Extraction` says what they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.

@@ -127,7 +127,7 @@ def complete_checkpoint(checkpoint: Path) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether an adapter or checkpoint is there with the weights that were trained; damage is told to the log.
+    """Whether an adapter or checkpoint is there with the weights that were trained; damage is logged.
 
     What a process that was killed at the very end has left beside it goes.
     """

@@ -62,18 +62,19 @@ def finetune(
     seed names one adapter, interrupted or not.
 
     Args:
-        pair: The model. If its lens model was built already, lens and twin are first checked to agree.
+        pair: The model pair. If its lens model was built already, lens and twin are first checked to agree.
         corpus: A finished corpus that `generate` made.
-        settings: Everything that decides the result. None: the paper's values.
+        settings: Settings that decide the result. None: the paper's values.
         out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
             that has no file.
-        gradient_checkpointing: Less memory for a third more time, and the same result. None: if a batch of the longest
-            sequences would otherwise take more than half of the free memory.
-        resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
+        gradient_checkpointing: Whether to recompute activations in the backward pass: less memory for a third more
+            time, and the same result. None: if a batch of the longest sequences would otherwise take more than half of the free memory.
+        resume: Whether to continue a training in `out` that was interrupted, and to return one that is finished. False:
+            train anew.
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
             every 100 steps. They are deleted at the end.
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
             batch_size, gradient_accumulation, loss_on, seed. `spd_lens.settings.TrainingSettings` says what they mean.
 
     Returns:
@@ -211,7 +212,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
         report_to="none",
-        disable_tqdm=True,  # there is a bar of our own
+        disable_tqdm=True,  # `CorpusTrainer` shows its own bar
         use_cpu=pair.device.type == "cpu",
         dataloader_pin_memory=pair.device.type == "cuda",
         remove_unused_columns=False,

@@ -27,7 +27,7 @@ class NextTokenLoss:
 
     The model runs without its unembedding; then each chunk of scored positions goes through the unembedding, the loss
     and back to the hidden states, before the next one does. Adapters and biases on the unembedding, training it, tying
-    it to the embedding are as ever: it is called as the module that it is. What the architecture does to its logits
+    it to the embedding work as usual, since it is called as a module. What the architecture does to its logits
     afterwards is looked up in its configuration, and compared with what it really does to a few tokens. Where that
     differs, the model's own logits are used, all scored positions at once.
     """
