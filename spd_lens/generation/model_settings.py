@@ -1,8 +1,8 @@
 """What a model's own generation config asks for beside temperature, top-p and top-k, with the meaning of transformers.
 
 `generate` of transformers takes from it every setting that its caller leaves out: a repetition penalty, tokens that are
-never drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at a time:
-no padding, no neighbour and no interruption has a part in what they see.
+never drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at
+a time: no padding, no neighbour and no interruption has a part in what they see.
 """
 
 from __future__ import annotations

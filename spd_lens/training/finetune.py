@@ -68,14 +68,16 @@ def finetune(
         out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
             that has no file.
         gradient_checkpointing: Whether to recompute activations in the backward pass: less memory for a third more
-            time, and the same result. None: if a batch of the longest sequences would otherwise take more than half of the free memory.
+            time, and the same result. None: if a batch of the longest sequences would otherwise take more than half of
+            the free memory.
         resume: Whether to continue a training in `out` that was interrupted, and to return one that is finished. False:
             train anew.
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
             every 100 steps. They are deleted at the end.
         progress: Whether to show a progress bar.
-        **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
-            batch_size, gradient_accumulation, loss_on, seed. `spd_lens.settings.TrainingSettings` says what they mean.
+        **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout,
+            targets, lr, weight_decay, epochs, batch_size, gradient_accumulation, loss_on, seed.
+            `spd_lens.settings.TrainingSettings` says what they mean.
 
     Returns:
         `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
