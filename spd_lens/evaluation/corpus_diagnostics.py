@@ -29,7 +29,7 @@ _CLOSING = " \t\n`*_)]}$.\"'"
 
 
 def corpus_diagnostics(
-    corpus: Corpus | Sequence[Record], tokenizer: Any = None, task: Task | None = None, *, confidence: float = 0.95
+    corpus: Corpus | Sequence[Record], tokenizer: Any = None, task: Task | None = None
 ) -> pd.DataFrame:
     """One row per measure: `measure, value, low, high, n, unit, interval`.
 
@@ -58,12 +58,11 @@ def corpus_diagnostics(
         corpus: From `generate`, or records read with `Corpus.load`.
         tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
         task: The task whose answers are extracted; None leaves out the last three measures.
-        confidence: Confidence of the intervals.
 
     Raises:
         SPDError: an empty corpus.
     """
-    table = _Measures(_by_prompt(corpus), confidence)
+    table = _Measures(_by_prompt(corpus))
     _lengths(table)
     _repetition(table)
     if task is not None:
@@ -74,10 +73,9 @@ def corpus_diagnostics(
 class _Measures:
     """The rows of `corpus_diagnostics`."""
 
-    def __init__(self, prompts: Sequence[Sequence[Record]], confidence: float) -> None:
+    def __init__(self, prompts: Sequence[Sequence[Record]]) -> None:
         self.prompts = prompts
         self.records = [record for samples in prompts for record in samples]
-        self.confidence = confidence
         self.rows: list[dict[str, Any]] = []
 
     def add(self, measure: str, unit: str, estimate: Estimate) -> None:
@@ -97,7 +95,7 @@ class _Measures:
         """A mean over prompts, each of them the mean over its samples."""
         values = [fmean(of(record) for record in samples) for samples in prompts or self.prompts]
         interval = score_interval if unit == "share" else mean_interval
-        self.add(measure, unit, interval(values, confidence=self.confidence))
+        self.add(measure, unit, interval(values))
 
     def known(self, *measures: str) -> None:
         for measure in measures:
@@ -111,9 +109,9 @@ class _Measures:
         if n >= MIN_BOOTSTRAP:
             low, high = bootstrap_ends(
                 [np.arange(n)], lambda drawn: statistic([x for i in drawn for x in lengths[i]]),
-                n_resamples=999, confidence=self.confidence, vectorized=False,
+                n_resamples=999, vectorized=False,
             )  # fmt: skip
-            how = f"percentile bootstrap {100 * self.confidence:g}% over prompts"
+            how = "percentile bootstrap 95% over prompts"
         self.add(measure, unit, Estimate(value, low, high, n, how))
 
 
@@ -138,10 +136,10 @@ def _repetition(table: _Measures) -> None:
     several = [samples for samples in table.prompts if len(samples) > 1]
     if several:
         shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
-        table.add("duplicates within prompts", "share", score_interval(shares, confidence=table.confidence))
+        table.add("duplicates within prompts", "share", score_interval(shares))
     table.known("repeated 4-grams", "longest loop", "loops")
     for n in (1, 2):
-        table.add(f"distinct-{n}", "share", _distinct(table.prompts, n, table.confidence))
+        table.add(f"distinct-{n}", "share", _distinct(table.prompts, n))
 
 
 def _answers(table: _Measures, task: Task, decode: Callable[[Sequence[int]], str] | None) -> None:
@@ -273,7 +271,7 @@ def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
-def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) -> Estimate:
+def _distinct(prompts: Sequence[Sequence[Record]], n: int) -> Estimate:
     """Distinct-n of disjoint pools of ten prompts, one completion each, which compare across sizes of corpora.
 
     An incomplete last pool is left out, unless it is the only one.
@@ -285,4 +283,4 @@ def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) ->
         grams = [gram for record in firsts[start : start + GROUP] for gram in _ngrams(text_ids(record), n)]
         if grams:
             values.append(len(set(grams)) / len(grams))
-    return mean_interval(values or [0.0], confidence=confidence)
+    return mean_interval(values or [0.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.examples import Example
-from spd_lens.models import Fingerprint, ModelPair, neutrally, site_layer
+from spd_lens.models import Fingerprint, ModelPair, fast_products, neutrally, right_pad, run_twin, site_layer
 from spd_lens.sites import Site
-from spd_lens.subspaces import Policy
 
 log = logging.getLogger(__name__)
 
@@ -110,41 +107,9 @@ def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int
     except SPDError:  # an architecture whose blocks are not known
         return None
     shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
-    batch = ForcedBatch.of(shortest, pair)
-    with torch.no_grad():
-        exact = prefix.agrees(lambda: forced_logits(pair, pair.hf, batch))
+    tokens, mask = right_pad([e.ids for e in shortest], pair.pad_id, pair.device)
+    with torch.no_grad(), fast_products(pair.device, pair.dtype):
+        exact = prefix.agrees(lambda: run_twin(pair.hf, tokens, attention_mask=mask, use_cache=False).logits)
     if not exact:
         log.info("every pass runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
     return prefix if exact else None
-
-
-def forced_above(
-    prefix: Prefix | None,
-    pair: ModelPair,
-    items: Sequence[Example],
-    policies: Sequence[Policy],
-    *,
-    batch_tokens: int = 1024,
-    progress: bool = True,
-) -> dict[str, list[ForcedItem]]:
-    """`teacher_forced`, bit for bit; with a prefix every pass under a subspace begins at its first layer."""
-    if prefix is None:
-        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
-    short = [_Above(**vars(policy), prefix=prefix) for policy in policies]
-    with prefix.watching():
-        return teacher_forced(pair, items, short, batch_tokens=batch_tokens, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Above(Policy):
-    """A policy whose passes begin at the first projected layer."""
-
-    prefix: Prefix | None = None
-
-    @contextlib.contextmanager
-    def applied(self, pair: ModelPair) -> Iterator[nn.Module]:
-        with super().applied(pair) as model, contextlib.ExitStack() as stack:
-            if self.prefix is not None and self.subspace is not None:
-                first = min(site.layer for site in self.subspace.sites)
-                stack.enter_context(self.prefix.starting_at(first))
-            yield model

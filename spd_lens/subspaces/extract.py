@@ -81,7 +81,6 @@ def extract(
         SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.
     """
     shards = whole("shards", shards)
-    examples = worked_examples(examples, "calibration examples")
     settings = Extraction.given(settings, keywords, "extract")
     sites = pair.sites(settings.layers, settings.kinds)
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype)}
