@@ -117,7 +117,12 @@ def _complete(
     """The records of all jobs: those that the corpus file has already, and new ones, which are written to it."""
     jobs = [job for group in groups for job in group.jobs]
     done = {} if writer is None else dict(writer.done)
-    _refuse_other_prompts(jobs, done)
+    for job in jobs:
+        if job.key in done and list(done[job.key].prompt_ids) != job.prompt_ids:
+            raise SPDError(
+                f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
+                "again or another path"
+            )
     with tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress) as bar:
         for group in groups:
             left = [job for job in group.jobs if job.key not in done]
@@ -235,15 +240,6 @@ def _jobs(
             )
         jobs += [Job(example, sample, ids) for sample in range(samples)]
     return jobs
-
-
-def _refuse_other_prompts(jobs: Sequence[Job], done: Mapping[Key, Record]) -> None:
-    for job in jobs:
-        if job.key in done and list(done[job.key].prompt_ids) != job.prompt_ids:
-            raise SPDError(
-                f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
-                "again or another path"
-            )
 
 
 def _record(pair: ModelPair, job: Job, ids: list[int], decoding: Decoding) -> Record:

@@ -119,21 +119,16 @@ def layers_of_models(directory: Path) -> tuple[Path, list[Path]]:
         if directory.resolve() in [above.resolve() for above in stack] or len(stack) == _DEEPEST:
             raise SPDError(f"the adapter in {directory} is its own base, or has too many; name a model as its base")
         stack.append(directory)
-        directory = hub.local_directory(adapter_base(directory))
+        base = read_settings(directory).get("base_model_name_or_path")
+        if not base:
+            raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
+        if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
+            raise SPDError(
+                f"the adapter in {directory} names as its base {base!r:.80}, which is no model; load the base and pass "
+                "adapter="
+            )
+        directory = hub.local_directory(base)
     return directory, stack[::-1]
-
-
-def adapter_base(directory: Path) -> str:
-    """The model that a PEFT adapter directory names as its base."""
-    base = read_settings(directory).get("base_model_name_or_path")
-    if not base:
-        raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
-    if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
-        raise SPDError(
-            f"the adapter in {directory} names as its base {base!r:.80}, which is no model; load the base and pass "
-            "adapter="
-        )
-    return base
 
 
 def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from spd_lens.files import (
     unreadable_weights,
     write_json,
 )
-from spd_lens.generation import Corpus, disk_errors_explained, refuse_other_settings
+from spd_lens.generation import disk_errors_explained, refuse_other_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +33,6 @@ COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
 _EARLIER = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 """What a checkpoint holds beside the weights."""
-
-
-def default_place(corpus: Corpus) -> Path:
-    """`adapter` beside the corpus file, or a new temporary directory."""
-    if corpus.path is not None:
-        return corpus.path.parent / "adapter"
-    return Path(tempfile.mkdtemp(prefix="spd_")) / "adapter"
 
 
 class TrainingPlace:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from spd_lens.models import (
     weights_digest,
 )
 from spd_lens.settings import TrainingKeywords, TrainingSettings
-from spd_lens.training.checkpoint_dir import TrainingPlace, default_place
+from spd_lens.training.checkpoint_dir import TrainingPlace
 from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
 from spd_lens.training.loss import IGNORED
@@ -100,7 +101,9 @@ def finetune(
         "corpus": corpus_digest(corpus),
         **settings.by_keyword(),
     }
-    place = TrainingPlace(default_place(corpus) if out is None else Path(out))
+    if out is None:
+        out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
+    place = TrainingPlace(Path(out))
     if resume and place.finished(identity):
         return place.directory
     # Trainer takes the current CUDA device: make it the model's
@@ -166,7 +169,7 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> list[Row]:
         )
     if not len(corpus):
         raise SPDError("the corpus is empty, so there is nothing to train on; generate completions first")
-    if not getattr(corpus, "complete", True):
+    if not corpus.complete:
         raise SPDError(
             f"the corpus {corpus.path} is not finished ({len(corpus)} completions so far); "
             "run generate with the same settings to finish it"
