@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from spd_lens.analysis.common import Contrast, beside_random, contrasts, matched_draws
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.store import MEASURES, Measured, Store, Values
-from spd_lens.evaluation import ForcedItem, Prefix, exact_prefix, forced_above
+from spd_lens.evaluation import ForcedItem, Prefix, exact_prefix, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally, weights_digest
 from spd_lens.runs import Folder
@@ -207,7 +207,7 @@ def measure(
     batch_tokens: int = 1024,
 ) -> dict[str, Values]:
     """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
-    found = forced_above(prefix, pair, items, policies, batch_tokens=batch_tokens, progress=False)
+    found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=False)
     return {name: values(rows) for name, rows in found.items()}
 
 

@@ -1,6 +1,5 @@
 """Scores and teacher-forced effects of the base, the projected and the fine-tuned policy, on the same items."""
 
-from spd_lens.evaluation.choices import with_choice
 from spd_lens.evaluation.corpus_diagnostics import (
     OF_COMPLETIONS,
     corpus_diagnostics,
@@ -10,12 +9,12 @@ from spd_lens.evaluation.corpus_diagnostics import (
 )
 from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.evaluation.results import EvalResult, ItemResult
-from spd_lens.evaluation.skip_layers import Prefix, exact_prefix, forced_above
+from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.subspaces import Policy
 
 __all__ = [
     "EvalResult", "ForcedBatch", "ForcedItem", "ItemResult", "OF_COMPLETIONS", "Policy", "Prefix",
-    "corpus_diagnostics", "evaluate", "exact_prefix", "forced_above", "forced_logits", "repeated_ngrams",
-    "settled_at", "share_after_answer", "teacher_forced", "with_choice",
+    "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits", "repeated_ngrams",
+    "settled_at", "share_after_answer", "teacher_forced",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from spd_lens.evaluation.teacher_forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair, angles_change_beyond, batches_by_length, neutrally, token_losses
-from spd_lens.subspaces import Policy
+from spd_lens.models import ModelPair, neutrally, token_losses
+from spd_lens.subspaces import Policy, with_answers
 
 
 @neutrally
@@ -27,19 +27,18 @@ def most_likely(
     """For each item the choice whose span tokens have the largest summed log-probability after the item's prompt.
 
     Args:
-        pair: The model.
-        items: Items with one span each, in which the choices take their turns.
-        choices: By item id, the texts that may stand in the span.
-        policy: The policy that is asked.
+        pair: The model pair.
+        items: Items whose span each choice is put into.
+        choices: The texts that may stand in the span, by item id.
+        policy: The policy whose probabilities are compared.
         batch_tokens: Padded tokens per batch.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
     """
-    variants = [(item.id, choice, with_choice(item, choice)) for item in items for choice in choices[item.id]]
+    variants = [(item.id, choice, with_answers(item, [choice])) for item in items for choice in choices[item.id]]
     encoded = [pair.encode(variant) for _, _, variant in variants]
     scores: dict[str, dict[str, float]] = {item.id: {} for item in items}
     with policy.applied(pair) as model, tqdm(total=len(variants), desc="choices", disable=not progress) as bar:
-        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
-        for indices in batches_by_length(lengths, batch_tokens, apart):
+        for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             losses = token_losses(forced_logits(pair, model, batch), batch.target)
             for i, index in enumerate(indices):
@@ -47,10 +46,3 @@ def most_likely(
                 scores[id][choice] = -losses[batch.scored[i]].sum().item()
             bar.update(len(indices))
     return {id: max(found, key=lambda choice: found[choice]) for id, found in scores.items()}
-
-
-def with_choice(item: Example, choice: str) -> Example:
-    """The item with another choice in its span."""
-    ((start, end),) = item.spans
-    completion = item.completion[:start] + choice + item.completion[end:]
-    return Example(item.prompt, completion, ((start, start + len(choice)),), item.id, item.meta)

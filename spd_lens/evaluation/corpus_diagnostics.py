@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import fmean, median, quantiles, stdev
@@ -18,16 +20,16 @@ from spd_lens.tasks import Task
 GROUP = 10
 """Prompts whose completions are pooled for one value of distinct-n, which falls with the size of the pool."""
 SAID = 3
-"""A completion that ends on the same words said so many times in a row is a loop (Holtzman et al. 2020)."""
+"""How often in a row a completion must end on the same words to count as a loop (Holtzman et al. 2020)."""
 SHORT = 3
 """Completions of fewer tokens are counted as short: at most a word and the end."""
 
 _CLOSING = " \t\n`*_)]}$.\"'"
-"""What may stand behind an answer by itself and ends it: a fence, a bracket, emphasis."""
+"""Characters that may stand alone behind an answer and belong to it: a fence, a bracket, emphasis."""
 
 
 def corpus_diagnostics(
-    corpus: Corpus | Sequence[Record], tokenizer: Any = None, task: Task | None = None, *, confidence: float = 0.95
+    corpus: Corpus | Sequence[Record], tokenizer: Any = None, task: Task | None = None
 ) -> pd.DataFrame:
     """One row per measure: `measure, value, low, high, n, unit, interval`.
 
@@ -56,12 +58,11 @@ def corpus_diagnostics(
         corpus: From `generate`, or records read with `Corpus.load`.
         tokenizer: A tokenizer or a `ModelPair`, to count tokens behind the answer; None counts characters there.
         task: The task whose answers are extracted; None leaves out the last three measures.
-        confidence: Confidence of the intervals.
 
     Raises:
         SPDError: an empty corpus.
     """
-    table = _Measures(_by_prompt(corpus), confidence)
+    table = _Measures(_by_prompt(corpus))
     _lengths(table)
     _repetition(table)
     if task is not None:
@@ -72,10 +73,9 @@ def corpus_diagnostics(
 class _Measures:
     """The rows of `corpus_diagnostics`."""
 
-    def __init__(self, prompts: Sequence[Sequence[Record]], confidence: float) -> None:
+    def __init__(self, prompts: Sequence[Sequence[Record]]) -> None:
         self.prompts = prompts
         self.records = [record for samples in prompts for record in samples]
-        self.confidence = confidence
         self.rows: list[dict[str, Any]] = []
 
     def add(self, measure: str, unit: str, estimate: Estimate) -> None:
@@ -95,7 +95,7 @@ class _Measures:
         """A mean over prompts, each of them the mean over its samples."""
         values = [fmean(of(record) for record in samples) for samples in prompts or self.prompts]
         interval = score_interval if unit == "share" else mean_interval
-        self.add(measure, unit, interval(values, confidence=self.confidence))
+        self.add(measure, unit, interval(values))
 
     def known(self, *measures: str) -> None:
         for measure in measures:
@@ -109,9 +109,9 @@ class _Measures:
         if n >= MIN_BOOTSTRAP:
             low, high = bootstrap_ends(
                 [np.arange(n)], lambda drawn: statistic([x for i in drawn for x in lengths[i]]),
-                n_resamples=999, confidence=self.confidence, vectorized=False,
+                n_resamples=999, vectorized=False,
             )  # fmt: skip
-            how = f"percentile bootstrap {100 * self.confidence:g}% over prompts"
+            how = "percentile bootstrap 95% over prompts"
         self.add(measure, unit, Estimate(value, low, high, n, how))
 
 
@@ -136,10 +136,10 @@ def _repetition(table: _Measures) -> None:
     several = [samples for samples in table.prompts if len(samples) > 1]
     if several:
         shares = [1 - (len({r.completion for r in samples}) - 1) / (len(samples) - 1) for samples in several]
-        table.add("duplicates within prompts", "share", score_interval(shares, confidence=table.confidence))
+        table.add("duplicates within prompts", "share", score_interval(shares))
     table.known("repeated 4-grams", "longest loop", "loops")
     for n in (1, 2):
-        table.add(f"distinct-{n}", "share", _distinct(table.prompts, n, table.confidence))
+        table.add(f"distinct-{n}", "share", _distinct(table.prompts, n))
 
 
 def _answers(table: _Measures, task: Task, decode: Callable[[Sequence[int]], str] | None) -> None:
@@ -162,7 +162,7 @@ def repeated_ngrams(ids: Sequence[int], n: int = 4) -> float:
 def longest_loop(ids: Sequence[int]) -> int:
     """Tokens of the longest stretch that only says again what stands directly before it, at any period.
 
-    `a b c a b c a b c` has one of 6: the first `a b c` is said, the rest repeats it. A stretch shorter than its period
+    `a b c a b c a b c` has one of 6: the first `a b c` is new, the rest repeats it. A stretch shorter than its period
     is no repeat.
     """
     tokens, best = np.asarray(ids), 0
@@ -175,8 +175,10 @@ def longest_loop(ids: Sequence[int]) -> int:
 
 
 def ends_in_loop(ids: Sequence[int]) -> bool:
-    """Whether a text ends on two or more tokens said three times or more (Holtzman et al. 2020); the last repetition
-    may be cut off in the middle."""
+    """Whether a text ends on two or more tokens that occur three times or more in a row (Holtzman et al. 2020).
+
+    The last repetition may be cut off in the middle.
+    """
     tokens = np.asarray(ids)
     for period in range(2, len(tokens) // SAID + 1):
         same = tokens[period:][::-1] == tokens[:-period][::-1]
@@ -214,7 +216,7 @@ def settled_at(text: str, task: Task) -> int:
         return len(text)
     # The form too: in "5 + 7 = 12\n#### 12" a lenient reader has the answer before the line that gives it.
     in_form = task.in_asked_form(text)
-    ends = _word_ends(text)
+    ends = [word.end() for word in re.finditer(r"\S+", text)]
     settled = len(ends) - 1
     # From behind: most answers stand at the end, and a beginning may have had the right one by chance.
     while settled > 0:
@@ -227,20 +229,9 @@ def settled_at(text: str, task: Task) -> int:
     return ends[settled]
 
 
-def _word_ends(text: str) -> list[int]:
-    return [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
-
-
 def _tokens_of(ids: Sequence[int], n_characters: int, decode: Callable[[Sequence[int]], str]) -> int:
     """How many of the tokens make up the first characters; a token that reaches beyond counts."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if len(decode(ids[:middle])) >= n_characters:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(len(ids)), n_characters, key=lambda n: len(decode(ids[:n])))
 
 
 def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
@@ -280,8 +271,8 @@ def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
-def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) -> Estimate:
-    """Distinct-n of disjoint pools of ten prompts, one completion each: such pools compare whatever the corpus' size.
+def _distinct(prompts: Sequence[Sequence[Record]], n: int) -> Estimate:
+    """Distinct-n of disjoint pools of ten prompts, one completion each, which compare across sizes of corpora.
 
     An incomplete last pool is left out, unless it is the only one.
     """
@@ -292,4 +283,4 @@ def _distinct(prompts: Sequence[Sequence[Record]], n: int, confidence: float) ->
         grams = [gram for record in firsts[start : start + GROUP] for gram in _ngrams(text_ids(record), n)]
         if grams:
             values.append(len(set(grams)) / len(grams))
-    return mean_interval(values or [0.0], confidence=confidence)
+    return mean_interval(values or [0.0])

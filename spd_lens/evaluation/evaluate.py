@@ -14,7 +14,7 @@ from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.generation import APPLIED, NOT_APPLIED, Corpus, check_room, generate, recorded_settings
-from spd_lens.models import ModelPair, neutrally
+from spd_lens.models import ModelPair, dtype_name, neutrally
 from spd_lens.subspaces import Policy, Subspace
 from spd_lens.tasks import Task
 
@@ -42,20 +42,20 @@ def evaluate(
     Completions are greedy, under what the model's generation config asks for (see `generate`).
 
     Args:
-        pair: The model.
+        pair: The model pair.
         task: A task, or the name of one that needs no path.
         n: Number of test items. The same `n` and `seed` give the same items to every policy.
         subspace: The subspace of the policy; None is the model without projection.
         adapter: The policy's directory of a fine-tuned adapter; None is the model without one.
-        policy: What to score. None: what `subspace`, `strength` and `adapter` say.
+        policy: The policy to score. None: the policy that `subspace`, `strength` and `adapter` describe.
         strength: The policy's strength, from 0 to 1.
         seed: Seed of the draw of items. Completions are greedy and need none.
         max_new_tokens: Token limit; the task's own by default.
         batch_size: Completions at once. None: as many as memory allows.
-        name: What to call the policy, if not by its own name.
+        name: The name of the policy in results; its own name by default.
         forced: What `teacher_forced` found for this policy on these items, where that is known already.
         path: Keep completions in this JSONL file as they come, so that an interrupted evaluation goes on.
-        progress: Show progress bars.
+        progress: Whether to show progress bars.
     """
     task = tasks.get(task) if isinstance(task, str) else task
     if not isinstance(task, Task):
@@ -114,7 +114,7 @@ def _settings(
     """What one needs to make the result again."""
     return {
         "model": pair.name,
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         **pair.format.settings,
         "task_options": task.options(),
         "n": n,

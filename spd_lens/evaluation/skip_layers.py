@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
 from spd_lens.examples import Example
-from spd_lens.models import Fingerprint, ModelPair, neutrally
-from spd_lens.subspaces import Policy
+from spd_lens.models import Fingerprint, ModelPair, fast_products, neutrally, right_pad, run_twin, site_layer
+from spd_lens.sites import Site
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,8 @@ class Prefix:
     def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
         self._model = model
         self._layers = sorted(set(layers))
-        self._blocks = _blocks(model)
+        n_layers = Fingerprint.of(model).n_layers
+        self._blocks: list[Any] = [site_layer(model, Site(layer, "resid")).module for layer in range(n_layers)]
         self._stream: dict[int, Tensor] = {}
         self._tokens: Tensor | None = None
         self._start: int | None = None
@@ -41,16 +40,12 @@ class Prefix:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record, until the context ends."""
-        handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for layer in self._layers:
-            hook = partial(self._enter, layer)
-            handles.append(self._blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        hooks = [(self._model, self._begin), *((self._blocks[n], partial(self._enter, n)) for n in self._layers)]
+        with contextlib.ExitStack() as stack:
+            stack.callback(vars(self).update, _stream={}, _tokens=None)
+            for module, hook in hooks:
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._stream, self._tokens = {}, None
 
     @contextlib.contextmanager
     def starting_at(self, layer: int) -> Iterator[None]:
@@ -100,15 +95,6 @@ class Prefix:
         return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def _blocks(model: nn.Module) -> Any:
-    """The model's transformer blocks: its one list of as many modules as it has layers."""
-    n_layers = Fingerprint.of(model).n_layers
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    if len(found) != 1:
-        raise SPDError(f"{type(model).__name__} has {len(found)} lists of {n_layers} modules; its blocks are not known")
-    return found[0]
-
-
 @neutrally
 def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
     """A prefix for passes that begin at some of these layers; None where this architecture's blocks let no pass begin
@@ -118,44 +104,12 @@ def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int
         return None
     try:
         prefix = Prefix(pair.hf, above)
-    except SPDError:  # blocks that are not one list
+    except SPDError:  # an architecture whose blocks are not known
         return None
     shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
-    batch = ForcedBatch.of(shortest, pair)
-    with torch.no_grad():
-        exact = prefix.agrees(lambda: forced_logits(pair, pair.hf, batch))
+    tokens, mask = right_pad([e.ids for e in shortest], pair.pad_id, pair.device)
+    with torch.no_grad(), fast_products(pair.device, pair.dtype):
+        exact = prefix.agrees(lambda: run_twin(pair.hf, tokens, attention_mask=mask, use_cache=False).logits)
     if not exact:
         log.info("every pass runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
     return prefix if exact else None
-
-
-def forced_above(
-    prefix: Prefix | None,
-    pair: ModelPair,
-    items: Sequence[Example],
-    policies: Sequence[Policy],
-    *,
-    batch_tokens: int = 1024,
-    progress: bool = True,
-) -> dict[str, list[ForcedItem]]:
-    """`teacher_forced`, bit for bit; with a prefix every pass under a subspace begins at its first layer."""
-    if prefix is None:
-        return teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
-    short = [_Above(**vars(policy), prefix=prefix) for policy in policies]
-    with prefix.watching():
-        return teacher_forced(pair, items, short, batch_tokens=batch_tokens, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Above(Policy):
-    """A policy whose passes begin at the first projected layer."""
-
-    prefix: Prefix | None = None
-
-    @contextlib.contextmanager
-    def applied(self, pair: ModelPair) -> Iterator[nn.Module]:
-        with super().applied(pair) as model, contextlib.ExitStack() as stack:
-            if self.prefix is not None and self.subspace is not None:
-                first = min(site.layer for site in self.subspace.sites)
-                stack.enter_context(self.prefix.starting_at(first))
-            yield model

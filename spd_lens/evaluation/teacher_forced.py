@@ -5,6 +5,7 @@ Accuracy on a few hundred items cannot tell small effects apart; these measures 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError, whole
+from spd_lens.evaluation.skip_layers import Prefix
 from spd_lens.examples import Example, worked_examples
 from spd_lens.models import (
     Encoded,
     ModelPair,
-    angles_change_beyond,
-    batches_by_length,
     fast_products,
     neutrally,
     right_pad,
@@ -27,6 +27,9 @@ from spd_lens.models import (
     unembed_only,
 )
 from spd_lens.subspaces import Policy
+
+_ROWS = 32
+"""How many rows of logits are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def teacher_forced(
     examples: Sequence[Example],
     policies: Sequence[Policy],
     *,
+    prefix: Prefix | None = None,
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> dict[str, list[ForcedItem]]:
@@ -82,8 +86,9 @@ def teacher_forced(
         pair: The model; the base is its twin as it stands.
         examples: Examples with completion and spans, held out from calibration and training.
         policies: Compared with the base on every batch, so that all see the same padding.
+        prefix: From `exact_prefix`: passes under a subspace then begin at its first layer, and give the same bits.
         batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         For each policy's name, one item per example, in the order of `examples`.
@@ -96,15 +101,15 @@ def teacher_forced(
         raise SPDError(f"policies need names of their own, but these were given: {', '.join(names)}")
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
-    with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
-        lengths, apart = [len(e.ids) for e in encoded], angles_change_beyond(pair.hf.config)
-        for indices in batches_by_length(lengths, batch_tokens, apart):
+    bar = tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress)
+    with bar, contextlib.nullcontext() if prefix is None else prefix.watching():
+        for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
             for policy in policies:
                 logits = None
                 if not policy.is_base:
-                    with policy.applied(pair) as model:
+                    with policy.applied(pair) as model, _skipping(prefix, policy):
                         logits = forced_logits(pair, model, batch)
                 losses, kl, right = _compare(base, logits, batch.target)
                 for i, index in enumerate(indices):
@@ -120,11 +125,17 @@ def teacher_forced(
     return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}
 
 
+def _skipping(prefix: Prefix | None, policy: Policy) -> contextlib.AbstractContextManager[None]:
+    """Begin passes at the first layer that a policy projects, where it changes nothing below."""
+    if prefix is None or policy.subspace is None or policy.adapter is not None:
+        return contextlib.nullcontext()
+    return prefix.starting_at(min(site.layer for site in policy.subspace.sites))
+
+
 def _compare(
     base: Float[Tensor, "n d_vocab"],
     logits: Float[Tensor, "n d_vocab"] | None,
     target: Int[Tensor, " n"],
-    rows: int = 32,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Loss, KL(base || policy) and whether the target is the most probable token, from the base's log-probabilities.
 
@@ -133,7 +144,7 @@ def _compare(
     """
     parts = []
     policy = base if logits is None else logits
-    for log_p, some, wanted in zip(base.split(rows), policy.split(rows), target.split(rows), strict=True):
+    for log_p, some, wanted in zip(base.split(_ROWS), policy.split(_ROWS), target.split(_ROWS), strict=True):
         log_q = log_p if logits is None else some.log_softmax(dim=-1)
         # rounding can leave a sum of positive and negative terms a hair below zero
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)

@@ -67,9 +67,8 @@ class Corpus(Sequence[Record]):
     def load(cls, path: str | Path) -> Corpus:
         """Read a corpus file, in prompt order. A half-written last line is left out; nothing is changed on disk.
 
-        A file without settings beside it, another program's, is read whole, with or without a last line break.
-
-        Without its settings file (another program's JSONL in this form), the records keep the file's order.
+        A file without settings beside it, another program's JSONL in this form, is read whole and in its own order,
+        with or without a last line break.
 
         Raises:
             SPDError: the file does not exist, or a line is no record.

@@ -15,7 +15,7 @@ class CudaGraphs:
     """A function of sizes, run as a CUDA graph from the second call with the same sizes on. Its inputs lie in tensors
     that stay where they are.
 
-    A result is overwritten by the next call. What cannot be captured (a model that asks for values on the way, as the
+    A result is overwritten by the next call. What cannot be captured (a model that reads values in between, as the
     routing of experts may) runs as it is.
     """
 

@@ -15,11 +15,9 @@ from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.generation.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
 from spd_lens.generation.engines import lens_engine, twin_engine
 from spd_lens.generation.jobs import Decoding, Job
-from spd_lens.models import ModelPair, adapter_digest, neutrally, weights_digest
+from spd_lens.models import ModelPair, adapter_digest, dtype_name, neutrally, weights_digest
 from spd_lens.settings import SamplingKeywords, SamplingSettings
 from spd_lens.subspaces import Policy, Subspace
-
-GENERATION_ENGINES = ("twin", "lens")
 
 PerPrompt = Mapping[str, Subspace | None] | Callable[[Example], Subspace | None]
 """Which subspace each prompt is answered under, by its id or by asking; None for none."""
@@ -52,10 +50,10 @@ def generate(
     change it to have it otherwise.
 
     Args:
-        pair: The model.
+        pair: The model pair.
         prompts: Texts or examples (their ids name the records and seed the noise).
-        policy: What to generate under. None: what `subspace`, `strength` and `adapter` say.
-        settings: How to sample. None: the defaults of `SamplingSettings`.
+        policy: The policy to generate under. None: the policy that `subspace`, `strength` and `adapter` describe.
+        settings: Settings of the sampling. None: the defaults of `SamplingSettings`.
         subspace: The subspace of the policy; or a choice by prompt, as a mapping from every prompt's id or a function
             of the `Example`: prompts of one choice are answered together, each as if its subspace were given alone.
         strength: The policy's strength.
@@ -65,9 +63,9 @@ def generate(
             the length of the longest prompt and its completion first.
         path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
             prompts than before (with a choice by prompt: with the same ones).
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: max_new_tokens, temperature, top_p, top_k, batch_size,
-            samples_per_prompt, seed. `spd_lens.settings.SamplingSettings` says what they mean.
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: max_new_tokens, temperature, top_p, top_k,
+            batch_size, samples_per_prompt, seed. `spd_lens.settings.SamplingSettings` says what they mean.
 
     Returns:
         The completions in prompt order.
@@ -98,7 +96,7 @@ def generate(
 
 
 def _check_engine(engine: str, policy: Policy) -> None:
-    if engine not in GENERATION_ENGINES:
+    if engine not in ("twin", "lens"):
         raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
     if engine == "lens" and policy.adapter is not None:
         raise SPDError(
@@ -119,7 +117,12 @@ def _complete(
     """The records of all jobs: those that the corpus file has already, and new ones, which are written to it."""
     jobs = [job for group in groups for job in group.jobs]
     done = {} if writer is None else dict(writer.done)
-    _refuse_other_prompts(jobs, done)
+    for job in jobs:
+        if job.key in done and list(done[job.key].prompt_ids) != job.prompt_ids:
+            raise SPDError(
+                f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
+                "again or another path"
+            )
     with tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress) as bar:
         for group in groups:
             left = [job for job in group.jobs if job.key not in done]
@@ -203,7 +206,7 @@ def _recorded(
     return {
         "model": pair.name,
         "engine": engine,
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         **pair.format.settings,
         "subspace": each if by_prompt else groups[0].digest,
         "strength": float(policy.strength) if any(group.digest for group in groups) else None,
@@ -237,15 +240,6 @@ def _jobs(
             )
         jobs += [Job(example, sample, ids) for sample in range(samples)]
     return jobs
-
-
-def _refuse_other_prompts(jobs: Sequence[Job], done: Mapping[Key, Record]) -> None:
-    for job in jobs:
-        if job.key in done and list(done[job.key].prompt_ids) != job.prompt_ids:
-            raise SPDError(
-                f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
-                "again or another path"
-            )
 
 
 def _record(pair: ModelPair, job: Job, ids: list[int], decoding: Decoding) -> Record:

@@ -67,7 +67,7 @@ class Decoding:
 
     @classmethod
     def of(cls, pair: ModelPair, settings: SamplingSettings) -> Decoding:
-        """What a model makes of what is asked; `SPDError` if a setting is out of range."""
+        """What these settings mean for a model; `SPDError` if a setting is out of range."""
         sampling = Sampling.resolve(pair, settings.temperature, settings.top_p, settings.top_k)
         stop_ids = stop_tokens(pair)
         own = ModelSettings.of(pair, sampling, stop_ids)

@@ -1,8 +1,8 @@
 """What a model's own generation config asks for beside temperature, top-p and top-k, with the meaning of transformers.
 
-`generate` of transformers takes from it whatever its caller leaves out: a repetition penalty, tokens that are never
-drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at a time:
-no padding, no neighbour and no interruption has a part in what they see.
+`generate` of transformers takes from it every setting that its caller leaves out: a repetition penalty, tokens that are
+never drawn, strings that end a completion. Here the same processors are made in the same way, for one completion at
+a time: no padding, no neighbour and no interruption has a part in what they see.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ModelSettings:
         """The settings of a pair's twin, whose generation config is read and never written.
 
         Args:
-            pair: The model.
+            pair: The model pair.
             sampling: How tokens are drawn; where it is greedy, cut-offs of the distribution change nothing.
             stop_ids: Tokens that end a completion, and must not do so before `min_new_tokens`.
 
@@ -102,7 +102,8 @@ class ModelSettings:
                 StopStringCriteria(pair.tokenizer, own.stop_strings) if "stop_strings" in asked else None,
             )
             if found.make is not None:  # once, since some values are looked at in the first step
-                found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), _no_logits(pair))
+                logits = torch.zeros(1, pair.hf.get_output_embeddings().weight.shape[0], device=pair.device)
+                found.make([0, 0])(torch.zeros(1, 2, dtype=torch.long, device=pair.device), logits)
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
             raise SPDError(
                 f"the model's generation config cannot be applied ({one_line(error)}): it sets {shown(applied)}; "
@@ -165,10 +166,6 @@ def _asked(own: Any) -> dict[str, Any]:
         if is_set:
             asked[name] = value
     return asked
-
-
-def _no_logits(pair: ModelPair) -> Float[Tensor, "1 d_vocab"]:
-    return torch.zeros(1, pair.hf.get_output_embeddings().weight.shape[0], device=pair.device)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,12 @@ _T = TypeVar("_T")
 Key = tuple[str, int]
 """Prompt id and sample number: names a completion within a corpus."""
 
+_WRITTEN = (
+    "id", "sample", "prompt", "completion", "finish_reason", "n_prompt_tokens", "n_completion_tokens", "prompt_ids",
+    "completion_ids",
+)  # fmt: skip
+"""The fields of a line of a corpus file, in their order."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -49,17 +55,7 @@ class Record:
 
     def to_json(self) -> str:
         """The record as one line without its line break. Token counts are written for readers and not read back."""
-        fields = {
-            "id": self.id,
-            "sample": self.sample,
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "finish_reason": self.finish_reason,
-            "n_prompt_tokens": self.n_prompt_tokens,
-            "n_completion_tokens": self.n_completion_tokens,
-            "prompt_ids": self.prompt_ids,
-            "completion_ids": self.completion_ids,
-        }
+        fields = {name: getattr(self, name) for name in _WRITTEN}
         return json.dumps(fields, ensure_ascii=False)
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError, whole
-
-if TYPE_CHECKING:
-    from spd_lens.models import ModelPair
+from spd_lens.models import ModelPair
 
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_TOP_P = 0.95
@@ -162,7 +160,9 @@ def truncated(
     if top_k == d_vocab and sampling.top_p >= 1:
         ids = torch.arange(d_vocab, device=logits.device).expand_as(logits)
         return ids, ((logits - top) / sampling.temperature).exp()
-    everything = None if top_k < d_vocab else _mass(logits, top, sampling.temperature)
+    everything = None  # the sum of all tokens' weights, relative to the most probable token's
+    if top_k == d_vocab:
+        everything = ((logits - top) / sampling.temperature).exp().sum(dim=-1, keepdim=True).double()
     n = min(max(_FIRST_CANDIDATES, top_k + 1 if top_k < d_vocab else 0), d_vocab)
     while True:
         values, ids = logits.topk(n, dim=-1)
@@ -181,13 +181,6 @@ def truncated(
         n = min(n * _GROWTH, d_vocab)
     ids, order = ids.sort(dim=-1)
     return ids, (weights * kept).gather(-1, order)
-
-
-def _mass(
-    logits: Float[Tensor, "row d_vocab"], top: Float[Tensor, "row 1"], temperature: float
-) -> Float[Tensor, "row 1"]:
-    """Sum of all tokens' weights, relative to the most probable token's."""
-    return ((logits - top) / temperature).exp().sum(dim=-1, keepdim=True).double()
 
 
 def _nucleus(

@@ -12,19 +12,18 @@ from spd_lens.models.architectures import (
 )
 from spd_lens.models.attention import fastest_attention, one_query_at_a_time
 from spd_lens.models.backends import choose_backends, lens_logits
-from spd_lens.models.batches import batches_by_length
+from spd_lens.models.batches import batches_by_length, right_pad
 from spd_lens.models.checkpoint import check_whole
-from spd_lens.models.devices import dtype_name, resolve_device, resolve_dtype
+from spd_lens.models.devices import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.launchers import single_process
 from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
-from spd_lens.models.memory import free_memory, out_of_memory
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
 from spd_lens.models.onednn import available, fast_products, packed, recomputed_alike
 from spd_lens.models.pair import ModelPair
-from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error, right_pad
+from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error
 from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat
@@ -36,6 +35,7 @@ from spd_lens.models.transformers_private import (
     logits_processors,
 )
 from spd_lens.models.twin import check_saveable, named_outputs, run_twin
+from spd_lens.models.untouched import untouched
 from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
 __all__ = [
@@ -49,5 +49,5 @@ __all__ = [
     "out_of_memory", "own_memory", "packed", "positionwise_in_last_block", "probe", "random_kept", "recomputed_alike",
     "refuse_compiled", "refuse_processed", "relative_error", "resolve_device", "resolve_dtype", "right_pad",
     "run_only", "run_twin", "single_process", "site_layer", "takes_slots", "text_ids", "token_losses", "twin_hook",
-    "unembed_only", "weights_digest", "without_autocast",
+    "unembed_only", "untouched", "weights_digest", "without_autocast",
 ]  # fmt: skip

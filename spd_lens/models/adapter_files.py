@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from spd_lens.errors import SPDError, one_line
 from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
-from spd_lens.models.settings import numbers_in
+from spd_lens.models.architectures import numbers_in
 
 TAKEN = frozenset(
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS "
@@ -118,30 +119,24 @@ def layers_of_models(directory: Path) -> tuple[Path, list[Path]]:
         if directory.resolve() in [above.resolve() for above in stack] or len(stack) == _DEEPEST:
             raise SPDError(f"the adapter in {directory} is its own base, or has too many; name a model as its base")
         stack.append(directory)
-        directory = hub.local_directory(adapter_base(directory))
+        base = read_settings(directory).get("base_model_name_or_path")
+        if not base:
+            raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
+        if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
+            raise SPDError(
+                f"the adapter in {directory} names as its base {base!r:.80}, which is no model; load the base and pass "
+                "adapter="
+            )
+        directory = hub.local_directory(base)
     return directory, stack[::-1]
-
-
-def adapter_base(directory: Path) -> str:
-    """The model that a PEFT adapter directory names as its base."""
-    base = read_settings(directory).get("base_model_name_or_path")
-    if not base:
-        raise SPDError(f"the adapter in {directory} does not name its base model; load the base and pass adapter=")
-    if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
-        raise SPDError(
-            f"the adapter in {directory} names as its base {base!r:.80}, which is no model; load the base and pass "
-            "adapter="
-        )
-    return base
 
 
 def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
     """PEFT's own configuration, with layers named one by one where the file gives a pattern.
 
-    `modules` are the names of the twin's. PEFT hands patterns to `re`, which some hold up for ever.
+    `modules` are the names of the twin's. PEFT hands patterns to `re`, and some patterns would keep
+    it busy for ever.
     """
-    settings = read_settings(directory)
-    _check_kind(directory, settings)
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT raises many types on settings that do not go together
@@ -182,7 +177,7 @@ def _spelled_out(what: str, field: str, value: Any, names: list[str], until: flo
         first = {name: next((key for key in keys if _named(what, key, name, until)), None) for name in names}
         return masks | {name: value[key] for name, key in first.items() if key is not None}
     if isinstance(value, (list, set)):
-        parts = {name[i:] for name in names for i in _starts(name)}
+        parts = {end for name in names for end in accumulate(name.split(".")[::-1], lambda end, part: f"{part}.{end}")}
         if found := [part for part in value if part in parts]:
             return found
     first_of = next(iter(value)) if isinstance(value, (list, set)) else value
@@ -196,10 +191,6 @@ def _named(what: str, key: str, name: str, until: float) -> bool:
     if _PLAIN.fullmatch(key):
         return name == key or name.endswith(f".{key}")
     return _fits(what, rf"(.*\.)?({key})", name, until)
-
-
-def _starts(name: str) -> list[int]:
-    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
 
 
 def _fits(what: str, pattern: str, name: str, until: float) -> bool:

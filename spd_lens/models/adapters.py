@@ -25,6 +25,10 @@ from spd_lens.models.torch_private import lazy_copy
 from spd_lens.models.twin import in_float32, run_twin
 from spd_lens.models.untouched import untouched
 
+_COMPUTED = ("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Ends of names of buffers that checkpoints of earlier versions of transformers hold: rotary frequencies and causal
+masks."""
+
 
 @contextlib.contextmanager
 def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Module]:
@@ -34,7 +38,7 @@ def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Mo
     own bits, modules and configs are never touched, which a digest proves each time.
 
     Args:
-        twin: The model.
+        twin: The transformers model.
         adapter: A PEFT directory, or the directory of a whole fine-tuned checkpoint of the same architecture. None
             yields the twin itself.
 
@@ -106,7 +110,7 @@ def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[
     unknown = (base - expected.keys() - embeddings) | {_unnamed(name) for name in result.unexpected_keys}
     if unknown:
         return f"{min(unknown)} has no counterpart in the model"
-    # by name or by memory: some kinds have other names in files than in the model, and older files others again
+    # by name or by memory: some kinds have one name in files and another in the model, and older files a third
     names = {_unnamed(name) for name in result.missing_keys}
     places = {there[name].data_ptr() for name in result.missing_keys if id(there[name]) not in own}
     lacking = expected.keys() - stored.keys()
@@ -177,7 +181,8 @@ def _load_weights(twin: PreTrainedModel, directory: Path) -> PreTrainedModel:
         if name not in state or state[name].shape != parameter.shape:
             found = f"has {name} as {tuple(state[name].shape)}" if name in state else f"lacks {name}"
             raise SPDError(f"the checkpoint in {directory} does not fit {type(twin).__name__}: it {found}")
-    unknown = [name for name in twin.load_state_dict(state, strict=False).unexpected_keys if not _is_computed(name)]
+    unexpected = twin.load_state_dict(state, strict=False).unexpected_keys
+    unknown = [name for name in unexpected if not name.endswith(_COMPUTED)]
     tied = dict(twin.named_parameters(remove_duplicate=False))
     apart = [name for name in state.keys() & tied.keys() if not torch.equal(tied[name], state[name].to(tied[name]))]
     if unknown or apart:
@@ -186,8 +191,3 @@ def _load_weights(twin: PreTrainedModel, directory: Path) -> PreTrainedModel:
             f"{'for which there is no place' if unknown else 'apart from another matrix, and the model ties the two'}"
         )
     return twin
-
-
-def _is_computed(name: str) -> bool:
-    """Buffers that checkpoints of earlier versions of transformers hold: rotary frequencies and causal masks."""
-    return name.endswith(("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
 
+_N = TypeVar("_N", int, float)
 Fusion = Literal["parts", "heads", "groups"]
 """How one layer's output features hold queries, keys and values.
 
@@ -93,6 +94,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # A whole text may be longer than what these count where positions are relative, but nothing was trained there.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+def numbers_in(value: Any, name: str = "", kind: type[_N] = int) -> Iterator[tuple[str, _N]]:
+    """All numbers of a kind (whole ones) in nested settings, each with its innermost name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from numbers_in(inner, str(key), kind)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from numbers_in(inner, name, kind)
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        yield name, value
 
 
 def context_length(config: Any) -> int | None:

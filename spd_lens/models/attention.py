@@ -1,4 +1,4 @@
-"""Which of transformers' attentions is fastest, and one of our own for the steps of cached decoding on a CPU."""
+"""The fastest attention of those in transformers, and an attention for the steps of cached decoding on a CPU."""
 
 from __future__ import annotations
 

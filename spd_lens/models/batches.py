@@ -1,8 +1,13 @@
-"""Which texts share a pass: those of similar length, within a number of tokens."""
+"""Texts side by side in one pass: those of similar length, padded on the right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, apart: int | None = None) -> list[list[int]]:
@@ -22,3 +27,13 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int, apart: int | No
         else:
             batches.append([index])
     return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
+
+
+def right_pad(
+    rows: list[list[int]], pad_id: int, device: torch.device | str
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Token ids and attention mask of rows of unequal length."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    tokens = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return tokens.to(device), mask.to(device)

@@ -21,9 +21,9 @@ from spd_lens.errors import SPDError, one_line
 from spd_lens.files import read_json
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
+from spd_lens.models.architectures import numbers_in
 from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.multimodal import auto_class, text_part
-from spd_lens.models.settings import numbers_in
 from spd_lens.models.twin import cast
 
 _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")

@@ -13,7 +13,7 @@ from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.hooks import unembed_only
 from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity
 from spd_lens.models.tokenizer import text_ids
-from spd_lens.models.twin import run_twin
+from spd_lens.models.twin import run_twin, runnable
 
 
 def check_decoder(twin: PreTrainedModel) -> None:
@@ -71,15 +71,10 @@ def check_causal(twin: PreTrainedModel, tokenizer: Any) -> None:
     half = max(1, len(ids) // 2)
     tokens = torch.tensor([ids, ids[:half] + ids[: len(ids) - half]], device=twin.device)
     row, position = torch.tensor([[0, 1], [half - 1, half - 1]], device=twin.device)
-    try:
+    with runnable(twin, ""):
         whole = run_twin(twin, tokens, use_cache=False).logits[:, half - 1].double()
         with unembed_only(twin.get_output_embeddings(), row, position):
             picked = run_twin(twin, tokens, use_cache=False).logits[0].double()
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
-        raise SPDError(
-            f"{type(twin).__name__} cannot be run on a short text ({one_line(error)}); check its "
-            "configuration or choose another model"
-        ) from error
     allowed = TOLERANCE[twin.dtype]
     if not Parity.between(whole[0], whole[1]).within(allowed):
         raise SPDError(

@@ -1,7 +1,8 @@
-"""Which device and dtype a model is loaded to, from their names."""
+"""Which device and dtype a model is loaded to, from their names, and how much memory the device has left."""
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from spd_lens.errors import SPDError
@@ -60,3 +61,15 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_takes_bfloat16())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory: on CUDA it has a type of its own, on a CPU only a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

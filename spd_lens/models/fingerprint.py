@@ -44,7 +44,8 @@ class Fingerprint:
         if below is not None:
             return below
         n_layers, d_model, n_heads, n_kv_heads, d_head = _shape(model)
-        embedding = _embedding(model)
+        embed: Any = model.embed if hasattr(model, "cfg") else model.get_input_embeddings()
+        embedding: Float[Tensor, "d_vocab d_model"] = embed.W_E if hasattr(embed, "W_E") else embed.weight
         rows = torch.arange(_SAMPLES) * 7919 % min(1000, embedding.shape[0])
         columns = torch.arange(_SAMPLES) * 104729 % embedding.shape[1]
         sample = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].double().cpu()
@@ -110,8 +111,3 @@ def _shape(model: Any) -> tuple[int, int, int, int, int]:
         )
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return config.num_hidden_layers, config.hidden_size, n_heads, n_kv_heads(config), d_head
-
-
-def _embedding(model: Any) -> Float[Tensor, "d_vocab d_model"]:
-    embed: Any = model.embed if hasattr(model, "cfg") else model.get_input_embeddings()
-    return embed.W_E if hasattr(embed, "W_E") else embed.weight

@@ -20,14 +20,14 @@ _KINDS = {
     "backward_pre": lambda passed: passed[0],
     "backward": lambda passed: passed[0],
 }
-"""Kinds of hooks, and which of what they are given they may replace."""
+"""Kinds of hooks, and which of their arguments they may replace."""
 
 
 @contextlib.contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
     """While open, a hook that is not this library's raises `SPDError` when it changes what passes it.
 
-    One that only looks, to count passes or to keep activations, works as ever.
+    A hook that only looks, to count passes or to keep activations, works as usual.
     """
     put = []
     for name, module in {"every module": None, **named_parts(model)}.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spd_lens.errors import SPDError
 from spd_lens.models.torch_private import hook_tables
@@ -55,18 +56,13 @@ def named_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: part for part, name in parts.items()}
 
 
-@contextlib.contextmanager
-def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Iterator[None]:
-    """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`.
+def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> RemovableHandle:
+    """Let a model's unembedding see only some positions, so that its logits are `[1, n, d_vocab]`: `with` ends that.
 
     A vocabulary of 150,000 is a quarter of a 0.5B model's work, and a float32 row of it is 600 kB. Whatever the model
     does to its logits afterwards (soft caps, scaling) is per position and still happens.
     """
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
 
 
 @contextlib.contextmanager
@@ -89,7 +85,7 @@ def run_only(
         return (picked.view(*[1] * (args[0].ndim - 2), *picked.shape), *args[1:])
 
     def scatter(module: nn.Module, _: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # some mixtures of experts return what their router said as well
+        if isinstance(output, tuple):  # some mixtures of experts return the router's output as well
             return (scatter(module, _, output[0]), *output[1:])
         whole = output.new_zeros(shapes[module].numel(), output.shape[-1])
         return whole.index_copy(0, flat, output.flatten(0, -2)).view(*shapes[module], -1)

@@ -15,8 +15,8 @@ from spd_lens.errors import SPDError
 from spd_lens.models import parity
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import Backend, NoLens, lens_logits
-from spd_lens.models.devices import dtype_name
-from spd_lens.models.memory import free_memory, out_of_memory
+from spd_lens.models.batches import right_pad
+from spd_lens.models.devices import dtype_name, free_memory, out_of_memory
 from spd_lens.models.neutral import neutral
 from spd_lens.models.processed import remember
 from spd_lens.models.proof import beyond, parity_at, regimes, rows_that_fit
@@ -81,7 +81,7 @@ class ProvenLens:
         """Logits of either model on the short check texts, without those of padding; in float64 on the CPU."""
         with neutral(model), torch.no_grad():
             rows = [text_ids(self._tokenizer, text) for text in parity.CHECK_TEXTS]
-            tokens, mask = parity.right_pad(rows, rows[0][0], self._twin.device)  # padding is masked
+            tokens, mask = right_pad(rows, rows[0][0], self._twin.device)  # padding is masked
             if hasattr(model, "hook_dict"):
                 logits = lens_logits(model, tokens, mask)
             else:
@@ -140,7 +140,7 @@ class ProvenLens:
         if not edited:
             self._require(found, where)
             return
-        # an edit or a merged adapter: what is asked is whether the conversion of the twin holds
+        # an edit or a merged adapter: the question is then whether the conversion of the twin holds
         with self._explained():
             own = self.backend.build(self._twin, self._tokenizer)
         try:

@@ -44,16 +44,16 @@ def load(
         device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         prompt_format: `"chat"`, `"raw"` or `"auto"` (chat where the tokenizer has a template).
         system: System message of the chat format; None leaves the template's own.
-        enable_thinking: Whether the prompts of a thinking model (Qwen3 and like) leave room for thoughts; None leaves
+        enable_thinking: Whether the prompts of a thinking model (such as Qwen3) leave room for thoughts; None leaves
             the chat template's own default.
-        prompt_date: The day, as YYYY-MM-DD, that is shown by a chat template which shows today's. None: today's, or
-            that of a corpus or run that is continued.
-        revision: Hub branch, tag or commit.
-        gguf_file: Which file, where a directory or hub repository has several GGUF files.
+        prompt_date: The day, as YYYY-MM-DD, that a chat template shows which shows today's date. None: today, or the
+            day of a corpus or run that is continued.
+        revision: Branch, tag or commit on the hub.
+        gguf_file: The file to load, where a directory or hub repository has several GGUF files.
         trust_remote_code: Allow code from the model's repository to run. Off unless you ask for it.
 
     Raises:
-        SPDError: the model does not exist or cannot be converted, the device or dtype is not to be had, or the
+        SPDError: the model does not exist or cannot be converted, the device or dtype is not available, or the
             tokenizer has no chat template that takes `system`, `enable_thinking` or `prompt_date`.
     """
     place = resolve_device(device)

@@ -68,8 +68,12 @@ def neutral(*models: nn.Module) -> Iterator[None]:
     new = [model for model in models if id(model) not in inside]
     with contextlib.ExitStack() as stack:
         if not inside:
-            _refuse_modes()
-            for context in (random_kept, _modes, _products, _attention_kernels):
+            for mode in open_modes():
+                raise SPDError(
+                    f"a {type(mode).__name__} is open, through which every operation of PyTorch would pass; close it "
+                    "around calls of spd_lens (to measure them, torch.profiler works)"
+                )
+            for context in (random_kept, _modes, _products):
                 stack.enter_context(context())
         for model in new:
             stack.enter_context(_as_for_inference(model))
@@ -114,11 +118,6 @@ def neutrally(function: Callable[P, R]) -> Callable[P, R]:
     return stepwise if inspect.isgeneratorfunction(function) else whole
 
 
-def in_neutral(model: nn.Module) -> bool:
-    """Whether `neutral` is open on this model, so that it is not compiled."""
-    return id(model) in getattr(_local, "inside", frozenset())
-
-
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether the module's `forward` is its class's own in a wrapper, as `torch.compile(module.forward)` is one, and
     what accelerate leaves behind a training in mixed precision."""
@@ -128,7 +127,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise `SPDError` if hooks on the model may have no effect."""
-    if in_neutral(model):
+    if id(model) in getattr(_local, "inside", frozenset()):  # where no model is compiled
         return
     found = next((name or "the model itself" for name, part in named_parts(model).items() if is_compiled(part)), None)
     if found is not None:
@@ -181,10 +180,11 @@ def _modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _products() -> Iterator[None]:
-    """While open, products are exact to their dtype: no TF32, no bfloat16 in their place."""
+    """While open, products are exact to their dtype (no TF32, no bfloat16 in their place), and attention has all of its
+    kernels, in PyTorch's order."""
     backends: Any = torch.backends
     own = [(backend, backend.fp32_precision) for backend in (backends.mkldnn.matmul, backends.cuda.matmul)]
-    with contextlib.ExitStack() as stack:
+    with attention_order(_ATTENTIONS), sdpa_kernel(_ATTENTIONS), contextlib.ExitStack() as stack:
         for where, name, default in _FLAGS:
             stack.callback(setattr, where, name, getattr(where, name))
             setattr(where, name, default)
@@ -198,43 +198,27 @@ def _products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attention_kernels() -> Iterator[None]:
-    """While open, all kernels of scaled dot product attention may be used, in PyTorch's order."""
-    with attention_order(_ATTENTIONS), sdpa_kernel(_ATTENTIONS):
-        yield
-
-
-@contextlib.contextmanager
 def _as_for_inference(model: nn.Module) -> Iterator[None]:
     """While open: evaluation mode, frozen weights, no gradient checkpointing, nothing compiled, ordinary buffers."""
     _refuse_wrapped(model)
     modules = list(named_parts(model).values())
-    # by attribute: train() of a subclass may do more than set it
-    training = [module for module in modules if module.training]
-    checkpointed: list[Any] = [module for module in modules if vars(module).get("gradient_checkpointing")]
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    # taken off, and not only called eagerly: a copy of the model would call this one's
-    forwards = [(module, vars(module).pop("forward")) for module in modules if _is_wrapped(module)]
-    eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modules)) else contextlib.nullcontext()
     ordinary_buffers(modules)
-    try:
-        for module in training:
-            module.training = False
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        for weight in trainable:
-            weight.requires_grad_(False)
-        with eager:
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for module in checkpointed:
-            module.gradient_checkpointing = True
-        for module, forward in forwards:
-            vars(module)["forward"] = forward
-        for weight in trainable:
-            weight.requires_grad_(True)
+    with contextlib.ExitStack() as stack:
+        if any(map(is_compiled, modules)):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            own = vars(module)
+            for flag in ("training", "gradient_checkpointing"):  # by attribute: train() of a subclass may do more
+                if own.get(flag):
+                    stack.callback(setattr, module, flag, True)
+                    setattr(module, flag, False)
+            if _is_wrapped(module):  # taken off, and not only called eagerly: a copy of the model would call this one's
+                stack.callback(own.__setitem__, "forward", own.pop("forward"))
+        for weight in model.parameters():
+            if weight.requires_grad:
+                stack.callback(weight.requires_grad_, True)
+                weight.requires_grad_(False)
+        yield
 
 
 def ordinary_buffers(modules: Iterable[nn.Module]) -> None:
@@ -259,11 +243,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"{name} of {type(model).__name__} was made inside torch.inference_mode(), so that no gradient can "
                 "pass it; make or load the model outside of it"
             )
-
-
-def _refuse_modes() -> None:
-    for mode in open_modes():
-        raise SPDError(
-            f"a {type(mode).__name__} is open, through which every operation of PyTorch would pass; close it around "
-            "calls of spd_lens (to measure them, torch.profiler works)"
-        )

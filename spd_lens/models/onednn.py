@@ -20,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spd_lens.models.devices import onednn_takes
-from spd_lens.models.memory import free_memory
+from spd_lens.models.devices import free_memory, onednn_takes
 from spd_lens.models.torch_private import has_onednn_product, is_lazy, onednn_packed, onednn_product
 
 

@@ -17,16 +17,17 @@ from transformers import PreTrainedModel
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import adapters, parity, processed
-from spd_lens.models.architectures import context_length
+from spd_lens.models.architectures import angles_change_beyond, context_length, is_known
 from spd_lens.models.backends import NoLens, choose_backends
+from spd_lens.models.batches import batches_by_length
 from spd_lens.models.checkpoint import check_whole
-from spd_lens.models.decoder import check_decoder
+from spd_lens.models.decoder import check_causal, check_decoder
 from spd_lens.models.devices import dtype_name
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.lens import ProvenLens
 from spd_lens.models.multimodal import text_part
 from spd_lens.models.neutral import neutral, neutrally
-from spd_lens.models.probe import probe_unknown
+from spd_lens.models.probe import probe
 from spd_lens.models.prompts import Encoded, Loss, PromptFormat
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.torch_private import before_compile
@@ -78,8 +79,10 @@ class ModelPair:
         self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
         for text in parity.CHECK_TEXTS:  # what stands in every text (BOS) comes to light here
             self._check_rows(text_ids(tokenizer, text), f"the text {text[:20]!r}")
-        with neutral(self.hf):
-            probe_unknown(self.hf, tokenizer, self.sites())
+        if not is_known(self.hf):
+            with neutral(self.hf):
+                probe(self.hf, tokenizer, self.sites())
+                check_causal(self.hf, tokenizer)
 
     def __repr__(self) -> str:
         return f"ModelPair({self.name!r}, {self.backend}, {dtype_name(self.dtype)}, {self.device})"
@@ -161,6 +164,12 @@ class ModelPair:
         return min(self.n_ctx, self.lens.cfg.n_ctx)
 
     @property
+    def kept_by_layer(self) -> int:
+        """Bytes that one layer keeps per token for a backward pass, at most: about 34 values per unit of `d_model`
+        (Korthikanti et al. 2022, section 4)."""
+        return 34 * self.fingerprint.d_model * self.dtype.itemsize
+
+    @property
     def pad_id(self) -> int:
         """The token that pads shorter rows: the tokenizer's padding or EOS if it is in the embedding, else 0.
 
@@ -198,6 +207,10 @@ class ModelPair:
         encoded = self.format.encode(example, loss)
         self._check_ids(encoded.ids, example, self.context(engine))
         return encoded
+
+    def batches(self, encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+        """Which texts share a pass, by their indices: see `batches_by_length`."""
+        return batches_by_length([len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(self.hf.config))
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of an example's prompt; refused if there are none, or they leave no room in the context."""
@@ -264,12 +277,10 @@ class ModelPair:
         return parity.Parity.between(self.check_logits(self.hf), self.check_logits(self.lens))
 
     def _require(self, result: parity.Parity) -> None:
-        if not result.shifted(self.dtype):
-            parity.require(
-                result,
-                self.dtype,
-                f"lens model and twin of {self.name}",
-                "bring them together with pair.sync(to='lens') or pair.sync(to='twin')",
+        if not result.shifted(self.dtype) and not result.within(self.dtype):
+            raise SPDError(
+                f"lens model and twin of {self.name} disagree: {result.against(self.dtype)}; bring them together with "
+                "pair.sync(to='lens') or pair.sync(to='twin')"
             )
         processed.remember(self.lens, self.hf)
 

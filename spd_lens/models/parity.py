@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from spd_lens.errors import SPDError
 from spd_lens.models.devices import dtype_name
 
 CHECK_TEXTS = (
@@ -22,7 +20,7 @@ CHECK_TEXTS = (
 # Largest allowed difference of logits, relative to their spread, and mean KL in nats. What we saw, for SmolLM2-135M and
 # for tiny random models of every architecture, is in docs/models.md, written from the tests' results.
 # In half precision it is the KL that decides: of tens of thousands of logits one may well be off by half a spread, and
-# a mixture of experts sends a token to another expert where two are all but equal, and then all its logits are others.
+# a mixture of experts sends a token to another expert where two are all but equal, and then all of its logits differ.
 # In float64 they differ as much as in float32: transformers computes norms and rotary angles in float32 all the same.
 Tolerance = tuple[float, float]
 TOLERANCE: dict[torch.dtype, Tolerance] = {
@@ -88,19 +86,3 @@ def kl_divergence(p_logits: Logits, q_logits: Logits) -> Float[Tensor, "..."]:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference over that of what was expected."""
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def require(parity: Parity, dtype: torch.dtype, what: str, instead: str) -> None:
-    """Raise `SPDError` unless the two models agree within the dtype's tolerance."""
-    if not parity.within(dtype):
-        raise SPDError(f"{what} disagree: {parity.against(dtype)}; {instead}")
-
-
-def right_pad(
-    rows: list[list[int]], pad_id: int, device: torch.device | str
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Token ids and attention mask of rows of unequal length."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    tokens = pad_sequence(ids, batch_first=True, padding_value=pad_id)
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    return tokens.to(device), mask.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError, one_line
-from spd_lens.models.architectures import is_known
-from spd_lens.models.decoder import check_causal
+from spd_lens.errors import SPDError
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS, relative_error
 from spd_lens.models.tokenizer import text_ids
-from spd_lens.models.twin import run_twin
+from spd_lens.models.twin import run_twin, runnable
 from spd_lens.models.weights import site_layer, twin_hook
 from spd_lens.sites import Site
 
@@ -33,13 +31,13 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
 
     A random sign for each feature of a site, in the order that spd_lens takes the features to have, must come back in
     the cached keys or values, feature by feature. Signs pass through what stands between the projection and the cache:
-    norms over a head or over all of them, and the rotation, which is none at the first position. Heads in another
+    norms over a head or over all of them, and the rotation, which does nothing at the first position. Heads in another
     order, the wrong slice of a fused layer, or keys for values do not bring them back. And the layer must be affine in
     the weight and bias that a projection is folded into. One forward pass of a few tokens per site, in one batch.
 
     Args:
         twin: A transformers model.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         sites: Sites to compare; kinds other than k and v never reach the cache and are left out.
 
     Returns:
@@ -54,13 +52,8 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
     with contextlib.ExitStack() as stack:
         for question in asked:
             stack.enter_context(question.put())
-        try:
-            cache = run_twin(twin, tokens, use_cache=True).past_key_values
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
-            raise SPDError(
-                f"{type(twin).__name__} cannot be run on a short text with a cache ({one_line(error)}); check its "
-                "configuration or choose another model"
-            ) from error
+        stack.enter_context(runnable(twin, " with a cache"))
+        cache = run_twin(twin, tokens, use_cache=True).past_key_values
     found = {question.site: question.error(cache) for question in asked}
     for site, gap in found.items():
         if not gap <= _TOLERANCE:  # so that NaN is refused too
@@ -70,19 +63,6 @@ def probe(twin: PreTrainedModel, tokenizer: Any, sites: Iterable[Site]) -> dict[
                 "spd_lens reads them; choose another model, or report this architecture"
             )
     return found
-
-
-def probe_unknown(twin: PreTrainedModel, tokenizer: Any, sites: Sequence[Site]) -> None:
-    """`probe` for an architecture that is not in the table and taken to be built like Llama.
-
-    Raises:
-        SPDError: the model has no layers of Llama's names at these sites, or they are not what they are in Llama; or it
-            is no causal language model.
-    """
-    if is_known(twin):
-        return
-    probe(twin, tokenizer, sites)
-    check_causal(twin, tokenizer)
 
 
 class _Question:

@@ -1,8 +1,8 @@
 """Lens models that are no longer what was built: edited, or with weights that TransformerLens has processed.
 
 Processing (`enable_compatibility_mode()`, `process_weights_()`, most ways to load a HookedTransformer) keeps what a
-model predicts and changes what it computes on the way: a value bias that is folded into the output's is no part of V
-any more, so that a projection of V is another one.
+model predicts and changes what it computes in between: a value bias that is folded into the output's is no longer part
+of V, so that a projection of V has another effect.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,7 @@ INSTEAD = (
 )
 
 
-@dataclass
-class _Origin:
+class _Origin(NamedTuple):
     """What a lens model was made from."""
 
     twin: weakref.ref[nn.Module]
@@ -60,13 +58,9 @@ def remember(lens: nn.Module, twin: nn.Module) -> None:
 def is_as_built(lens: nn.Module) -> bool:
     """Whether neither the lens model nor its twin has changed since they were last known to agree."""
     origin = _origins.get(lens)
-    twin = origin.twin() if origin is not None else None
-    return (
-        origin is not None
-        and twin is not None
-        and _state(lens) == origin.state
-        and weights_digest(twin) == origin.weights
-    )
+    if origin is None or (twin := origin.twin()) is None:
+        return False
+    return _state(lens) == origin.state and weights_digest(twin) == origin.weights
 
 
 def is_processed(lens: Any) -> bool:

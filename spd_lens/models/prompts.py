@@ -62,10 +62,10 @@ class PromptFormat:
     system: str | None = None
     """System message of the chat form; None leaves the template's own."""
     enable_thinking: bool | None = None
-    """The switch of a thinking model's template (Qwen3 and like): False closes an empty block of thoughts before the
+    """The switch of a thinking model's template (such as Qwen3): False closes an empty block of thoughts before the
     answer. None leaves the template's own default."""
     prompt_date: str | None = None
-    """The day, as YYYY-MM-DD, that a template which shows today's date is told it is; None where it shows none."""
+    """The day, as YYYY-MM-DD, that a template which shows today's date shows instead; None where it shows no date."""
     date_given: bool = False
     """Whether the day was asked for; else it is the day on which the format was chosen, and gives way to a recorded
     one."""

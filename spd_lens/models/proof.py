@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spd_lens.models.architectures import numbers_in
 from spd_lens.models.backends import lens_logits
+from spd_lens.models.batches import right_pad
+from spd_lens.models.devices import free_memory
 from spd_lens.models.hooks import unembed_only
-from spd_lens.models.memory import free_memory
-from spd_lens.models.parity import CHECK_TEXTS, Parity, right_pad
-from spd_lens.models.settings import numbers_in
+from spd_lens.models.parity import CHECK_TEXTS, Parity
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.twin import run_twin
 
@@ -52,7 +53,7 @@ def rows_that_fit(twin: PreTrainedModel, length: int) -> int:
 
 @torch.no_grad()
 def parity_at(twin: PreTrainedModel, lens: Any, tokenizer: Any, length: int) -> Parity:
-    """How far the lens model is from the twin on a text of so many tokens.
+    """How far the lens model is from the twin on a text of that length in tokens.
 
     A shorter text stands beside it, padded on the right, where there is memory for two. Logits are made at some
     positions only.

@@ -27,14 +27,14 @@ _WATCH = "spd_lens_watch"
 def render(
     tokenizer: Any, messages: Sequence[Message], *, generation: bool = True, date: str | None = None, **options: Any
 ) -> str:
-    """The conversation as text; whatever the template raises comes out.
+    """The conversation as text; an error that the template raises is passed on.
 
     Args:
-        tokenizer: Has the template and the special tokens that it may name.
-        messages: With a role and a content, which is a text or a list of parts.
-        generation: End with what opens the model's own turn.
-        date: The day, as YYYY-MM-DD, that the template is told it is; None: today.
-        options: Switches that the template may read.
+        tokenizer: The tokenizer, with the template and the special tokens that the template may name.
+        messages: Messages with a role and a content, which is a text or a list of parts.
+        generation: Whether the text ends with what opens the model's own turn.
+        date: The day, as YYYY-MM-DD, that the template takes for today. None: today.
+        options: Other variables that the template may read.
 
     Raises:
         OverflowError: it takes too many steps, or writes too much.
@@ -64,8 +64,8 @@ def ending(tokenizer: Any, text: str, opened: str, question: str, answer: str) -
         tokenizer: The tokenizer.
         text: A conversation of a question and its answer.
         opened: The question alone, with what opens the answer.
-        question: What is asked, a word that is not in the template.
-        answer: What is answered, another.
+        question: The question: a word that is not in the template.
+        answer: The answer: another such word.
     """
     before, answered, rest = text.rpartition(answer)
     before, asked, between = before.rpartition(question)

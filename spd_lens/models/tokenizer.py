@@ -16,13 +16,13 @@ from spd_lens.models import hub
 from spd_lens.models.adapter_files import layers_of_models
 
 
-def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: str) -> Any:
     """The tokenizer that `spd_lens.load(model)` would use.
 
     Raises:
         SPDError: there is no such model, or it has no tokenizer that can be read.
     """
-    return read_tokenizer(hub.local_directory(model, revision=revision), trust_remote_code)
+    return read_tokenizer(hub.local_directory(model))
 
 
 def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -61,10 +61,10 @@ def tokenised(tokenizer: Any, text: str, *, specials: bool = True, most: int | N
 
     Args:
         tokenizer: A fast tokenizer.
-        text: The text.
-        specials: Let the tokenizer add its special tokens; False for a chat template, which brings its own.
-        most: The model's context. A text of which a part is far longer already is not tokenised to its end: tens of
-            megabytes would take minutes and gigabytes.
+        text: The text to tokenise.
+        specials: Whether the tokenizer adds its special tokens; False for a chat template, which brings its own.
+        most: The model's context in tokens. A text of which a part is far longer already is not tokenised to its
+            end: tens of megabytes would take minutes and gigabytes of memory.
 
     Raises:
         TooLong: it is longer than `most` by far.

@@ -1,4 +1,4 @@
-"""Running a transformers model, with the same outputs whatever settings were left on its configuration."""
+"""Running a transformers model, with the same outputs whichever settings were left on its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 
 
 def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
@@ -31,6 +31,18 @@ def named_outputs(model: Any) -> Iterator[None]:
         yield
     finally:
         config.return_dict = own
+
+
+@contextlib.contextmanager
+def runnable(model: Any, how: str) -> Iterator[None]:
+    """Raise what a model that is no causal language model raises inside, as an `SPDError`."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
+        raise SPDError(
+            f"{type(model).__name__} cannot be run on a short text{how} ({one_line(error)}); check its configuration "
+            "or choose another model"
+        ) from error
 
 
 def check_saveable(model: Any) -> None:

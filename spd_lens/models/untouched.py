@@ -18,30 +18,34 @@ from spd_lens.models.torch_private import is_lazy, lazy_copy, own_memory, times_
 
 
 @contextlib.contextmanager
-def untouched(twin: PreTrainedModel) -> Iterator[None]:
+def untouched(twin: PreTrainedModel, *, writable: bool = True) -> Iterator[None]:
     """While open, the twin's modules hold copies: of parameters, buffers, configs, and of their tables of these.
 
     Parameters are `lazy_copy`, which takes memory only for what is written to. Whatever is put on the twin meanwhile,
     written into it or taken away from it is done to the copies; afterwards each module has its own attributes again.
-    Submodules are not copied, so that references to them stay good.
+    Submodules are not copied, so that references to them stay good. With `writable=False` weights and buffers are not
+    copied either: what is done inside only adds to them.
 
     Raises:
         SPDError: afterwards the twin is not what it was: something inside wrote to weights that it held from before.
     """
     plain = [parameter for parameter in twin.parameters() if not is_lazy(parameter)]
     own_memory(twin)
-    own = [(module, dict(vars(module))) for module in twin.modules()]
+    held = [(module, dict(vars(module))) for module in twin.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in twin.parameters()]
     before = state_digest(twin)
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {} if writable else {id(own): own for own in (*twin.parameters(), *twin.buffers())}
     try:
         with neutral():  # in inference mode they would be inference tensors, which nothing else takes
-            for module, attributes in own:
+            for module, attributes in held:
                 vars(module).update({name: _copied(value, copies) for name, value in attributes.items()})
         yield
     finally:
-        for module, attributes in own:
+        for module, attributes in held:
             vars(module).clear()
             vars(module).update(attributes)
+        for parameter, gradient in gradients:  # which a training clears
+            parameter.grad = gradient
         copies.clear()
         for parameter in plain:
             parameter.data_ptr()  # asked for as if to write: a storage that nobody shares any more is ordinary again

@@ -109,13 +109,9 @@ def positionwise_in_last_block(model: nn.Module) -> list[nn.Module]:
     The largest such modules: a whole MLP, and in the attention the projection of the queries (unless keys or values
     come out of the same layer) and that of the output.
     """
-    layout = architecture(model)
     last = Fingerprint.of(model).n_layers - 1
     writers = {site_layer(model, Site(last, kind)).module for kind in ("k", "v")}
-    [block] = [
-        m for name, m in model.named_modules() if re.search(rf"(?:^|\.){re.escape(layout.blocks)}\.{last}$", name)
-    ]
-    return list(_without(block, writers))
+    return list(_without(site_layer(model, Site(last, "resid")).module, writers))
 
 
 def _without(module: nn.Module, excluded: set[Any]) -> Iterator[nn.Module]:

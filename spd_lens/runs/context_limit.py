@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_lens.errors import TooLong
-from spd_lens.evaluation import with_choice
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.runs.config import SPDConfig
+from spd_lens.subspaces import with_answers
 from spd_lens.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def forced_texts(task: Task, item: Example) -> Iterator[Example]:
     """What is measured teacher-forced on a test item: its gold completion, and each answer that may stand in it."""
     if item.spans:
         yield item
-        yield from (with_choice(item, choice) for choice in task.choices(item))
+        yield from (with_answers(item, [choice]) for choice in task.choices(item))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ Scores = Mapping[Hashable, Mapping[Hashable, float]] | Sequence[Sequence[float]]
 MIN_BOOTSTRAP = 10
 """Below this many values a bootstrap interval of a mean is clearly too short (about 83 % coverage at n = 5 for a
 nominal 95 %), so Student's t is used."""
+_CONFIDENCE = 0.95
 TOO_FEW, WITHIN_NOISE = "too few items", "within noise"
 """Verdicts on a difference that is not shown to go in either direction."""
 
@@ -84,7 +85,7 @@ def wilson(successes: float, n: int, *, confidence: float = 0.95) -> Estimate:
     return Estimate(value, low, high, int(n), f"Wilson {_percent(confidence)}{note}")
 
 
-def score_interval(scores: Iterable[float], *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def score_interval(scores: Iterable[float], *, confidence: float = 0.95) -> Estimate:
     """Mean of scores in [0, 1]: Wilson where all are 0 or 1, else a BCa bootstrap.
 
     Fewer than ten fractional scores, or constant ones, give no usable bootstrap and get the conservative Wilson
@@ -96,7 +97,7 @@ def score_interval(scores: Iterable[float], *, confidence: float = 0.95, seed: i
         raise SPDError(f"scores must lie in [0, 1], but one is {outside[0]}; use mean_interval for other measures")
     fractional = bool(np.any((values != 0) & (values != 1)))
     if fractional and values.size >= MIN_BOOTSTRAP and np.ptp(values) > 0:
-        return mean_interval(values, confidence=confidence, seed=seed)
+        return mean_interval(values, confidence=confidence)
     # fsum, so that a mean of 0/1 scores stays an exact count
     return wilson(min(math.fsum(values), values.size), values.size, confidence=confidence)
 
@@ -146,17 +147,15 @@ def mcnemar_exact(a: Iterable[float], b: Iterable[float]) -> McNemar:
     return McNemar(min(1.0, float(result.pvalue)), only_a, only_b)
 
 
-def seed_summary(
-    values_by_seed: Mapping[Hashable, float] | Iterable[float], *, confidence: float = 0.95
-) -> SeedSummary:
+def seed_summary(values_by_seed: Mapping[Hashable, float] | Iterable[float]) -> SeedSummary:
     """Mean, standard deviation and Student's t interval of one number per seed; here the seeds are the sample."""
     raw = values_by_seed.values() if isinstance(values_by_seed, Mapping) else values_by_seed
     values = _values(raw, "values by seed")
     sd = float(np.std(values, ddof=1)) if values.size > 1 else math.nan
-    return SeedSummary(_t_interval(values, confidence, "over seeds"), sd)
+    return SeedSummary(_t_interval(values, _CONFIDENCE, "over seeds"), sd)
 
 
-def clustered_mean(scores: Scores, *, confidence: float = 0.95, seed: int = 0, n_resamples: int = 9999) -> Estimate:
+def clustered_mean(scores: Scores, *, n_resamples: int = 9999) -> Estimate:
     """Mean of `scores[seed][item]` with a cluster bootstrap by item (Field & Welsh 2007); its `n` counts items.
 
     An item is drawn together with its scores under all seeds: repeating an item under more seeds is no new item. As
@@ -166,14 +165,12 @@ def clustered_mean(scores: Scores, *, confidence: float = 0.95, seed: int = 0, n
     table, _ = _table(scores, "scores")
     means, label = table.mean(axis=0), f"by item over {len(table)} seed(s), "
     if _is_binary(table) and np.ptp(means) == 0:  # all right or all wrong: resampling would claim certainty
-        estimate = wilson(means[0] * means.size, means.size, confidence=confidence)
+        estimate = wilson(means[0] * means.size, means.size)
         return replace(estimate, method=label + estimate.method)
-    return _mean(means, confidence, seed, n_resamples, label)
+    return _mean(means, _CONFIDENCE, 0, n_resamples, label)
 
 
-def clustered_difference(
-    a: Scores, b: Scores, *, confidence: float = 0.95, seed: int = 0, n_resamples: int = 9999
-) -> Estimate:
+def clustered_difference(a: Scores, b: Scores, *, seed: int = 0, n_resamples: int = 9999) -> Estimate:
     """Mean of `b - a` where both were scored as `scores[seed][item]` on the same items; clusters are items.
 
     The two may have different seeds, and different numbers of them: each item's mean over seeds is what is paired.
@@ -188,8 +185,8 @@ def clustered_difference(
     label = f"paired by item over {len(first)} and {len(second)} seed(s), "
     difference = second.mean(axis=0) - first.mean(axis=0)
     if np.ptp(difference) == 0 and _is_binary(first) and _is_binary(second):
-        return _equal_differences(difference, confidence, label)
-    return _mean(difference, confidence, seed, n_resamples, label)
+        return _equal_differences(difference, _CONFIDENCE, label)
+    return _mean(difference, _CONFIDENCE, seed, n_resamples, label)
 
 
 def within_noise(estimate: Estimate) -> bool:

@@ -1,6 +1,6 @@
 """Gradients, their moments, the subspaces that follow from them, and projections onto these."""
 
-from spd_lens.subspaces.controls import shuffled_answers
+from spd_lens.subspaces.controls import shuffled_answers, with_answers
 from spd_lens.subspaces.extract import TokenGradients, extract, token_gradients
 from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.policy import Policy
@@ -11,4 +11,5 @@ from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 __all__ = [
     "BlockSpectrum", "GradientMoments", "Policy", "Rank", "Subspace", "TokenGradients", "extract", "fold_to",
     "folded", "projected", "projected_twin", "resolve_rank", "shuffled_answers", "token_gradients",
+    "with_answers",
 ]  # fmt: skip

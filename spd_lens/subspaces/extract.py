@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
@@ -23,8 +22,7 @@ from spd_lens.models import (
     LensHook,
     ModelPair,
     Parity,
-    angles_change_beyond,
-    batches_by_length,
+    dtype_name,
     fast_products,
     fastest_attention,
     free_memory,
@@ -44,8 +42,6 @@ from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
 
 log = logging.getLogger(__name__)
-
-CAPTURE_ENGINES = ("lens", "twin")
 
 # float16 gradients of a mean over few tokens underflow below 6e-8; a power of two is taken out again exactly. A larger
 # one would overflow 65,504 in Gemma 2, whose soft caps pass a gradient on times 30 and 50 before they divide it again.
@@ -70,25 +66,24 @@ def extract(
     over its own `S`, so neither batching nor padding changes a row.
 
     Args:
-        pair: The model.
+        pair: The model pair.
         examples: Calibration examples with completion and spans.
-        settings: Where and of what gradients are captured. None: the paper's choice.
+        settings: Which gradients are captured, and where. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
             numbers per shard and site.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: layers, kinds, loss, engine. `spd_lens.settings.Extraction` says
-            what they mean.
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine.
+            `spd_lens.settings.Extraction` says what they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.
     """
     shards = whole("shards", shards)
-    examples = worked_examples(examples, "calibration examples")
     settings = Extraction.given(settings, keywords, "extract")
     sites = pair.sites(settings.layers, settings.kinds)
-    recorded = {"loss": settings.loss, "dtype": str(pair.dtype).removeprefix("torch.")}
+    recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype)}
     if pair.format.prompt_date is not None:
         recorded["prompt_date"] = pair.format.prompt_date
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
@@ -132,8 +127,8 @@ def token_gradients(
     """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
     settings = Extraction.given(settings, keywords, "token_gradients")
     engine = settings.engine
-    if engine not in CAPTURE_ENGINES:
-        raise SPDError(f"unknown engine {engine!r}; choose from {', '.join(CAPTURE_ENGINES)}")
+    if engine not in ("lens", "twin"):
+        raise SPDError(f"unknown engine {engine!r}; choose from lens, twin")
     examples = worked_examples(examples, "calibration examples")
     if batch_tokens is not None:
         batch_tokens = whole("batch_tokens", batch_tokens)
@@ -145,9 +140,7 @@ def token_gradients(
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
-        for batch in batches_by_length(
-            [len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(pair.hf.config)
-        ):
+        for batch in pair.batches(encoded, batch_tokens):
             yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
 
@@ -156,9 +149,9 @@ def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> T
     """The engine asked for; the twin where `backend="auto"` finds no lens model that agrees with it on such a text."""
     if engine == "lens":
         if pair.lens_if_any(longest) is not None:
-            return LensTap(pair, sites)
+            return Tap(pair, sites, on_lens=True)
         log.warning("no lens model of %s agrees with the twin: gradients are captured on the twin", pair.name)
-    return TwinTap(pair, sites)
+    return Tap(pair, sites, on_lens=False)
 
 
 def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
@@ -175,7 +168,7 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
         gradients = torch.autograd.grad(per_example.sum() * scale, list(activations.values()))
     if not all(g.isfinite().all() for g in gradients):
         raise SPDError(
-            f"gradients are not finite in {str(pair.dtype).removeprefix('torch.')} for example "
+            f"gradients are not finite in {dtype_name(pair.dtype)} for example "
             f"{indices[0]} or one of its batch; load the model with dtype='float32' or 'bfloat16'"
         )
     for i, (index, e, value) in enumerate(zip(indices, batch, per_example.tolist(), strict=True)):
@@ -192,32 +185,24 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
 
 
 def fitting_tokens(pair: ModelPair, n_layers: int) -> int:
-    """Tokens per batch that half of the free memory holds, where `n_layers` layers keep a graph.
-
-    A layer keeps at most about 34 values per token and unit of `d_model` (Korthikanti et al. 2022, section 4).
-    """
+    """Tokens per batch that half of the free memory holds, where `n_layers` layers keep a graph."""
     most = 16_384 if pair.device.type == "cuda" else 1_024
-    per_token = 34 * n_layers * pair.fingerprint.d_model * pair.dtype.itemsize
-    return max(1, min(most, int(free_memory(pair.device) / 2 / per_token)))
+    return max(1, min(most, int(free_memory(pair.device) / 2 / (n_layers * pair.kept_by_layer))))
 
 
-class Tap(ABC):
-    """One way to run a model with its K and V in reach of autograd."""
+class Tap:
+    """A model with its K and V in reach of autograd: the lens model at its hook points, or the twin at its layers."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, sites: Sequence[Site]) -> None:
-        self.model: Any = model
-        self.sites = list(sites)
-        self._head = head
+    def __init__(self, pair: ModelPair, sites: Sequence[Site], *, on_lens: bool) -> None:
+        self.on_lens, self.sites = on_lens, list(sites)
+        self.model: Any = pair.proven_lens if on_lens else pair.hf
+        self._head: nn.Module = self.model.unembed if on_lens else pair.hf.get_output_embeddings()
         self._last: list[nn.Module] = []
         """What of the last block is needed at the predicting positions alone."""
-
-    @abstractmethod
-    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
-        """Install `keep` at a site and return something with `remove()`."""
-
-    @abstractmethod
-    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """A forward pass."""
+        if not on_lens and all(site.kind in ("k", "v") for site in sites if site.layer == pair.n_layers - 1):
+            self._last = positionwise_in_last_block(pair.hf)
+            if not self._exact_on(text_ids(pair.tokenizer, CHECK_TEXTS[0])[: pair.n_ctx]):
+                self._last = []
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[dict[Site, Float[Tensor, "batch pos ..."]]]:
@@ -231,9 +216,10 @@ class Tap(ABC):
             activations[site] = activation
             return activation
 
+        hook = LensHook if self.on_lens else twin_hook
         with contextlib.ExitStack() as stack:
             for site in self.sites:
-                stack.callback(self._hook(site, partial(keep, site=site)).remove)
+                stack.callback(hook(self.model, site, partial(keep, site=site)).remove)
             yield activations
 
     def logits_at(
@@ -243,47 +229,21 @@ class Tap(ABC):
         with unembed_only(self._head, row, position), run_only(self._last, row, position, tokens.shape[1]):
             return self._logits(tokens, mask)[0]
 
-
-class LensTap(Tap):
-    """Captures at `hook_k` / `hook_v` of the lens model: `[batch, pos, head, d_head]`."""
-
-    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
-        super().__init__(pair.proven_lens, pair.lens.unembed, sites)
-
-    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
-        return LensHook(self.model, site, keep)
-
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return lens_logits(self.model, tokens, mask)
-
-
-class TwinTap(Tap):
-    """Captures in the Hugging Face model, for k and v at the outputs of `k_proj` and `v_proj`."""
-
-    def __init__(self, pair: ModelPair, sites: Sequence[Site]) -> None:
-        super().__init__(pair.hf, pair.hf.get_output_embeddings(), sites)
-        if all(site.kind in ("k", "v") for site in sites if site.layer == pair.n_layers - 1):
-            self._last = positionwise_in_last_block(pair.hf)
-            if not self._exact_on(text_ids(pair.tokenizer, CHECK_TEXTS[0])[: pair.n_ctx]):
-                self._last = []
+        if self.on_lens:
+            return lens_logits(self.model, tokens, mask)
+        # No mask: padding on the right is behind all that a real token attends to, and causal kernels are faster.
+        with fastest_attention(self.model, tokens.shape[1]):
+            return run_twin(self.model, tokens, use_cache=False).logits
 
     @torch.no_grad()
     def _exact_on(self, ids: list[int]) -> bool:
         """Whether the last block may run at some positions alone: in some architectures its parts mix positions."""
         tokens = torch.tensor([ids], device=self.model.device)
-        row, position = torch.zeros(1, dtype=torch.long), torch.tensor([len(ids) - 1])
-        row, position = row.to(tokens.device), position.to(tokens.device)
+        row, position = torch.tensor([[0], [len(ids) - 1]], device=tokens.device)
         try:
             found = self.logits_at(tokens, torch.ones_like(tokens), row, position).double()
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             return False  # a part of the block that takes something else than activations of all positions
         whole = self._logits(tokens, torch.ones_like(tokens))[0, -1:].double()
         return Parity.between(whole, found).within(self.model.dtype)
-
-    def _hook(self, site: Site, keep: Callable[[Tensor], Tensor]) -> Any:
-        return twin_hook(self.model, site, keep)
-
-    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        # no mask: padding on the right is behind all that a real token attends to, and causal kernels are faster
-        with fastest_attention(self.model, tokens.shape[1]):
-            return run_twin(self.model, tokens, use_cache=False).logits

@@ -182,11 +182,11 @@ class GradientMoments:
         """The top right singular vectors of each block (Eq. 9-11).
 
         Args:
-            rank: Directions per block: an integer, or a fraction of the block's width (the paper: half). Where the
+            rank: Directions per block: an integer, or a fraction of the block's width (half in the paper). Where the
                 gradients have fewer directions than that, the rank is theirs and `Subspace.ranks` says so.
-            per_head: A projector for each head, or one joint projector over all heads.
-            sites: Some of the extracted sites; all by default.
-            center: Project around the mean activation instead of the origin. The paper does not.
+            per_head: Whether each head gets a projector of its own, or all heads one joint projector.
+            sites: The sites to take, among those that were extracted; all by default.
+            center: Whether to project around the mean activation instead of the origin. The paper does not.
             of: `"gradient"`, or as a control `"activation"`: the top directions of the activations themselves.
         """
         if not int(self.n_examples.sum()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from spd_lens.files import (
     unreadable_weights,
     write_json,
 )
-from spd_lens.generation import Corpus, disk_errors_explained, refuse_other_settings
+from spd_lens.generation import disk_errors_explained, refuse_other_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +33,6 @@ COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
 _EARLIER = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 """What a checkpoint holds beside the weights."""
-
-
-def default_place(corpus: Corpus) -> Path:
-    """`adapter` beside the corpus file, or a new temporary directory."""
-    if corpus.path is not None:
-        return corpus.path.parent / "adapter"
-    return Path(tempfile.mkdtemp(prefix="spd_")) / "adapter"
 
 
 class TrainingPlace:
@@ -127,7 +119,7 @@ def complete_checkpoint(checkpoint: Path) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether an adapter or checkpoint is there with the weights that were trained; damage is told to the log.
+    """Whether an adapter or checkpoint is there with the weights that were trained; damage is logged.
 
     What a process that was killed at the very end has left beside it goes.
     """
@@ -147,8 +139,7 @@ def _result_damage(directory: Path) -> str | None:
     """What is wrong with weights or, which may have been edited since, with the configuration: can it be read?"""
     try:
         recorded = read_json(directory / LOG).get("files") if (directory / LOG).exists() else None
-        config = directory / "adapter_config.json"
-        read_json(config if config.exists() else directory / "config.json")
+        _check_config(directory)
         if recorded is None:  # of an earlier version
             return unreadable_weights(directory)
         return damage(directory, {name: entry for name, entry in recorded.items() if name.endswith(".safetensors")})
@@ -177,9 +168,14 @@ def _earlier_damage(checkpoint: Path) -> str | None:
         with zipfile.ZipFile(checkpoint / name) as archive:
             if archive.testzip() is not None:
                 return f"{checkpoint / name} is damaged"
-    config = checkpoint / "adapter_config.json"
-    read_json(config if config.exists() else checkpoint / "config.json")
+    _check_config(checkpoint)
     return unreadable_weights(checkpoint)
+
+
+def _check_config(directory: Path) -> None:
+    """Read the configuration of an adapter or checkpoint; an error if it is damaged."""
+    config = directory / "adapter_config.json"
+    read_json(config if config.exists() else directory / "config.json")
 
 
 def _settings(noted: Path) -> dict[str, Any] | None:

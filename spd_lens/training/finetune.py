@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from spd_lens.errors import SPDError, whole
 from spd_lens.files import reading
@@ -24,18 +25,21 @@ from spd_lens.models import (
     Fingerprint,
     ModelPair,
     check_saveable,
+    dtype_name,
     fast_products,
     neutrally,
+    random_kept,
     recomputed_alike,
     single_process,
+    untouched,
     weights_digest,
 )
 from spd_lens.settings import TrainingKeywords, TrainingSettings
-from spd_lens.training.checkpoint_dir import TrainingPlace, default_place
+from spd_lens.training.checkpoint_dir import TrainingPlace
 from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
-from spd_lens.training.trainer import CorpusTrainer, TokenRows, save_weights
-from spd_lens.training.undo import as_it_was, isolated_random, on_device
+from spd_lens.training.loss import IGNORED
+from spd_lens.training.trainer import CorpusTrainer, Row, save_weights, token_rows
 
 
 @neutrally
@@ -59,19 +63,22 @@ def finetune(
     seed names one adapter, interrupted or not.
 
     Args:
-        pair: The model. If its lens model was built already, lens and twin are first checked to agree.
+        pair: The model pair. If its lens model was built already, lens and twin are first checked to agree.
         corpus: A finished corpus that `generate` made.
-        settings: Everything that decides the result. None: the paper's values.
+        settings: Settings that decide the result. None: the paper's values.
         out: Directory of the result. None: `adapter` beside the corpus file, or a new temporary directory for a corpus
             that has no file.
-        gradient_checkpointing: Less memory for a third more time, and the same result. None: if a batch of the longest
-            sequences would otherwise take more than half of the free memory.
-        resume: Continue a training in `out` that was interrupted, and return one that is finished. False: train anew.
+        gradient_checkpointing: Whether to recompute activations in the backward pass: less memory for a third more
+            time, and the same result. None: if a batch of the longest sequences would otherwise take more than half of
+            the free memory.
+        resume: Whether to continue a training in `out` that was interrupted, and to return one that is finished. False:
+            train anew.
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
             every 100 steps. They are deleted at the end.
-        progress: Show a progress bar.
-        **keywords: Single settings, over `settings`: method, rank, alpha, dropout, targets, lr, weight_decay, epochs,
-            batch_size, gradient_accumulation, loss_on, seed. `spd_lens.settings.TrainingSettings` says what they mean.
+        progress: Whether to show a progress bar.
+        **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout,
+            targets, lr, weight_decay, epochs, batch_size, gradient_accumulation, loss_on, seed.
+            `spd_lens.settings.TrainingSettings` says what they mean.
 
     Returns:
         `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
@@ -90,14 +97,19 @@ def finetune(
     identity = {
         "model": pair.name,
         "weights": weights_digest(pair.hf),
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         "corpus": corpus_digest(corpus),
         **settings.by_keyword(),
     }
-    place = TrainingPlace(default_place(corpus) if out is None else Path(out))
+    if out is None:
+        out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
+    place = TrainingPlace(Path(out))
     if resume and place.finished(identity):
         return place.directory
-    with place.working(identity, resume), isolated_random(settings.seed), on_device(pair.device):
+    # Trainer takes the current CUDA device: make it the model's
+    on_device = torch.cuda.device(pair.device) if pair.device.type == "cuda" else contextlib.nullcontext()
+    with place.working(identity, resume), random_kept(), on_device:
+        set_seed(settings.seed)  # PEFT and Trainer draw from the global generators
         summary = _train(pair, settings, rows, place, save_steps, gradient_checkpointing, progress)
         with _explained(place):
             place.publish({"settings": identity, **summary})
@@ -118,7 +130,7 @@ def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
 def _train(
     pair: ModelPair,
     settings: TrainingSettings,
-    rows: TokenRows,
+    rows: list[Row],
     place: TrainingPlace,
     save_steps: int | None,
     gradient_checkpointing: bool | None,
@@ -128,8 +140,9 @@ def _train(
     start = time.monotonic()
     with _trainable(pair, settings) as model:
         if gradient_checkpointing is None:
+            longest = max(len(row["input_ids"]) for row in rows)
             n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * rows.longest, n_trained)
+            gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * longest, n_trained)
         if gradient_checkpointing:
             _checkpoint_gradients(model)
         args = _arguments(pair, settings, len(rows), place, save_steps)
@@ -141,14 +154,14 @@ def _train(
                 pair.tokenizer.save_pretrained(place.result)
     return {
         "n_sequences": len(rows),
-        "n_scored_tokens": rows.n_scored,
+        "n_scored_tokens": sum(label != IGNORED for row in rows for label in row["labels"]),
         "n_steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
         "log": trainer.loss_log,
     }
 
 
-def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
+def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> list[Row]:
     """The corpus as training sees it, or `SPDError` if it is not one for this model."""
     if not isinstance(corpus, Corpus):
         raise SPDError(
@@ -156,7 +169,7 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
         )
     if not len(corpus):
         raise SPDError("the corpus is empty, so there is nothing to train on; generate completions first")
-    if not getattr(corpus, "complete", True):
+    if not corpus.complete:
         raise SPDError(
             f"the corpus {corpus.path} is not finished ({len(corpus)} completions so far); "
             "run generate with the same settings to finish it"
@@ -175,7 +188,7 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> TokenRows:
                 f"the completion of prompt {record.id!r} does not fit the model: {len(ids)} tokens (context "
                 f"{pair.n_ctx}), largest id {max(ids)} (vocabulary {d_vocab}); was it generated by another model?"
             )
-    return TokenRows(corpus.records, loss_on)
+    return token_rows(corpus, loss_on)
 
 
 def _arguments(
@@ -204,7 +217,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
         report_to="none",
-        disable_tqdm=True,  # there is a bar of our own
+        disable_tqdm=True,  # `CorpusTrainer` shows its own bar
         use_cpu=pair.device.type == "cpu",
         dataloader_pin_memory=pair.device.type == "cuda",
         remove_unused_columns=False,
@@ -229,7 +242,7 @@ def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Modul
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
     )
-    with as_it_was(pair.hf):
+    with untouched(pair.hf, writable=False):  # PEFT writes into modules and configs, and trains only what it adds
         model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
         model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
         yield model.train()

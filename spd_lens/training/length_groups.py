@@ -47,8 +47,6 @@ def passes(batch: dict[str, Tensor], apart: int | None = None) -> list[dict[str,
 def needs_checkpointing(pair: ModelPair, n_tokens: int, n_trained: int) -> bool:
     """Whether a pass of `n_tokens` that keeps all activations would take more than half of what memory is left.
 
-    A layer keeps at most about 34 values per token and unit of `d_model` (Korthikanti et al. 2022, section 4). AdamW
-    keeps 12 bytes, gradient included, per weight that it trains.
+    AdamW keeps 12 bytes, gradient included, per weight that it trains.
     """
-    activations = 34 * pair.n_layers * pair.fingerprint.d_model * pair.dtype.itemsize * n_tokens
-    return activations > (free_memory(pair.device) - 12 * n_trained) / 2
+    return n_tokens * pair.n_layers * pair.kept_by_layer > (free_memory(pair.device) - 12 * n_trained) / 2

@@ -27,7 +27,7 @@ class NextTokenLoss:
 
     The model runs without its unembedding; then each chunk of scored positions goes through the unembedding, the loss
     and back to the hidden states, before the next one does. Adapters and biases on the unembedding, training it, tying
-    it to the embedding are as ever: it is called as the module that it is. What the architecture does to its logits
+    it to the embedding work as usual, since it is called as a module. What the architecture does to its logits
     afterwards is looked up in its configuration, and compared with what it really does to a few tokens. Where that
     differs, the model's own logits are used, all scored positions at once.
     """
@@ -62,11 +62,8 @@ class NextTokenLoss:
             kept.append(args[0])
             return (args[0][:, :0], *args[1:])
 
-        handle = self._head.register_forward_pre_hook(take)
-        try:
+        with self._head.register_forward_pre_hook(take):
             run_twin(model, tokens, use_cache=False)
-        finally:
-            handle.remove()
         return kept[0]
 
     @torch.no_grad()
@@ -74,11 +71,8 @@ class NextTokenLoss:
         """Whether the tail makes the model's logits out of what the unembedding returns."""
         raw: list[Tensor] = []
         tokens = torch.arange(_N_CHECKED, device=self._head.weight.device)[None]  # type: ignore[arg-type]
-        handle = self._head.register_forward_hook(lambda module, args, output: raw.append(output))
-        try:
+        with self._head.register_forward_hook(lambda module, args, output: raw.append(output)):
             logits = run_twin(model, tokens, use_cache=False).logits
-        finally:
-            handle.remove()
         tolerance = 8 * torch.finfo(raw[0].dtype).eps
         ours = self._tail(raw[0])
         return logits.shape == ours.shape and torch.allclose(
@@ -108,7 +102,7 @@ def _cross_entropy(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed loss of hidden states; gradients are made on the way forth, while a chunk's logits are there."""
+    """Summed loss of hidden states; gradients are made in the forward pass, while a chunk's logits are there."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, tail: Tail, *trained: Tensor) -> Tensor:

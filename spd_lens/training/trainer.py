@@ -1,10 +1,11 @@
-"""What `finetune` gives to `transformers.Trainer`: token rows, the collator, checkpoints and the loss log."""
+"""What `finetune` gives to `transformers.Trainer`: token rows, batches of them, checkpoints and the loss log."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +13,47 @@ import torch
 from jaxtyping import Int
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json, write_text
 from spd_lens.generation import Record
-from spd_lens.models import angles_change_beyond, fastest_attention
+from spd_lens.models import angles_change_beyond, fastest_attention, right_pad
 from spd_lens.training.checkpoint_dir import complete_checkpoint
 from spd_lens.training.length_groups import passes
 from spd_lens.training.loss import IGNORED, NextTokenLoss
 
-
-class TokenRows(Dataset[dict[str, list[int]]]):
-    """The corpus' own token ids, never tokenised again: EOS is there only where the model ended by itself."""
-
-    def __init__(self, records: Sequence[Record], loss_on: str) -> None:
-        """`loss_on`: `"all"` scores prompt and completion (Eq. 14), `"completion"` the completion alone."""
-        self._rows = []
-        for record in records:
-            ids = [*record.prompt_ids, *record.completion_ids]
-            # nothing predicts the first token: the sum of Eq. 14 starts at t = 2
-            start = max(1, len(record.prompt_ids)) if loss_on == "completion" else 1
-            self._rows.append({"input_ids": ids, "labels": [IGNORED] * start + ids[start:]})
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self._rows[index]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row["input_ids"]) for row in self._rows)
-
-    @property
-    def n_scored(self) -> int:
-        """Tokens with a loss, over all rows."""
-        return sum(label != IGNORED for row in self._rows for label in row["labels"])
+Row = dict[str, list[int]]
+"""The `input_ids` and `labels` of one completion."""
 
 
-class Collator:
-    """Rows of unequal length to one batch, padded on the right; padding is masked and has no loss."""
+def token_rows(records: Iterable[Record], loss_on: str) -> list[Row]:
+    """The corpus' own token ids, never tokenised again: EOS is there only where the model ended by itself.
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    `loss_on`: `"all"` scores prompt and completion (Eq. 14), `"completion"` the completion alone.
+    """
+    rows = []
+    for record in records:
+        ids = [*record.prompt_ids, *record.completion_ids]
+        # nothing predicts the first token: the sum of Eq. 14 starts at t = 2
+        start = max(1, len(record.prompt_ids)) if loss_on == "completion" else 1
+        rows.append({"input_ids": ids, "labels": [IGNORED] * start + ids[start:]})
+    return rows
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Int[Tensor, "row pos"]]:
-        longest = max(len(row["input_ids"]) for row in rows)
 
-        def padded(name: str, value: int) -> Tensor:
-            return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-
-        mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "attention_mask": torch.tensor(mask),
-            "labels": padded("labels", IGNORED),
-        }
+def collated(rows: Sequence[Row], pad_id: int) -> dict[str, Int[Tensor, "row pos"]]:
+    """Rows of unequal length as one batch, padded on the right; padding is masked and has no loss."""
+    tokens, mask = right_pad([row["input_ids"] for row in rows], pad_id, "cpu")
+    labels, _ = right_pad([row["labels"] for row in rows], IGNORED, "cpu")
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
 class CorpusTrainer(Trainer):
     """`Trainer` that runs batches in passes of similar length, writes safetensors alone, shows one bar or nothing."""
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, rows: TokenRows, pad_id: int, progress: bool) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_id))
+    def __init__(self, model: nn.Module, args: TrainingArguments, rows: list[Row], pad_id: int, progress: bool) -> None:
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=partial(collated, pad_id=pad_id))
         for callback in (PrinterCallback, ProgressCallback):  # they print every loss
             self.remove_callback(callback)
         self.add_callback(_Guard())

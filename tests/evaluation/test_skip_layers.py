@@ -3,7 +3,7 @@
 import torch
 
 from spd_lens import extract
-from spd_lens.evaluation.skip_layers import Prefix, exact_prefix, forced_above
+from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES
@@ -15,8 +15,7 @@ def test_effects_are_those_of_whole_passes(tiny_pair):
     prefix = exact_prefix(tiny_pair, EXAMPLES, {0, 2})
     whole = teacher_forced(tiny_pair, EXAMPLES, policies, progress=False)
     assert prefix is not None
-    assert forced_above(prefix, tiny_pair, EXAMPLES, policies, progress=False) == whole
-    assert forced_above(None, tiny_pair, EXAMPLES, policies, progress=False) == whole
+    assert teacher_forced(tiny_pair, EXAMPLES, policies, prefix=prefix, progress=False) == whole
     assert whole["late"] != whole["base"]
 
 

@@ -16,7 +16,7 @@ from spd_lens.models.load import load
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import Parity
 from spd_lens.study.shapes import read_shape
-from spd_lens.subspaces.extract import TwinTap, extract
+from spd_lens.subspaces.extract import Tap, extract
 from spd_lens.subspaces.projection import folded, projected_twin
 from spd_lens.training.finetune import finetune
 from tests.conftest import build_llama, build_tokenizer, randomise
@@ -136,10 +136,10 @@ def seeing_all(inner):
 
 def test_parts_that_mix_positions_are_run_whole():
     pair = ModelPair(WORKS["a recurrence beside the attention"](), TOKENIZER)
-    assert TwinTap(pair, pair.sites())._last == []
+    assert Tap(pair, pair.sites(), on_lens=False)._last == []
     for name in ("like Llama, and unknown", "a mixture whose layers return what the router said"):
         pair = ModelPair(WORKS[name](), TOKENIZER)
-        assert TwinTap(pair, pair.sites())._last
+        assert Tap(pair, pair.sites(), on_lens=False)._last
 
 
 LEFT_ON = [

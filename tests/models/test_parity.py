@@ -1,13 +1,15 @@
 """What counts as the same model: logits, KL and fingerprints."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from spd_lens.models.adapters import adapted, merged_copy
+from spd_lens.models.batches import right_pad
 from spd_lens.models.fingerprint import Fingerprint
-from spd_lens.models.parity import CHECK_TEXTS, Parity, kl_divergence, require, right_pad
+from spd_lens.models.parity import CHECK_TEXTS, Parity, kl_divergence
 from tests.helpers import make_adapter, refused
 
 
@@ -41,8 +43,7 @@ def test_wider_types_allow_less_and_nan_is_never_within(dtype):
     assert not Parity(0.0, 0.1).within(dtype)
     assert not Parity(math.nan, 0.0).within(dtype)
     assert not Parity(0.0, math.nan).within(dtype)
-    with refused("they", "8.5", str(dtype).removeprefix("torch."), "do this"):
-        require(Parity(8.5, 0.0), dtype, "they", "do this")
+    assert {"8.5", str(dtype).removeprefix("torch.")} <= set(re.split(r"[ :]", Parity(8.5, 0.0).against(dtype)))
     assert Parity(0.01, 1e-4).within(torch.bfloat16)
     assert not Parity(0.01, 1e-4).within(torch.float32)
 

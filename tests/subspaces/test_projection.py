@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spd_lens.models.adapters import adapted, merged_copy
-from spd_lens.models.parity import right_pad
+from spd_lens.models.batches import right_pad
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.projection import fold_to, folded, projected

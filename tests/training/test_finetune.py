@@ -23,7 +23,7 @@ from spd_lens.generation.generate import generate
 from spd_lens.models.load import load
 from spd_lens.models.pair import ModelPair
 from spd_lens.training.finetune import finetune
-from spd_lens.training.trainer import Collator, CorpusTrainer, TokenRows
+from spd_lens.training.trainer import CorpusTrainer, collated, token_rows
 from tests.helpers import assert_same_bits, refused
 
 QUICK = {"lr": 1e-3, "epochs": 2, "batch_size": 2, "progress": False}
@@ -101,16 +101,16 @@ def test_accumulated_batches_count_their_tokens_as_one_batch(tiny_pair, corpus, 
 def test_rows_are_the_sampled_ids_and_padding_has_no_loss():
     ended = Record("a", "p", "c", (0, 5, 6), (7, 1), "eos")
     cut = Record("b", "p", "c", (0, 5), (7, 8, 9, 8), "length")
-    batch = Collator(pad_id=1)([*map(TokenRows([ended, cut], "all").__getitem__, (0, 1))])  # pad is EOS, as often
+    batch = collated(token_rows([ended, cut], "all"), pad_id=1)  # pad is EOS, as often
     assert batch["input_ids"].tolist() == [[0, 5, 6, 7, 1, 1], [0, 5, 7, 8, 9, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
     assert batch["labels"].tolist() == [[-100, 5, 6, 7, 1, -100], [-100, 5, 7, 8, 9, 8]]
-    rows = TokenRows([ended, cut], "completion")
-    assert [rows[i]["labels"] for i in (0, 1)] == [[-100] * 3 + [7, 1], [-100] * 2 + [7, 8, 9, 8]]
-    assert rows.n_scored == 6
+    rows = token_rows([ended, cut], "completion")
+    assert [row["labels"] for row in rows] == [[-100] * 3 + [7, 1], [-100] * 2 + [7, 8, 9, 8]]
+    assert sum(label != -100 for row in rows for label in row["labels"]) == 6
     bos_alone = Record("c", "", "c", (0,), (7, 1), "eos")
     for loss_on in ("all", "completion"):
-        assert TokenRows([bos_alone], loss_on)[0]["labels"] == [-100, 7, 1]
+        assert token_rows([bos_alone], loss_on)[0]["labels"] == [-100, 7, 1]
 
 
 def test_training_lowers_the_loss_and_follows_the_schedule(tiny_pair, corpus, tmp_path):

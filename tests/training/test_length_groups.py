@@ -10,7 +10,7 @@ from spd_lens.generation.corpus import Corpus, Record
 from spd_lens.training import length_groups as passes_module
 from spd_lens.training.finetune import finetune
 from spd_lens.training.length_groups import needs_checkpointing, passes, split_by_length
-from spd_lens.training.trainer import Collator, TokenRows
+from spd_lens.training.trainer import collated, token_rows
 
 LENGTHS = [(5, 80, 7, 81, 40, 6), (3,), (9, 9, 9, 9), (1, 2, 3, 4, 5, 6), (100, 10, 55, 54, 11, 99)]
 
@@ -41,8 +41,8 @@ def test_no_other_grouping_costs_less(lengths, pass_cost):
 def test_passes_hold_every_row_and_no_more_padding_than_they_must(monkeypatch):
     monkeypatch.setattr(passes_module, "_PASS_COSTS", {"cpu": 4})
     records = [Record(str(i), "p", "c", (7, 8), tuple(range(10, 10 + n)), "eos") for i, n in enumerate((1, 30, 2, 31))]
-    rows = TokenRows(records, "completion")
-    batch = Collator(pad_id=2)([rows[i] for i in range(4)])
+    rows = token_rows(records, "completion")
+    batch = collated(rows, pad_id=2)
     found = passes(batch)
     assert [part["input_ids"].shape for part in found] == [(2, 33), (2, 4)]
     seen = []
