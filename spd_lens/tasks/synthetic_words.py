@@ -21,7 +21,7 @@ class Scene:
     """Opening with `k` equal groups of `n`."""
     gains: tuple[str, ...]
     losses: tuple[str, ...]
-    asks: tuple[str, ...]
+    asks: tuple[str, ...] = ("How many {unit} does {who} have now?", "How many {unit} does {who} have in the end?")
     first: str = "At first {who} has {work} {unit}."
     """Worked step for the opening."""
     state: str = "Now {who} has {work} {unit}."
@@ -29,8 +29,6 @@ class Scene:
     owned: bool = True
     """Whether somebody has the amount, so that it can be compared and shared."""
 
-
-_NOW = ("How many {unit} does {who} have now?", "How many {unit} does {who} have in the end?")
 
 SCENES = (
     Scene(
@@ -47,7 +45,6 @@ SCENES = (
             "{who} loses {n} of the {unit}.",
             "{who} trades {n} {unit} away for a book.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("cookies", "muffins", "pancakes", "bread rolls", "dumplings", "pretzels"),
@@ -63,7 +60,7 @@ SCENES = (
             "{who} sells {n} {unit} at the school fair.",
             "{n} of the {unit} get burnt and are thrown away.",
         ),
-        asks=("How many {unit} does {who} have left now?", *_NOW),
+        asks=("How many {unit} does {who} have left now?", *Scene.asks),
     ),
     Scene(
         units=("apples", "pears", "plums", "oranges", "peaches", "lemons"),
@@ -79,7 +76,6 @@ SCENES = (
             "{who} uses {n} {unit} to make jam.",
             "{n} of the {unit} turn out to be rotten and are thrown away.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("dollars",),
@@ -95,7 +91,6 @@ SCENES = (
             "{who} pays {n} {unit} for a bus ticket.",
             "{who} lends {n} {unit} to {friend}.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("hens", "sheep", "goats", "ducks", "rabbits"),
@@ -107,7 +102,6 @@ SCENES = (
             "{friend} gives {who} {n} {unit}.",
         ),
         losses=("{who} sells {n} {unit}.", "{n} of the {unit} run away.", "{who} gives {n} {unit} to another farm."),
-        asks=_NOW,
     ),
     Scene(
         units=("books", "comics", "magazines", "puzzles", "board games"),
@@ -123,7 +117,6 @@ SCENES = (
             "{who} donates {n} {unit} to the library.",
             "{who} takes {n} {unit} off the shelf and sells them.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("passengers", "tourists", "students", "workers"),
