@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spd_lens.errors import SPDError, plain
+from spd_lens.errors import SPDError, plain, shortened
 
 Span = tuple[int, int]
 
@@ -148,8 +148,7 @@ def _with_id(prompt: str | Example, position: int) -> Example:
 
 def _shown(value: Any) -> str:
     """A value in a message: its type, and what it is as far as that is short."""
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = shortened(" ".join(repr(value).split()))
     return text if value is None else f"the {type(value).__name__} {text}"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from spd_lens.tasks.code_names import BUILTIN, Names, compiled, first_line, parse, source_of, with_needed
+from spd_lens.tasks.code_names import BUILTIN, DEFINITION, Names, compiled, first_line, parse, source_of, with_needed
 from spd_lens.tasks.thoughts import without_thoughts
 
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`~]*)$")
@@ -232,9 +232,7 @@ def _without_words(code: str, *, cut: bool) -> str:
     tree = compiled(code)
     known = BUILTIN | Names.of(code).defined
     drop = [node for node in tree.body if _only_words(node, known)]
-    definitions = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    ]
+    definitions = [node for node in tree.body if isinstance(node, DEFINITION)]
     if definitions and (last := definitions[-1]) is tree.body[-1]:
         earlier = [source_of(node, code) for node in definitions[:-1] if node.name == last.name]
         text = source_of(last, code)
@@ -242,10 +240,8 @@ def _without_words(code: str, *, cut: bool) -> str:
             drop.append(last)
     if len(drop) == len(tree.body):
         return ""
-    lines = code.split("\n")
-    for node in drop:
-        for number in range(first_line(node), (node.end_lineno or 0) + 1):
-            lines[number - 1] = ""
+    gone = {number for node in drop for number in range(first_line(node), (node.end_lineno or 0) + 1)}
+    lines = ["" if number in gone else line for number, line in enumerate(code.split("\n"), 1)]
     shorter = "\n".join(lines).strip("\n").rstrip()
     return shorter if parse(shorter) is not None else code  # a line may hold more than the words
 

@@ -16,6 +16,9 @@ BUILTIN = frozenset(dir(builtins))
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What Python raises on code that is none."""
 
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+"""Statements that define a function or a class."""
+
 _FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 
 
@@ -63,19 +66,16 @@ class Names(NamedTuple):
     def of(cls, code: str) -> Names:
         """The names of code that compiles."""
         top = symtable.symtable(code, "<code>", "exec")
-        symbols = [(scope is top, symbol) for scope in _scopes(top) for symbol in scope.get_symbols()]
-        defined = {
-            symbol.get_name()
-            for outermost, symbol in symbols
-            if (outermost or symbol.is_declared_global()) and (symbol.is_assigned() or symbol.is_imported())
-        }
-        used = {
-            symbol.get_name()
-            for outermost, symbol in symbols
-            if symbol.is_referenced() and (outermost or symbol.is_global())
-        }
-        star = {"*"} if re.search(r"^from\s.+\simport\s*\(?\s*\*", code, re.MULTILINE) else set()
-        return cls(frozenset(defined | star), frozenset(used))
+        defined, used = set[str](), set[str]()
+        for scope in _scopes(top):
+            for symbol in scope.get_symbols():
+                if (scope is top or symbol.is_declared_global()) and (symbol.is_assigned() or symbol.is_imported()):
+                    defined.add(symbol.get_name())
+                if (scope is top or symbol.is_global()) and symbol.is_referenced():
+                    used.add(symbol.get_name())
+        if re.search(r"^from\s.+\simport\s*\(?\s*\*", code, re.MULTILINE):
+            defined.add("*")
+        return cls(frozenset(defined), frozenset(used))
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:

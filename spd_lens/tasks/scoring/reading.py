@@ -133,10 +133,8 @@ def before_next_question(text: str) -> str:
     what follows a line `#### ...` or `Answer: ...` is taken for a new question, and no second thought ("Wait, is it?").
     """
     beginning = len(text) - len(text.lstrip())
-    for turn in _TURN.finditer(text):
-        if turn.start() > beginning:
-            text = text[: turn.start()]
-            break
+    if turn := _TURN.search(text, beginning + 1):
+        text = text[: turn.start()]
     cut = min(_labelled(text, beginning), _unlabelled(text))
     return _FIXED.sub("", text[:cut])
 
@@ -277,11 +275,6 @@ def boxes(text: str) -> Iterator[tuple[int, str]]:
         content = text[opened.end() : position - (depth == 0)].strip()
         if content:
             yield position, content
-
-
-def last_box(text: str) -> str | None:
-    """What stands in the last `\\boxed{...}` that is not empty; `None` without one."""
-    return next((content for _, content in boxes(text)), None)
 
 
 def tidy(text: str) -> str:
