@@ -108,4 +108,4 @@ def _row(
     name: str, dtype: str, what: str, value: float, target: float | None = None, *, at_least: bool = False,
     ours: str, peer: str,
 ) -> Row:  # fmt: skip
-    return Row("memory", name, dtype, what, value, value, value, target, at_least=at_least, ours=ours, peer=peer)
+    return Row.of("memory", name, dtype, what, [value], target=target, at_least=at_least, ours=ours, peer=peer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Row:
     peer: str = ""
     """Throughput or size of each, with its unit."""
     note: str = ""
+
+    @classmethod
+    def of(cls, stage: str, model: str, dtype: str, what: str, rounds: Sequence[float], **options: Any) -> Row:
+        """The row of what several rounds, or a single one, found."""
+        return cls(stage, model, dtype, what, statistics.median(rounds), min(rounds), max(rounds), **options)
 
     @property
     def met(self) -> bool | None:

@@ -48,10 +48,6 @@ torch.set_num_threads(1)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_SECTIONS = ("extract", "subspace", "generate", "evaluate", "spans", "check")
 COMMANDS = ("", *"run demo study rounds extract generate finetune evaluate spans compare check dashboard".split())
-ANALYSES = (
-    *"spectra overlap rank-sweep layer-sweep heads directions tokens".split(),
-    *"calibration-size corpora sampling-sweep drift tables".split(),
-)
 VOLATILE = {"seconds", "versions", "machine", "continued_with", "date", "prompt_date", "time", "peak_memory", "files"}
 """Fields that another run of the same code may have otherwise; `files` are checksums of files with seconds in them."""
 NOISE = (
@@ -448,7 +444,7 @@ def help(subject: Subject) -> None:
     """Ask every command and analysis what it does, and the package what it offers."""
     for command in COMMANDS:
         store(f"help/{command or 'spd-lens'}", subject.call(f"{command} --help")[:2])
-    for name in ANALYSES:
+    for name in set(re.findall(r"analyze ([\w-]+)", STEPS)):
         store(f"help/analyze-{name}", subject.call(f"analyze {name} --help")[:2])
     store("help/analyze", subject.call("analyze")[:2])
     store("help/public", [spd.__all__, spd.tasks.__all__, spd.tasks.names()])

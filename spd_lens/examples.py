@@ -92,10 +92,8 @@ def as_examples(prompts: Iterable[str | Example] | str | Example) -> list[Exampl
         SPDError: something that is neither a text nor an `Example`; or two records share an id, since ids name results
             and seed the sampling noise.
     """
-    records = [
-        prompt if isinstance(prompt, Example) and prompt.id else _with_id(prompt, position)
-        for position, prompt in enumerate(_elements(prompts, "prompts"))
-    ]
+    made = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in _elements(prompts, "prompts")]
+    records = [prompt if prompt.id else replace(prompt, id=str(position)) for position, prompt in enumerate(made)]
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
@@ -140,10 +138,6 @@ def _elements(given: Any, what: str) -> list[Any]:
         if not isinstance(element, str | Example):
             raise SPDError(f"{what}[{position}] is {_shown(element)}, neither a text nor an Example; {_AS_EXAMPLES}")
     return elements
-
-
-def _with_id(prompt: str | Example, position: int) -> Example:
-    return replace(prompt, id=str(position)) if isinstance(prompt, Example) else Example(prompt, id=str(position))
 
 
 def _shown(value: Any) -> str:

@@ -105,8 +105,7 @@ def unavailable() -> dict[str, str]:
 @cache
 def _problem(mechanism: str) -> str:
     """Why a mechanism does not work here, found out by trying it; empty if it does."""
-    problem = mechanisms.missing(mechanism)
-    if problem:
+    if problem := mechanisms.missing(mechanism):
         return problem
     try:
         with Trial(mechanism, {}, 60.0, 1, 2**16) as trial:

@@ -52,7 +52,7 @@ class Story:
         """One worked step on the running amount."""
         result = _OPERATIONS[sign](self.amount, number)
         work = f"{self.amount} {sign} {number} = {result}"
-        self.steps.append((form or self.scene.state).format(work=work, **self.words))
+        self.steps.append((form or self.scene.step("Now")).format(work=work, **self.words))
         self.amount = result
 
 
@@ -79,7 +79,7 @@ class SyntheticMath(FinalNumber, SyntheticTask):
         scene = rng.choice(SCENES)
         who, friend = rng.sample(NAMES, 2)
         story = Story(scene, {"who": who, "friend": friend, "unit": rng.choice(scene.units)})
-        ending = rng.choice(level.endings) if scene.owned else "state"
+        ending = "state" if scene.place else rng.choice(level.endings)
         changes = level.steps - (ending != "state")
         changes -= _begin(story, rng, level, may_group=changes > 0)
         for _ in range(changes):
@@ -93,7 +93,7 @@ def _begin(story: Story, rng: random.Random, level: Level, may_group: bool) -> i
     if may_group and rng.random() < 0.3:
         story.amount, each = rng.randint(2, level.factor), rng.randint(2, max(9, level.largest // level.factor))
         story.tell(story.scene.groups, k=story.amount, n=each)
-        story.compute("*", each, story.scene.first)
+        story.compute("*", each, story.scene.step("At first"))
         return 1
     story.amount = rng.randint(3, level.largest)
     story.tell(story.scene.start, n=story.amount)

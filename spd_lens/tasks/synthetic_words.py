@@ -22,12 +22,12 @@ class Scene:
     gains: tuple[str, ...]
     losses: tuple[str, ...]
     asks: tuple[str, ...] = ("How many {unit} does {who} have now?", "How many {unit} does {who} have in the end?")
-    first: str = "At first {who} has {work} {unit}."
-    """Worked step for the opening."""
-    state: str = "Now {who} has {work} {unit}."
-    """Worked step for a change."""
-    owned: bool = True
-    """Whether somebody has the amount, so that it can be compared and shared."""
+    place: str = ""
+    """Where the things are, if nobody has them; what somebody has can be compared and shared."""
+
+    def step(self, when: str) -> str:
+        """The worked step that says how many things there are, at first or now."""
+        return f"{when} " + (f"there are {{work}} {{unit}} {self.place}." if self.place else "{who} has {work} {unit}.")
 
 
 SCENES = (
@@ -125,9 +125,7 @@ SCENES = (
         gains=("At the next stop {n} {unit} get on.", "At the market {n} more {unit} get on."),
         losses=("At the next stop {n} {unit} get off.", "At the station {n} of the {unit} get off."),
         asks=("How many {unit} are on board now?", "How many {unit} is {who} driving now?"),
-        first="At first there are {work} {unit} on board.",
-        state="Now there are {work} {unit} on board.",
-        owned=False,
+        place="on board",
     ),
     Scene(
         units=("liters of water", "liters of milk", "liters of juice"),
@@ -136,9 +134,7 @@ SCENES = (
         gains=("{who} pours in {n} more {unit}.", "{friend} adds {n} {unit}."),
         losses=("Then {n} {unit} leak out.", "{friend} takes out {n} {unit}."),
         asks=("How many {unit} are in the tank now?", "How many {unit} does the tank hold in the end?"),
-        first="At first there are {work} {unit} in the tank.",
-        state="Now there are {work} {unit} in the tank.",
-        owned=False,
+        place="in the tank",
     ),
     Scene(
         units=("roses", "tulips", "daisies", "sunflowers", "lilies"),
@@ -147,8 +143,6 @@ SCENES = (
         gains=("The next day {who} plants {n} more {unit}.", "{friend} plants {n} {unit} there as well."),
         losses=("{who} cuts {n} {unit} for a vase.", "A storm breaks {n} of the {unit}."),
         asks=("How many {unit} are in the garden now?", "How many {unit} are left standing in the garden?"),
-        first="At first there are {work} {unit} in the garden.",
-        state="Now there are {work} {unit} in the garden.",
-        owned=False,
+        place="in the garden",
     ),
 )
