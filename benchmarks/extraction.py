@@ -122,7 +122,7 @@ def _products(pair: spd.ModelPair) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _attention(pair: spd.ModelPair, examples: Sequence[spd.Example]) -> float:
-    """By how much the products inside attention add to the multiplications, if they ran at the same rate.
+    """The factor by which the products inside attention add to the multiplications, if they ran at the same rate.
 
     Two products over what a causal mask leaves, half of all pairs; four for the gradient.
     """
@@ -174,7 +174,7 @@ def plain_way(
 def notebook_way(
     pair: spd.ModelPair, sites: Sequence[spd.Site], examples: Sequence[spd.Example]
 ) -> dict[spd.Site, torch.Tensor]:
-    """The same on the lens model with backward hooks, as a notebook has it."""
+    """The same computation on the lens model with backward hooks, as a notebook has it."""
     stacked: dict[spd.Site, list[torch.Tensor]] = {site: [] for site in sites}
     lens = pair.lens
 

@@ -33,7 +33,7 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 48
 GREEDY = Sampling(0.0, 1.0, None)
 _TARGETS = {"smollm2": 4.0, "qwen2.5-0.5b-shape": 6.0}
-"""Against a lens model's own `generate`."""
+"""Goals for the comparison with a lens model's own `generate`."""
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:

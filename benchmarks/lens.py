@@ -29,7 +29,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
 
 
 def backends() -> list[str]:
-    """Before transformer-lens 4 both, then the bridge alone."""
+    """The backends that the installed transformer-lens has: both before version 4, from then on the bridge alone."""
     try:
         choose_backends("hooked")
     except SPDError:

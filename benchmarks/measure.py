@@ -33,7 +33,7 @@ class Sample:
 def timed(call: Callable[[], Any], settled: bool = True) -> Sample:
     """Run a call once; its result is kept, so that results can be compared.
 
-    `settled`: give freed memory back before, which the peak asks for; getting it again costs the call time.
+    `settled`: give freed memory back before, without which the peak is wrong; getting it again costs the call time.
     """
     if settled:
         settle()
@@ -58,7 +58,7 @@ def in_turn(
         ways: Each is told the number of the round, which may choose its inputs.
         rounds: Timed calls of each way.
         warm_up: Run once before and not timed.
-        settled: As in `timed`.
+        settled: Whether to give freed memory back before each call, as in `timed`.
     """
     if warm_up is not None:
         warm_up()

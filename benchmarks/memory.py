@@ -25,7 +25,7 @@ PAIR_GOAL, DROP_GOAL = 1.1, 0.9
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
-    """For each model, dtype and backend."""
+    """Rows of each model, dtype and backend."""
     for name in models:
         for dtype in DTYPES[-1:] if quick else DTYPES:
             for backend in backends():

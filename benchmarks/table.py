@@ -70,7 +70,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def write(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
-    """The same as JSON."""
+    """Write the rows as JSON, with the facts about the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**facts, "rows": [{**asdict(row), "met": row.met} for row in rows]}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -110,7 +110,7 @@ def decode(data: Any, fetch: Callable[[int], Any]) -> Any:
 
 
 def run(order: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
-    """Runs the program, then answers calls of its functions until nobody asks any more.
+    """Runs the program, then answers calls of its functions until the judge asks no more.
 
     It is a module that is imported, not a script: what stands under `if __name__ == "__main__"` does not run.
     """

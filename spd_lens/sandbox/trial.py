@@ -111,7 +111,7 @@ class Trial:
         passed, detail = 0, ""
         if not reason and tests:
             reason, passed, detail = self._judged(len(tests))
-        if reason in ("passed", "failed", "error", "memory"):  # nobody asks it any more, so it should end by itself
+        if reason in ("passed", "failed", "error", "memory"):  # it is asked no more, so it should end by itself
             with suppress(subprocess.TimeoutExpired):
                 self._processes["program"].wait(_GRACE_SECONDS)
         if reason in ("", "exited"):

@@ -105,14 +105,14 @@ class Task(ABC):
         return self.kept("test", self.draw("test", n, seed))
 
     def that_fits(self, fits: Callable[[Split, Example], bool]) -> Self:
-        """The same task, whose `calibration`, `train` and `test` leave out what `fits` refuses: they then give fewer
-        than `n`. `draw` gives all."""
+        """A copy of the task whose `calibration`, `train` and `test` leave out examples that `fits` refuses, so that
+        they may give fewer than `n`. `draw` still gives all."""
         other = copy.copy(self)
         other._fits = fits
         return other
 
     def kept(self, split: Split, examples: list[Example]) -> list[Example]:
-        """Those of some examples that fit (see `that_fits`); `SPDError` if that leaves none."""
+        """The examples that fit (see `that_fits`); `SPDError` if none does."""
         fits = self._fits
         if fits is None:
             return examples

@@ -46,13 +46,13 @@ class Block:
 def extract_code(text: str, functions: Collection[str] = (), header: str = "") -> str | None:
     """The program in a completion: the last block that defines what is tested, with what it needs of other blocks.
 
-    A block stands in a fence, or is a run of lines that Python can compile. One that breaks off in the middle of a
-    definition, or only repeats how an earlier one begins, does not replace a whole one.
+    A block stands in a fence, or is a run of lines that Python can compile. A block that breaks off in the middle of
+    a definition, or only repeats the beginning of an earlier one, does not replace a whole block.
 
     Args:
         text: The completion.
-        functions: Names that the tests call. Without any: any function or class will do.
-        header: `def f(a, b)`, for a completion that goes on where it ends.
+        functions: Names that the tests call. If there are none, any function or class will do.
+        header: The line `def f(a, b)`, for a completion that continues after it.
     """
     text = _without_marks(without_thoughts(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
     blocks = list(_blocks(text))
@@ -172,7 +172,7 @@ def _source(lines: Sequence[str]) -> str:
 
 
 def _session(text: str) -> str:
-    """What was typed in a session of the interpreter; all else becomes comments."""
+    """The statements that were typed in a session of the interpreter; everything else becomes comments."""
     try:
         return doctest.script_from_examples(text).strip("\n")
     except ValueError:
@@ -261,7 +261,7 @@ def _only_words(node: ast.stmt, known: frozenset[str]) -> bool:
 
 
 def _continued(header: str, body: str) -> str | None:
-    """A function made of a header that stood in the prompt and the body that was written; None if it is none."""
+    """A function made of the header in the prompt and a body in the completion; `None` if the body is not one."""
     lines = body.strip("\n").split("\n")[:_MAX_LINES]
     for first, others in (("", ""), ("    ", ""), ("    ", "    ")):
         moved = [header + ":", first + lines[0], *(others + line for line in lines[1:])]

@@ -21,7 +21,7 @@ _TURN = re.compile(
     r"|<(?:start|end)_of_turn>|\[/?INST\]|<｜(?:User|end▁of▁sentence)｜>|^[ \t]*(?:user|human)[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
-"""What ends a turn of the model, or begins one of somebody else."""
+"""Marks that end the model's turn or begin another speaker's."""
 _KIND = (
     r"(?:question|problem|exercise|example|puzzle|task|scenario|context|passage|prompt|query|instruction|input"
     r"|user|human|q)"
@@ -101,7 +101,7 @@ _ANSWER_LINE = re.compile(
 )
 _CLOSING = str.maketrans("([{<“‘«", ")]}>”’»")
 _BLANK = " \t\r\n*_`\"':#"
-_MARKS_READ = 50  # of one text, from its end: nobody means more, and a looping model may write thousands
+_MARKS_READ = 50  # The last ones of a text are read: a model that repeats itself may write thousands.
 
 
 class Mark(NamedTuple):
