@@ -16,7 +16,7 @@ from spd_lens.subspaces import Policy
 
 
 def jobs_of(pair: spd.ModelPair, n: int, cut: int | None = None) -> list[Job]:
-    """`n` training prompts, the same whoever asks; `cut` to so many tokens."""
+    """`n` training prompts, always the same ones, each cut to `cut` tokens if that is given."""
     return [Job(example, 0, pair.prompt_ids(example)[:cut]) for example in subjects.task().train(n=n, seed=0)]
 
 
@@ -80,10 +80,9 @@ def speed_row(
     model: str, dtype: str, peer: str, samples: dict[str, list[Sample]], way: str, n: int, target: float | None
 ) -> Row:
     """How many times faster ours is; each way made `n` tokens a round."""
-    value, low, high = ratios(samples["ours"], samples[way])
     speeds = [n / sorted(s.seconds for s in samples[name])[len(samples[name]) // 2] for name in ("ours", way)]
-    return Row(
-        "generation", model, dtype, peer, value, low, high, target,
+    return Row.of(
+        "generation", model, dtype, peer, ratios(samples["ours"], samples[way]), target=target,
         ours=f"{speeds[0]:.0f} tok/s", peer=f"{speeds[1]:.1f} tok/s",
     )  # fmt: skip
 
@@ -92,7 +91,5 @@ def same_tokens_row(subject: subjects.Subject, peer: str, ours: list[list[int]],
     """The share of completions with the very tokens of the peer; promised in float32 alone."""
     share = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
     target = 1.0 if subject.dtype == "float32" else None
-    return Row(
-        "generation", subject.name, subject.dtype, f"same greedy tokens as {peer}", share, share, share, target,
-        unit="of completions",
-    )  # fmt: skip
+    what = f"same greedy tokens as {peer}"
+    return Row.of("generation", subject.name, subject.dtype, what, [share], target=target, unit="of completions")

@@ -46,8 +46,8 @@ class Timings:
         """How many times faster than another way, round by round."""
         ours, theirs = self.rates(way), self.rates(peer)
         each = [a / b for a, b in zip(ours, theirs, strict=True)]
-        return Row(
-            "extraction", model, way, what, statistics.median(each), min(each), max(each),
+        return Row.of(
+            "extraction", model, way, what, each,
             ours=f"{statistics.median(ours):.0f} tok/s", peer=f"{statistics.median(theirs):.0f} tok/s", **options,
         )  # fmt: skip
 
@@ -122,7 +122,7 @@ def _products(pair: spd.ModelPair) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _attention(pair: spd.ModelPair, examples: Sequence[spd.Example]) -> float:
-    """By how much the products inside attention add to the multiplications, if they ran at the same rate.
+    """The factor by which the products inside attention add to the multiplications, if they ran at the same rate.
 
     Two products over what a causal mask leaves, half of all pairs; four for the gradient.
     """
@@ -174,7 +174,7 @@ def plain_way(
 def notebook_way(
     pair: spd.ModelPair, sites: Sequence[spd.Site], examples: Sequence[spd.Example]
 ) -> dict[spd.Site, torch.Tensor]:
-    """The same on the lens model with backward hooks, as a notebook has it."""
+    """The same computation on the lens model with backward hooks, as a notebook has it."""
     stacked: dict[spd.Site, list[torch.Tensor]] = {site: [] for site in sites}
     lens = pair.lens
 
@@ -240,17 +240,12 @@ def _angles(name: str, wide: spd.GradientMoments, narrow: spd.GradientMoments) -
         "extraction", name, "bfloat16", what, squared.mean().item(), squared.min().item(), squared.max().item(), unit=""
     )
     angle = cosines.clamp(max=1).arccos().max().item()
-    yield Row(
-        "extraction", name, "bfloat16", "largest principal angle to float32's subspace", angle, angle, angle, unit="rad"
-    )
+    yield Row.of("extraction", name, "bfloat16", "largest principal angle to float32's subspace", [angle], unit="rad")
 
 
 def _sum(samples: list[Sample]) -> spd.GradientMoments:
-    total = samples[0].result
-    for sample in samples[1:]:
-        a = sample.result
-        total = total + a
-    return total
+    first, *others = (sample.result for sample in samples)
+    return sum(others, first)
 
 
 def _memory(name: str, n: int) -> Row:
@@ -262,7 +257,7 @@ def _memory(name: str, n: int) -> Row:
     one = timed(lambda: _ours(pair, [examples[i] for i in largest])).peak
     whole = timed(lambda: _ours(pair, examples)).peak
     note = f"{n} examples; the batch has {len(largest) * lengths[largest[0]]} tokens"
-    return Row(
-        "extraction", name, "float32", "peak memory of all examples over that of one batch", whole / one, whole / one,
-        whole / one, 1.3, at_least=False, ours=f"{whole / 2**20:.0f} MiB", peer=f"{one / 2**20:.0f} MiB", note=note,
+    return Row.of(
+        "extraction", name, "float32", "peak memory of all examples over that of one batch", [whole / one],
+        target=1.3, at_least=False, ours=f"{whole / 2**20:.0f} MiB", peer=f"{one / 2**20:.0f} MiB", note=note,
     )  # fmt: skip

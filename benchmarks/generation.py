@@ -33,7 +33,7 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 48
 GREEDY = Sampling(0.0, 1.0, None)
 _TARGETS = {"smollm2": 4.0, "qwen2.5-0.5b-shape": 6.0}
-"""Against a lens model's own `generate`."""
+"""Goals for the comparison with a lens model's own `generate`."""
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
@@ -101,15 +101,8 @@ def _fixed_rows(subject: subjects.Subject, samples: dict[str, list[Sample]]) -> 
     row = speed_row(subject.name, subject.dtype, what, samples, "lens", n, _TARGETS[subject.name])
     bound = statistics.median(sample.seconds for sample in samples["lens"]) / _matrix_seconds(subject.pair)
     yield replace(row, bound=f"{bound:.2f} (matrix products alone)")
-    yield speed_row(
-        subject.name,
-        subject.dtype,
-        f"transformers' generate under hooks on the twin, batch {BATCH}",
-        samples,
-        "twin",
-        n,
-        None,
-    )
+    what = f"transformers' generate under hooks on the twin, batch {BATCH}"
+    yield speed_row(subject.name, subject.dtype, what, samples, "twin", n, None)
     yield same_tokens_row(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
 
 
@@ -159,10 +152,9 @@ def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: boo
             theirs = [
                 n_new / timed(partial(way, job), settled=False).seconds for job in jobs[: _rounds(subject, quick)]
             ]
-        each = sorted(rates[len(rates) // 2] / rate for rate in theirs)
-        yield Row(
-            "generation", subject.name, subject.dtype, what, each[len(each) // 2], each[0], each[-1], wanted,
-            ours=f"{rates[len(rates) // 2]:.0f} tok/s", peer=f"{sum(theirs) / len(theirs):.1f} tok/s",
+        yield Row.of(
+            "generation", subject.name, subject.dtype, what, [rates[len(rates) // 2] / rate for rate in theirs],
+            target=wanted, ours=f"{rates[len(rates) // 2]:.0f} tok/s", peer=f"{sum(theirs) / len(theirs):.1f} tok/s",
             note=f"prompts of {prompt_range(jobs)} tokens, ours {len(jobs)} at a time",
         )  # fmt: skip
 
@@ -176,17 +168,8 @@ def _bridge(subject: subjects.Subject, subspace: spd.Subspace, ours: list[Sample
     with projected(pair.lens, subspace):
         pair.lens.generate(tokens[:1], **{**plain, "max_new_tokens": 2})
         peer = timed(lambda: pair.lens.generate(tokens, **plain), settled=False)
-    n = BATCH * NEW_TOKENS
-    samples = {"ours": ours[-1:], "bridge": [peer]}
-    yield speed_row(
-        subject.name,
-        subject.dtype,
-        f"TransformerBridge.generate under hooks, batch {BATCH}",
-        samples,
-        "bridge",
-        n,
-        None,
-    )
+    samples, what = {"ours": ours[-1:], "bridge": [peer]}, f"TransformerBridge.generate under hooks, batch {BATCH}"
+    yield speed_row(subject.name, subject.dtype, what, samples, "bridge", BATCH * NEW_TOKENS, None)
 
 
 def _mixed_lengths(quick: bool) -> Iterator[Row]:
@@ -210,11 +193,10 @@ def _mixed_lengths(quick: bool) -> Iterator[Row]:
         [sum(map(len, sample.result)) / sample.seconds for sample in found[dtype][way]]
         for dtype, way in (("bfloat16", "ours"), ("float32", "plain"))
     ]
-    each = sorted(ours / plain for ours, plain in zip(*rates, strict=True))
-    yield Row(
-        "generation", "smollm2", "bfloat16 / float32", "the same, ours in the default dtype", statistics.median(each),
-        each[0], each[-1], 3.0, ours=f"{statistics.median(rates[0]):.0f} tok/s",
-        peer=f"{statistics.median(rates[1]):.0f} tok/s",
+    yield Row.of(
+        "generation", "smollm2", "bfloat16 / float32", "the same, ours in the default dtype",
+        [ours / plain for ours, plain in zip(*rates, strict=True)], target=3.0,
+        ours=f"{statistics.median(rates[0]):.0f} tok/s", peer=f"{statistics.median(rates[1]):.0f} tok/s",
     )  # fmt: skip
 
 

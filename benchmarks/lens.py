@@ -16,7 +16,7 @@ from spd_lens.models import choose_backends
 N_EXAMPLES, ROUNDS = {"smollm2": 9, "qwen2.5-0.5b-shape": 5}, 2
 DTYPES = ("float32", "bfloat16")
 GOAL = 2.0
-"""The most that the time may be, as a multiple of the twin engine's."""
+"""The most that the lens engine may take, as a multiple of the twin engine's time."""
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
@@ -29,7 +29,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
 
 
 def backends() -> list[str]:
-    """Before transformer-lens 4 both, then the bridge alone."""
+    """The backends that the installed transformer-lens has: both before version 4, from then on the bridge alone."""
     try:
         choose_backends("hooked")
     except SPDError:
@@ -52,13 +52,13 @@ def _engine(name: str, dtype: str, backend: str, quick: bool) -> Iterator[Row]:
 
     ways = {engine: partial(lambda engine, _: run(engine, examples), engine) for engine in ("twin", "lens")}
     samples = in_turn(ways, rounds, warm_up, settled=True)
-    middle, low, high = ratios(samples["twin"], samples["lens"])
     n_tokens = sum(len(pair.encode(example).ids) for example in examples)
     rates = {way: statistics.median(n_tokens / s.seconds for s in found) for way, found in samples.items()}
     memory = {way: max(s.peak for s in found) / 2**20 for way, found in samples.items()}
-    yield Row(
-        "lens", name, dtype, f"lens engine on {what}: time over that of the twin engine", middle, low, high, GOAL,
-        at_least=False, ours=f"{rates['lens']:.0f} tok/s", peer=f"{rates['twin']:.0f} tok/s",
+    yield Row.of(
+        "lens", name, dtype, f"lens engine on {what}: time over that of the twin engine",
+        ratios(samples["twin"], samples["lens"]), target=GOAL, at_least=False,
+        ours=f"{rates['lens']:.0f} tok/s", peer=f"{rates['twin']:.0f} tok/s",
         note=f"peak {memory['lens']:.0f} and {memory['twin']:.0f} MiB",
     )  # fmt: skip
     one, other = (samples[way][0].result.gradient for way in ("lens", "twin"))

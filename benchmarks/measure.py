@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import statistics
 import sys
 import threading
 import time
@@ -34,7 +33,7 @@ class Sample:
 def timed(call: Callable[[], Any], settled: bool = True) -> Sample:
     """Run a call once; its result is kept, so that results can be compared.
 
-    `settled`: give freed memory back before, which the peak asks for; getting it again costs the call time.
+    `settled`: give freed memory back before, without which the peak is wrong; getting it again costs the call time.
     """
     if settled:
         settle()
@@ -59,7 +58,7 @@ def in_turn(
         ways: Each is told the number of the round, which may choose its inputs.
         rounds: Timed calls of each way.
         warm_up: Run once before and not timed.
-        settled: As in `timed`.
+        settled: Whether to give freed memory back before each call, as in `timed`.
     """
     if warm_up is not None:
         warm_up()
@@ -70,10 +69,9 @@ def in_turn(
     return samples
 
 
-def ratios(ours: list[Sample], peer: list[Sample]) -> tuple[float, float, float]:
-    """How many times faster, round by round: median, lowest, highest."""
-    each = [p.seconds / o.seconds for o, p in zip(ours, peer, strict=True)]
-    return statistics.median(each), min(each), max(each)
+def ratios(ours: list[Sample], peer: list[Sample]) -> list[float]:
+    """How many times faster ours is, round by round."""
+    return [p.seconds / o.seconds for o, p in zip(ours, peer, strict=True)]
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:

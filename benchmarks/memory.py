@@ -25,7 +25,7 @@ PAIR_GOAL, DROP_GOAL = 1.1, 0.9
 
 
 def rows(models: list[str], quick: bool) -> Iterator[Row]:
-    """For each model, dtype and backend."""
+    """Rows of each model, dtype and backend."""
     for name in models:
         for dtype in DTYPES[-1:] if quick else DTYPES:
             for backend in backends():
@@ -108,4 +108,4 @@ def _row(
     name: str, dtype: str, what: str, value: float, target: float | None = None, *, at_least: bool = False,
     ours: str, peer: str,
 ) -> Row:  # fmt: skip
-    return Row("memory", name, dtype, what, value, value, value, target, at_least=at_least, ours=ours, peer=peer)
+    return Row.of("memory", name, dtype, what, [value], target=target, at_least=at_least, ours=ours, peer=peer)

@@ -64,9 +64,8 @@ def _shares(subject: subjects.Subject, stage: str, call: Callable[[], Any]) -> R
     shares = {kind: value / seconds for kind, value in spent.items()}
     shares["between operations"] = max(0.0, 1 - sum(shares.values()))
     note = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if kind != "products")
-    share = shares["products"]
-    return Row(
-        "profile", subject.name, subject.dtype, f"{stage}: products with weights", share, share, share,
+    return Row.of(
+        "profile", subject.name, subject.dtype, f"{stage}: products with weights", [shares["products"]],
         unit="of the time", note=note,
     )  # fmt: skip
 

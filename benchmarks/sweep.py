@@ -60,39 +60,24 @@ def _grid(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     cells = [statistics.mean(samples[str(layer)][r].seconds for layer in layers) for r in range(rounds)]
     each = [sample.seconds / cell for sample, cell in zip(samples["grid"], cells, strict=True)]
     n_cells = len(samples["grid"][0].result) - 1
-    yield Row(
-        "sweep",
-        name,
-        dtype,
-        f"{len(RANKS)} ranks × {len(layers)} layers against one cell alone (mean of those layers)",
-        statistics.median(each),
-        min(each),
-        max(each),
-        target=GOAL,
-        at_least=False,
+    what = f"{len(RANKS)} ranks × {len(layers)} layers against one cell alone (mean of those layers)"
+    yield Row.of(
+        "sweep", name, dtype, what, each, target=GOAL, at_least=False,
         bound=f"{bound(pair, examples, items, layers):.2f} by multiplications",
         ours=f"{statistics.median(s.seconds for s in samples['grid']):.1f} s for {n_cells} cells",
         peer=f"{statistics.median(cells):.1f} s a cell",
         note=f"{n_examples} examples, {n_items} held-out items; cells one by one would be {n_cells:.0f}",
-    )
+    )  # fmt: skip
     gap = max(
         float(np.abs(values - samples["grid"][0].result[cell][measured]).max())
         for layer in layers
         for cell, found in samples[str(layer)][0].result.items()
         for measured, values in found.items()
     )
-    yield Row(
-        "sweep",
-        name,
-        dtype,
-        "largest difference of an item's loss or KL between grid and cell alone",
-        gap,
-        gap,
-        gap,
-        target=1e-5 if dtype == "float32" else None,
-        at_least=False,
-        unit="nats",
-    )
+    yield Row.of(
+        "sweep", name, dtype, "largest difference of an item's loss or KL between grid and cell alone", [gap],
+        target=1e-5 if dtype == "float32" else None, at_least=False, unit="nats",
+    )  # fmt: skip
 
 
 def quarters(n_layers: int) -> list[int]:

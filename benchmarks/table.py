@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Row:
     """Throughput or size of each, with its unit."""
     note: str = ""
 
+    @classmethod
+    def of(cls, stage: str, model: str, dtype: str, what: str, rounds: Sequence[float], **options: Any) -> Row:
+        """The row of what several rounds, or a single one, found."""
+        return cls(stage, model, dtype, what, statistics.median(rounds), min(rounds), max(rounds), **options)
+
     @property
     def met(self) -> bool | None:
         if self.target is None:
@@ -64,7 +70,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def write(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
-    """The same as JSON."""
+    """Write the rows as JSON, with the facts about the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**facts, "rows": [{**asdict(row), "met": row.met} for row in rows]}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -199,8 +198,8 @@ def _speed(
     pairs = list(zip(own.result.seconds, peer.result.seconds, strict=True))[first:]
     each = [theirs / ours for ours, theirs in pairs]
     rates = [n_tokens / sum(sample.result.seconds) for sample in (own, peer)]
-    return Row(
-        "training", subject.name, subject.dtype, what, statistics.median(each), min(each), max(each), target,
+    return Row.of(
+        "training", subject.name, subject.dtype, what, each, target=target,
         bound=f"{sum(peer.result.seconds) / ideal:.2f} (matrix products alone)",
         ours=f"{rates[0]:.0f} tok/s", peer=f"{rates[1]:.0f} tok/s",
         note=f"batches of {BATCH}, {len(pairs)} steps",
@@ -209,17 +208,17 @@ def _speed(
 
 def _memory(subject: subjects.Subject, what: str, own: Sample, peer: Sample) -> Row:
     ratio = own.peak / peer.peak
-    return Row(
-        "training", subject.name, subject.dtype, f"peak memory over that of {what}", ratio, ratio, ratio,
-        1.0 if "without" in what else None, at_least=False,
+    return Row.of(
+        "training", subject.name, subject.dtype, f"peak memory over that of {what}", [ratio],
+        target=1.0 if "without" in what else None, at_least=False,
         ours=f"{own.peak / 2**20:.0f} MiB", peer=f"{peer.peak / 2**20:.0f} MiB",
     )  # fmt: skip
 
 
 def _bound(subject: subjects.Subject, own: Sample, ideal: float) -> Row:
     ratio = sum(own.result.seconds) / ideal
-    return Row(
-        "training", subject.name, subject.dtype, "time over that of its matrix products alone", ratio, ratio, ratio,
+    return Row.of(
+        "training", subject.name, subject.dtype, "time over that of its matrix products alone", [ratio],
         at_least=False, ours=f"{sum(own.result.seconds):.1f} s", peer=f"{ideal:.1f} s",
     )  # fmt: skip
 

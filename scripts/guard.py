@@ -15,46 +15,39 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
+import tokenizers
 import torch
+import transformers
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from tokenizers import pre_tokenizers, processors
 
 import spd_lens as spd
 
 torch.set_num_threads(1)
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_SECTIONS = ("extract", "subspace", "algebra", "projected", "folded", "generate", "evaluate", "spans", "check")
+SMOLLM2_SECTIONS = ("extract", "subspace", "generate", "evaluate", "spans", "check")
 COMMANDS = ("", *"run demo study rounds extract generate finetune evaluate spans compare check dashboard".split())
-ANALYSES = [
-    *"spectra overlap rank-sweep layer-sweep heads directions tokens".split(),
-    *"calibration-size corpora sampling-sweep drift tables".split(),
-]
 VOLATILE = {"seconds", "versions", "machine", "continued_with", "date", "prompt_date", "time", "peak_memory", "files"}
 """Fields that another run of the same code may have otherwise; `files` are checksums of files with seconds in them."""
 NOISE = (
@@ -64,31 +57,72 @@ NOISE = (
     (r'(?<="Seconds per stage","rows":)\[\[.*?\]\]', "TIME"),
     (r"\b(torch|transformers|transformer-lens|peft|numpy|scipy|python|spd[-_]lens) \d+\.[\w.+]+", "VERSION"),
 )
-
-RUNS = {
-    "run": "", "run-seed": "--seed 9 --strength 0.5",
-    "run-joint": "--joint --rank 3 --center --kinds k,v --engine twin --loss full --seed 7",
-    "run-full": "--method full --kinds q,v --layers 0,2 --prompt-format raw --temperature 0.9 --loss-on completion",
+STEPS = """
+    extract/cli: extract {data} --n-calibration 6 --out x --quiet > extract/cli=x
+    generate/cli: generate {data} {few} --subspace half.safetensors --out generate/cli.jsonl --quiet > generate=generate
+    finetune/cli: finetune {flags} --corpus tune.jsonl --epochs 1 --out lora-cli --quiet > finetune/cli=lora-cli
+    evaluate/cli: evaluate {data} --n-eval 4 --out e.json --quiet > evaluate/cli=e.json
+    run: run {quick} --out run > run=run
+    run-again: run {quick} --out run
+    run-seed: run {quick} --out run-seed --seed 9 --strength 0.5
+    run-joint: run {quick} --out run-joint {joint} > run-joint=run-joint
+    run-full: run {quick} --out run-full {full} > run-full=run-full
+    run/show-config: run --show-config {quick}
+    study: study study.yaml --out study --quiet > study=study
+    study/plan: study study.yaml --dry-run --out study-2 --set seeds=[1,2,3]
+    rounds: rounds {quick} --model {here}/tiny_raw --rounds 2 {budget} --out rounds > rounds=rounds
+    compare: compare run run-seed --out compare.md > compare/table=compare.md
+    spans/synthetic-math: spans synthetic-math {audit} {math} > pages/spans/synthetic-math=synthetic-math.html
+    spans/synthetic-qa: spans synthetic-qa {audit} {qa} > pages/spans/synthetic-qa=synthetic-qa.html
+    analyze/spectra: analyze spectra analysed --draws 20 --all-layers --quiet
+    analyze/overlap: analyze overlap analysed run-seed --permutations 19 --draws 99 --quiet
+    analyze/rank-sweep: analyze rank-sweep analysed --grid grid.yaml --items 4 --random 3 --quiet
+    analyze/layer-sweep: analyze layer-sweep analysed --grid grid.yaml --items 4 --random 3 --quiet
+    analyze/heads: analyze heads analysed --n 2 --quiet
+    analyze/directions: analyze directions analysed --n 2 --top 3 --n-random 19 --quiet
+    analyze/tokens: analyze tokens analysed --quiet
+    analyze/calibration-size: analyze calibration-size analysed --sizes 2,4 --draws 2 --items 3 --quiet
+    analyze/corpora: analyze corpora analysed --n 2 --quiet
+    analyze/sampling-sweep: analyze sampling-sweep analysed --temperatures 0,1.0 --top-ps 0.9 --n 2 {adapter} --quiet
+    analyze/drift: analyze drift analysed --items 3 --n-random 2 --quiet > analysis=analysed/analysis
+    analyze/tables-1: analyze tables 1 study --out tables --quiet
+    analyze/tables-2: analyze tables 2 study --out tables --quiet
+    analyze/tables-3: analyze tables 3 study --out tables --quiet
+    analyze/tables-4: analyze tables 4 study --out tables --quiet
+    analyze/tables-5: analyze tables 5 study --out tables --quiet
+    analyze/tables-figure4: analyze tables figure4 study --out tables --quiet > analysis-study/tables=tables
+    analyze/corpora-study: analyze corpora study --out corpora --quiet > analysis-study/corpora=corpora
+    dashboard: dashboard run run-seed --out d.html > pages/dashboard=d.html"""
+"""Commands that must succeed: the key of what they print, the command, and the key and place of what is kept."""
+WORDS = {
+    "few": "--n-train 4 --max-new-tokens 4",
+    "joint": "--joint --rank 3 --center --kinds k,v --engine twin --loss full --seed 7",
+    "full": "--method full --kinds q,v --layers 0,2 --prompt-format raw --temperature 0.9 --loss-on completion",
+    "budget": "--n-held-out 4 --kl-budget 0 --no-stop-on-loss", "adapter": "--samples 2 --adapter",
+    "math": "--html synthetic-math.html", "qa": "--html synthetic-qa.html",
 }  # fmt: skip
-"""Runs that sections share, by name, with their flags."""
+"""What stands for the names in braces, beside what `Subject` says of its model."""
+FAULTS = (
+    "--model no/such", "--model ./nowhere", "--task gsm9k", "--eval-tasks svmap", "--layers 0,4", "--layers top",
+    "--kinds k,x", "--rank 0", "--rank 9", "--rank 17 --joint", "--policies base,sdp", "--loss half", "--strength 2",
+    "--max-new-tokens 256", "--dtype float8", "--device gpu", "--config no.yaml", "--modle x",
+    "--task-option difficulty", "--task-option dificulty=easy", "--task gsm8k --data-dir /no/data", "--system Brief.",
+    "--too-long cut",
+)  # fmt: skip
+"""Flags of `run` that are mistakes."""
+MISTAKES = (
+    "rnu", "finetune --corpus none.jsonl", "finetune --corpus bad.jsonl", "run --config bad.yaml", "compare a b",
+    "study", "study bad.yaml", "study --preset none", "analyze nothing", "analyze spectra nowhere", "spans none.jsonl",
+    "dashboard nowhere", "rounds --rounds 0", "analyze tables three nowhere", "check ./nowhere",
+)  # fmt: skip
+"""Commands that are mistakes."""
 
 found: dict[str, str] = {}
 """What is written in the end: a digest for every key."""
 
 
-# Digests
-
-
-def tidy(text: str) -> str:
-    """The text without what is not reproducible."""
-    text = text.replace(str(Path.cwd()), "WORK")
-    for pattern, name in NOISE:
-        text = re.sub(pattern, name, text)
-    return text
-
-
 def plain(value: Any) -> Any:
-    """A value as JSON with tensors as checksums, numbers in full and without volatile fields."""
+    """A value as JSON: tensors as checksums, numbers in full, and nothing that is not reproducible."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         data = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
@@ -99,7 +133,10 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
-    return tidy(str(value))
+    text = str(value).replace(str(Path.cwd()), "WORK")
+    for pattern, name in NOISE:
+        text = re.sub(pattern, name, text)
+    return text
 
 
 def store(key: str, value: Any) -> None:
@@ -110,12 +147,12 @@ def store(key: str, value: Any) -> None:
 
 
 def store_file(key: str, path: Path) -> None:
-    """Digests of a file's content: of tensors and header, of each field of a JSON object, of each column of a table."""
+    """Keep digests of a file: of tensors and header, of each field of a JSON object, of each column of a table."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             store(f"{key}:tensors", {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
             header = file.metadata() or {}
-        store(f"{key}:header", {name: _parsed(text) for name, text in header.items()})
+        store(f"{key}:header", {name: json.loads(text) if text[:1] == "{" else text for name, text in header.items()})
     elif path.suffix == ".json":
         content = json.loads(path.read_text())
         for name, part in content.items() if isinstance(content, dict) else [("", content)]:
@@ -123,73 +160,45 @@ def store_file(key: str, path: Path) -> None:
                 store(f"{key}:{name}", part)
     elif path.suffix == ".jsonl":
         store(key, [json.loads(line) for line in path.read_text().splitlines()])
-    elif path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    else:
+        rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.suffix == ".csv" else []
         for name in rows[0] if rows else []:
             store(f"{key}:{name}", [row[name] for row in rows])
-        store(f"{key}:text", path.read_text())
-    elif path.suffix in (".md", ".yaml", ".html", ".jinja", ".txt", ""):
-        store(key, path.read_text())
-    else:
-        found[key] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        store(f"{key}:text" if path.suffix == ".csv" else key, path.read_text())
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def store_folder(section: str, folder: str | Path) -> None:
-    """Digests of every file in a folder; pages go to a section of their own."""
-    for path in sorted(Path(folder).rglob("*")):
+def store_files(key: str, place: str | Path) -> None:
+    """Keep digests of a file, or of every file in a folder; pages in a folder go to a section of their own."""
+    place = Path(place)
+    if place.is_file():
+        store_file(key, place)
+    for path in sorted(place.rglob("*")):
         if path.is_file() and not path.name.endswith(".lock"):
-            inside = path.relative_to(folder).as_posix()
-            store_file(f"pages/{section}/{inside}" if path.suffix == ".html" else f"{section}/{inside}", path)
+            inside = f"{key}/{path.relative_to(place).as_posix()}"
+            store_file(f"pages/{inside}" if path.suffix == ".html" else inside, path)
 
 
-def call(*arguments: Any) -> tuple[int, str, str]:
-    """`python -m spd_lens ...` in this process: exit code, stdout and stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    earlier, sys.argv = sys.argv, ["spd-lens", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            runpy.run_module("spd_lens", run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        sys.argv = earlier
-    return code, out.getvalue(), err.getvalue()
+def store_saved(key: str, made: Any, suffix: str = ".safetensors") -> Path:
+    """Save something and keep digests of its file."""
+    path = made.save(key.replace("/", "-") + suffix)
+    store_file(key, path)
+    return path
 
 
-def work(key: str, *arguments: Any) -> None:
-    """A command that must succeed; what it prints is kept."""
-    code, out, err = call(*arguments)
-    if code:
-        raise RuntimeError(f"spd-lens {' '.join(map(str, arguments))} ended with {code}: {err[-2000:]}")
-    store(f"{key}/stdout", out)
-
-
-# Models, settings and what several sections share
-
-
-def tiny_model(name: str, *, chat: bool) -> Path:
-    """A random model of 4 layers with 4 query and 2 key/value heads, the same on every call, as a directory."""
-    core = Tokenizer(models.BPE())
+def tiny_model(name: str, *, chat: bool) -> None:
+    """Write a random model of 4 layers with 4 query and 2 key/value heads, the same on every call, to a directory."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    specials, alphabet = ["<|bos|>", "<|eos|>", "<|pad|>", "<|start|>", "<|end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|bos|>", "<|eos|>", "<|pad|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     texts = ["How many apples does Tom have now? 12 + 30 = 42. The answer is 42.", "A baker sells 7 loaves. #### 21"]
     core.train_from_iterator(texts, trainer)
-    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
-    if not chat:
-        steps.append(processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]))
-    core.post_processor = processors.Sequence(steps)
-    tokenizer = PreTrainedTokenizerFast(
+    bos = [] if chat else [processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])]
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), *bos])
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
     )
     if chat:
@@ -198,21 +207,20 @@ def tiny_model(name: str, *, chat: bool) -> Path:
             "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
         )
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    shape = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, **ids)) if chat else LlamaForCausalLM(LlamaConfig(**shape, **ids))
+    kind = transformers.Qwen2Config if chat else transformers.LlamaConfig
+    config = kind(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1 if chat else 0)
     with torch.no_grad():
         for weight, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in weight else 0.25 * noise)
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = transformers.GenerationConfig(**ids)
     model.save_pretrained(name)
     tokenizer.save_pretrained(name)
-    return Path(name)
 
 
 class Subject:
@@ -225,144 +233,146 @@ class Subject:
             tiny_model("tiny_chat", chat=True)
         self.model = "./tiny_raw" if self.tiny else SMOLLM2
         self.n, self.limit = (6, 8) if self.tiny else (2, 6)
-        self.flags = ["--model", self.model, "--dtype", "float32", "--device", "cpu"]
-        self.data = ["--task", "synthetic-math", "--task-option", f"max_new_tokens={self.limit}"]
-        self.quick = [
-            *self.flags, *self.data, "--n-calibration", 6, "--n-train", 8, "--n-eval", 8, "--n-compared", 4,
-            "--n-random", 2, "--max-new-tokens", 8, "--generation-batch-size", 4, "--train-batch-size", 4,
-            "--epochs", 2, "--lr", 0.01, "--policies", "base,projected,spd", "--quiet",
-        ]  # fmt: skip
+        self.examples = spd.tasks.get("synthetic-math").calibration(n=self.n, seed=42)
+        self.prompts = spd.tasks.get("synthetic-math").train(n=self.n, seed=42)
+        flags = f"--model {self.model} --dtype float32 --device cpu"
+        data = f"{flags} --task synthetic-math --task-option max_new_tokens={self.limit}"
+        quick = (
+            f"{data} --n-calibration 6 --n-train 8 --n-eval 8 --n-compared 4 --n-random 2 --max-new-tokens 8 "
+            "--generation-batch-size 4 --train-batch-size 4 --epochs 2 --lr 0.01 --policies base,projected,spd --quiet"
+        )
+        self.words = WORDS | {
+            "model": self.model, "flags": flags, "data": data, "quick": quick, "here": str(Path.cwd()),
+            "audit": f"--model {self.model} --n 6",
+        }  # fmt: skip
 
-    def load(self, model: str | None = None) -> Any:
-        return spd.load(model or self.model, dtype="float32", device="cpu")
-
-    @cache  # noqa: B019 - there is one subject, for as long as the script runs
+    @cached_property
     def pair(self) -> Any:
-        return self.load()
+        return spd.load(self.model, dtype="float32", device="cpu")
 
-    @cache  # noqa: B019
+    @cached_property
     def chat(self) -> Any:
-        return self.load("./tiny_chat")
+        return spd.load("./tiny_chat", dtype="float32", device="cpu")
 
-    @cache  # noqa: B019
+    @cached_property
     def moments(self) -> Any:
-        return spd.extract(self.pair(), self.examples(), kinds=("k", "v"), progress=False)
+        return spd.extract(self.pair, self.examples, kinds=("k", "v"), progress=False)
 
-    @cache  # noqa: B019
-    def run(self, name: str = "run") -> Path:
-        work(name, "run", *self.quick, "--out", name, *RUNS[name].split())
-        return Path(name)
-
-    @cache  # noqa: B019
-    def study(self) -> Path:
-        settings = {
-            "model": self.model, "dtype": "float32", "device": "cpu", "n_calibration": 4, "n_train": 4, "n_eval": 4,
-            "max_new_tokens": 8, "generation_batch_size": 4, "train_batch_size": 4, "epochs": 1, "lr": 0.01,
+    @cached_property
+    def subspaces(self) -> dict[str, Any]:
+        """Subspaces of every form."""
+        moments, half = self.moments, self.moments.subspace(0.5)
+        one, other = moments.halves()
+        return {
+            "half": half, "integer": moments.subspace(2), "joint": moments.subspace(3, per_head=False),
+            "centred": moments.subspace(0.25, center=True), "activation": moments.subspace(2, of="activation"),
+            "sum": (one + other).subspace(4), "site": moments.subspace(2, sites=moments.sites[-1:]),
+            "cut": half[:2], "truncated": half.truncate(0.125),
         }  # fmt: skip
-        study = {
-            "methods": ["base", "spd", "spd-random"], "sources": ["synthetic-math"], "targets": ["synthetic-math"],
-            "seeds": [1, 2], "n_forced": 4, "n_side_effects": 2, "settings": settings,
-            "task_options": {"synthetic-math": {"max_new_tokens": 8}},
-        }  # fmt: skip
-        Path("study.yaml").write_text(json.dumps(study))
-        work("study", "study", "study.yaml", "--out", "study", "--quiet")
-        return Path("study")
 
-    def examples(self) -> Any:
-        return spd.tasks.get("synthetic-math").calibration(n=self.n, seed=42)
+    def call(self, line: str) -> list[Any]:
+        """Run `python -m spd_lens ...` in this process; its exit code, stdout and stderr."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        earlier, sys.argv = sys.argv, ["spd-lens", *shlex.split(line.format(**self.words))]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                runpy.run_module("spd_lens", run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            sys.argv = earlier
+        said = [line for line in err.getvalue().splitlines() if not re.search("Loading weights|Failed to load", line)]
+        return [code, out.getvalue(), said]
 
-    def prompts(self) -> Any:
-        return spd.tasks.get("synthetic-math").train(n=self.n, seed=42)
+    def step(self, key: str) -> None:
+        """Take one of `STEPS`, after those that make the runs and the study that it reads, unless that is done."""
+        (step,) = (step for step in STEPS.split("\n    ") if step.startswith(f"{key}: "))
+        line, _, kept = step.removeprefix(f"{key}: ").partition(" > ")
+        for word in {"run", "run-seed", "study"} & {*line.split()[1:]} - {key}:
+            self.step(word)
+        if f"{key}/stdout" in found:
+            return
+        with attempted(key):
+            code, out, err = self.call(line)
+            if code:
+                raise RuntimeError(f"spd-lens {line} ended with {code}: {err[-20:]}")
+            store(f"{key}/stdout", out)
+            if kept:
+                store_files(*kept.split("="))
 
 
-# Sections
+def write_inputs() -> None:
+    """Write the files that commands read."""
+    study = """
+        methods: [base, spd, spd-random]
+        sources: [synthetic-math]
+        targets: [synthetic-math]
+        seeds: [1, 2]
+        n_forced: 4
+        n_side_effects: 2
+        settings: {model: ./tiny_raw, dtype: float32, device: cpu, n_calibration: 4, n_train: 4, n_eval: 4,
+            max_new_tokens: 8, generation_batch_size: 4, train_batch_size: 4, epochs: 1, lr: 0.01}
+        task_options: {synthetic-math: {max_new_tokens: 8}}"""
+    Path("study.yaml").write_text(textwrap.dedent(study))
+    Path("grid.yaml").write_text("ranks: [1, 4]\nn_items: 4\nn_random: 3\n")
+    Path("bad.jsonl").write_text("not json\n")
+    Path("bad.yaml").write_text("n_trian: 3\n")
+
+
+# What the sections make in Python; their commands are in `STEPS`.
 
 
 def extract(subject: Subject) -> None:
-    """Moments by loss, engine, layers and kind, from Python and from the command line."""
-    for loss in ("aligned", "full"):
-        for engine in ("lens", "twin"):
-            moments = spd.extract(
-                subject.pair(), subject.examples(), kinds=("k", "v", "q"), loss=loss, engine=engine, progress=False
-            )
-            store_file(f"extract/{loss}-{engine}", moments.save(f"extract-{loss}-{engine}.safetensors"))
-            values = [moments.singular_values(site) for site in moments.sites]
-            store(f"extract/{loss}-{engine}/values", [moments, moments.mean_loss, values])
-    if subject.tiny:
-        examples = subject.examples()
-        for kind in ("z", "resid"):
-            moments = spd.extract(subject.chat(), examples, layers="all", kinds=kind, shards=2, progress=False)
-            store_file(f"extract/chat-{kind}", moments.save(f"extract-{kind}.safetensors"))
-        work("extract/cli", "extract", *subject.flags, *subject.data, "--n-calibration", 6, "--out", "x", "--quiet")
-        store_folder("extract/cli", "x")
+    """Extract moments by loss, engine, layers and kind."""
+    for loss, engine in itertools.product(("aligned", "full"), ("lens", "twin")):
+        moments = spd.extract(
+            subject.pair, subject.examples, kinds=("k", "v", "q"), loss=loss, engine=engine, progress=False
+        )
+        store_saved(f"extract/{loss}-{engine}", moments)
+        values = [moments.singular_values(site) for site in moments.sites]
+        store(f"extract/{loss}-{engine}/values", [moments, moments.mean_loss, values])
+    for kind in ("z", "resid") if subject.tiny else ():
+        moments = spd.extract(subject.chat, subject.examples, layers="all", kinds=kind, shards=2, progress=False)
+        store_saved(f"extract/chat-{kind}", moments)
 
 
-def subspaces(subject: Subject) -> dict[str, Any]:
-    """Subspaces of every form."""
-    moments = subject.moments()
-    half, other = moments.halves()
-    forms = {
-        "half": moments.subspace(0.5), "integer": moments.subspace(2), "joint": moments.subspace(3, per_head=False),
-        "centred": moments.subspace(0.25, center=True), "activation": moments.subspace(2, of="activation"),
-        "sum": (half + other).subspace(4), "site": moments.subspace(2, sites=moments.sites[-1:]),
-    }  # fmt: skip
-    return forms | {"cut": forms["half"][:2], "truncated": forms["half"].truncate(0.125)}
-
-
+@torch.no_grad()
 def subspace(subject: Subject) -> None:
-    """Files and projectors of subspaces of every form, and one read back."""
-    for name, made in subspaces(subject).items():
-        path = made.save(f"subspace-{name}.safetensors")
-        store_file(f"subspace/{name}", path)
-        read = spd.Subspace.load(path)
+    """Write subspaces of every form and read them back; hook and fold them in, and count firings."""
+    pair, text, ids = subject.pair, "Tom has 12 apples and buys 30 more.", torch.tensor([[0, 5, 9, 77, 31]])
+    store("projected/base", pair.lens(text))
+    for name, made in subject.subspaces.items():
+        read = spd.Subspace.load(store_saved(f"subspace/{name}", made))
         store(f"subspace/{name}/values", [[read], *([read.projector(s), read.affine(s)] for s in read.sites)])
-
-
-def algebra(subject: Subject) -> None:
-    """Random subspaces, complement, union and intersection."""
-    first, second = subject.moments().subspace(0.5), subject.moments().subspace(0.75)
-    made = {
-        "random": first.random_like(3), "complement": ~first, "union": first | first.random_like(1),
-        "intersection": first & second, "selected": first.select(first.sites[:1]),
+        for strength in (1.0, 0.5):
+            with spd.projected(pair.lens, made, strength) as projection:
+                store(f"projected/{name}-{strength}", pair.lens(text))
+            store(f"projected/{name}-{strength}/firings", projection)
+        with spd.folded(pair.hf, made):
+            weights = {key: weight for key, weight in pair.hf.state_dict().items() if re.search("[kv]_proj", key)}
+            store(f"folded/{name}/weights", weights)
+            store(f"folded/{name}/logits", pair.hf(ids).logits)
+    store("folded/after", dict(pair.hf.state_dict()))
+    half = subject.subspaces["half"]
+    algebra = {
+        "random": half.random_like(3), "complement": ~half, "union": half | half.random_like(1),
+        "intersection": half & subject.moments.subspace(0.75), "selected": half.select(half.sites[:1]),
     }  # fmt: skip
-    for name, one in made.items():
-        store_file(f"algebra/{name}", one.save(f"algebra-{name}.safetensors"))
+    for name, made in algebra.items():
+        store_saved(f"algebra/{name}", made)
 
 
-def projected(subject: Subject) -> None:
-    """Logits of the lens model under the projection, at two strengths, and firings."""
-    lens = subject.pair().lens
-    text = "Tom has 12 apples and buys 30 more."
-    with torch.no_grad():
-        store("projected/base", lens(text))
-        for name, one in subspaces(subject).items():
-            for strength in (1.0, 0.5):
-                with spd.projected(lens, one, strength) as projection:
-                    store(f"projected/{name}-{strength}", lens(text))
-                store(f"projected/{name}-{strength}/firings", projection)
-
-
-def folded(subject: Subject) -> None:
-    """Weights and logits of the twin with the projection folded in, and checkpoints of it."""
-    hf, ids = subject.pair().hf, torch.tensor([[0, 5, 9, 77, 31]])
-    changed = re.compile(r"\.[kv]_proj\.")
-    for name, one in subspaces(subject).items():
-        with spd.folded(hf, one), torch.no_grad():
-            store(f"folded/{name}/weights", {k: v for k, v in hf.state_dict().items() if changed.search(k)})
-            store(f"folded/{name}/logits", hf(ids).logits)
-    store("folded/after", dict(hf.state_dict()))
-    if subject.tiny:
-        half = subspaces(subject)["half"]
-        store_folder("fold_to/half", spd.fold_to(hf, half, "fold", tokenizer=subject.pair().tokenizer))
-        chat = subject.chat()
-        centred = spd.extract(chat, subject.examples(), progress=False).subspace(2, center=True)
-        store_folder("fold_to/centred", spd.fold_to(chat.hf, centred, "fold-centred", 0.5))
+def fold(subject: Subject) -> None:
+    """Write checkpoints of the twin with a projection folded in."""
+    half, chat = subject.subspaces["half"], subject.chat
+    store_files("fold_to/half", spd.fold_to(subject.pair.hf, half, "fold", tokenizer=subject.pair.tokenizer))
+    centred = spd.extract(chat, subject.examples, progress=False).subspace(2, center=True)
+    store_files("fold_to/centred", spd.fold_to(chat.hf, centred, "fold-centred", 0.5))
 
 
 def generate(subject: Subject) -> None:
-    """Corpora with and without projection, raw and chat, by both engines, chosen by prompt, several samples each."""
-    half = subject.moments().subspace(0.5)
-    prompts = subject.prompts()
+    """Write corpora with and without projection, raw and chat, by both engines, chosen by prompt, with samples."""
+    half, prompts = subject.subspaces["half"], subject.prompts
     forms: dict[str, dict[str, Any]] = {
         "base": {}, "projected": {"subspace": half}, "lens": {"subspace": half, "engine": "lens"},
         "greedy": {"temperature": 0.0, "subspace": half, "strength": 0.5},
@@ -371,176 +381,92 @@ def generate(subject: Subject) -> None:
         "by-function": {"subspace": lambda example: half if "a" in example.prompt[:40] else None, "top_p": 0.8},
     }  # fmt: skip
     for name, options in forms.items():
-        spd.generate(
-            subject.pair(), prompts, max_new_tokens=subject.limit, batch_size=4, progress=False,
-            path=f"generate/{name}.jsonl", **options,
-        )  # fmt: skip
+        common = {"max_new_tokens": subject.limit, "batch_size": 4, "progress": False, "path": f"generate/{name}.jsonl"}
+        spd.generate(subject.pair, prompts, **common, **options)
     if subject.tiny:
-        spd.generate(subject.chat(), prompts, max_new_tokens=8, progress=False, path="generate/chat.jsonl")
-        file = half.save("half.safetensors")
-        work("generate/cli", "generate", *subject.flags, *subject.data, "--n-train", 4, "--max-new-tokens", 4,
-             "--subspace", file, "--out", "generate/cli.jsonl", "--quiet")  # fmt: skip
-    store_folder("generate", "generate")
+        spd.generate(subject.chat, prompts, max_new_tokens=8, progress=False, path="generate/chat.jsonl")
+        half.save("half.safetensors")
+    else:  # the command is not among this model's steps
+        store_files("generate", "generate")
 
 
 def finetune(subject: Subject) -> None:
-    """A LoRA adapter and a full fine-tuning, the command, and the models brought into step by `sync`."""
-    pair = subject.load()
-    corpus = spd.generate(pair, subject.prompts(), max_new_tokens=8, progress=False, path="tune.jsonl")
+    """Train a LoRA adapter and all weights, and bring the models into step by `sync`."""
+    pair = spd.load(subject.model, dtype="float32", device="cpu")
+    corpus = spd.generate(pair, subject.prompts, max_new_tokens=8, progress=False, path="tune.jsonl")
     common: dict[str, Any] = {"epochs": 2, "lr": 0.01, "batch_size": 4, "progress": False}
-    store_folder("finetune/lora", spd.finetune(pair, corpus, out="lora", **common))
+    store_files("finetune/lora", spd.finetune(pair, corpus, out="lora", **common))
     full = spd.finetune(pair, corpus, out="full", method="full", loss_on="completion", **common)
-    store_folder("finetune/full", full)
-    work("finetune/cli", "finetune", *subject.flags, "--corpus", "tune.jsonl", "--epochs", 1, "--out", "lora-cli",
-         "--quiet")  # fmt: skip
-    store_folder("finetune/cli", "lora-cli")
-    text = "Tom has 12 apples"
+    store_files("finetune/full", full)
     with torch.no_grad():
-        store("sync/adapter", [vars(pair.sync(to="lens", adapter="lora")), pair.lens(text)])
-        store("sync/back", [vars(pair.sync(to="lens")), pair.lens(text)])
+        store("sync/adapter", [vars(pair.sync(to="lens", adapter="lora")), pair.lens("Tom has 12 apples")])
+        store("sync/back", [vars(pair.sync(to="lens")), pair.lens("Tom has 12 apples")])
         edited = next(p for name, p in pair.lens.named_parameters() if ".mlp." in name and p.ndim == 2)
         edited.add_(0.03)
         store("sync/twin", [vars(pair.sync(to="twin")), dict(pair.hf.state_dict())])
     store("sync/check", vars(pair.check()))
-    pair = subject.pair()
-    result = spd.evaluate(pair, "synthetic-math", 4, None, "lora", max_new_tokens=8, progress=False)
-    store_file("evaluate/adapter", result.save("adapter.json"))
+    result = spd.evaluate(subject.pair, "synthetic-math", 4, None, "lora", max_new_tokens=8, progress=False)
+    store_saved("evaluate/adapter", result, ".json")
 
 
 def evaluate(subject: Subject) -> None:
-    """Scores of the base and the projected model, on a task of numbers and on one of choices."""
-    half = subject.moments().subspace(0.5)
+    """Score the base and the projected model, on a task of numbers and on one of choices."""
     for task in ("synthetic-math", "synthetic-qa"):
-        for name, one in (("base", None), ("projected", half)):
-            result = spd.evaluate(subject.pair(), task, subject.n, one, max_new_tokens=subject.limit, progress=False)
-            store_file(f"evaluate/{task}/{name}", result.save(f"evaluate-{task}-{name}.json"))
+        for name, one in (("base", None), ("projected", subject.subspaces["half"])):
+            result = spd.evaluate(subject.pair, task, subject.n, one, max_new_tokens=subject.limit, progress=False)
+            store_saved(f"evaluate/{task}/{name}", result, ".json")
             store(f"evaluate/{task}/{name}/values", result)
-    if subject.tiny:
-        work("evaluate/cli", "evaluate", *subject.flags, *subject.data, "--n-eval", 4, "--out", "e.json", "--quiet")
-        store_file("evaluate/cli", Path("e.json"))
 
 
 def run(subject: Subject) -> None:
-    """A whole run, once more when it is finished, and what `Run` reads from it."""
-    path = subject.run()
-    store_folder("run", path)
-    work("run-again", "run", *subject.quick, "--out", path)
-    read = spd.Run.open(path)
+    """Read a run with `Run`."""
+    subject.step("run")
+    read = spd.Run.open("run")
     store("run/values", [read, read.config.to_yaml(), read.moments, read.subspace, read.summary])
     store("run/corpora", [read.corpus, list(read.corpus), read.unprojected, list(read.unprojected)])
     store("run/effects", read.effects("synthetic-math"))
     store("run/result", [read.result("synthetic-math", policy) for policy in ("base", "projected", "spd")])
-    for name in ("run-joint", "run-full"):
-        store_folder(name, subject.run(name))
-    work("run/show-config", "run", "--show-config", *subject.quick)
-
-
-def study(subject: Subject) -> None:
-    """A small study with its report, and the plan of one."""
-    store_folder("study", subject.study())
-    work("study/plan", "study", "study.yaml", "--dry-run", "--out", "study-2", "--set", "seeds=[1,2,3]")
-
-
-def rounds(subject: Subject) -> None:
-    """Two rounds of SPD."""
-    place = ["--model", Path(subject.model).resolve()] if subject.tiny else []
-    work("rounds", "rounds", *subject.quick, *place, "--rounds", 2, "--n-held-out", 4, "--kl-budget", 0,
-         "--no-stop-on-loss", "--out", "rounds")  # fmt: skip
-    store_folder("rounds", "rounds")
-
-
-def compare(subject: Subject) -> None:
-    """Two runs side by side."""
-    work("compare", "compare", subject.run(), subject.run("run-seed"), "--out", "compare.md")
-    store_file("compare/table", Path("compare.md"))
-
-
-def spans(subject: Subject) -> None:
-    """The audit of spans, printed and as a page, of several tasks."""
-    for task in ("synthetic-math", "synthetic-qa"):
-        work(f"spans/{task}", "spans", task, "--model", subject.model, "--n", 6, "--html", f"{task}.html")
-        store_file(f"pages/spans/{task}", Path(f"{task}.html"))
 
 
 def check(subject: Subject) -> None:
-    """What must hold for a model."""
-    options = ["--dtype", "float32", "--device", "cpu", "--json", "--show-tokens", "7 * 3"]
-    store("check/json", call("check", subject.model, *options)[:2])
+    """Check what must hold for a model."""
+    store("check/json", subject.call("check {model} --dtype float32 --device cpu --json --show-tokens '7 * 3'")[:2])
 
 
 def analyze(subject: Subject) -> None:
-    """Every analysis with small options."""
-    run, other = Path(shutil.copytree(subject.run(), "analysed")), subject.run("run-seed")  # analyses write into a run
-    Path("grid.yaml").write_text("ranks: [1, 4]\nn_items: 4\nn_random: 3\n")
-    small = ["--grid", "grid.yaml", "--items", 4, "--random", 3]
-    options: dict[str, list[Any]] = {
-        "spectra": [run, "--draws", 20, "--all-layers"], "overlap": [run, other, "--permutations", 19, "--draws", 99],
-        "rank-sweep": [run, *small], "layer-sweep": [run, *small], "heads": [run, "--n", 2],
-        "directions": [run, "--n", 2, "--top", 3, "--n-random", 19], "tokens": [run],
-        "calibration-size": [run, "--sizes", "2,4", "--draws", 2, "--items", 3], "corpora": [run, "--n", 2],
-        "sampling-sweep": [run, "--temperatures", "0,1.0", "--top-ps", "0.9", "--n", 2, "--samples", 2, "--adapter"],
-        "drift": [run, "--items", 3, "--n-random", 2],
-    }  # fmt: skip
-    for name, given in options.items():
-        with attempted(f"analyze/{name}"):
-            work(f"analyze/{name}", "analyze", name, *given, "--quiet")
-    store_folder("analysis", run / "analysis")
-    study = subject.study()
-    for table in (1, 2, 3, 4, 5, "figure4"):
-        with attempted(f"analyze/tables-{table}"):
-            work(f"analyze/tables-{table}", "analyze", "tables", table, study, "--out", "tables", "--quiet")
-    work("analyze/corpora-study", "analyze", "corpora", study, "--out", "corpora", "--quiet")
-    store_folder("analysis-study/tables", "tables")
-    store_folder("analysis-study/corpora", "corpora")
+    """Copy a run, since analyses write into theirs."""
+    for key in ("run", "run-seed"):
+        subject.step(key)
+    shutil.copytree("run", "analysed")
 
 
-def dashboard(subject: Subject) -> None:
-    """The page of two runs."""
-    work("dashboard", "dashboard", subject.run(), subject.run("run-seed"), "--out", "d.html")
-    store_file("pages/dashboard", Path("d.html"))
-
-
-def help(_: Subject) -> None:
-    """What every command and analysis says of itself, and what the package offers."""
+def help(subject: Subject) -> None:
+    """Ask every command and analysis what it does, and the package what it offers."""
     for command in COMMANDS:
-        store(f"help/{command or 'spd-lens'}", call(*command.split(), "--help")[:2])
-    for name in ANALYSES:
-        store(f"help/analyze-{name}", call("analyze", name, "--help")[:2])
-    store("help/analyze", call("analyze")[:2])
+        store(f"help/{command or 'spd-lens'}", subject.call(f"{command} --help")[:2])
+    for name in set(re.findall(r"analyze ([\w-]+)", STEPS)):
+        store(f"help/analyze-{name}", subject.call(f"analyze {name} --help")[:2])
+    store("help/analyze", subject.call("analyze")[:2])
     store("help/public", [spd.__all__, spd.tasks.__all__, spd.tasks.names()])
 
 
 def errors(subject: Subject) -> None:
-    """What typical mistakes are answered with: exit code and sentence."""
-    faults = (
-        "--model no/such", "--model ./nowhere", "--task gsm9k", "--eval-tasks svmap", "--layers 0,4", "--layers top",
-        "--kinds k,x", "--rank 0", "--rank 9", "--rank 17 --joint", "--policies base,sdp", "--loss half",
-        "--strength 2", "--max-new-tokens 256", "--dtype float8", "--device gpu", "--config no.yaml", "--modle x",
-        "--task-option difficulty", "--task-option dificulty=easy", "--task gsm8k --data-dir /no/data",
-        "--system Brief.", "--too-long cut",
-    )  # fmt: skip
-    for flags in faults:
-        store(f"errors/run {flags}", _said(call("run", *subject.quick, "--out", "fault", *flags.split())))
-    Path("bad.jsonl").write_text("not json\n")
-    Path("bad.yaml").write_text("n_trian: 3\n")
-    store("errors/adapter", _said(call("evaluate", *subject.flags, *subject.data, "--adapter", "none")))
-    store("errors/subspace", _said(call("generate", *subject.flags, *subject.data, "--subspace", "no.safetensors")))
-    store("errors/reextract", _said(call("rounds", *subject.quick, "--reextract", "never")))
-    for line in (
-        "rnu", "finetune --corpus none.jsonl", "finetune --corpus bad.jsonl", "run --config bad.yaml", "compare a b",
-        "study", "study bad.yaml", "study --preset none", "analyze nothing", "analyze spectra nowhere",
-        "spans none.jsonl", "dashboard nowhere", "rounds --rounds 0", "analyze tables three nowhere",
-        "check ./nowhere",
-    ):  # fmt: skip
-        store(f"errors/{line}", _said(call(*line.split())))
-    pair, half = subject.pair(), subject.moments().subspace(0.5)
+    """Make typical mistakes, which end with an exit code and a sentence."""
+    for flags in FAULTS:
+        store(f"errors/run {flags}", subject.call(f"run {{quick}} --out fault {flags}"))
+    store("errors/adapter", subject.call("evaluate {data} --adapter none"))
+    store("errors/subspace", subject.call("generate {data} --subspace no.safetensors"))
+    store("errors/reextract", subject.call("rounds {quick} --reextract never"))
+    for line in MISTAKES:
+        store(f"errors/{line}", subject.call(line))
+    pair, half = subject.pair, subject.subspaces["half"]
     attempts: dict[str, Callable[[], Any]] = {
         "no examples": lambda: spd.extract(pair, []), "no prompts": lambda: spd.generate(pair, []),
-        "layer": lambda: spd.extract(pair, subject.examples(), layers=[9]), "slice": lambda: half[2:4],
+        "layer": lambda: spd.extract(pair, subject.examples, layers=[9]), "slice": lambda: half[2:4],
         "engine": lambda: spd.generate(pair, ["x"], engine="gpu"), "site": lambda: half.select([9]),
-        "strength": lambda: spd.fold_to(pair.hf, half, "f", 2.0), "rank": lambda: subject.moments().subspace(99),
+        "strength": lambda: spd.fold_to(pair.hf, half, "f", 2.0), "rank": lambda: subject.moments.subspace(99),
         "full folder": lambda: spd.fold_to(pair.hf, half, "tiny_raw"), "task": lambda: spd.evaluate(pair, 3),
-        "another model": lambda: half.check(subject.chat().hf), "load": lambda: spd.load("./tiny_raw", dtype="x"),
+        "another model": lambda: half.check(subject.chat.hf), "load": lambda: spd.load("./tiny_raw", dtype="x"),
         "file": lambda: spd.GradientMoments.load(half.save("s.safetensors")), "sync": lambda: pair.sync(to="moon"),
         "setting": lambda: spd.SPDConfig.make({"a": 1}), "run": lambda: spd.Run.open("tiny_raw"),
         "tune": lambda: spd.finetune(pair, [], lr=-1.0), "span": lambda: spd.Example("a", "b", [(0, 9)]),
@@ -554,23 +480,16 @@ def errors(subject: Subject) -> None:
             store(f"errors/python {name}", [type(error).__name__, str(error)])
 
 
-def _said(result: tuple[int, str, str]) -> list[Any]:
-    noise = ("Loading weights", "Failed to load")
-    return [*result[:2], [line for line in result[2].splitlines() if not any(word in line for word in noise)]]
-
-
-SECTIONS: dict[str, Callable[[Subject], None]] = {
+PYTHON: dict[str, Callable[[Subject], None]] = {
     one.__name__: one
-    for one in (
-        extract, subspace, algebra, projected, folded, generate, finetune, evaluate, run, study, rounds, compare, spans,
-        check, analyze, dashboard, help, errors,
-    )
-}  # fmt: skip
+    for one in (extract, subspace, fold, generate, finetune, evaluate, run, check, analyze, help, errors)
+}
+SECTIONS = {re.split("[/:-]", step.strip())[0]: None for step in [*PYTHON, *STEPS.strip().split("\n")]}
 
 
 @contextlib.contextmanager
 def attempted(key: str) -> Iterator[None]:
-    """Something that may fail: the failure is kept under a key of its own, and everything else goes on."""
+    """Let something fail: the failure is kept under a key of its own, and everything else goes on."""
     start = time.perf_counter()
     try:
         yield
@@ -581,34 +500,33 @@ def attempted(key: str) -> Iterator[None]:
 
 
 def main() -> int:
-    """Run the sections asked for, write their digests, and compare."""
+    """Run the sections asked for, write their digests, and compare them with earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="JSON file of digests to write")
-    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny", help="a random model, or SmolLM2")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
-    parser.add_argument("--against", type=Path, help="an earlier file, to compare with")
-    parser.add_argument("--work", type=Path, help="an empty directory to work in and to keep")
+    parser.add_argument("out", type=Path, help="The JSON file of digests to write.")
+    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny", help="A random model, or SmolLM2.")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="Run these sections alone.")
+    parser.add_argument("--against", type=Path, help="An earlier file, to compare with.")
+    parser.add_argument("--work", type=Path, help="An empty directory to work in and to keep.")
     given = parser.parse_args()
     out, earlier = given.out.resolve(), json.loads(given.against.read_text()) if given.against else None
-    chosen = given.only or (SECTIONS if given.model == "tiny" else SMOLLM2_SECTIONS)
     with tempfile.TemporaryDirectory() as scratch:
         place = (given.work or Path(scratch)).resolve()
         place.mkdir(parents=True, exist_ok=True)
-        home = Path.cwd()
-        os.chdir(place)
-        subject = Subject(given.model)
-        for name in chosen:
-            with attempted(name):
-                SECTIONS[name](subject)
-            out.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
-        os.chdir(home)
-    failed = [key for key in found if key.endswith("/FAILED")]
+        with contextlib.chdir(place):
+            write_inputs()
+            subject = Subject(given.model)
+            for name in given.only or (SECTIONS if subject.tiny else SMOLLM2_SECTIONS):
+                with attempted(name):
+                    PYTHON.get(name, lambda _: None)(subject)
+                for key in re.findall(rf"^    ({name}\b.*?): ", STEPS, re.MULTILINE):
+                    if subject.tiny or not key.endswith("/cli"):
+                        subject.step(key)
+                out.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     if earlier is None:
+        failed = [key for key in found if key.endswith("/FAILED")]
         print(f"{len(found)} digests in {out}; failed: {failed or 'none'}")
         return bool(failed)
-    keys = sorted(earlier.keys() | found.keys())
-    if given.only:
-        keys = [key for key in keys if key in found]
+    keys = sorted(found if given.only else earlier.keys() | found.keys())
     differ = [key for key in keys if earlier.get(key) != found.get(key)]
     for key in differ:
         print("differs:" if key in earlier and key in found else "new:" if key in found else "gone:", key)

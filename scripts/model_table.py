@@ -43,7 +43,7 @@ class Results:
     passed: dict[tuple[Place, str], list[bool]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[Place, list[bool]] = field(default_factory=lambda: defaultdict(list))
     measured: dict[tuple[str, str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By dtype, column and what was measured."""
+    """Measured values by dtype, column and name."""
 
     def read(self, lane: str, report: Path) -> None:
         for case in ET.parse(report).iter("testcase"):
@@ -59,7 +59,7 @@ class Results:
                     self.measured[dtype, column, what].append(float(value))
 
     def architectures(self) -> list[str]:
-        """In the order of the tests."""
+        """Their names, in the order of the tests."""
         return list(dict.fromkeys(place[1] for place in [*(place for place, _ in self.passed), *self.refused]))
 
     def marks(self, name: str, dtype: str, columns: Iterable[str]) -> str:
@@ -113,7 +113,7 @@ def written(document: str, tables: dict[str, str]) -> str:
 
 
 def main(hooked: str, bridge: str) -> None:
-    """From the two lanes' JUnit reports into the document."""
+    """Write the tables from the two lanes' JUnit reports into the document."""
     results = Results()
     results.read("hooked", Path(hooked))
     results.read("bridge", Path(bridge))

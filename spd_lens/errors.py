@@ -23,12 +23,12 @@ nested thousands deep."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, in one line of so many characters at most; its type where it says nothing."""
+    """What an exception says, as one line of at most `most` characters; its type if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """A text, cut with three dots behind it where it is longer."""
+    """The text, cut to `most` characters that end on three dots if it is longer."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spd_lens.errors import SPDError, plain
+from spd_lens.errors import SPDError, plain, shortened
 
 Span = tuple[int, int]
 
@@ -92,10 +92,8 @@ def as_examples(prompts: Iterable[str | Example] | str | Example) -> list[Exampl
         SPDError: something that is neither a text nor an `Example`; or two records share an id, since ids name results
             and seed the sampling noise.
     """
-    records = [
-        prompt if isinstance(prompt, Example) and prompt.id else _with_id(prompt, position)
-        for position, prompt in enumerate(_elements(prompts, "prompts"))
-    ]
+    made = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in _elements(prompts, "prompts")]
+    records = [prompt if prompt.id else replace(prompt, id=str(position)) for position, prompt in enumerate(made)]
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
@@ -142,14 +140,9 @@ def _elements(given: Any, what: str) -> list[Any]:
     return elements
 
 
-def _with_id(prompt: str | Example, position: int) -> Example:
-    return replace(prompt, id=str(position)) if isinstance(prompt, Example) else Example(prompt, id=str(position))
-
-
 def _shown(value: Any) -> str:
     """A value in a message: its type, and what it is as far as that is short."""
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = shortened(" ".join(repr(value).split()))
     return text if value is None else f"the {type(value).__name__} {text}"
 
 

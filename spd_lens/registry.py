@@ -16,7 +16,7 @@ class Registry(dict[str, _Class]):
 
     Args:
         noun: What the classes are called in messages, such as `"task"`.
-        unknown: What is said of a name that nobody has; `{name}`, `{guess}` (a similar name) and `{names}` are
+        unknown: The message for a name that no class has; `{name}`, `{guess}` (a similar name) and `{names}` are
             filled in.
     """
 

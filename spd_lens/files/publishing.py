@@ -31,7 +31,7 @@ _SCRATCH = (
 )
 """Names of temporary files: whose place they are to take, and the process that writes them."""
 _REMEDY = "free some space or choose another place"
-_NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
+_IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
 """Files that do not occupy a directory: our lock, and what file managers put into directories."""
 
 Inventory = Mapping[str, Mapping[str, Any]]
@@ -95,7 +95,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         make_directory(path.parent)
         clear_leftovers(path)
         scratch = _scratch(path)
-        # nobody else's file, and not through a link that somebody has put there
+        # a new file of our own, and never the target of a link that another user has put there
         os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         with _explained(path):
@@ -160,7 +160,7 @@ def _runs(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
     except PermissionError:
-        return True  # somebody else's
+        return True  # it belongs to another user
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     return True
@@ -177,14 +177,14 @@ def is_free(directory: str | Path, *first: str) -> bool:
 
 
 def occupants(directory: str | Path, *first: str) -> list[Path]:
-    """What keeps a place from being free: files that somebody has made there, or that the place is no directory."""
+    """What keeps a place from being free: files that were put there, or the place itself if it is no directory."""
     directory = Path(directory)
     if not directory.is_dir():
         return [directory] if directory.exists() or directory.is_symlink() else []
     return [
         place
         for place in directory.iterdir()
-        if not (place.name in _NOBODYS or _as_scratch(place) or (place.name in first and is_blank(place)))
+        if not (place.name in _IGNORED or _as_scratch(place) or (place.name in first and is_blank(place)))
     ]
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from spd_lens.errors import SPDError
 
+_GIT_LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _STAND_INS = {
-    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, not the file itself; run `git lfs pull` there",
-    b"version https://hawser.github.com/spec/": "a git-lfs pointer, not the file itself; run `git lfs pull` there",
-    b"/annex/objects/": "a git-annex pointer, not the file itself; run `git annex get` there",
-    b"<!doctype": "a web page, not the file itself: a failed download perhaps; download it again",
-    b"<html": "a web page, not the file itself: a failed download perhaps; download it again",
-    b"<?xml": "XML, not the file itself: a failed download perhaps; download it again",
+    _GIT_LFS: "a git-lfs pointer, not the file itself; run `git lfs pull` there",
+    (b"/annex/objects/",): "a git-annex pointer, not the file itself; run `git annex get` there",
+    (b"<!doctype", b"<html"): "a web page, not the file itself: a failed download perhaps; download it again",
+    (b"<?xml",): "XML, not the file itself: a failed download perhaps; download it again",
 }
 """How files begin that stand where another should be."""
 
@@ -24,6 +23,6 @@ def refuse_stand_in(path: str | Path) -> None:
             start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     except OSError:
         return  # whoever reads the file says so
-    for beginning, what in _STAND_INS.items():
-        if start.startswith(beginning):
+    for beginnings, what in _STAND_INS.items():
+        if start.startswith(beginnings):
             raise SPDError(f"{path} is {what}")

@@ -27,8 +27,7 @@ and set, and that equals only itself. A test cannot hand the program a function,
 in place. Only the standard library can be imported.
 """
 
-from spd_lens.sandbox.executor import passes_tests
-from spd_lens.sandbox.runner import available, run_python, unavailable
+from spd_lens.sandbox.runner import available, passes_tests, run_python, unavailable
 from spd_lens.sandbox.trial import SandboxResult
 
 __all__ = ["SandboxResult", "available", "passes_tests", "run_python", "unavailable"]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any, BinaryIO
 
+_COLLECTIONS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 MAX_ANSWER = 16 * 2**20
 """Bytes of one answer. A longer one is an error."""
 MAX_ITEMS = 1_000_000
@@ -57,9 +58,9 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
         return ["range", *(encode(part, keep) for part in (value.start, value.stop, value.step))]
     if isinstance(value, dict):
         return ["dict", [[encode(k, keep), encode(v, keep)] for k, v in value.items()]]
-    for collection in (list, tuple, set, frozenset):
+    for name, collection in _COLLECTIONS.items():
         if isinstance(value, collection):
-            return [collection.__name__, [encode(item, keep) for item in value]]
+            return [name, [encode(item, keep) for item in value]]
     cls = type(value)
     if isinstance(value, type):
         name = value.__name__
@@ -92,9 +93,8 @@ def decode(data: Any, fetch: Callable[[int], Any]) -> Any:
             return range(*(decode(part, fetch) for part in parts))
         case ["dict", list(items)]:
             return {decode(key, fetch): decode(item, fetch) for key, item in items}
-        case [("list" | "tuple" | "set" | "frozenset") as name, list(items)]:
-            kinds: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-            return kinds[name]([decode(item, fetch) for item in items])
+        case [str(name), list(items)] if name in _COLLECTIONS:
+            return _COLLECTIONS[name]([decode(item, fetch) for item in items])
         case ["value", str(module), str(name), list(arguments)] if (module, name) in _VALUES:
             return getattr(__import__(module), name)(*(decode(argument, fetch) for argument in arguments))
         case ["type", str(name)] if isinstance(kind := getattr(builtins, name, None), type):
@@ -110,7 +110,7 @@ def decode(data: Any, fetch: Callable[[int], Any]) -> Any:
 
 
 def run(order: dict[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
-    """Runs the program, then answers calls of its functions until nobody asks any more.
+    """Runs the program, then answers calls of its functions until the judge asks no more.
 
     It is a module that is imported, not a script: what stands under `if __name__ == "__main__"` does not run.
     """

@@ -36,7 +36,7 @@ _SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _SEARCH, "LANG": "C.UTF-8"}
 _INSIDE = {"HOME": "/scratch", "TMPDIR": "/scratch", "LD_LIBRARY_PATH": "/python/lib"}
 _MOUNT_POINTS = ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var")
-"""Directories that a private mount name space can cover without anybody noticing."""
+"""Directories that a private mount name space can cover without an effect on anything else."""
 
 _DIE_WITH_CALLER = ("setpriv", "--pdeathsig", "KILL")
 """Should whoever starts a command be killed, the kernel kills it, and with it the sandbox whose first part it is."""
@@ -53,9 +53,9 @@ shift 2
 exec "$@"
 """
 
-# Root becomes nobody: limits on processes do not bind root, and what is shut in should own nothing.
-# $1: Python's prefix, $2: where to mount it, since nobody may be unable to reach a Python in root's home; then the
-# command.
+# Root becomes the user nobody: limits on processes do not bind root, and what is shut in should own nothing.
+# $1: Python's prefix, $2: where to mount it, since the user nobody may be unable to reach a Python in root's home; then
+# the command.
 _GIVE_UP_ROOT = """
 set -e
 mount --bind "$1" "$2"

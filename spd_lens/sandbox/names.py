@@ -39,8 +39,7 @@ def names_of(tests: Sequence[str], setup: str, functions: Iterable[str] | None) 
 
 def _parse(code: str, what: str) -> ast.Module:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid "\d" in somebody's test is not the user's concern
+        with warnings.catch_warnings(action="ignore"):  # an invalid "\d" in a test is not the user's concern
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SPDError(f"the {what} {code[:80]!r} is not valid Python: {error}") from error

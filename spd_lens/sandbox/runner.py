@@ -87,6 +87,11 @@ def run_python(
         return trial.run(program, tests, setup, asked, modules)
 
 
+def passes_tests(code: str, tests: Sequence[str], setup: str) -> bool:
+    """Whether hostile `code` passes trusted `tests`; what `CodeTask.executor` is set to with --allow-code-execution."""
+    return run_python(code, tests, setup=setup).ok
+
+
 def available() -> str | None:
     """The mechanism that is used here, after it has been tried; `None` if there is none (see `unavailable`)."""
     return next((name for name in mechanisms.NAMES if not _problem(name)), None)
@@ -100,8 +105,7 @@ def unavailable() -> dict[str, str]:
 @cache
 def _problem(mechanism: str) -> str:
     """Why a mechanism does not work here, found out by trying it; empty if it does."""
-    problem = mechanisms.missing(mechanism)
-    if problem:
+    if problem := mechanisms.missing(mechanism):
         return problem
     try:
         with Trial(mechanism, {}, 60.0, 1, 2**16) as trial:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from spd_lens.errors import SPDError
@@ -80,9 +79,7 @@ class Trial:
         self._stack.enter_context(self._streams)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._kill()
         self._stack.close()
 
@@ -109,21 +106,19 @@ class Trial:
         self._watch("verdict", verdict)
         self._await_start()
         began = time.monotonic()
-        end_reason = self._drain(began + self.wall_s, "verdict" if tests else None)
+        reason = self._drain(began + self.wall_s, "verdict" if tests else None)
         seconds = time.monotonic() - began
-        reason, passed, detail = end_reason, 0, ""
+        passed, detail = 0, ""
         if not reason and tests:
             reason, passed, detail = self._judged(len(tests))
-        if reason in ("passed", "failed", "error", "memory"):  # nobody asks it any more, so it should end by itself
+        if reason in ("passed", "failed", "error", "memory"):  # it is asked no more, so it should end by itself
             with suppress(subprocess.TimeoutExpired):
                 self._processes["program"].wait(_GRACE_SECONDS)
         if reason in ("", "exited"):
             reason, detail = self._ended(detail, tested=bool(tests))
         self._kill()
-        stdout, stderr = self._read["program stdout"], self._read["program stderr"]
-        return SandboxResult(
-            reason, passed, detail, _text(stdout[:_SHOWN]), _text(stderr[-_SHOWN:]), seconds, self.mechanism
-        )
+        stdout, stderr = _text(self._read["program stdout"][:_SHOWN]), _text(self._read["program stderr"][-_SHOWN:])
+        return SandboxResult(reason, passed, detail, stdout, stderr, seconds, self.mechanism)
 
     def _start(self, role: str, reader: IO[bytes], writer: IO[bytes], order: dict[str, Any]) -> None:
         order |= {"role": role, "limits": self.limits, "read": reader.fileno(), "write": writer.fileno()}

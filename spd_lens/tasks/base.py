@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -103,14 +105,14 @@ class Task(ABC):
         return self.kept("test", self.draw("test", n, seed))
 
     def that_fits(self, fits: Callable[[Split, Example], bool]) -> Self:
-        """The same task, whose `calibration`, `train` and `test` leave out what `fits` refuses: they then give fewer
-        than `n`. `draw` gives all."""
+        """A copy of the task whose `calibration`, `train` and `test` leave out examples that `fits` refuses, so that
+        they may give fewer than `n`. `draw` still gives all."""
         other = copy.copy(self)
         other._fits = fits
         return other
 
     def kept(self, split: Split, examples: list[Example]) -> list[Example]:
-        """Those of some examples that fit (see `that_fits`); `SPDError` if that leaves none."""
+        """The examples that fit (see `that_fits`); `SPDError` if none does."""
         fits = self._fits
         if fits is None:
             return examples
@@ -126,24 +128,22 @@ class Task(ABC):
         """The first `n` examples of `split` in the order that `seed` gives: a larger draw begins with a smaller one."""
         pool = self.pool(split)
         n, seed = check_count(self.name, split, n, len(pool)), whole("seed", seed, least=None)
-        ordered = shuffled(pool, f"{self.name}|{split}|{seed}", key=lambda example: example.id)
-        if (group := self.group) is not None:
-            ordered = round_robin(ordered, by=lambda example: example.meta[group])
+        ordered = shuffled(pool, f"{self.name}|{split}|{seed}")
+        if self.group is not None:
+            ordered = round_robin(ordered, self.group)
         return ordered[:n]
 
     def pool(self, split: Split) -> list[Example]:
         """Everything that `split` can be drawn from, in the source's order."""
         if self._pools is None:
             pools = self.load()
-            before = len(pools.train)
             # the test side stays as published; what it repeats leaves the training side
             held_out = {self.problem(example) for example in pools.test}
-            pools.train = without_repeats(pools.train, held_out, self.problem)
-            self.duplicates_removed = before - len(pools.train)
-            if pools.calibration is not None:
-                before = len(pools.calibration)
-                pools.calibration = without_repeats(pools.calibration, held_out, self.problem)
-                self.duplicates_removed += before - len(pools.calibration)
+            for side in ("train", "calibration"):
+                if given := getattr(pools, side):
+                    left = without_repeats(given, held_out, self.problem)
+                    self.duplicates_removed += len(given) - len(left)
+                    setattr(pools, side, left)
             self._pools = pools
         if split == "calibration" and self._pools.calibration is None:
             return self._pools.train
@@ -231,40 +231,31 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def shuffled(items: Iterable[Example], salt: str, key: Callable[[Example], str]) -> list[Example]:
-    """`items` in an order that depends on nothing but `salt` and each item's key: not on the order they came in,
-    nor on what else is there. So the hub and the local files give the same draws."""
-    return sorted(items, key=lambda item: digest(f"{salt}|{key(item)}"))
+def shuffled(items: Iterable[Example], salt: str) -> list[Example]:
+    """`items` in an order that depends on nothing but `salt` and each item's id: not on the order they came in, nor on
+    what else is there. So the hub and the local files give the same draws."""
+    return sorted(items, key=lambda item: digest(f"{salt}|{item.id}"))
 
 
 def split_off(items: Sequence[Example], salt: str, n_test: int) -> tuple[list[Example], list[Example]]:
     """A fixed division into a training side and `n_test` test examples, for sources that come without one."""
-    chosen = {item.id for item in shuffled(items, f"split|{salt}", key=lambda item: item.id)[:n_test]}
+    chosen = {item.id for item in shuffled(items, f"split|{salt}")[:n_test]}
     return [item for item in items if item.id not in chosen], [item for item in items if item.id in chosen]
 
 
-def round_robin(items: Sequence[Example], by: Callable[[Example], str]) -> list[Example]:
-    """`items` with the groups taking turns, so that each beginning of the list is as balanced as possible."""
-    seen: dict[str, int] = {}
-    turns = []
-    for item in items:
-        turns.append(seen.setdefault(by(item), 0))
-        seen[by(item)] += 1
-    order = {group: rank for rank, group in enumerate(sorted(seen))}
-    places = [(turn, order[by(item)]) for turn, item in zip(turns, items, strict=True)]
-    return [item for _, item in sorted(zip(places, items, strict=True), key=lambda entry: entry[0])]
+def round_robin(items: Sequence[Example], group: str) -> list[Example]:
+    """`items` with the groups, the values of `meta[group]`, taking turns, so that each beginning of the list is as
+    balanced as possible."""
+    turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    return sorted(items, key=lambda item: (next(turns[item.meta[group]]), item.meta[group]))
 
 
 def without_repeats(items: Iterable[Example], held_out: set[str], problem: Callable[[Example], str]) -> list[Example]:
     """`items` without those whose problem is held out or came earlier."""
-    seen = set(held_out)
-    kept = []
+    first: dict[str, Example] = {}
     for item in items:
-        text = problem(item)
-        if text not in seen:
-            seen.add(text)
-            kept.append(item)
-    return kept
+        first.setdefault(problem(item), item)
+    return [item for text, item in first.items() if text not in held_out]
 
 
 def normalised(text: str) -> str:

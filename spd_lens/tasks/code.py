@@ -15,7 +15,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Task, normalised
 from spd_lens.tasks.code_blocks import extract_code
-from spd_lens.tasks.code_names import UNPARSABLE, compiled, parse, syntax_tree
+from spd_lens.tasks.code_names import DEFINITION, UNPARSABLE, compiled, parse, syntax_tree
 
 Executor = Callable[[str, Sequence[str], str], bool]
 """`(code, tests, setup) -> passed`: `code` is a model's and not trusted; `tests` are asserts, `setup` statements before
@@ -73,7 +73,7 @@ class CodeTask(Task):
             f"{problem.strip()}{shown}\n\n"
             f"Write the function `{header}` in Python, followed by {len(tests)} assert statements that test it."
         )
-        meta = {"problem": problem.strip(), "tests": tests, "setup": setup.replace("\r\n", "\n").strip()}
+        meta = {"problem": problem.strip(), "tests": tests, "setup": _tidy(setup)}
         return Example(prompt, completion, tuple(spans), id, meta)
 
     def problem(self, example: Example) -> str:
@@ -88,7 +88,7 @@ class CodeTask(Task):
             tree = syntax_tree(extract_code(text) or "")
         except UNPARSABLE:
             return False
-        return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in tree.body)
+        return any(isinstance(node, DEFINITION) for node in tree.body)
 
     def score(self, item: Example, text: str) -> float:
         """1.0 if the completion's code passes the item's asserts (pass@1 of one sample), else 0.0."""
@@ -170,8 +170,7 @@ def _place(node: ast.expr, text: str) -> Span:
     assert node.end_lineno is not None and node.end_col_offset is not None  # always set by ast.parse
 
     def character(line: int, column: int) -> int:
-        before = sum(len(previous) + 1 for previous in lines[: line - 1])
-        return before + len(lines[line - 1].encode()[:column].decode())
+        return len("\n".join([*lines[: line - 1], lines[line - 1].encode()[:column].decode()]))
 
     return character(node.lineno, node.col_offset), character(node.end_lineno, node.end_col_offset)
 
@@ -188,5 +187,5 @@ def without_asserts(code: str) -> str:
         return code
 
 
-def _tidy(test: str) -> str:
-    return test.replace("\r\n", "\n").strip()
+def _tidy(code: str) -> str:
+    return code.replace("\r\n", "\n").strip()

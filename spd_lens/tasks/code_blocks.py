@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from spd_lens.tasks.code_names import BUILTIN, Names, compiled, first_line, parse, source_of, with_needed
+from spd_lens.tasks.code_names import BUILTIN, DEFINITION, Names, compiled, first_line, parse, source_of, with_needed
 from spd_lens.tasks.thoughts import without_thoughts
 
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`~]*)$")
@@ -46,13 +46,13 @@ class Block:
 def extract_code(text: str, functions: Collection[str] = (), header: str = "") -> str | None:
     """The program in a completion: the last block that defines what is tested, with what it needs of other blocks.
 
-    A block stands in a fence, or is a run of lines that Python can compile. One that breaks off in the middle of a
-    definition, or only repeats how an earlier one begins, does not replace a whole one.
+    A block stands in a fence, or is a run of lines that Python can compile. A block that breaks off in the middle of
+    a definition, or only repeats the beginning of an earlier one, does not replace a whole block.
 
     Args:
         text: The completion.
-        functions: Names that the tests call. Without any: any function or class will do.
-        header: `def f(a, b)`, for a completion that goes on where it ends.
+        functions: Names that the tests call. If there are none, any function or class will do.
+        header: The line `def f(a, b)`, for a completion that continues after it.
     """
     text = _without_marks(without_thoughts(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
     blocks = list(_blocks(text))
@@ -172,7 +172,7 @@ def _source(lines: Sequence[str]) -> str:
 
 
 def _session(text: str) -> str:
-    """What was typed in a session of the interpreter; all else becomes comments."""
+    """The statements that were typed in a session of the interpreter; everything else becomes comments."""
     try:
         return doctest.script_from_examples(text).strip("\n")
     except ValueError:
@@ -232,9 +232,7 @@ def _without_words(code: str, *, cut: bool) -> str:
     tree = compiled(code)
     known = BUILTIN | Names.of(code).defined
     drop = [node for node in tree.body if _only_words(node, known)]
-    definitions = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    ]
+    definitions = [node for node in tree.body if isinstance(node, DEFINITION)]
     if definitions and (last := definitions[-1]) is tree.body[-1]:
         earlier = [source_of(node, code) for node in definitions[:-1] if node.name == last.name]
         text = source_of(last, code)
@@ -242,10 +240,8 @@ def _without_words(code: str, *, cut: bool) -> str:
             drop.append(last)
     if len(drop) == len(tree.body):
         return ""
-    lines = code.split("\n")
-    for node in drop:
-        for number in range(first_line(node), (node.end_lineno or 0) + 1):
-            lines[number - 1] = ""
+    gone = {number for node in drop for number in range(first_line(node), (node.end_lineno or 0) + 1)}
+    lines = ["" if number in gone else line for number, line in enumerate(code.split("\n"), 1)]
     shorter = "\n".join(lines).strip("\n").rstrip()
     return shorter if parse(shorter) is not None else code  # a line may hold more than the words
 
@@ -265,7 +261,7 @@ def _only_words(node: ast.stmt, known: frozenset[str]) -> bool:
 
 
 def _continued(header: str, body: str) -> str | None:
-    """A function made of a header that stood in the prompt and the body that was written; None if it is none."""
+    """A function made of the header in the prompt and a body in the completion; `None` if the body is not one."""
     lines = body.strip("\n").split("\n")[:_MAX_LINES]
     for first, others in (("", ""), ("    ", ""), ("    ", "    ")):
         moved = [header + ":", first + lines[0], *(others + line for line in lines[1:])]

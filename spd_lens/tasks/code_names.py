@@ -14,13 +14,16 @@ BUILTIN = frozenset(dir(builtins))
 """Names that every program has."""
 
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
-"""What Python raises on code that is none."""
+"""What Python raises on text that is no program."""
+
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+"""Statements that define a function or a class."""
 
 _FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 
 
 def parse(code: str) -> ast.Module | None:
-    """The tree of a program, or `None` if it is none."""
+    """The syntax tree of a program; `None` if the text is no program."""
     try:
         return compiled(code)
     except UNPARSABLE:
@@ -28,7 +31,7 @@ def parse(code: str) -> ast.Module | None:
 
 
 def compiled(code: str) -> ast.Module:
-    """The tree of a program; raises what Python's compiler does."""
+    """The syntax tree of a program. Raises what Python's compiler raises."""
     tree = syntax_tree(code)
     with warnings.catch_warnings(action="ignore"):
         compile(code, "<code>", "exec", dont_inherit=True)  # says more: a `return` outside a function
@@ -36,7 +39,7 @@ def compiled(code: str) -> ast.Module:
 
 
 def syntax_tree(code: str) -> ast.Module:
-    """The tree of what is written like a program; raises what Python's parser does."""
+    """The syntax tree of a text that can be parsed, compilable or not. Raises what Python's parser raises."""
     with warnings.catch_warnings(action="ignore"):  # "\d" in somebody's code is not the user's concern
         return ast.parse(code)
 
@@ -55,27 +58,24 @@ class Names(NamedTuple):
     """The names of its module that a piece of code binds and reads."""
 
     defined: frozenset[str]
-    """Those that it binds; `*` if it imports what cannot be known."""
+    """The names that it binds; `*` if it imports names that cannot be known."""
     used: frozenset[str]
-    """Those that it reads, in whatever scope."""
+    """The names that it reads, in whatever scope."""
 
     @classmethod
     def of(cls, code: str) -> Names:
         """The names of code that compiles."""
         top = symtable.symtable(code, "<code>", "exec")
-        symbols = [(scope is top, symbol) for scope in _scopes(top) for symbol in scope.get_symbols()]
-        defined = {
-            symbol.get_name()
-            for outermost, symbol in symbols
-            if (outermost or symbol.is_declared_global()) and (symbol.is_assigned() or symbol.is_imported())
-        }
-        used = {
-            symbol.get_name()
-            for outermost, symbol in symbols
-            if symbol.is_referenced() and (outermost or symbol.is_global())
-        }
-        star = {"*"} if re.search(r"^from\s.+\simport\s*\(?\s*\*", code, re.MULTILINE) else set()
-        return cls(frozenset(defined | star), frozenset(used))
+        defined, used = set[str](), set[str]()
+        for scope in _scopes(top):
+            for symbol in scope.get_symbols():
+                if (scope is top or symbol.is_declared_global()) and (symbol.is_assigned() or symbol.is_imported()):
+                    defined.add(symbol.get_name())
+                if (scope is top or symbol.is_global()) and symbol.is_referenced():
+                    used.add(symbol.get_name())
+        if re.search(r"^from\s.+\simport\s*\(?\s*\*", code, re.MULTILINE):
+            defined.add("*")
+        return cls(frozenset(defined), frozenset(used))
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
@@ -85,9 +85,10 @@ def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def with_needed(pieces: Sequence[str], place: int, functions: Collection[str]) -> str:
-    """One of several pieces of code, preceded by statements of the others that define what it lacks.
+    """One of several pieces of code, preceded by those statements of the other pieces that define what it lacks.
 
-    It lacks names that it uses, and `functions`. The nearest definitions are taken, rather those before it.
+    A piece lacks the names that it uses and does not define, and `functions`. The nearest definition is taken; one
+    before the piece is preferred.
     """
     code = pieces[place]
     if parse(code) is None:

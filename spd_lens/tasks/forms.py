@@ -45,7 +45,7 @@ class FinalNumber(Task):
         return Example(prompt, completion, (spans[self.span],), id, {"answer": answer, **meta})
 
     def problem(self, example: Example) -> str:
-        return super().problem(Example(example.prompt.removesuffix(self.request)))
+        return normalised(example.prompt.removesuffix(self.request))
 
     def extract(self, text: str) -> str | None:
         return final_number(text)
@@ -63,13 +63,11 @@ _ANSWER_LINE = re.compile(rf"^[ \t*]*+{ANSWER_MARK.strip()}[\s*]*+\S", re.MULTIL
 LETTER_REQUEST = f"Reply with one line that says '{ANSWER_MARK}' followed by the letter of the right choice."
 
 
-def answer_example(
-    id: str, prompt: str, answer: str, *, whole_line: bool = False, meta: Mapping[str, object] | None = None
-) -> Example:
+def answer_example(id: str, prompt: str, answer: str, *, whole_line: bool, meta: Mapping[str, object]) -> Example:
     """An example whose completion is `Answer: ...`, with what follows the mark (or the whole line) as its span."""
     completion = ANSWER_MARK + answer
     span = (0 if whole_line else len(ANSWER_MARK), len(completion))
-    return Example(prompt, completion, (span,), id, {"answer": answer, **(meta or {})})
+    return Example(prompt, completion, (span,), id, {"answer": answer, **meta})
 
 
 @dataclass(kw_only=True)

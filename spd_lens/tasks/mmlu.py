@@ -63,18 +63,16 @@ class MMLU(ChosenLetter, PublishedTask):
         return normalised(example.meta["question"])
 
     def _split(self, split: str) -> list[Example]:
-        assert self.subjects is not None
         if self.path is None:
             return self._hub_split(split)
         return [
             self._from_file(row, f"mmlu-{split}-{subject}-{index}", subject)
-            for subject in self.subjects
+            for subject in self.subjects or ()
             for index, row in enumerate(self.source.file(f"{split}/{subject}_{split}.csv", columns=COLUMNS))
         ]
 
     def _hub_split(self, split: str) -> list[Example]:
-        assert self.subjects is not None
-        by_subject: dict[str, list[Row]] = {subject: [] for subject in self.subjects}
+        by_subject: dict[str, list[Row]] = {subject: [] for subject in self.subjects or ()}
         for row in self.source.dataset("all", _HUB_SPLITS[split]):
             by_subject.get(row.text("subject"), []).append(row)
         return [

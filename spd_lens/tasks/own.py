@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +80,9 @@ class OwnData(Task):
             for number, row in enumerate(rows, 1):
                 example = self._example(row, f"{self.label}-{split}-{number}" if split else f"{self.label}-{number}")
                 sides[self._split(row, split, example)].append(example)
-        _check_ids([example for side in sides.values() for example in side])
+        ids = Counter(example.id for side in sides.values() for example in side)
+        if repeated := [id for id, times in ids.items() if times > 1]:
+            raise SPDError(f"two records have the id {repeated[0]!r}; every id must be there once")
         if sides["open"]:  # no split named: divide what can be tested on, unless there is a test set
             n_test = 0 if sides["test"] else round(self.test_share * len(sides["open"]))
             train, test = split_off(sides["open"], "own data", n_test)
@@ -154,12 +157,9 @@ class OwnData(Task):
         assert isinstance(self.path, Path)
         if self.path.is_file():
             return [(self.path, None)]
-        there: list[tuple[Path, Split | None]] = [
-            (self.path / f"{split}.jsonl", split) for split in _SPLITS if (self.path / f"{split}.jsonl").is_file()
-        ]
-        if "train" not in [split for _, split in there]:
+        if not (self.path / "train.jsonl").is_file():
             raise SPDError(f"{self.path} is neither a .jsonl file nor a directory with train.jsonl")
-        return there
+        return [(file, split) for split in _SPLITS if (file := self.path / f"{split}.jsonl").is_file()]
 
     def _split(self, row: Row, of_file: Split | None, example: Example) -> str:
         split = row.data.get("split", of_file)
@@ -286,11 +286,3 @@ def last_match(pattern: str, text: str, where: str) -> Span | None:
     except TimeoutError as error:
         raise SPDError(f"{where}: the regular expression {pattern[:80]!r} takes too long; make it simpler") from error
     return next((span for span in reversed(found) if 0 <= span[0] < span[1]), None)
-
-
-def _check_ids(examples: list[Example]) -> None:
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise SPDError(f"two records have the id {example.id!r}; every id must be there once")
-        seen.add(example.id)

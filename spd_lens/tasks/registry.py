@@ -64,7 +64,7 @@ def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
 
     `path` is a local directory with the original files (or one that holds it under the task's name); without it the
     task is read from the hub. Synthetic tasks are made here and read neither. `options` are the task's own fields,
-    described in docs/tasks.md. A name that ends in `.jsonl` is a file of one's own.
+    described in docs/tasks.md. A name that ends in `.jsonl` is a file of your own.
     """
     if name.endswith(".jsonl"):
         name, path = OwnData.name, name

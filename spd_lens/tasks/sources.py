@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,43 +131,40 @@ def read_rows(path: Path, *, columns: Sequence[str] = (), key: str | None = None
     if not text.strip():
         raise SPDError(f"{path} is empty; download it again")
     if path.suffix == ".csv":
-        rows = list(_csv_rows(path, text, columns))
-    elif path.suffix == ".jsonl":
-        rows = list(_jsonl_rows(path, text))
+        records = _of_csv(path, text, columns)
     else:
-        rows = list(_json_rows(path, text, key))
+        records = _of_jsonl(path, text) if path.suffix == ".jsonl" else _of_json(path, text, key)
+    rows = []
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise SPDError(f"{where}: not a JSON object but {_short(record)}")
+        rows.append(Row(record, where))
     return rows, hashlib.sha256(content).hexdigest()
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterable[Row]:
+def _of_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     # split on "\n" only: str.splitlines would also cut at U+2028, which may stand inside a JSON string
     lines = text.split("\n")
-    last = max(index for index, line in enumerate(lines) if line.strip())
-    for index, line in enumerate(lines):
+    last = max(number for number, line in enumerate(lines, 1) if line.strip())
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}, line {index + 1}"
-        cut = "; it is the last line: the file may be cut off" if index == last else ""
-        record = _parse(line, where, cut)
-        if not isinstance(record, dict):
-            raise SPDError(f"{where}: not a JSON object but {_short(record)}")
-        yield Row(record, where)
+        where = f"{path}, line {number}"
+        cut = "; it is the last line: the file may be cut off" if number == last else ""
+        yield where, _parse(line, where, cut)
 
 
-def _json_rows(path: Path, text: str, key: str | None) -> Iterable[Row]:
+def _of_json(path: Path, text: str, key: str | None) -> Iterator[tuple[str, Any]]:
     content = _parse(text, str(path), "; the file may be cut off")
     if key is not None:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, list):
         raise SPDError(f"{path}: holds no list of records{f' under {key!r}' if key else ''}")
-    for index, record in enumerate(content):
-        where = f"{path}, record {index + 1}"
-        if not isinstance(record, dict):
-            raise SPDError(f"{where}: not a JSON object but {_short(record)}")
-        yield Row(record, where)
+    for number, record in enumerate(content, 1):
+        yield f"{path}, record {number}", record
 
 
-def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterable[Row]:
+def _of_csv(path: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     # newline="" leaves line breaks inside quoted fields to the parser; strict makes an unclosed quote an error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -178,7 +175,7 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterable[Row]:
                     f"{where}: {len(values)} columns where {len(columns)} are needed ({', '.join(columns)}); "
                     "the file may be cut off"
                 )
-            yield Row(dict(zip(columns, values, strict=True)), where)
+            yield where, dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise SPDError(f"{path}, line {reader.line_num}: not CSV ({error}); the file may be cut off") from error
 

@@ -22,8 +22,8 @@ _TOKENS = re.compile(r"\d+(?:\.\d+)?|[-+*/()]")
 class SVAMP(FinalNumber, PublishedTask):
     """1,000 problems. Completion: the source's equation as one line, then `#### N`.
 
-    The source has no split, and the hub's copy (700 / 300) is somebody else's: both are read whole and divided here,
-    always in the same way, into a training side of 700 and a test side of 300.
+    The source has no split, and that of the hub's copy (700 / 300) is not the authors': both are read whole and divided
+    here, always in the same way, into a training side of 700 and a test side of 300.
     """
 
     name: ClassVar[str] = "svamp"

@@ -5,21 +5,34 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from spd_lens.examples import Example
 from spd_lens.tasks.code import CodeTask
 from spd_lens.tasks.synthetic import SyntheticTask
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One operation in words, as code, and as a function that computes the expected values here."""
+class Piece(NamedTuple):
+    """One operation in words, as a part of a function's name, and as code, with places for numbers."""
 
     words: str
     name: str
     code: str
-    run: Callable[[Any], Any]
+
+    def filled(self, **numbers: object) -> Piece:
+        """The piece with its numbers."""
+        return Piece(*(part.format(**numbers) for part in self))
+
+
+class Draft(NamedTuple):
+    """A function before its asserts: what it does in words, its name, parameter and body, and what it is tried on."""
+
+    words: str
+    name: str
+    parameter: str
+    body: str
+    inputs: list[Any] | None = None
+    """`None`: lists of numbers on which its results differ."""
 
 
 @dataclass(kw_only=True)
@@ -33,31 +46,16 @@ class SyntheticCode(CodeTask, SyntheticTask):
     max_new_tokens: int = 200
 
     def make(self, rng: random.Random) -> Example:
-        if self.difficulty == "easy":
-            return rng.choice(_EASY)(self, rng)
-        return self._pipeline(rng)
-
-    def _pipeline(self, rng: random.Random) -> Example:
-        keep, change = _keep(rng), _change(rng)
-        words = f"Write a function that takes a list of integers, keeps those that are {keep.words}, {change.words}"
-        name, lines = f"{keep.name}_{change.name}", [f"    result = [{change.code} for x in numbers if {keep.code}]"]
-        finish = rng.choice(_FINISHES) if self.difficulty == "hard" else None
-        if finish is None:
-            words, name, last = f"{words}, and returns the resulting list.", f"{name}_list", "result"
-        else:
-            words, name, last = f"{words}, and returns {finish.words}.", f"{name}_{finish.name}", finish.code
-        code = "\n".join([f"def {name}(numbers):", *lines, f"    return {last}"])
-
-        def run(numbers: list[int]) -> Any:
-            result = [change.run(x) for x in numbers if keep.run(x)]
-            return finish.run(result) if finish else result
-
-        return self.build(words, name, code, run, _telling(rng, run))
-
-    def build(self, words: str, name: str, code: str, run: Callable[[Any], Any], inputs: list[Any]) -> Example:
-        """An example whose expected values come from `run`, the function that the code describes."""
-        tests = [f"assert {name}({value!r}) == {run(value)!r}" for value in inputs]
-        return self.example("", words, code, tests)
+        draft = (
+            rng.choice(_EASY)(rng) if self.difficulty == "easy" else _pipeline(rng, finish=self.difficulty == "hard")
+        )
+        code = f"def {draft.name}({draft.parameter}):\n    {draft.body}"
+        made: dict[str, Any] = {}
+        exec(code, made)  # the code is our own, and says itself what is expected of it
+        run = made[draft.name]
+        inputs = _telling(rng, run) if draft.inputs is None else draft.inputs
+        tests = [f"assert {draft.name}({value!r}) == {run(value)!r}" for value in inputs]
+        return self.example("", f"Write a function that {draft.words}.", code, tests)
 
 
 def _telling(rng: random.Random, run: Callable[[list[int]], Any]) -> list[list[int]]:
@@ -71,125 +69,101 @@ def _telling(rng: random.Random, run: Callable[[list[int]], Any]) -> list[list[i
     return inputs
 
 
-def _keep(rng: random.Random) -> Piece:
-    number = rng.randint(-5, 25)
-    divisor = rng.randint(3, 9)
-    return rng.choice(
-        [
-            Piece(f"greater than {number}", f"over_{_id(number)}", f"x > {number}", lambda x: x > number),
-            Piece(f"less than {number}", f"under_{_id(number)}", f"x < {number}", lambda x: x < number),
-            Piece(f"divisible by {divisor}", f"multiples_{divisor}", f"x % {divisor} == 0", lambda x: x % divisor == 0),
-            Piece(f"not divisible by {divisor}", f"not_{divisor}", f"x % {divisor} != 0", lambda x: x % divisor != 0),
-            Piece("even", "even", "x % 2 == 0", lambda x: x % 2 == 0),
-            Piece("odd", "odd", "x % 2 == 1", lambda x: x % 2 == 1),
-            Piece(
-                f"at most {divisor + 5} away from zero",
-                f"within_{divisor + 5}",
-                f"abs(x) <= {divisor + 5}",
-                lambda x: abs(x) <= divisor + 5,
-            ),
-        ]
-    )
-
-
-def _change(rng: random.Random) -> Piece:
-    number = rng.randint(2, 30)
-    return rng.choice(
-        [
-            Piece(f"adds {number} to each of them", f"plus_{number}", f"x + {number}", lambda x: x + number),
-            Piece(f"subtracts {number} from each", f"minus_{number}", f"x - {number}", lambda x: x - number),
-            Piece(f"multiplies each of them by {number}", f"times_{number}", f"x * {number}", lambda x: x * number),
-            Piece(f"subtracts each of them from {number}", f"from_{number}", f"{number} - x", lambda x: number - x),
-            Piece(f"takes the remainder of each by {number}", f"mod_{number}", f"x % {number}", lambda x: x % number),
-            Piece(f"squares each and adds {number}", f"square_{number}", f"x * x + {number}", lambda x: x * x + number),
-        ]
-    )
-
-
-_FINISHES = (
-    Piece("their sum", "sum", "sum(result)", sum),
-    Piece("the largest of them, or 0 if there is none", "max", "max(result, default=0)", lambda r: max(r, default=0)),
-    Piece("the smallest of them, or 0 if there is none", "min", "min(result, default=0)", lambda r: min(r, default=0)),
-    Piece("how many different values there are", "distinct", "len(set(result))", lambda r: len(set(r))),
-    Piece("the last of them, or 0 if there is none", "last", "result[-1] if result else 0", lambda r: [0, *r][-1]),
+_KEEPS = (
+    Piece("greater than {number}", "over_{id}", "x > {number}"),
+    Piece("less than {number}", "under_{id}", "x < {number}"),
+    Piece("divisible by {divisor}", "multiples_{divisor}", "x % {divisor} == 0"),
+    Piece("not divisible by {divisor}", "not_{divisor}", "x % {divisor} != 0"),
+    Piece("even", "even", "x % 2 == 0"),
+    Piece("odd", "odd", "x % 2 == 1"),
+    Piece("at most {distance} away from zero", "within_{distance}", "abs(x) <= {distance}"),
 )
-
-
-def _id(number: int) -> str:
-    return f"minus_{-number}" if number < 0 else str(number)
-
-
+_CHANGES = (
+    Piece("adds {number} to each of them", "plus_{number}", "x + {number}"),
+    Piece("subtracts {number} from each", "minus_{number}", "x - {number}"),
+    Piece("multiplies each of them by {number}", "times_{number}", "x * {number}"),
+    Piece("subtracts each of them from {number}", "from_{number}", "{number} - x"),
+    Piece("takes the remainder of each by {number}", "mod_{number}", "x % {number}"),
+    Piece("squares each and adds {number}", "square_{number}", "x * x + {number}"),
+)
+_FINISHES = (
+    Piece("their sum", "sum", "sum(result)"),
+    Piece("the largest of them, or 0 if there is none", "max", "max(result, default=0)"),
+    Piece("the smallest of them, or 0 if there is none", "min", "min(result, default=0)"),
+    Piece("how many different values there are", "distinct", "len(set(result))"),
+    Piece("the last of them, or 0 if there is none", "last", "result[-1] if result else 0"),
+)
+_LIST = Piece("the resulting list", "list", "result")
 _WORDS = (
     "apple river stone cloud train garden pencil window candle market silver forest bridge button copper dragon engine "
     "falcon guitar harbor island jacket kettle ladder mirror needle orange pepper rabbit saddle tunnel velvet walnut"
 ).split()
 
 
-def _text(rng: random.Random) -> str:
-    return " ".join(rng.sample(_WORDS, rng.randint(1, 3)))
+def _keep(rng: random.Random) -> Piece:
+    number, divisor = rng.randint(-5, 25), rng.randint(3, 9)
+    return rng.choice(_KEEPS).filled(number=number, id=_id(number), divisor=divisor, distance=divisor + 5)
 
 
-def _linear(task: SyntheticCode, rng: random.Random) -> Example:
+def _change(rng: random.Random) -> Piece:
+    number = rng.randint(2, 30)
+    return rng.choice(_CHANGES).filled(number=number)
+
+
+def _id(number: int) -> str:
+    return f"minus_{-number}" if number < 0 else str(number)
+
+
+def _pipeline(rng: random.Random, finish: bool) -> Draft:
+    keep, change = _keep(rng), _change(rng)
+    last = rng.choice(_FINISHES) if finish else _LIST
+    return Draft(
+        f"takes a list of integers, keeps those that are {keep.words}, {change.words}, and returns {last.words}",
+        f"{keep.name}_{change.name}_{last.name}",
+        "numbers",
+        f"result = [{change.code} for x in numbers if {keep.code}]\n    return {last.code}",
+    )
+
+
+def _linear(rng: random.Random) -> Draft:
     factor, offset = rng.randint(2, 99), rng.randint(1, 99)
-    name = f"times_{factor}_plus_{offset}"
-    words = f"Write a function that multiplies a number by {factor} and adds {offset}."
-    code = f"def {name}(x):\n    return x * {factor} + {offset}"
-    return task.build(words, name, code, lambda x: x * factor + offset, rng.sample(range(-9, 30), 3))
+    words, name = f"multiplies a number by {factor} and adds {offset}", f"times_{factor}_plus_{offset}"
+    return Draft(words, name, "x", f"return x * {factor} + {offset}", rng.sample(range(-9, 30), 3))
 
 
-def _clamp(task: SyntheticCode, rng: random.Random) -> Example:
+def _clamp(rng: random.Random) -> Draft:
     low = rng.randint(-20, 20)
     high = low + rng.randint(5, 50)
-    name = f"clamp_{_id(low)}_to_{_id(high)}"
-    words = f"Write a function that returns a number, but at least {low} and at most {high}."
-    code = f"def {name}(x):\n    return max({low}, min({high}, x))"
+    words, name = f"returns a number, but at least {low} and at most {high}", f"clamp_{_id(low)}_to_{_id(high)}"
     inputs = [low - rng.randint(1, 30), rng.randint(low, high), high + rng.randint(1, 30)]
-    return task.build(words, name, code, lambda x: max(low, min(high, x)), inputs)
+    return Draft(words, name, "x", f"return max({low}, min({high}, x))", inputs)
 
 
-def _replace(task: SyntheticCode, rng: random.Random) -> Example:
+def _replace(rng: random.Random) -> Draft:
     old, new = rng.sample("abcdeilnoprstuw", 2)
-    name = f"replace_{old}_by_{new}"
-    words = f"Write a function that replaces every {old!r} in a text by {new!r}."
-    code = f"def {name}(text):\n    return text.replace({old!r}, {new!r})"
-    return task.build(words, name, code, lambda text: text.replace(old, new), [_text(rng) for _ in range(3)])
+    words = f"replaces every {old!r} in a text by {new!r}"
+    inputs = [" ".join(rng.sample(_WORDS, rng.randint(1, 3))) for _ in range(3)]
+    return Draft(words, f"replace_{old}_by_{new}", "text", f"return text.replace({old!r}, {new!r})", inputs)
 
 
-def _affix(task: SyntheticCode, rng: random.Random) -> Example:
+def _affix(rng: random.Random) -> Draft:
     word, times = rng.choice(_WORDS), rng.randint(2, 4)
     before = rng.random() < 0.5
-    name = f"{'prefix' if before else 'suffix'}_{word}_{times}"
-    words = (
-        f"Write a function that repeats a text {times} times and puts {word!r} {'before' if before else 'after'} it."
-    )
-    body = f"{word!r} + text * {times}" if before else f"text * {times} + {word!r}"
-    code = f"def {name}(text):\n    return {body}"
-    inputs = rng.sample(_WORDS, 3)
-    return task.build(words, name, code, lambda t: word + t * times if before else t * times + word, inputs)
+    words = f"repeats a text {times} times and puts {word!r} {'before' if before else 'after'} it"
+    body = f"return {word!r} + text * {times}" if before else f"return text * {times} + {word!r}"
+    return Draft(words, f"{'prefix' if before else 'suffix'}_{word}_{times}", "text", body, rng.sample(_WORDS, 3))
 
 
-def _filter(task: SyntheticCode, rng: random.Random) -> Example:
+def _filter(rng: random.Random) -> Draft:
     keep = _keep(rng)
-    name = f"keep_{keep.name}"
-    words = f"Write a function that returns those numbers of a list that are {keep.words}."
-    code = f"def {name}(numbers):\n    return [x for x in numbers if {keep.code}]"
-
-    def run(numbers: list[int]) -> list[int]:
-        return [x for x in numbers if keep.run(x)]
-
-    return task.build(words, name, code, run, _telling(rng, run))
+    words = f"returns those numbers of a list that are {keep.words}"
+    return Draft(words, f"keep_{keep.name}", "numbers", f"return [x for x in numbers if {keep.code}]")
 
 
-def _map(task: SyntheticCode, rng: random.Random) -> Example:
+def _map(rng: random.Random) -> Draft:
     change = _change(rng)
-    name = f"{change.name}_each"
-    words = f"Write a function that takes a list of integers, {change.words}, and returns the new list."
-    code = f"def {name}(numbers):\n    return [{change.code} for x in numbers]"
-
-    def run(numbers: list[int]) -> list[int]:
-        return [change.run(x) for x in numbers]
-
-    return task.build(words, name, code, run, _telling(rng, run))
+    words = f"takes a list of integers, {change.words}, and returns the new list"
+    return Draft(words, f"{change.name}_each", "numbers", f"return [{change.code} for x in numbers]")
 
 
 _EASY = (_affix, _clamp, _filter, _linear, _map, _replace)

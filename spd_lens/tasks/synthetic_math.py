@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -31,6 +32,9 @@ LEVELS = {
 }
 
 
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
 @dataclass
 class Story:
     """A problem while it is being told: what has been said, what was computed, and the amount there is now."""
@@ -44,10 +48,11 @@ class Story:
     def tell(self, sentence: str, **values: object) -> None:
         self.told.append(sentence.format(**self.words, **values))
 
-    def compute(self, operation: str, other: int, result: int, form: str | None = None) -> None:
+    def compute(self, sign: str, number: int, form: str | None = None) -> None:
         """One worked step on the running amount."""
-        work = f"{self.amount} {operation} {other} = {result}"
-        self.steps.append((form or self.scene.state).format(work=work, **self.words))
+        result = _OPERATIONS[sign](self.amount, number)
+        work = f"{self.amount} {sign} {number} = {result}"
+        self.steps.append((form or self.scene.step("Now")).format(work=work, **self.words))
         self.amount = result
 
 
@@ -74,22 +79,21 @@ class SyntheticMath(FinalNumber, SyntheticTask):
         scene = rng.choice(SCENES)
         who, friend = rng.sample(NAMES, 2)
         story = Story(scene, {"who": who, "friend": friend, "unit": rng.choice(scene.units)})
-        ending = rng.choice(level.endings) if scene.owned else "state"
+        ending = "state" if scene.place else rng.choice(level.endings)
         changes = level.steps - (ending != "state")
         changes -= _begin(story, rng, level, may_group=changes > 0)
         for _ in range(changes):
             _change(story, rng, level)
-        _END[ending](story, rng, level)
+        _end(story, rng, level, ending)
         return self.example("", " ".join(story.told), "\n".join(story.steps), str(story.amount), steps=len(story.steps))
 
 
 def _begin(story: Story, rng: random.Random, level: Level, may_group: bool) -> int:
     """The opening; returns how many steps it took (equal groups are one)."""
     if may_group and rng.random() < 0.3:
-        groups, each = rng.randint(2, level.factor), rng.randint(2, max(9, level.largest // level.factor))
-        story.tell(story.scene.groups, k=groups, n=each)
-        story.amount = groups
-        story.compute("*", each, groups * each, story.scene.first)
+        story.amount, each = rng.randint(2, level.factor), rng.randint(2, max(9, level.largest // level.factor))
+        story.tell(story.scene.groups, k=story.amount, n=each)
+        story.compute("*", each, story.scene.step("At first"))
         return 1
     story.amount = rng.randint(3, level.largest)
     story.tell(story.scene.start, n=story.amount)
@@ -98,51 +102,50 @@ def _begin(story: Story, rng: random.Random, level: Level, may_group: bool) -> i
 
 def _change(story: Story, rng: random.Random, level: Level) -> None:
     """Something is gained, or something is lost that was there; at least 2 stay, so that plurals are right."""
-    if story.amount > 3 and rng.random() < 0.5:
-        number = rng.randint(2, min(story.amount - 2, level.largest))
-        story.tell(rng.choice(story.scene.losses), n=number)
-        story.compute("-", number, story.amount - number)
-    else:
-        number = rng.randint(2, level.largest)
-        story.tell(rng.choice(story.scene.gains), n=number)
-        story.compute("+", number, story.amount + number)
+    lost = story.amount > 3 and rng.random() < 0.5
+    number = rng.randint(2, min(story.amount - 2, level.largest) if lost else level.largest)
+    story.tell(rng.choice(story.scene.losses if lost else story.scene.gains), n=number)
+    story.compute("-" if lost else "+", number)
 
 
-def _ask_state(story: Story, rng: random.Random, level: Level) -> None:
-    story.tell(rng.choice(story.scene.asks))
-
-
-def _ask_together(story: Story, rng: random.Random, level: Level) -> None:
-    number = rng.randint(2, level.largest)
-    story.tell("{friend} has {n} {unit}. How many {unit} do {who} and {friend} have together?", n=number)
-    story.compute("+", number, story.amount + number, "Together they have {work} {unit}.")
-
-
-def _ask_difference(story: Story, rng: random.Random, level: Level) -> None:
-    number = rng.randint(1, story.amount - 1)
-    story.tell("{friend} has {n} {unit}. How many more {unit} does {who} have than {friend}?", n=number)
-    story.compute("-", number, story.amount - number, "{who} has {work} more {unit} than {friend}.")
-
-
-def _ask_times(story: Story, rng: random.Random, level: Level) -> None:
-    factor = rng.randint(2, min(5, level.factor))
-    story.tell("{friend} has {n} times as many {unit} as {who} has now. How many {unit} does {friend} have?", n=factor)
-    story.compute("*", factor, story.amount * factor, "{friend} has {work} {unit}.")
-
-
-def _ask_share(story: Story, rng: random.Random, level: Level) -> None:
-    sharers = [number for number in range(2, level.factor + 1) if story.amount % number == 0]
-    if not sharers:  # a prime amount cannot be shared
-        return _ask_times(story, rng, level)
-    number = rng.choice(sharers)
-    story.tell("{who} shares the {unit} equally among {n} people. How many {unit} does each of them get?", n=number)
-    story.compute("/", number, story.amount // number, "Each of them gets {work} {unit}.")
-
-
-_END = {
-    "state": _ask_state,
-    "together": _ask_together,
-    "difference": _ask_difference,
-    "times": _ask_times,
-    "share": _ask_share,
+_ENDINGS = {
+    "together": (
+        "{friend} has {n} {unit}. How many {unit} do {who} and {friend} have together?",
+        "+",
+        "Together they have {work} {unit}.",
+    ),
+    "difference": (
+        "{friend} has {n} {unit}. How many more {unit} does {who} have than {friend}?",
+        "-",
+        "{who} has {work} more {unit} than {friend}.",
+    ),
+    "times": (
+        "{friend} has {n} times as many {unit} as {who} has now. How many {unit} does {friend} have?",
+        "*",
+        "{friend} has {work} {unit}.",
+    ),
+    "share": (
+        "{who} shares the {unit} equally among {n} people. How many {unit} does each of them get?",
+        "/",
+        "Each of them gets {work} {unit}.",
+    ),
 }
+"""Question, operation and worked step of every ending but `state`, which asks for the amount there is."""
+
+
+def _end(story: Story, rng: random.Random, level: Level, ending: str) -> None:
+    """The question, with the last step where it asks for one."""
+    if ending == "state":
+        return story.tell(rng.choice(story.scene.asks))
+    sharers = [number for number in range(2, level.factor + 1) if story.amount % number == 0]
+    if ending == "share" and not sharers:  # a prime amount cannot be shared
+        ending = "times"
+    if ending == "share":
+        number = rng.choice(sharers)
+    elif ending == "times":
+        number = rng.randint(2, min(5, level.factor))
+    else:
+        number = rng.randint(2, level.largest) if ending == "together" else rng.randint(1, story.amount - 1)
+    question, sign, form = _ENDINGS[ending]
+    story.tell(question, n=number)
+    story.compute(sign, number, form)

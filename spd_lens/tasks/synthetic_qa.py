@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import ClassVar
 
 from spd_lens.examples import Example
@@ -81,29 +83,20 @@ def _extreme(rng: random.Random) -> Question:
     return question, str(right), [str(number) for number in numbers if number != right]
 
 
-def _alphabet(first: bool) -> Callable[[random.Random], Question]:
-    def make(rng: random.Random) -> Question:
-        words = rng.sample(sorted({word.lower() for kind in KINDS.values() for word in kind}), 4)
-        right = min(words) if first else max(words)
-        question = f"Which of these words comes {'first' if first else 'last'} in alphabetical order?"
-        return question, right, [word for word in words if word != right]
-
-    return make
+def _alphabet(rng: random.Random, first: bool) -> Question:
+    words = rng.sample(sorted({word.lower() for kind in KINDS.values() for word in kind}), 4)
+    right = min(words) if first else max(words)
+    question = f"Which of these words comes {'first' if first else 'last'} in alphabetical order?"
+    return question, right, [word for word in words if word != right]
 
 
-def _sequence(growing: bool) -> Callable[[random.Random], Question]:
-    def make(rng: random.Random) -> Question:
-        start, step = rng.randint(1, 60), rng.randint(2, 15)
-        growth = rng.randint(1, 5) if growing else 0
-        terms = [start]
-        for index in range(5):
-            terms.append(terms[-1] + step + index * growth)
-        *shown, right = terms
-        wrong = rng.sample([right + d for d in sorted({-10, -step, -2, -1, 1, 2, step + 1, 10})], 3)
-        question = f"Which number comes next: {', '.join(map(str, shown))}?"
-        return question, str(right), [str(number) for number in wrong]
-
-    return make
+def _sequence(rng: random.Random, growing: bool) -> Question:
+    start, step = rng.randint(1, 60), rng.randint(2, 15)
+    growth = rng.randint(1, 5) if growing else 0
+    *shown, right = accumulate((step + index * growth for index in range(5)), initial=start)
+    wrong = rng.sample([right + d for d in sorted({-10, -step, -2, -1, 1, 2, step + 1, 10})], 3)
+    question = f"Which number comes next: {', '.join(map(str, shown))}?"
+    return question, str(right), [str(number) for number in wrong]
 
 
 def _sum(rng: random.Random) -> Question:
@@ -115,6 +108,6 @@ def _sum(rng: random.Random) -> Question:
 
 _MAKERS: dict[str, tuple[Callable[[random.Random], Question], ...]] = {
     "easy": (_kind, _opposite, _extreme),
-    "medium": (_odd_one_out, _alphabet(first=True), _sequence(growing=False)),
-    "hard": (_alphabet(first=False), _sum, _sequence(growing=True)),
+    "medium": (_odd_one_out, partial(_alphabet, first=True), partial(_sequence, growing=False)),
+    "hard": (partial(_alphabet, first=False), _sum, partial(_sequence, growing=True)),
 }

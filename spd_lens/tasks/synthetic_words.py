@@ -21,16 +21,14 @@ class Scene:
     """Opening with `k` equal groups of `n`."""
     gains: tuple[str, ...]
     losses: tuple[str, ...]
-    asks: tuple[str, ...]
-    first: str = "At first {who} has {work} {unit}."
-    """Worked step for the opening."""
-    state: str = "Now {who} has {work} {unit}."
-    """Worked step for a change."""
-    owned: bool = True
-    """Whether somebody has the amount, so that it can be compared and shared."""
+    asks: tuple[str, ...] = ("How many {unit} does {who} have now?", "How many {unit} does {who} have in the end?")
+    place: str = ""
+    """Where the things are, if nobody has them; what somebody has can be compared and shared."""
 
+    def step(self, when: str) -> str:
+        """The worked step that says how many things there are, at first or now."""
+        return f"{when} " + (f"there are {{work}} {{unit}} {self.place}." if self.place else "{who} has {work} {unit}.")
 
-_NOW = ("How many {unit} does {who} have now?", "How many {unit} does {who} have in the end?")
 
 SCENES = (
     Scene(
@@ -47,7 +45,6 @@ SCENES = (
             "{who} loses {n} of the {unit}.",
             "{who} trades {n} {unit} away for a book.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("cookies", "muffins", "pancakes", "bread rolls", "dumplings", "pretzels"),
@@ -63,7 +60,7 @@ SCENES = (
             "{who} sells {n} {unit} at the school fair.",
             "{n} of the {unit} get burnt and are thrown away.",
         ),
-        asks=("How many {unit} does {who} have left now?", *_NOW),
+        asks=("How many {unit} does {who} have left now?", *Scene.asks),
     ),
     Scene(
         units=("apples", "pears", "plums", "oranges", "peaches", "lemons"),
@@ -79,7 +76,6 @@ SCENES = (
             "{who} uses {n} {unit} to make jam.",
             "{n} of the {unit} turn out to be rotten and are thrown away.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("dollars",),
@@ -95,7 +91,6 @@ SCENES = (
             "{who} pays {n} {unit} for a bus ticket.",
             "{who} lends {n} {unit} to {friend}.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("hens", "sheep", "goats", "ducks", "rabbits"),
@@ -107,7 +102,6 @@ SCENES = (
             "{friend} gives {who} {n} {unit}.",
         ),
         losses=("{who} sells {n} {unit}.", "{n} of the {unit} run away.", "{who} gives {n} {unit} to another farm."),
-        asks=_NOW,
     ),
     Scene(
         units=("books", "comics", "magazines", "puzzles", "board games"),
@@ -123,7 +117,6 @@ SCENES = (
             "{who} donates {n} {unit} to the library.",
             "{who} takes {n} {unit} off the shelf and sells them.",
         ),
-        asks=_NOW,
     ),
     Scene(
         units=("passengers", "tourists", "students", "workers"),
@@ -132,9 +125,7 @@ SCENES = (
         gains=("At the next stop {n} {unit} get on.", "At the market {n} more {unit} get on."),
         losses=("At the next stop {n} {unit} get off.", "At the station {n} of the {unit} get off."),
         asks=("How many {unit} are on board now?", "How many {unit} is {who} driving now?"),
-        first="At first there are {work} {unit} on board.",
-        state="Now there are {work} {unit} on board.",
-        owned=False,
+        place="on board",
     ),
     Scene(
         units=("liters of water", "liters of milk", "liters of juice"),
@@ -143,9 +134,7 @@ SCENES = (
         gains=("{who} pours in {n} more {unit}.", "{friend} adds {n} {unit}."),
         losses=("Then {n} {unit} leak out.", "{friend} takes out {n} {unit}."),
         asks=("How many {unit} are in the tank now?", "How many {unit} does the tank hold in the end?"),
-        first="At first there are {work} {unit} in the tank.",
-        state="Now there are {work} {unit} in the tank.",
-        owned=False,
+        place="in the tank",
     ),
     Scene(
         units=("roses", "tulips", "daisies", "sunflowers", "lilies"),
@@ -154,8 +143,6 @@ SCENES = (
         gains=("The next day {who} plants {n} more {unit}.", "{friend} plants {n} {unit} there as well."),
         losses=("{who} cuts {n} {unit} for a vase.", "A storm breaks {n} of the {unit}."),
         asks=("How many {unit} are in the garden now?", "How many {unit} are left standing in the garden?"),
-        first="At first there are {work} {unit} in the garden.",
-        state="Now there are {work} {unit} in the garden.",
-        owned=False,
+        place="in the garden",
     ),
 )

@@ -78,6 +78,7 @@ _NO_CHOICE_BEFORE = re.compile(
     r"(?:\b(?:not|never|nor|neither|no|cannot|than|except|unlike|eliminate|exclude|reject|rule\sout|instead\sof|(?:any|every)thing\sbut"
     r"|all\sbut)|n['’]t)(?:\s\w+){0,3}\s$"
 )
+_ASKED = re.compile(r"[^.!?]{0,80}\?")
 _TOKENS_READ, _TEXTS_READ = 400, 50
 
 
@@ -153,11 +154,7 @@ def _said(text: str, letters: str) -> list[_Said]:
     text = _LOWER.sub(lambda match: match[1] + match[2].upper(), text)
     found: list[_Said] = []
     for token in list(_TOKEN.finditer(text))[-_TOKENS_READ:]:
-        letter, before, after = (
-            token["letter"],
-            text[max(0, token.start() - 80) : token.start()],
-            text[token.end() : token.end() + 80],
-        )
+        letter, (before, after) = token["letter"], _around(token, text)
         if letter in letters and _means_a_choice(token, before, after):
             negation = _NEGATED_AFTER.match(after)
             negated = negation is not None or _NEGATED_BEFORE.search(before) is not None
@@ -166,6 +163,11 @@ def _said(text: str, letters: str) -> list[_Said]:
             named = _NAMED.search(before) is not None
             found.append(_Said(letter, affirmed, named, negated, token.start(), token.end(), plural))
     return _joined(found, text)
+
+
+def _around(match: re.Match[str], text: str, behind: int = 80) -> tuple[str, str]:
+    """The 80 characters before a match, and those behind it."""
+    return text[max(0, match.start() - 80) : match.start()], text[match.end() : match.end() + behind]
 
 
 def _means_a_choice(token: re.Match[str], before: str, after: str) -> bool:
@@ -180,11 +182,7 @@ def _means_a_choice(token: re.Match[str], before: str, after: str) -> bool:
     if _TITLE.search(before):
         return False
     word = re.search(r"([\w'’]+)[ \t]+$", before)
-    return (
-        word is None
-        or re.fullmatch("[A-Z]", word[1]) is not None
-        or word[1].lower().replace("’", "'") in _BEFORE_A_LETTER
-    )
+    return not word or bool(re.fullmatch("[A-Z]", word[1])) or word[1].lower().replace("’", "'") in _BEFORE_A_LETTER
 
 
 def _joined(said: list[_Said], text: str) -> list[_Said]:
@@ -236,7 +234,7 @@ def _choice_in(text: str, choices: Sequence[str], letters: str) -> str | None:
             if any(start <= match.start() and match.end() <= end for start, end in taken):
                 continue
             taken.append(match.span())
-            before, after = where[max(0, match.start() - 80) : match.start()], where[match.end() : match.end() + 120]
+            before, after = _around(match, where, behind=120)
             if _NO_CHOICE_BEFORE.search(before) or _NEGATED_AFTER.match(after) or _ASKED.match(after):
                 denied.add(letter)
             elif named and before in ("", "the ", "a ", "an ") and not re.match(r",?\s(?:or|and)\b|\s?[/&]", after):
@@ -249,8 +247,8 @@ def _choice_in(text: str, choices: Sequence[str], letters: str) -> str | None:
 
 def _without_articles(choices: Sequence[str], letters: str) -> dict[str, str]:
     """The choices by letter, without the article and full stop that a sentence may give otherwise."""
-    plain = [re.sub(r"^(?:the|an?) (?=\w\w)", "", squashed(choice).rstrip(".")) for choice in choices]
     whole = [squashed(choice).rstrip(".") for choice in choices]
+    plain = [re.sub(r"^(?:the|an?) (?=\w\w)", "", choice) for choice in whole]
     return dict(zip(letters, plain if len(set(plain)) == len(plain) else whole, strict=True))
 
 
@@ -258,6 +256,3 @@ def _whole(choice: str) -> re.Pattern[str]:
     """A choice that stands in a text, and not as a part of another word or number."""
     pieces = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", choice)))
     return re.compile(rf"(?<![\w+/-])(?<!\d[.,]){pieces}(?![\w%/]|-\w|[.,]\d)")
-
-
-_ASKED = re.compile(r"[^.!?]{0,80}\?")

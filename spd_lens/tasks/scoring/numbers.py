@@ -35,6 +35,15 @@ _CALCULATION = re.compile(
 )
 _SUM = re.compile(rf"{DECIMAL}[^=,;/*]{{0,40}}\sand\s[$]?{DECIMAL}[^=,;/*]{{0,40}}$")
 _UNIT = re.compile(r"\s?[^\W\d_]+(?:[\s-][^\W\d_]{2,}){0,3}\s?")
+_SENTENCE_END = re.compile(r"[=;\n]|\.\s|,\s|\s\(")
+_IN_BRACKETS = re.compile(r"\((?=[^()]*[^\W\d_])[^()]*+\)")
+_GROUPS = (re.compile(r"^(\d{1,3}) (\d{3})(?: (\d{3}))?(?![ ]?\d|[.,/]\d)"), r"\1\2\3")
+_BEGINNINGS = (
+    (re.compile(r"^(?:minus\s|-\s)\s*(?=[\d$.])", re.IGNORECASE), "-"),
+    (re.compile(r"^not\b[^,.;\n]{0,60}?\bbut\b\s*"), ""),
+    (re.compile(r"^(?:[\d.]+\s?%|\w{1,9})\sof\s\$?\d[\d.,]*(?:\s\w{1,20})?\s(?:is|are|equals)\s(?=\$?\d)"), ""),
+    _GROUPS,
+)
 _UNSETTLED = re.compile(rf"(?:-|~|\s(?:to|or)\s)(?:{CURRENCY})?{DECIMAL}|:\d\d(?!\d)|/\d+/\d+")
 
 
@@ -87,13 +96,10 @@ def hash_lines(text: str, *, line_start: bool = False) -> list[tuple[str, int]]:
         number = number_of_line(rest)
         if number is not None and _is_heading(rest, number, headings):
             number = next((read for mark in marks(rest) if (read := number_of_line(mark.rest))), None)
-        if number is not None and (not line_start or _begins_line(text, match.start())):
+        begins = _LINE_START.search(text, max(0, match.start() - 20), match.start())
+        if number is not None and (begins or not line_start):
             found.append((number, match.start("rest")))
     return found
-
-
-def _begins_line(text: str, place: int) -> bool:
-    return _LINE_START.search(text, max(0, place - 20), place) is not None
 
 
 def _is_heading(line: str, number: str, headings: set[int]) -> bool:
@@ -132,15 +138,6 @@ def number_of_line(line: str) -> str | None:
     return _number_at(line, match)
 
 
-_GROUPS = (re.compile(r"^(\d{1,3}) (\d{3})(?: (\d{3}))?(?![ ]?\d|[.,/]\d)"), r"\1\2\3")
-_BEGINNINGS = (
-    (re.compile(r"^(?:minus\s|-\s)\s*(?=[\d$.])", re.IGNORECASE), "-"),
-    (re.compile(r"^not\b[^,.;\n]{0,60}?\bbut\b\s*"), ""),
-    (re.compile(r"^(?:[\d.]+\s?%|\w{1,9})\sof\s\$?\d[\d.,]*(?:\s\w{1,20})?\s(?:is|are|equals)\s(?=\$?\d)"), ""),
-    _GROUPS,
-)
-
-
 def _number_at(line: str, match: re.Match[str]) -> str:
     """The number that a line begins with, with what makes it more than that: an expression, a range, a time, a date."""
     if expression := _expression_at(line):
@@ -158,9 +155,6 @@ def _expression_at(line: str) -> str | None:
     return whole if expression else None
 
 
-_SENTENCE_END = re.compile(r"[=;\n]|\.\s|,\s|\s\(")
-
-
 def _result(clause: str) -> str | None:
     """What the last calculation of a line gives: `48 / 2 = 24, 48 + 24 = 72`."""
     pieces = clause.split("=")
@@ -171,17 +165,12 @@ def _result(clause: str) -> str | None:
 
 
 def _number_of_box(box: str) -> str | None:
-    content = _GROUPS[0].sub(_GROUPS[1], _unwrapped(box), count=1)
+    for _ in range(3):  # `12 apples` for `\text{12 apples}`
+        box = re.sub(r"\\(?:text\w{0,2}|math\w{2}|mbox|operatorname)\{([^{}]*)\}", r" \1 ", box)
+    content = _GROUPS[0].sub(_GROUPS[1], " ".join(box.split()), count=1)
     if is_expression(content) and HARMLESS.fullmatch(content):
         return content
     return number_of_line(content) or _last_number(content)
-
-
-def _unwrapped(latex: str) -> str:
-    """`12 apples` for `\\text{12 apples}`."""
-    for _ in range(3):
-        latex = re.sub(r"\\(?:text\w{0,2}|math\w{2}|mbox|operatorname)\{([^{}]*)\}", r" \1 ", latex)
-    return " ".join(latex.split())
 
 
 def _first_number(text: str) -> str | None:
@@ -194,17 +183,11 @@ def _first_number(text: str) -> str | None:
     return _number_at(line, NUMBER.match(line) or match)
 
 
-_IN_BRACKETS = re.compile(r"\((?=[^()]*[^\W\d_])[^()]*+\)")
-
-
 def _last_number(text: str) -> str | None:
     """The last number of a text, outside of remarks in brackets where there is one; else the last one in words."""
     for part in (_IN_BRACKETS.sub(" ", text), text):
-        last = None
-        for match in NUMBER.finditer(part):
-            last = match
-        if last is not None:
-            return last.group().strip()
+        if numbers := list(NUMBER.finditer(part)):
+            return numbers[-1].group().strip()
     sentence = re.split(r"[.!?\n]", text.strip().rstrip(".!?\n "))[-1]
     words = [match.group() for match in SPELLED.finditer(sentence)]
     return next((word for word in reversed(words) if word.lower() not in ("one", "half")), None)

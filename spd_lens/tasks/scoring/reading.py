@@ -21,7 +21,7 @@ _TURN = re.compile(
     r"|<(?:start|end)_of_turn>|\[/?INST\]|<｜(?:User|end▁of▁sentence)｜>|^[ \t]*(?:user|human)[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
-"""What ends a turn of the model, or begins one of somebody else."""
+"""Marks that end the model's turn or begin another speaker's."""
 _KIND = (
     r"(?:question|problem|exercise|example|puzzle|task|scenario|context|passage|prompt|query|instruction|input"
     r"|user|human|q)"
@@ -101,7 +101,7 @@ _ANSWER_LINE = re.compile(
 )
 _CLOSING = str.maketrans("([{<“‘«", ")]}>”’»")
 _BLANK = " \t\r\n*_`\"':#"
-_MARKS_READ = 50  # of one text, from its end: nobody means more, and a looping model may write thousands
+_MARKS_READ = 50  # The last ones of a text are read: a model that repeats itself may write thousands.
 
 
 class Mark(NamedTuple):
@@ -133,10 +133,8 @@ def before_next_question(text: str) -> str:
     what follows a line `#### ...` or `Answer: ...` is taken for a new question, and no second thought ("Wait, is it?").
     """
     beginning = len(text) - len(text.lstrip())
-    for turn in _TURN.finditer(text):
-        if turn.start() > beginning:
-            text = text[: turn.start()]
-            break
+    if turn := _TURN.search(text, beginning + 1):
+        text = text[: turn.start()]
     cut = min(_labelled(text, beginning), _unlabelled(text))
     return _FIXED.sub("", text[:cut])
 
@@ -277,11 +275,6 @@ def boxes(text: str) -> Iterator[tuple[int, str]]:
         content = text[opened.end() : position - (depth == 0)].strip()
         if content:
             yield position, content
-
-
-def last_box(text: str) -> str | None:
-    """What stands in the last `\\boxed{...}` that is not empty; `None` without one."""
-    return next((content for _, content in boxes(text)), None)
 
 
 def tidy(text: str) -> str:

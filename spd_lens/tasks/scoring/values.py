@@ -73,7 +73,7 @@ def values(text: str) -> list[Fraction]:
     match = NUMBER.search(text)
     if match is None:
         return spelled_value(text)
-    if len(match.group()) > 100:  # nobody's answer, and slow (or refused by Python) as an integer
+    if len(match.group()) > 100:  # no sensible answer, and slow (or refused by Python) as an integer
         return []
     try:
         value = _value(match)

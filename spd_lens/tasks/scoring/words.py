@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Literal
 
-from spd_lens.tasks.scoring.reading import answer_part, introduces, last_box, marks, tidy
+from spd_lens.tasks.scoring.reading import answer_part, boxes, introduces, marks, tidy
 
 _PAIRS = dict(zip("([<{“‘«\"'`*_", ")]>}”’»\"'`*_", strict=True))
 _BRACKETS = "([<{"
@@ -30,7 +30,7 @@ def short_answer(text: str, *, unmarked: Literal["first", "last"] = "first") -> 
             rest = rest[match.end() :]
         if mark.first and rest and not re.match(r"(?:not|never|neither)\b(?!.{0,60}\bbut\b)", rest):
             return _bare(rest) or None
-    if (box := last_box(text)) is not None:
+    for _, box in boxes(text):
         return box
     lines = [line for line in text.split("\n") if line.strip()] or [""]
     last = unmarked == "last" or introduces(lines[0])
