@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from spd_lens.files import check_writable
 from spd_lens.output import set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig
 from spd_lens.settings import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from spd_lens.subspaces import Policy
 
 app = typer.Typer(
     help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
@@ -65,11 +68,11 @@ def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
 def study_command(
     file: Annotated[Path | None, typer.Argument(help="YAML file: methods, sources, targets, seeds, settings.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="A ready-made study; the file's lines go over it.")
+        str | None, typer.Option("--preset", help="A ready-made study; settings of the file replace its own.")
     ] = None,
     out: Out = Path("runs/study"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, tokens, memory, time; do nothing.")] = False,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over both, as seeds=[1,2].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its costs, and do nothing.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, over file and preset.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Methods x sources x targets x seeds on one model, with a report. Started again, it continues."""
@@ -85,11 +88,9 @@ def rounds_command(
     config: SPDConfig,
     out: Out = Path("runs/rounds"),
     n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds at most.")] = 3,
-    reextract: Annotated[str, typer.Option("--reextract", help="Each round's subspace: current or first model's.")] = (
-        "current"
-    ),
+    reextract: Annotated[str, typer.Option(help="Use the subspace of the current model, or of the first.")] = "current",
     kl_budget: Annotated[
-        float, typer.Option("--kl-budget", help="Stop beyond this KL from the first model; 0: any.")
+        float, typer.Option("--kl-budget", help="Stop when KL from the first model exceeds this; 0 for no limit.")
     ] = 1.0,
     stop_on_loss: Annotated[
         bool, typer.Option("--stop-on-loss/--no-stop-on-loss", help="Stop when the held-out loss rises beyond noise.")
@@ -142,12 +143,11 @@ def generate_command(
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
     set_up_logging(quiet)
     from spd_lens.runs import Experiment, check_stage
-    from spd_lens.subspaces import Policy, Subspace
 
-    kept = Subspace.load(subspace) if subspace else None
+    policy = _policy(config, subspace, adapter)
     experiment = Experiment(config, out.parent, progress=not quiet)
     check_stage(experiment, "train", config.n_train)
-    corpus = experiment.generate(out, Policy("", kept, config.strength, adapter), engine=engine)
+    corpus = experiment.generate(out, policy, engine=engine)
     Console().print(f"{corpus}", highlight=False, markup=False)
 
 
@@ -179,21 +179,19 @@ def evaluate_command(
     out: Out = Path("eval.json"),
     subspace: SubspaceFile = None,
     adapter: AdapterDir = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit; else the task's own.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit of an answer; else the task's own.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score the base, projected or fine-tuned model on a task's test items."""
     set_up_logging(quiet)
     from spd_lens.runs import Experiment, check_stage
-    from spd_lens.subspaces import Policy, Subspace
 
     check_writable(out)
-    kept = Subspace.load(subspace) if subspace else None
+    policy = _policy(config, subspace, adapter)
     own = config.model_copy(update={"eval_tasks": [config.task]})
     experiment = Experiment(own, out.parent, progress=not quiet, answer_tokens=max_new_tokens)
     n = config.n_test(config.task)
     check_stage(experiment, "test", n)
-    policy = Policy("", kept, config.strength, adapter)
     result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)
     Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
 
@@ -283,6 +281,12 @@ def dashboard_command(
     check_writable(out)
     written = dashboard.write_dashboard(runs, out)
     Console().print(f"written to {written}", highlight=False, markup=False)
+
+
+def _policy(config: SPDConfig, subspace: Path | None, adapter: Path | None) -> Policy:
+    from spd_lens.subspaces import Policy, Subspace
+
+    return Policy("", Subspace.load(subspace) if subspace else None, config.strength, adapter)
 
 
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:

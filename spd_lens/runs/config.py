@@ -155,11 +155,7 @@ class SPDConfig(
 
     def n_test(self, task: str) -> int:
         """Test items of one of the tasks to evaluate on."""
-        if isinstance(self.n_eval, int):
-            return self.n_eval
-        if task not in self.n_eval:
-            raise SPDError(f"n_eval names no number of items for {task}; it has {', '.join(self.n_eval)}")
-        return self.n_eval[task]
+        return items_of("n_eval", self.n_eval, task)
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> SPDConfig:
@@ -190,12 +186,21 @@ class SPDConfig(
     def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ, with both values."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        return {key: (mine[key], theirs[key]) for key in mine if differ(mine[key], theirs[key])}
+        return {key: (mine[key], theirs[key]) for key in mine if differ(key, mine[key], theirs[key])}
 
     @property
     def targets(self) -> dict[str, str]:
         """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
         return named(self.eval_tasks or [self.task])
+
+
+def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:
+    """The number of items of a task in a setting that has one number for all tasks, or one for each."""
+    if isinstance(counts, int):
+        return counts
+    if task not in counts:
+        raise SPDError(f"{setting} names no number of items for {task}; it has {', '.join(counts)}")
+    return counts[task]
 
 
 def named(tasks: Iterable[str]) -> dict[str, str]:
@@ -207,8 +212,13 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def differ(one: Any, other: Any) -> bool:
-    """Whether two values are written differently: 1 == 1.0 in Python, but rank 1 is one direction and 1.0 is all."""
+def differ(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting are not the same.
+
+    `1 == 1.0` in Python, but rank 1 is one direction and 1.0 is all. A model's directory has more than one spelling.
+    """
+    if key == "model" and isinstance(one, str) and isinstance(other, str):
+        one, other = (str(Path(model).resolve()) if Path(model).exists() else model for model in (one, other))
     return json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
 
 
@@ -236,22 +246,23 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
 
 
 def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
-    """A whole YAML document: `---` begins it and `...` ends it, by which `check_whole` knows that nothing was lost."""
+    """A whole YAML document: `---` begins it and `...` ends it, by which `read_kept` knows that nothing was lost."""
     return yaml.safe_dump(
         settings.model_dump(mode="json"),
         sort_keys=False, allow_unicode=not ascii, explicit_start=True, explicit_end=True,
     )  # fmt: skip
 
 
-def check_whole(path: Path) -> None:
-    """Raise `SPDError` if a settings file that a run or a study keeps is empty or was cut off."""
+def read_kept(path: Path) -> dict[str, Any]:
+    """The settings file that a run or a study keeps; `SPDError` if it is empty or was cut off."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return  # `read_yaml` says what is wrong
+        return read_yaml(path)  # which says what is wrong
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+    return read_yaml(path)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -48,8 +48,6 @@ N_NEW_TOKENS = 6
 LENGTH = 512
 """Tokens of the text on which lens and twin are compared, where the context holds it."""
 
-_Checker = Callable[[ModelPair, str], tuple[bool | None, str]]
-
 
 @dataclass(frozen=True)
 class Check:
@@ -57,7 +55,7 @@ class Check:
 
     name: str
     passed: bool | None
-    """None for what is only said."""
+    """None for a line that only informs."""
     says: str
     """What was found, with numbers."""
 
@@ -68,12 +66,19 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
 
     The projections are onto random half-rank subspaces per head at the given layers, so nothing needs data.
     """
-    return [_guarded(name, check, pair, layers) for name, check in _CHECKS.items()]
+    found = []
+    for name, check in _CHECKS.items():
+        try:
+            passed, says = check(pair, layers)
+        except SPDError as error:
+            passed, says = False, str(error)
+        found.append(Check(name, passed, says))
+    return found
 
 
 @neutrally
 def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str | Sequence[str]) -> None:
-    """What a run relies on, on the twin alone and in about a second: run before each.
+    """Check what a run relies on, with the twin alone and in about a second. Every run does this first.
 
     Heads are where the table of architectures says, hooks do what folded weights do, and a gradient reaches every
     site. The lens model is compared with the twin whenever it is built.
@@ -98,16 +103,6 @@ def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str 
         raise SPDError(f"no gradient reaches {', '.join(silent)} in {pair.name}; choose other layers or kinds")
 
 
-def _guarded(
-    name: str, check: Callable[[ModelPair, str], tuple[bool | None, str]], pair: ModelPair, layers: str
-) -> Check:
-    try:
-        passed, says = check(pair, layers)
-    except SPDError as error:
-        passed, says = False, str(error)
-    return Check(name, passed, says)
-
-
 def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
     f = pair.fingerprint
     return None, (
@@ -117,7 +112,7 @@ def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
 
 
 def _tokens(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """At most one BOS, with the chat template and without."""
+    """Prompts begin with one BOS or none, with the chat template and without."""
     tokenizer = pair.tokenizer
     named = ", ".join(
         f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})"
@@ -195,14 +190,14 @@ def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
 
 
 def _right(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """Right-padded rows against the same rows alone."""
+    """Compare right-padded rows with the same rows alone."""
     rows = [text_ids(pair.tokenizer, text) for text in CHECK_TEXTS]
     alone = torch.cat([_logits(pair, [row]) for row in rows])
     return _compared(pair, alone, _logits(pair, rows))
 
 
 def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """Left-padded, cached generation under the projection against the same tokens alone and without cache."""
+    """Compare left-padded, cached generation under the projection with the same tokens alone and without a cache."""
     rows = [pair.prompt_ids(example) for example in EXAMPLES]
     longest = max(map(len, rows))
     tokens = torch.tensor([[pair.pad_id] * (longest - len(row)) + row for row in rows])
@@ -249,7 +244,7 @@ def _silent(moments: GradientMoments) -> list[str]:
 # Largest relative difference of gradient moments between two engines. Seen: 3e-6 in float32, 0.06 in bfloat16.
 MOMENTS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
-_CHECKS: dict[str, _Checker] = {
+_CHECKS: dict[str, Callable[[ModelPair, str], tuple[bool | None, str]]] = {
     "model": _shape,
     "special tokens": _tokens,
     "answer spans": _spans,

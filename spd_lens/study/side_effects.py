@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +42,14 @@ def side_effect_examples(config: StudyConfig, pair: ModelPair | None = None) -> 
     settings, n = config.shared, config.n_side_effects
     if not n:
         return {}
-    measured = {*config.sources, *config.targets}
-    sets = {}
-    for name in (*SYNTHETIC, *PUBLISHED):
-        if name not in measured and (task := _at_hand(name, settings.data_dir)) is not None:
-            sets[name] = held_out_texts(task, n, settings.data_seed)
+    places: dict[str, str | None] = dict.fromkeys(SYNTHETIC)
+    if (data_dir := settings.data_dir) is not None:
+        places |= {name: data_dir for name in PUBLISHED if (Path(data_dir).expanduser() / name).is_dir()}
+    sets = {
+        name: held_out_texts(tasks.get(name, place), n, settings.data_seed)
+        for name, place in places.items()
+        if name not in {*config.sources, *config.targets}
+    }
     sets[NEUTRAL] = neutral_texts()[:n]
     if pair is not None:
         sets = {name: [item for item in items if _fits(pair, item)] for name, items in sets.items()}
@@ -61,27 +63,14 @@ def held_out_texts(task: Task, n: int, seed: int = 42) -> list[Example]:
     return [replace(item, spans=((0, len(item.completion)),)) for item in items if item.completion]
 
 
-@cache
-def _neutral() -> tuple[Example, ...]:
+def neutral_texts() -> list[Example]:
+    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
     lines = resources.files("spd_lens.study").joinpath("neutral.jsonl").read_text(encoding="utf-8").splitlines()
     found = []
     for record in map(json.loads, lines):
         prompt = f"Write a few sentences about {record['topic']}."
         found.append(Example(prompt, record["text"], ((0, len(record["text"])),), record["id"]))
-    return tuple(found)
-
-
-def neutral_texts() -> list[Example]:
-    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
-    return list(_neutral())
-
-
-def _at_hand(name: str, data_dir: str | None) -> Task | None:
-    if name in SYNTHETIC:
-        return tasks.get(name)
-    if data_dir is None or not (Path(data_dir).expanduser() / name).is_dir():
-        return None
-    return tasks.get(name, data_dir)
+    return found
 
 
 def _fits(pair: ModelPair, example: Example) -> bool:

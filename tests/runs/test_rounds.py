@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-import spd_lens.runs.rounds
+import spd_lens.runs
 from spd_lens.cli.commands import app
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.teacher_forced import teacher_forced
@@ -155,6 +155,19 @@ def test_killed_rounds_go_on_and_end_alike(config, tiny_pair, finished, folder, 
     ).read_bytes()
 
 
+def test_a_model_named_by_a_relative_path(config, tiny_llama_dir, tiny_pair, tmp_path, monkeypatch):
+    """Each round is given the pair, whose name is the whole path."""
+    monkeypatch.chdir(tiny_llama_dir.parent)
+    named = config.model_copy(update={"model": f"./{tiny_llama_dir.name}"})
+    options = {"stop": NEVER, "n_held_out": 4, "progress": False}
+    done = run_rounds(named, tmp_path / "r", 1, **options)
+    assert done.run(1).config.model == named.model and done.run(1).summary
+    again = run_rounds(named, tmp_path / "r", 1, pair=tiny_pair, **options)
+    pd.testing.assert_frame_equal(again.table, done.table)
+    with refused("model", "there"):
+        spd_lens.run(done.run(1).config.model_copy(update={"model": "elsewhere"}), done.run(1).path)
+
+
 def test_the_first_models_subspace_throughout(config, tiny_pair, folder):
     shutil.rmtree(folder.path / "round-2")
     shutil.rmtree(folder.path / "after-2")
@@ -251,7 +264,7 @@ def test_the_command_hands_everything_on(monkeypatch, finished, tmp_path):
         asked.update(options, config=config, out=out, n_rounds=n_rounds)
         return finished
 
-    monkeypatch.setattr(spd_lens.runs.rounds, "run_rounds", pretended)
+    monkeypatch.setattr(spd_lens.runs, "run_rounds", pretended)
     flags = "rounds --rounds 5 --reextract first --kl-budget 0 --no-stop-on-loss --n-held-out 9 --rank 4 --quiet"
     result = CliRunner().invoke(app, [*flags.split(), "--out", str(tmp_path)])
     assert result.exit_code == 0 and "Round 2: aligned loss" in " ".join(result.output.split())

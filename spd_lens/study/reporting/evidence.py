@@ -15,7 +15,7 @@ import pandas as pd
 from spd_lens import methods
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json
-from spd_lens.runs import check_whole, read_yaml, result_name
+from spd_lens.runs import read_kept, result_name
 from spd_lens.study.config import BASE, may_project
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
@@ -78,7 +78,9 @@ class Evidence:
         corpora = _read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
         path = folder / "study.json"
         facts = read_json(path) if path.is_file() else {}
-        return cls.of(results, _read_plan(folder / "study.yaml"), corpora, facts, folder.resolve().name)
+        path = folder / "study.yaml"
+        plan = read_kept(path) if path.is_file() else {}
+        return cls.of(results, plan, corpora, facts, folder.resolve().name)
 
     @classmethod
     def of(
@@ -182,7 +184,7 @@ class Evidence:
             wanted[target] |= measures if phase != "projected" else set()
 
         def lacking(source: str, method: str, seed: str, phase: str) -> dict[str, set[str]]:
-            """What has no results, by target."""
+            """The measures that have no results, by target."""
             return {t: wanted[t] - have.get((source, method, seed, phase, t), set()) for t in wanted}
 
         of_base = {target: lost - {"KL from base"} for target, lost in lacking("", BASE, "", "").items()}
@@ -246,10 +248,3 @@ def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
         return pd.read_csv(path, **options)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SPDError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    check_whole(path)
-    return read_yaml(path)

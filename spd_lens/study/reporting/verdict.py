@@ -13,7 +13,7 @@ import pandas as pd
 
 from spd_lens.stats import TOO_FEW
 from spd_lens.study.config import BASE
-from spd_lens.study.reporting.contrasts import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
+from spd_lens.study.reporting.differences import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
 from spd_lens.study.reporting.evidence import Evidence
 
 LOSS, KL = "aligned loss", "KL from base"
@@ -96,7 +96,7 @@ def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str
 
 
 def _reading(random: Rows, base: Rows) -> str:
-    """What a difference to random directions means beside the difference to the base."""
+    """What a difference to random directions means, given the difference to the base."""
     good, bad = _states(random, "better"), _states(random, "worse")
     above = set(_states(base, "better"))
     gains, saved = [t for t in good if t in above], [t for t in good if t not in above]
