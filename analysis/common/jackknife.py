@@ -31,7 +31,7 @@ MAX_HALVES = 128
 
 
 def filled(moments: GradientMoments) -> GradientMoments:
-    """Without the shards that hold no example; `SPDError` if fewer than two are left."""
+    """The moments without the shards that hold no example; `SPDError` if fewer than two are left."""
     chosen = [i for i, n in enumerate(moments.n_examples.tolist()) if n]
     if len(chosen) < 2:
         raise SPDError(
@@ -55,11 +55,17 @@ def halves(n_shards: int, seed: int = 0) -> Float[Tensor, "half shard"]:
     return rows
 
 
-def half_width(at_halves: Float[Tensor, "half ..."], n_shards: int, confidence: float = 0.95) -> Float[Tensor, "..."]:
-    """Half the width of the interval around a statistic of all shards, from its values on halves of them."""
+def half_width(at_halves: Float[Tensor, "half ..."], n_shards: int) -> Float[Tensor, "..."]:
+    """Half the width of the 95 % interval around a statistic of all shards, from its values on halves of them."""
     kept = n_shards // 2
     variance = at_halves.var(dim=0, correction=0) * kept / (n_shards - kept)
-    return variance.sqrt() * float(stats.t.ppf((1 + confidence) / 2, n_shards - 1))
+    return variance.sqrt() * float(stats.t.ppf(0.975, n_shards - 1))
+
+
+def around(value: Tensor, spread: Tensor, lowest: float = 0.0, highest: float = 1.0) -> dict[str, float]:
+    """A row's columns `value, low, high`, with the interval kept inside what the measure can be."""
+    middle, reach = value.item(), spread.item()
+    return {"value": middle, "low": max(lowest, middle - reach), "high": min(highest, middle + reach)}
 
 
 def shard_grams(

@@ -1,5 +1,6 @@
 """Gradients, their moments, the subspaces that follow from them, and projections onto these."""
 
+from spd_lens.subspaces.bases import random_basis, squared_cosines
 from spd_lens.subspaces.controls import shuffled_answers
 from spd_lens.subspaces.extract import TokenGradients, extract, token_gradients
 from spd_lens.subspaces.moments import GradientMoments
@@ -10,5 +11,6 @@ from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 
 __all__ = [
     "BlockSpectrum", "GradientMoments", "Policy", "Rank", "Subspace", "TokenGradients", "extract", "fold_to",
-    "folded", "projected", "projected_twin", "resolve_rank", "shuffled_answers", "token_gradients",
+    "folded", "projected", "projected_twin", "random_basis", "resolve_rank", "shuffled_answers", "squared_cosines",
+    "token_gradients",
 ]  # fmt: skip
