@@ -14,14 +14,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 import typer
-from jaxtyping import Float
 from rich.table import Table
-from torch import Tensor
 
 from spd_lens.analysis.common import (
     COLORS,
@@ -30,8 +27,8 @@ from spd_lens.analysis.common import (
     Findings,
     Subject,
     analysis,
+    beside_null,
     figure,
-    p_value,
     pieces_of,
     place,
     spelled,
@@ -44,7 +41,8 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.files import write_text
 from spd_lens.models import Loss, ModelPair, neutrally
-from spd_lens.sites import Site, resolve_layers
+from spd_lens.output import terminal
+from spd_lens.sites import resolve_layers
 from spd_lens.subspaces import GradientMoments, token_gradients
 
 MEASURES: dict[str, str] = {
@@ -125,7 +123,7 @@ def read_directions(
                 sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
                 for name, value in values.items():
                     row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
-                    measures.append({**row, **_against(value[head, i].item(), chance[name][head])})
+                    measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
                 tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
 
@@ -226,7 +224,7 @@ def main(
         chosen = resolve_layers(layers, pair.n_layers)
         if not {site.layer for site in moments.sites} >= set(chosen):
             moments = subject.moments_everywhere()
-        moments = _at(moments, [site for site in moments.sites if site.layer in chosen])
+        moments = _at(moments, chosen)
     measures, tokens = read_directions(
         pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
         engine=config.engine, progress=subject.progress,
@@ -244,26 +242,17 @@ def main(
     return Findings(_table(subject.name, measures, tokens), says, paths)
 
 
-def _against(value: float, random: Float[Tensor, " n"]) -> dict[str, float]:
-    null = random.numpy()
-    low, high = np.quantile(null, [0.025, 0.975])
-    p = p_value(value, random)
-    return {"value": value, "null": null.mean(), "null_low": low, "null_high": high, "p": p}
-
-
-def _at(moments: GradientMoments, sites: Sequence[Site]) -> GradientMoments:
-    """The moments at some sites."""
+def _at(moments: GradientMoments, layers: Sequence[int]) -> GradientMoments:
+    """The moments at some layers."""
     parts: dict[str, Any] = {
-        name: {site: getattr(moments, name)[site] for site in sites}
+        name: {site: part for site, part in getattr(moments, name).items() if site.layer in layers}
         for name in ("n_heads", "gradient", "activation", "activation_sum")
     }
     return replace(moments, **parts)
 
 
 def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
-    table = Table(
-        "site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by", title=f"directions · {name}"
-    )
+    table = []
     leading = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
     for row in leading.itertuples():
         mine = tokens[(tokens["site"] == row.site) & (tokens["head"] == row.head) & (tokens["direction"] == 1)]
@@ -274,5 +263,6 @@ def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
         role = "vocabulary" if row.kind == "v" else "query"
         read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < 0.05)].sort_values("place")
         pulls = mine[mine["role"] == "pull"]
-        table.add_row(row.site, row.head, f"{row.value:.2f}", listed(read), listed(pulls))
-    return table
+        table.append([row.site, row.head, str(row.direction), f"{row.value:.2f}", listed(read), listed(pulls)])
+    columns = ["site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by"]
+    return terminal(columns, table, title=f"directions · {name}")
