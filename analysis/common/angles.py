@@ -83,9 +83,9 @@ def p_value(observed: float, null: Float[Tensor, " draw"], *, smaller: bool = Fa
 
 def beside_null(value: float, null: Float[Tensor, " draw"], *, smaller: bool = False) -> dict[str, float]:
     """A row's columns `value, null, null_low, null_high, p`: the null's mean and central 95 %, and the p-value."""
-    low, high = np.quantile(null.numpy(), [0.025, 0.975])
-    row = {"value": value, "null": null.mean(), "null_low": low, "null_high": high}
-    return {**{name: float(number) for name, number in row.items()}, "p": p_value(value, null, smaller=smaller)}
+    low, high = np.quantile(null.numpy(), [0.025, 0.975]).tolist()
+    p = p_value(value, null, smaller=smaller)
+    return {"value": value, "null": float(null.numpy().mean()), "null_low": low, "null_high": high, "p": p}
 
 
 def participation_ratio(energies: Float[Tensor, "*n width"]) -> Float[Tensor, "*n"]:

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, shortened
 from spd_lens.examples import Example, worked_examples
-
-if TYPE_CHECKING:
-    from spd_lens.models import JointText, Loss, PromptFormat
+from spd_lens.models import JointText, Loss, PromptFormat
 
 FlagKind = Literal["unusable", "empty", "whole", "begins-inside", "ends-inside", "in-prompt", "shared"]
 
@@ -42,8 +40,8 @@ class Piece:
     """One token, or characters that no token covers. The texts of all pieces in a row are the whole text."""
 
     text: str
-    """Its characters. A character split over several tokens stands in the first of them; the others have `""`, as
-    special tokens without text do."""
+    """Its characters. A character that is split over several tokens stands in the first of them; the others have `""`,
+    as special tokens without text do."""
     id: int | None
     """Token id; None for characters that the tokenizer dropped."""
     token: str
@@ -96,7 +94,7 @@ class Bin:
 
     low: float
     high: float
-    """Last value inside for whole numbers, first value outside for fractions."""
+    """The last value inside for whole numbers, the first value outside for fractions."""
     count: float
 
 
@@ -106,8 +104,6 @@ class Audit:
 
     examples: tuple[AuditedExample, ...]
     loss: Loss
-    format: str
-    """`"chat"` or `"raw"`."""
     task: str = ""
 
     @property
@@ -126,12 +122,11 @@ class Audit:
 
     @property
     def share_in_paper_sizes(self) -> float | None:
-        """Share of examples whose `|S|` lies in the paper's typical range."""
-        return self.share_within(self.paper_sizes) if self.paper_sizes and self.sizes else None
-
-    def share_within(self, bounds: tuple[int, int]) -> float:
-        """Share of examples with `bounds[0] <= |S| <= bounds[1]`, among those with any scored token."""
-        return sum(bounds[0] <= size <= bounds[1] for size in self.sizes) / len(self.sizes)
+        """Share of examples whose `|S|` lies in the paper's typical range, among those with any scored token."""
+        if not self.paper_sizes or not self.sizes:
+            return None
+        low, high = self.paper_sizes
+        return sum(low <= size <= high for size in self.sizes) / len(self.sizes)
 
     def flag_counts(self) -> dict[FlagKind, tuple[int, int]]:
         """Number of examples with a flag of each kind: suspicious ones, and those with harmless ones only."""
@@ -181,9 +176,7 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """
     if loss not in ("aligned", "full"):
         raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
-    return Audit(
-        tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, format.name, task
-    )
+    return Audit(tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, task)
 
 
 def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExample:
@@ -290,9 +283,9 @@ def _stands_in(value: str, text: str) -> bool:
     return bool(re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text))
 
 
-def _listed(items: Sequence[str], most: int = 4) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
-def _short(text: str, most: int = 40) -> str:
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
+def _short(text: str) -> str:
+    return repr(shortened(text, 40))

@@ -20,7 +20,7 @@ _RULES = {
 
 
 def write_page(path: str | Path, found: Audit, *, title: str, facts: Sequence[str] = ()) -> Path:
-    """Write the page atomically; `SPDError` where that is not possible."""
+    """Write the page; `SPDError` where that is not possible."""
     return write_text(path, page(found, title=title, facts=facts))
 
 

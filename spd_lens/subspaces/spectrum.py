@@ -11,6 +11,11 @@ from torch import Tensor
 from spd_lens.subspaces.bases import Basis
 
 
+def energies_of(gram: Float[Tensor, "*n width width"]) -> Float[Tensor, "*n width"]:
+    """`BlockSpectrum.energies` up to rounding, in half the time: without the directions."""
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSpectrum:
     """Spectra of blocks: of one site's heads, or of one joint block, also for several sets of examples at once.
