@@ -11,7 +11,6 @@ directions of that head: an unembedding makes some tokens of any direction, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import pandas as pd
@@ -34,7 +33,7 @@ from spd_lens.analysis.common import (
     spelled,
     tokens_of,
 )
-from spd_lens.analysis.directions.page import cards_page
+from spd_lens.analysis.directions.page import COMMON, cards_page
 from spd_lens.analysis.directions.readout import Directions, Unembedding
 from spd_lens.analysis.directions.sums import Tally, Vocabulary
 from spd_lens.errors import SPDError
@@ -65,11 +64,12 @@ def read_directions(
     top: int = 8,
     n_random: int = 100,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
     loss: Loss = "aligned",
     engine: str = "lens",
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the leading `n` directions of every head at the sites of `moments` (keys and values).
+    """Read the leading `n` directions of every head, of keys and of values.
 
     Args:
         pair: The model that the moments were taken from.
@@ -79,6 +79,7 @@ def read_directions(
         top: Number of tokens per pole and query head, and of contexts per direction.
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
+        layers: Layers whose directions are read; None for all that the moments have.
         loss: The loss that was differentiated, as in `extract`.
         engine: The model that is run, as in `extract`.
         progress: Whether to show a progress bar.
@@ -97,7 +98,7 @@ def read_directions(
     Raises:
         SPDError: sites of other kinds, or an architecture that the read-out does not know.
     """
-    sites = [site for site in moments.sites if site.kind in ("k", "v")]
+    sites = [s for s in moments.sites if s.kind in ("k", "v") and (layers is None or s.layer in layers)]
     if not sites:
         raise SPDError("only directions of keys and values can be read, and the moments have neither")
     moments.fingerprint.check(pair.fingerprint, "the moments")
@@ -156,7 +157,7 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
         f"{measure[0].upper()}{measure[1:]} of the leading directions", "site · head · direction", measure,
         says=f"{MEASURES[measure]}<br>{count}",
     )  # fmt: skip
-    names = [f"{r.site} · {r.head} · {r.direction}" for r in part.itertuples()]
+    names = part["site"] + " · " + part["head"] + " · " + part["direction"].astype(str)
     middle = (part["null_low"] + part["null_high"]) / 2
     reach = (part["null_high"] - part["null_low"]) / 2
     fig.add_scatter(
@@ -167,7 +168,7 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
     for i, (site, rows) in enumerate(part.groupby("site", sort=False)):
         hover = [f"{v:.3g}, random mean {m:.3g}, p = {p:.2g}" for v, m, p in rows[["value", "null", "p"]].to_numpy()]
         fig.add_scatter(
-            x=[f"{r.site} · {r.head} · {r.direction}" for r in rows.itertuples()], y=rows["value"], mode="markers",
+            x=names[rows.index], y=rows["value"], mode="markers",
             name=f"site {site}", text=hover, hovertemplate="%{x}: %{text}<extra></extra>",
             marker={"color": COLORS[i % len(COLORS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
         )  # fmt: skip
@@ -196,12 +197,10 @@ def say(measures: pd.DataFrame) -> str:
         ("query energy", "key directions match queries better than"),
     ):
         if measure in by:
-            part = by[measure]
-            beyond = int((part["value"] > part["null_high"]).sum())
-            expected = 0.025 * len(part)
+            beyond, expected = int((by[measure]["value"] > by[measure]["null_high"]).sum()), 0.025 * len(by[measure])
             much = "" if beyond > 3 * expected + 1 else ", which is near what chance gives"
             sentences.append(
-                f"{beyond} of {len(part)} {claim} 97.5 % of random directions of their head (by chance: "
+                f"{beyond} of {len(by[measure])} {claim} 97.5 % of random directions of their head (by chance: "
                 f"{expected:.1f}){much}."
             )
     return " ".join(sentences)
@@ -219,14 +218,11 @@ def main(
 ) -> Findings:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""
     config, examples, pair = subject.run.config, subject.calibration(), subject.pair
-    moments = subject.moments
-    if layers:
-        chosen = resolve_layers(layers, pair.n_layers)
-        if not {site.layer for site in moments.sites} >= set(chosen):
-            moments = subject.moments_everywhere()
-        moments = _at(moments, chosen)
+    moments, chosen = subject.moments, resolve_layers(layers, pair.n_layers) if layers else None
+    if chosen and not {site.layer for site in moments.sites} >= set(chosen):
+        moments = subject.moments_everywhere()
     measures, tokens = read_directions(
-        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
+        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, layers=chosen, loss=config.loss,
         engine=config.engine, progress=subject.progress,
     )  # fmt: skip
     says = say(measures)
@@ -242,15 +238,6 @@ def main(
     return Findings(_table(subject.name, measures, tokens), says, paths)
 
 
-def _at(moments: GradientMoments, layers: Sequence[int]) -> GradientMoments:
-    """The moments at some layers."""
-    parts: dict[str, Any] = {
-        name: {site: part for site, part in getattr(moments, name).items() if site.layer in layers}
-        for name in ("n_heads", "gradient", "activation", "activation_sum")
-    }
-    return replace(moments, **parts)
-
-
 def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
     table = []
     leading = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
@@ -261,7 +248,7 @@ def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
             return " ".join(repr(str(t)) for t in dict.fromkeys(rows["token"][:6])).replace("[", "\\[")
 
         role = "vocabulary" if row.kind == "v" else "query"
-        read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < 0.05)].sort_values("place")
+        read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < COMMON)].sort_values("place")
         pulls = mine[mine["role"] == "pull"]
         table.append([row.site, row.head, str(row.direction), f"{row.value:.2f}", listed(read), listed(pulls)])
     columns = ["site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by"]
