@@ -42,7 +42,7 @@ from spd_lens.analysis.common.style import (
     plain,
 )
 from spd_lens.analysis.common.subject import Subject, place, subjects
-from spd_lens.analysis.common.token_html import context, pieces_of, spelled, tokens_of
+from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tokens_of
 
 __all__ = [
     "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Quiet",

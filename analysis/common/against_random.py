@@ -42,7 +42,7 @@ class Contrast:
 
 
 def beside_random(random: Draws, against: Contrast) -> dict[str, float]:
-    """Columns of a table on what random subspaces do, with the range over draws, and how far a subspace is from it."""
+    """Columns of a table: what random subspaces do, with the range over draws, and how far a subspace is from it."""
     means = random.mean(axis=1)
     found = {"random": means.mean(), "random_low": means.min(), "random_high": means.max()}
     return {**{name: float(value) for name, value in found.items()}, **against.columns("difference"), "p": against.p}
@@ -85,7 +85,7 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws]) -> list[Contr
 def moderated(
     variances: Float[np.ndarray, " cell"], df: Float[np.ndarray, " cell"], scales: Float[np.ndarray, " cell"]
 ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-    """Variances drawn towards what their scale lets expect, with their degrees of freedom (Smyth 2004, section 6.2).
+    """Variances, shrunk towards what their scale predicts, with their degrees of freedom (Smyth 2004, section 6.2).
 
     `variance / scale` is taken as a scaled F variable; prior variance and prior degrees of freedom come from mean and
     spread of its logarithm. Where variances differ no more than chance, all cells share one; with fewer than three

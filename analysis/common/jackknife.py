@@ -17,14 +17,13 @@ import itertools
 import math
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments
+from spd_lens.subspaces import GradientMoments, diagonal_blocks
 
 MAX_HALVES = 128
 """Where there are more halves than this, as many are drawn at random; 8 shards have 70."""
@@ -72,13 +71,8 @@ def shard_grams(
     moments: GradientMoments, site: Site, per_head: bool, of: str = "gradient"
 ) -> Float[Tensor, "shard block width width"]:
     """`Σ gᵀg` or `Σ xᵀx` of each shard, per head or as one joint block; their sum is `moments.blocks(...)`."""
-    gram = {"gradient": moments.gradient, "activation": moments.activation}[of][site]
-    heads = moments.n_heads[site] if per_head else 1
-    split = rearrange(
-        gram, "shard (head row) (other column) -> shard head other row column", head=heads, other=heads
-    )  # fmt: skip
-    blocks = split.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    return ((blocks + blocks.mT) / 2).contiguous()
+    grams = {"gradient": moments.gradient, "activation": moments.activation}[of][site]
+    return diagonal_blocks(grams, moments.n_heads[site] if per_head else 1)
 
 
 def summed(weights: Float[Tensor, "set shard"], shards: Float[Tensor, "shard ..."]) -> Float[Tensor, "set ..."]:

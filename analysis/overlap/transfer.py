@@ -20,10 +20,10 @@ from spd_lens.stats import paired_difference
 from spd_lens.subspaces import GradientMoments, Subspace
 
 MANY = 10
-"""Domains from which on a link between overlap and transfer could be concluded at all."""
+"""The smallest number of domains from which a link between overlap and transfer can be concluded at all."""
 
 _BESIDE = ("middle right", "middle left", "top center", "bottom center")
-"""Where a target's points have their labels, so that those of nearby points stay apart."""
+"""Where the points of a target have their labels, by number of the target: labels of near points stay apart."""
 
 Effects = Mapping[str, Sequence[ForcedItem]]
 """Teacher-forced items by policy (`base`, `projected`, `random-0`, ...), as `Run.effects` has them."""

@@ -113,14 +113,10 @@ def category_shares(
         null = None if null is None else null[null["position"] > 0]
     rows = []
     for site, part in [("all", energy), *energy.groupby("site", sort=False)]:
-        first = part.iloc[0]
-        where = {"site": site, "layer": first["layer"], "kind": first["kind"], "head": "all", "of": _OF[skip_first]}
-        if site == "all":
-            where.update(layer="all", kind="all")
+        layer, kind = ("all", "all") if site == "all" else part.iloc[0][["layer", "kind"]]
+        where = {"site": site, "layer": layer, "kind": kind, "head": "all", "of": _OF[skip_first]}
         shares, tokens, inside = _tables(part)
-        wrong = None
-        if null is not None:
-            wrong = _tables(null if site == "all" else null[null["site"] == site])[0]
+        wrong = None if null is None else _tables(null if site == "all" else null[null["site"] == site])[0]
         for name in [c for c in CATEGORIES if c in tokens and (tokens[c] > 0).any()]:
             measures = {
                 "energy": mean_interval(shares[name], seed=seed),
@@ -147,23 +143,22 @@ def share_figure(shares: pd.DataFrame, site: str = "all", *, skip_first: bool = 
         "",
         says="grey: what each category would hold if every token pulled alike, and with the answers of other examples",
     )
-    looks: dict[str, tuple[str, dict[str, str]]] = {
-        "tokens": ("tokens (null)", {"color": NULL_COLOR, "pattern_shape": "."}),
-        "shuffled": ("gradient energy, shuffled answers (null)", {"color": NULL_COLOR, "pattern_shape": "/"}),
-        "energy": ("gradient energy", {"color": COLORS[0]}),
+    looks = {
+        "tokens": ("tokens (null)", NULL_COLOR, "."),
+        "shuffled": ("gradient energy, shuffled answers (null)", NULL_COLOR, "/"),
+        "energy": ("gradient energy", COLORS[0], ""),
     }
     names = [name for name in CATEGORIES if name in set(part["category"])][::-1]
-    for measure, (label, look) in looks.items():
+    for measure, (label, color, shape) in looks.items():
         rows = part[part["measure"] == measure].set_index("category")
-        if not len(rows):
-            continue
-        rows = rows.loc[names]
-        marker = {
-            "color": look["color"],
-            "pattern": {"shape": look.get("pattern_shape", ""), "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6},
-        }
-        error = bars(rows["value"], rows["low"], rows["high"], thickness=1.2, width=3)
-        fig.add_bar(y=names, x=rows["value"], name=label, orientation="h", marker=marker, error_x=error)
+        if len(rows):
+            rows = rows.loc[names]
+            pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6}
+            error = bars(rows["value"], rows["low"], rows["high"], thickness=1.2, width=3)
+            fig.add_bar(
+                y=names, x=rows["value"], name=label, orientation="h", marker={"color": color, "pattern": pattern},
+                error_x=error,
+            )  # fmt: skip
     fig.update_layout(barmode="group", height=180 + 62 * len(names), legend_traceorder="reversed", bargap=0.25)
     fig.update_layout(legend={"y": 1.0, "yanchor": "bottom", "x": 0}, margin_t=120)
     return fig

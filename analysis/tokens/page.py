@@ -14,7 +14,7 @@ from spd_lens.output import render
 from spd_lens.spans import Piece
 
 _MOST_SITES = 12
-"""Beyond that the page offers the sums over keys and over values only; numbers per site are in the table."""
+"""Of more sites than this, the page offers only the sums over keys and over values; the table has each."""
 
 
 def text_page(
@@ -51,7 +51,7 @@ def text_page(
 
 
 def _views(energy: pd.DataFrame) -> dict[str, list[str]]:
-    """What the reader chooses between: label → sites that are summed."""
+    """What the reader chooses between: the sites that are summed, by label."""
     sites = list(dict.fromkeys(energy["site"]))
     kinds = {kind: [s for s in sites if s.endswith(f".{kind}")] for kind in dict.fromkeys(energy["kind"])}
     views = {"all": sites}

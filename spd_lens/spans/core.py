@@ -28,7 +28,7 @@ KINDS: dict[FlagKind, str] = {
 """What each kind of flag means."""
 
 PAPER_SIZES: dict[str, tuple[int, int]] = {"mbpp": (5, 20), "mmlu": (1, 1), "gsm8k": (1, 3)}
-"""Typical `|S|` in the paper (table 6), least and most, by task."""
+"""The typical range of `|S|` in the paper (table 6), by task."""
 
 _MOST_BARS = 12
 # 5 and 21 are edges so that the paper's 5-20 is made of whole bars
@@ -60,7 +60,7 @@ class Flag:
     text: str
     """A sentence with the value and the token."""
     suspicious: bool = True
-    """False: as a rule harmless, such as the blank before a word that the word's token includes."""
+    """False for what is as a rule harmless, such as the blank before a word that the word's token includes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class AuditedExample:
 
     example: Example
     pieces: tuple[Piece, ...]
-    """The whole sequence, chat template included. Empty if the text could not be tokenised."""
+    """The whole sequence, chat template included; empty if the text could not be tokenised."""
     flags: tuple[Flag, ...]
 
     @property
@@ -169,9 +169,9 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """Tokenise examples as the loss does, and look at what it scores.
 
     Args:
-        examples: Prompts with gold completions and spans. One that cannot be used is flagged, with the reason.
-        format: Tokenizer and prompt form, such as `pair.format` or `PromptFormat.choose(tokenizer)`.
-        loss: `"aligned"`, or `"full"`: whole completions are scored, and the spans are not looked at.
+        examples: Prompts with gold completions and spans. An example that cannot be used is flagged, with the reason.
+        format: Tokenizer and form of the prompt, such as `pair.format` or `PromptFormat.choose(tokenizer)`.
+        loss: `"aligned"`, or `"full"`, for which whole completions are scored and spans are not looked at.
         task: Name of the task, to compare `|S|` with table 6 of the paper.
     """
     if loss not in ("aligned", "full"):
