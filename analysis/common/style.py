@@ -84,30 +84,16 @@ def panel(n: int) -> dict[str, str]:
     return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
 
-def panel_for_each(
-    frame: pd.DataFrame, by: str, title: str, x: str, y: str, *, says: str = ""
-) -> tuple[go.Figure, list[tuple[pd.DataFrame, dict[str, Any]]]]:
-    """`panels` for each site or kind of a table (`by`), and the rows of each with where their traces go.
-
-    The first panel alone has entries in the legend.
-    """
-    values = list(dict.fromkeys(frame[by]))
-    fig = panels([f"site {v}" if by == "site" else v.upper() for v in values], title, x, y, says=says)
-    return fig, [(frame[frame[by] == v], {**panel(n), "showlegend": n == 0}) for n, v in enumerate(values)]
-
-
-def log_axis(fig: go.Figure, ticks: Sequence[int]) -> None:
-    """Make the x axis logarithmic, with these ticks."""
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
-
-
 def line(
     fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, symbol: str = "", size: int = 7,
     **trace: Any,
 ) -> None:  # fmt: skip
     """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
     color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
-    marker = {"symbol": symbol or ("circle-open" if null else _nth(SYMBOLS, index)), "size": size}
+    shape = symbol or ("circle-open" if null else _nth(SYMBOLS, index))
+    marker = {"color": color, "symbol": shape, "size": size}
+    for axis in trace.keys() & {"error_x", "error_y"}:
+        trace[axis] = trace[axis] and {"color": color, **trace[axis]}
     kind = {"mode": "lines+markers", **trace}
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
 
@@ -121,6 +107,28 @@ def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: b
     fig.add_trace(go.Scatter(x=x, y=low, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.2)", **edge))
 
 
+def bars(value: pd.Series, low: pd.Series, high: pd.Series, **look: Any) -> dict[str, Any]:
+    """Intervals as plotly's error bars; no bar where there is no interval."""
+    up, down = (end.fillna(0.0).clip(lower=0.0) for end in (high - value, value - low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, **look}
+
+
+def _nth(values: Sequence[str], index: int) -> str:
+    return values[index % len(values)]
+
+
+def panel_for_each(
+    frame: pd.DataFrame, by: str, title: str, x: str, y: str, *, says: str = ""
+) -> tuple[go.Figure, list[tuple[pd.DataFrame, dict[str, Any]]]]:
+    """`panels` for each site or kind of a table (`by`), and the rows of each with where their traces go.
+
+    The first panel alone has entries in the legend.
+    """
+    values = list(dict.fromkeys(frame[by]))
+    fig = panels([f"site {v}" if by == "site" else v.upper() for v in values], title, x, y, says=says)
+    return fig, [(frame[frame[by] == v], {**panel(n), "showlegend": n == 0}) for n, v in enumerate(values)]
+
+
 def middle_and_range(
     fig: go.Figure, rows: pd.DataFrame, by: str, name: str, *, middle: str = "median", index: int = 0, **trace: Any
 ) -> None:
@@ -130,13 +138,9 @@ def middle_and_range(
     line(fig, table.index, table[middle], name, index=index, legendgroup=name, **trace)
 
 
-def bars(value: pd.Series, low: pd.Series, high: pd.Series, **look: Any) -> dict[str, Any]:
-    """Intervals as plotly's error bars."""
-    return {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, **look}
-
-
-def _nth(values: Sequence[str], index: int) -> str:
-    return values[index % len(values)]
+def log_axis(fig: go.Figure, ticks: Sequence[int]) -> None:
+    """Make the x axis logarithmic, with these ticks."""
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
 
 
 def page(

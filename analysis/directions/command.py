@@ -20,14 +20,12 @@ import typer
 from rich.table import Table
 
 from spd_lens.analysis.common import (
-    COLORS,
-    NULL_COLOR,
-    SYMBOLS,
     Findings,
     Subject,
     analysis,
     beside_null,
     figure,
+    line,
     pieces_of,
     place,
     spelled,
@@ -160,17 +158,15 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
     names = part["site"] + " · " + part["head"] + " · " + part["direction"].astype(str)
     middle = (part["null_low"] + part["null_high"]) / 2
     reach = (part["null_high"] - part["null_low"]) / 2
-    fig.add_scatter(
-        x=names, y=middle, mode="markers", name="random directions, central 95 % (null)",
-        marker={"color": NULL_COLOR, "symbol": "line-ew-open", "size": 9},
-        error_y={"array": reach, "color": NULL_COLOR, "thickness": 5, "width": 0}, hoverinfo="skip",
+    line(
+        fig, names, middle, "random directions, central 95 % (null)", null=True, symbol="line-ew-open", size=9,
+        mode="markers", error_y={"array": reach, "thickness": 5, "width": 0}, hoverinfo="skip",
     )  # fmt: skip
     for i, (site, rows) in enumerate(part.groupby("site", sort=False)):
         hover = [f"{v:.3g}, random mean {m:.3g}, p = {p:.2g}" for v, m, p in rows[["value", "null", "p"]].to_numpy()]
-        fig.add_scatter(
-            x=names[rows.index], y=rows["value"], mode="markers",
-            name=f"site {site}", text=hover, hovertemplate="%{x}: %{text}<extra></extra>",
-            marker={"color": COLORS[i % len(COLORS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+        line(
+            fig, names[rows.index], rows["value"], f"site {site}", index=i, size=9, mode="markers", text=hover,
+            hovertemplate="%{x}: %{text}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(legend={"y": 1.0, "yanchor": "bottom"}, margin_t=150, height=500)
     fig.update_xaxes(tickangle=-90, tickfont_size=11)

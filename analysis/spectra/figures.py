@@ -17,6 +17,7 @@ from spd_lens.analysis.spectra.measures import (
     NULLS,
     SHUFFLED,
     SINGULAR,
+    widths,
 )
 from spd_lens.subspaces import Rank, resolve_rank
 
@@ -77,10 +78,9 @@ def singular_figure(curves: pd.DataFrame) -> go.Figure:
 def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> go.Figure:
     """An effective rank of every site and head with its interval, beside the nulls."""
     mine = ranks[(ranks.measure == measure) & (ranks["head"] != "all")]
-    widths = "/".join(str(width) for width in sorted(set(mine.width)))
     fig = figure(
         "How many directions hold 90 % of the energy" if "90" in measure else measure.capitalize(),
-        f"directions of {widths} (log scale)",
+        f"directions of {widths(mine)} (log scale)",
         "site · head",
         says="bars: 95 %, delete-half jackknife over shards; grey: nulls",
     )
@@ -134,7 +134,7 @@ def layers_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> 
     fig = figure(
         f"By layer: {measure}",
         "layer (block index)",
-        f"directions of {'/'.join(str(width) for width in sorted(set(mine.width)))}",
+        f"directions of {widths(mine)}",
         says="median over heads; bands from the lowest to the highest head",
     )
     for index, kind in enumerate(dict.fromkeys(mine.kind)):

@@ -182,6 +182,11 @@ def rank_difference(
     return Estimate(**interval, n=moments.n_shards, method="paired delete-half jackknife over shards, 95%")
 
 
+def widths(rows: pd.DataFrame) -> str:
+    """The widths of the blocks in a table, such as `64` or `64/192`."""
+    return "/".join(str(width) for width in sorted(set(rows.width)))
+
+
 def headline(ranks: pd.DataFrame) -> str:
     """How many directions hold 90 % of the energy, over sites and heads, and in the nulls."""
     chosen = ranks[ranks.measure == "rank of 90 % energy"]
@@ -190,10 +195,9 @@ def headline(ranks: pd.DataFrame) -> str:
         mine = chosen[chosen.source == source]
         if mine.empty:
             continue
-        widths = "/".join(str(width) for width in sorted(set(mine.width)))
         low, middle, high = (mine.value.quantile(q) for q in (0, 0.5, 1))
         span = f"{low:.0f} to {high:.0f}" if low < high else f"{low:.0f}"
-        parts.append(f"{source}: {span} of {widths} directions (median {middle:g})")
+        parts.append(f"{source}: {span} of {widths(mine)} directions (median {middle:g})")
     mine = ranks[(ranks.source == GRADIENTS) & (ranks.measure == "entropy rank")]
     growth = (mine.at_half / mine.value).median()
     text = f"90 % of the energy sits in, over sites and heads: {'; '.join(parts)}."
