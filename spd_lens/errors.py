@@ -48,6 +48,11 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
 
 
+def integer_or_fraction(text: str) -> int | float:
+    """A number as it is written: `1` is an integer, `1.0` a fraction. Raises `ValueError` if it is none."""
+    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+
+
 def whole(name: str, value: Any, least: int | None = 1) -> int:
     """A whole number as Python's own `int`, of at least `least` if that is given.
 

@@ -175,7 +175,7 @@ def main(
         "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "engine": config.engine,
         "shards": _shards(subject, len(examples), math.gcd(*possible)), "progress": subject.progress,
     }  # fmt: skip
-    how: dict[str, Any] = {"rank": _rank(rank, subject), "per_head": config.per_head, "draws": draws, "seed": seed}
+    how: dict[str, Any] = {"rank": subject.rank(rank), "per_head": config.per_head, "draws": draws, "seed": seed}
     clean = extract(subject.pair, examples, **settings)
     frame = stability(clean, possible, **how)
     says = stability_sentence(frame)
@@ -279,12 +279,3 @@ def _sizes(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise SPDError(f"sizes {text!r} are no numbers of examples; write them as in '5,10,20,50'")
     return sorted({int(part) for part in parts})
-
-
-def _rank(text: str, subject: Subject) -> Rank:
-    if not text:
-        return subject.run.config.rank
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error

@@ -3,7 +3,7 @@
 from spd_lens.analysis.common.against_random import Contrast, beside_random, contrasts, matched_draws
 from spd_lens.analysis.common.agreements import ENERGY, MEASURES, agreement
 from spd_lens.analysis.common.angles import (
-    chance_cosine,
+    beside_null,
     cosine_by_rank,
     energy_by_rank,
     energy_share,
@@ -17,7 +17,7 @@ from spd_lens.analysis.common.angles import (
     stable_rank,
 )
 from spd_lens.analysis.common.command import Findings, Quiet, analysis
-from spd_lens.analysis.common.jackknife import filled, half_width, halves, sets, shard_grams, summed
+from spd_lens.analysis.common.jackknife import around, filled, half_width, halves, sets, shard_grams, summed
 from spd_lens.analysis.common.style import (
     COLORS,
     DASHES,
@@ -28,23 +28,28 @@ from spd_lens.analysis.common.style import (
     SYMBOLS,
     as_data,
     band,
+    bars,
     drawn,
     figure,
     line,
     listed,
+    log_axis,
+    middle_and_range,
     page,
     panel,
+    panel_for_each,
     panels,
     plain,
 )
 from spd_lens.analysis.common.subject import Subject, place, subjects
-from spd_lens.analysis.common.token_html import context, pieces_of, spelled, tokens_of
+from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tokens_of
 
 __all__ = [
     "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Quiet",
-    "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "as_data", "band", "beside_random", "chance_cosine",
-    "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share", "entropy_rank", "figure",
-    "filled", "half_width", "halves", "line", "listed", "matched_draws", "mean_squared_cosine", "p_value", "page",
-    "panel", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases",
+    "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars", "beside_null",
+    "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
+    "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
+    "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",
+    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases",
     "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of",
 ]  # fmt: skip

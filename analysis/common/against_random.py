@@ -42,14 +42,14 @@ class Contrast:
 
 
 def beside_random(random: Draws, against: Contrast) -> dict[str, float]:
-    """Columns of a table on what random subspaces do, with the range over draws, and how far a subspace is from it."""
+    """Columns of a table: what random subspaces do, with the range over draws, and how far a subspace is from it."""
     means = random.mean(axis=1)
     found = {"random": means.mean(), "random_low": means.min(), "random_high": means.max()}
     return {**{name: float(value) for name, value in found.items()}, **against.columns("difference"), "p": against.p}
 
 
-def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: float = 0.95) -> list[Contrast]:
-    """Each effect minus the mean over its random draws.
+def contrasts(effects: Sequence[Items], controls: Sequence[Draws]) -> list[Contrast]:
+    """Each effect minus the mean over its random draws, with 95 % intervals.
 
     The variance is that of the paired differences over items, `s²_item / n`, plus that of a single new draw against
     the mean of `R`, `s²_draw (1 + 1/R)`: the question is whether the subspace lies outside of what random ones do, not
@@ -59,7 +59,6 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: flo
     Args:
         effects: For each cell the change of every item under its subspace.
         controls: For each cell the same under `R >= 2` random subspaces of its shape.
-        level: Confidence of the intervals.
     """
     for own, random in zip(effects, controls, strict=True):
         if random.ndim != 2 or random.shape[0] < 2 or random.shape[1:] != own.shape or own.size < 2:
@@ -76,7 +75,7 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: flo
         np.array([np.mean(rows**2) for rows in together]),
     )
     found = [
-        _contrast(own, random, float(s), float(df), level)
+        _contrast(own, random, float(s), float(df))
         for own, random, s, df in zip(effects, controls, scatter, draw_df, strict=True)
     ]
     corrected = holm(c.p for c in found)
@@ -86,7 +85,7 @@ def contrasts(effects: Sequence[Items], controls: Sequence[Draws], *, level: flo
 def moderated(
     variances: Float[np.ndarray, " cell"], df: Float[np.ndarray, " cell"], scales: Float[np.ndarray, " cell"]
 ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-    """Variances drawn towards what their scale lets expect, with their degrees of freedom (Smyth 2004, section 6.2).
+    """Variances, shrunk towards what their scale predicts, with their degrees of freedom (Smyth 2004, section 6.2).
 
     `variance / scale` is taken as a scaled F variable; prior variance and prior degrees of freedom come from mean and
     spread of its logarithm. Where variances differ no more than chance, all cells share one; with fewer than three
@@ -98,7 +97,9 @@ def moderated(
     ratio, half = variances[usable] / scales[usable], df[usable] / 2
     log_ratio = np.log(ratio) - special.digamma(half) + np.log(half)
     excess = log_ratio.var(ddof=1) - special.polygamma(1, half).mean()
-    prior_df = 2 * _inverse_trigamma(excess) if excess > 0 else math.inf
+    prior_df = math.inf
+    if excess > 0:
+        prior_df = 2 * float(optimize.brentq(lambda x: float(special.polygamma(1, x)) - excess, 1e-8, 1e8))
     shift = 0.0 if math.isinf(prior_df) else float(special.digamma(prior_df / 2) - math.log(prior_df / 2))
     prior = math.exp(log_ratio.mean() + shift)
     pooled_df = df.sum()  # no more is known than was measured
@@ -107,7 +108,7 @@ def moderated(
     return np.where(scales > 0, shared, variances), np.minimum(prior_df + df, pooled_df)
 
 
-def _contrast(own: Items, random: Draws, scatter: float, draw_df: float, level: float) -> Contrast:
+def _contrast(own: Items, random: Draws, scatter: float, draw_df: float) -> Contrast:
     """One contrast, not yet corrected for the others."""
     difference = own - random.mean(axis=0)
     value = float(difference.mean())
@@ -117,13 +118,9 @@ def _contrast(own: Items, random: Draws, scatter: float, draw_df: float, level: 
     if total == 0:
         return Contrast(value, value, value, float(value == 0), float(value == 0), float(own.size - 1))
     df = total**2 / (item**2 / (own.size - 1) + draw**2 / draw_df)
-    half_width = float(stats.t.ppf((1 + level) / 2, df)) * math.sqrt(total)
+    half_width = float(stats.t.ppf(0.975, df)) * math.sqrt(total)
     p = float(2 * stats.t.sf(abs(value) / math.sqrt(total), df))
     return Contrast(value, value - half_width, value + half_width, p, p, df)
-
-
-def _inverse_trigamma(y: float) -> float:
-    return float(optimize.brentq(lambda x: float(special.polygamma(1, x)) - y, 1e-8, 1e8))
 
 
 def matched_draws(kl: float, ladder: Sequence[tuple[Float[np.ndarray, " draw"], Draws]]) -> Draws | None:

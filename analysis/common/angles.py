@@ -6,12 +6,14 @@ eigenvalues `σ²`. Random subspaces are uniform (Haar): what any two subspaces 
 
 from __future__ import annotations
 
+import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.errors import SPDError
+from spd_lens.subspaces import random_basis, squared_cosines
 
 Basis = Float[Tensor, "width rank"]
 
@@ -30,10 +32,10 @@ def principal_angles(a: Basis, b: Float[Tensor, "width other"]) -> Float[Tensor,
 def mean_squared_cosine(a: Float[Tensor, "*n width rank"], b: Float[Tensor, "*n width other"]) -> Float[Tensor, "*n"]:
     """`‖P_a P_b‖²_F / min(rank_a, rank_b)`: mean over the principal angles of `cos²`; 1 if one holds the other.
 
-    For random subspaces its expectation is `max(rank_a, rank_b) / width`: `chance_cosine`.
+    For random subspaces its expectation is `max(rank_a, rank_b) / width`.
     """
     _check(a, b)
-    return (a.mT @ b).square().sum(dim=(-2, -1)) / min(a.shape[-1], b.shape[-1])
+    return squared_cosines(a, b) / min(a.shape[-1], b.shape[-1])
 
 
 def cosine_by_rank(
@@ -42,11 +44,6 @@ def cosine_by_rank(
     """`mean_squared_cosine` of the leading 1, 2, ... directions of both."""
     corner = (a.mT @ b).square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     return (corner / torch.arange(1, corner.shape[-1] + 1)).clamp(0, 1)
-
-
-def chance_cosine(rank_a: int, rank_b: int, width: int) -> float:
-    """Expectation of `mean_squared_cosine` when either subspace is uniformly random."""
-    return max(rank_a, rank_b) / width
 
 
 def energy_share(basis: Float[Tensor, "*n width rank"], gram: Float[Tensor, "*n width width"]) -> Float[Tensor, "*n"]:
@@ -71,18 +68,24 @@ def random_bases(n: int, width: int, rank: int, seed: int) -> Float[Tensor, "n w
     """Bases of uniformly random subspaces; their leading columns span uniformly random subspaces too."""
     if not 1 <= rank <= width or n < 1:
         raise SPDError(f"{n} random subspaces of rank {rank} in {width} dimensions do not exist")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, width, rank, generator=generator, dtype=torch.float64)).Q
+    return random_basis(width, rank, torch.Generator().manual_seed(seed), n)
 
 
 def p_value(observed: float, null: Float[Tensor, " draw"], *, smaller: bool = False) -> float:
     """Monte-Carlo p-value `(1 + #{null ≥ observed}) / (1 + draws)`, never 0 (Phipson and Smyth 2010).
 
-    `smaller`: count nulls at or below the observed value instead. Ties to within rounding count against the claim.
+    Nulls at or below the observed value count instead if `smaller`. Ties to within rounding count against the claim.
     """
     slack = 1e-12 * max(1.0, abs(observed))
     extreme = null <= observed + slack if smaller else null >= observed - slack
     return (1 + int(extreme.sum())) / (1 + len(null))
+
+
+def beside_null(value: float, null: Float[Tensor, " draw"], *, smaller: bool = False) -> dict[str, float]:
+    """A row's columns `value, null, null_low, null_high, p`: the null's mean and central 95 %, and the p-value."""
+    low, high = np.quantile(null.numpy(), [0.025, 0.975]).tolist()
+    p = p_value(value, null, smaller=smaller)
+    return {"value": value, "null": float(null.numpy().mean()), "null_low": low, "null_high": high, "p": p}
 
 
 def participation_ratio(energies: Float[Tensor, "*n width"]) -> Float[Tensor, "*n"]:

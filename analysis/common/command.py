@@ -1,4 +1,4 @@
-"""The frame of an analysis command: it opens the runs, logs or is quiet, and shows what was found.
+"""What all analysis commands share: they open the runs, log or are quiet, and show what was found.
 
 An analysis is a function of a `Subject` (or of all of them) and of its own options, which returns `Findings`. Its name
 and its question are listed in `analysis/index`, which is read without importing it.

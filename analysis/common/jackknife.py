@@ -17,21 +17,20 @@ import itertools
 import math
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments
+from spd_lens.subspaces import GradientMoments, diagonal_blocks
 
 MAX_HALVES = 128
 """Where there are more halves than this, as many are drawn at random; 8 shards have 70."""
 
 
 def filled(moments: GradientMoments) -> GradientMoments:
-    """Without the shards that hold no example; `SPDError` if fewer than two are left."""
+    """The moments without the shards that hold no example; `SPDError` if fewer than two are left."""
     chosen = [i for i, n in enumerate(moments.n_examples.tolist()) if n]
     if len(chosen) < 2:
         raise SPDError(
@@ -55,24 +54,25 @@ def halves(n_shards: int, seed: int = 0) -> Float[Tensor, "half shard"]:
     return rows
 
 
-def half_width(at_halves: Float[Tensor, "half ..."], n_shards: int, confidence: float = 0.95) -> Float[Tensor, "..."]:
-    """Half the width of the interval around a statistic of all shards, from its values on halves of them."""
+def half_width(at_halves: Float[Tensor, "half ..."], n_shards: int) -> Float[Tensor, "..."]:
+    """Half the width of the 95 % interval around a statistic of all shards, from its values on halves of them."""
     kept = n_shards // 2
     variance = at_halves.var(dim=0, correction=0) * kept / (n_shards - kept)
-    return variance.sqrt() * float(stats.t.ppf((1 + confidence) / 2, n_shards - 1))
+    return variance.sqrt() * float(stats.t.ppf(0.975, n_shards - 1))
+
+
+def around(value: Tensor, spread: Tensor, lowest: float = 0.0, highest: float = 1.0) -> dict[str, float]:
+    """A row's columns `value, low, high`, with the interval kept inside what the measure can be."""
+    middle, reach = value.item(), spread.item()
+    return {"value": middle, "low": max(lowest, middle - reach), "high": min(highest, middle + reach)}
 
 
 def shard_grams(
     moments: GradientMoments, site: Site, per_head: bool, of: str = "gradient"
 ) -> Float[Tensor, "shard block width width"]:
     """`Σ gᵀg` or `Σ xᵀx` of each shard, per head or as one joint block; their sum is `moments.blocks(...)`."""
-    gram = {"gradient": moments.gradient, "activation": moments.activation}[of][site]
-    heads = moments.n_heads[site] if per_head else 1
-    split = rearrange(
-        gram, "shard (head row) (other column) -> shard head other row column", head=heads, other=heads
-    )  # fmt: skip
-    blocks = split.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    return ((blocks + blocks.mT) / 2).contiguous()
+    grams = {"gradient": moments.gradient, "activation": moments.activation}[of][site]
+    return diagonal_blocks(grams, moments.n_heads[site] if per_head else 1)
 
 
 def summed(weights: Float[Tensor, "set shard"], shards: Float[Tensor, "shard ..."]) -> Float[Tensor, "set ..."]:

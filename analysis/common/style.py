@@ -8,6 +8,7 @@ from functools import cache
 from html import escape
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
@@ -16,7 +17,7 @@ from plotly.subplots import make_subplots
 from spd_lens.output import render, source
 
 PACKAGE = "spd_lens.analysis"
-"""Whose `templates/` hold the pages of the analyses."""
+"""The package in whose `templates/` the pages of the analyses are."""
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#666666")
 """Okabe and Ito's palette without yellow and black, which vanish on white and on black. Never the only distinction:
@@ -59,7 +60,7 @@ def figure(title: str, x: str, y: str, *, says: str = "") -> go.Figure:
 
 
 def panels(titles: Sequence[str], title: str, x: str, y: str, *, columns: int = 2, says: str = "") -> go.Figure:
-    """Several small figures that share their axes. Add to the n-th, from 0, with `**panel(n)`."""
+    """Several small figures that share their axes. Traces go to the n-th of them, counted from 0, by `**panel(n)`."""
     rows = -(-len(titles) // columns)
     fig = make_subplots(
         rows=rows, cols=columns, subplot_titles=list(titles), shared_xaxes="all", shared_yaxes="all",
@@ -83,10 +84,16 @@ def panel(n: int) -> dict[str, str]:
     return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
 
-def line(fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, **trace: Any) -> None:
+def line(
+    fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, symbol: str = "", size: int = 7,
+    **trace: Any,
+) -> None:  # fmt: skip
     """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
     color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
-    marker = {"symbol": "circle-open" if null else _nth(SYMBOLS, index), "size": 7}
+    shape = symbol or ("circle-open" if null else _nth(SYMBOLS, index))
+    marker = {"color": color, "symbol": shape, "size": size}
+    for axis in trace.keys() & {"error_x", "error_y"}:
+        trace[axis] = trace[axis] and {"color": color, **trace[axis]}
     kind = {"mode": "lines+markers", **trace}
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
 
@@ -95,13 +102,45 @@ def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: b
     """Add an interval as a pale band, without an entry in the legend; add it before its line."""
     color = NULL_COLOR if null else _nth(COLORS, index)
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **trace}
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", **trace, "showlegend": False}
     fig.add_trace(go.Scatter(x=x, y=high, **edge))
     fig.add_trace(go.Scatter(x=x, y=low, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.2)", **edge))
 
 
+def bars(value: pd.Series, low: pd.Series, high: pd.Series, **look: Any) -> dict[str, Any]:
+    """Intervals as plotly's error bars; no bar where there is no interval."""
+    up, down = (end.fillna(0.0).clip(lower=0.0) for end in (high - value, value - low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, **look}
+
+
 def _nth(values: Sequence[str], index: int) -> str:
     return values[index % len(values)]
+
+
+def panel_for_each(
+    frame: pd.DataFrame, by: str, title: str, x: str, y: str, *, says: str = ""
+) -> tuple[go.Figure, list[tuple[pd.DataFrame, dict[str, Any]]]]:
+    """`panels` for each site or kind of a table (`by`), and the rows of each with where their traces go.
+
+    The first panel alone has entries in the legend.
+    """
+    values = list(dict.fromkeys(frame[by]))
+    fig = panels([f"site {v}" if by == "site" else v.upper() for v in values], title, x, y, says=says)
+    return fig, [(frame[frame[by] == v], {**panel(n), "showlegend": n == 0}) for n, v in enumerate(values)]
+
+
+def middle_and_range(
+    fig: go.Figure, rows: pd.DataFrame, by: str, name: str, *, middle: str = "median", index: int = 0, **trace: Any
+) -> None:
+    """Add a line through the median or mean of the rows at each value of `by`, in a band from lowest to highest."""
+    table = rows.groupby(by).value.agg([middle, "min", "max"])
+    band(fig, table.index, table["min"], table["max"], index=index, **trace)
+    line(fig, table.index, table[middle], name, index=index, legendgroup=name, **trace)
+
+
+def log_axis(fig: go.Figure, ticks: Sequence[int]) -> None:
+    """Make the x axis logarithmic, with these ticks."""
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
 
 
 def page(
@@ -148,5 +187,5 @@ def plotly_script() -> str:
 
 
 def plain(text: str) -> str:
-    """Text for labels and hovers: plotly reads tags in them, and what comes from data or a model is not trusted."""
+    """Text for labels and hovers, without tags, which plotly would read in them: data and models are not trusted."""
     return escape(text, quote=False).replace("\n", "<br>")

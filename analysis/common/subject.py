@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from spd_lens.analysis.common.style import page
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.examples import Example
 from spd_lens.files import read_json, write_json, write_text
 from spd_lens.models import ModelPair
 from spd_lens.runs import Experiment, Run
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments, Subspace
+from spd_lens.subspaces import GradientMoments, Rank, Subspace
 from spd_lens.tasks import Task
+
+log = logging.getLogger(__name__)
 
 
 class Subject:
@@ -78,16 +81,34 @@ class Subject:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
         return self.experiment.moments(layers="all")
 
+    def shuffled_moments(self, seed: int, layers: Literal["all"] | None = None) -> GradientMoments | None:
+        """The null of shuffled answers: the same prompts with other examples' answers, at the run's layers or others.
+
+        None, and a warning, where most examples have one and the same answer.
+        """
+        try:
+            return self.experiment.moments(layers=layers, shuffled=True, seed=seed)
+        except SPDError as error:
+            log.warning("shuffled answers of %s left out: %s", self.name, error)
+            return None
+
+    def rank(self, text: str) -> Rank:
+        """A rank as it is written on a command line; the run's own if the text is empty."""
+        try:
+            return integer_or_fraction(text) if text else self.run.config.rank
+        except ValueError as error:
+            raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
+
     def save(
         self, name: str, frame: pd.DataFrame, figures: Sequence[go.Figure] = (), *, says: str = "", **facts: Any
     ) -> list[Path]:
-        """Write `analysis/NAME.csv`, `.json` (settings and provenance) and, with figures, one page `.html`.
+        """Write `analysis/NAME.csv`, `.json` (settings and provenance) and, if there are figures, one page `.html`.
 
         Args:
             name: Name of the analysis, with a suffix if it has several tables.
-            frame: Tidy: one row per measurement, units in `facts` or column names.
-            figures: Shown one under the other.
-            says: What the figures show, in a paragraph over them.
+            frame: A tidy table: one row per measurement, with units in `facts` or in the names of columns.
+            figures: Figures of the page, one under the other.
+            says: What the figures show, as a paragraph over them.
             facts: Settings of the analysis, for whoever reads the table later.
         """
         record = {"run": self.name, "model": self.run.config.model, "task": self.run.config.task, **facts}
@@ -98,7 +119,7 @@ class Subject:
         if figures:
             title = f"{name.replace('_', ' ').replace('-', ' ')} of {self.name}"
             written.append(write_text(self.folder / f"{name}.html", page(title, figures, says=says, facts=record)))
-        return [path for path in written if path is not None]
+        return written
 
     def saved(self, name: str) -> pd.DataFrame | None:
         """A table that an analysis left, or None."""
@@ -117,7 +138,7 @@ def place(site: Site, block: int, per_head: bool) -> dict[str, Any]:
 
 
 def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject]:
-    """Several runs; those of one model share one pair."""
+    """Several runs, of which those of one model share one pair."""
     found = [Subject(path, progress=progress) for path in paths]
     for subject in found[1:]:
         subject.experiment.models = found[0].experiment.models

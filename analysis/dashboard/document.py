@@ -18,12 +18,12 @@ from spd_lens.analysis.dashboard.rank_curves import (
     SiteDirections,
     Source,
     jackknife_band,
-    own_spectrum,
     shares,
     split_half,
 )
 from spd_lens.output import visible
 from spd_lens.sites import Site
+from spd_lens.subspaces import energies_of
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirectio
     if directions.energies is not None:
         curves["spectrum"] = directions.energies / directions.energies.sum(-1, keepdim=True).clamp_min(1e-300)
     if directions.activation is not None:
-        own = own_spectrum(directions.activation)
+        own = energies_of(directions.activation)
         curves["activation"] = shares(own)
         curves["activation_spectrum"] = own / own.sum(-1, keepdim=True).clamp_min(1e-300)
     if source.moments is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spd_lens.analysis.common import energy_by_rank, filled, half_width, sets, shard_grams, summed
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments, Subspace
+from spd_lens.subspaces import GradientMoments, Subspace, energies_of
 
 Vectors = Float[Tensor, "block width rank"]
 Gram = Float[Tensor, "block width width"]
@@ -102,11 +102,6 @@ def shares(energies: Float[Tensor, "block width"]) -> Curve:
     return (energies.cumsum(-1) / energies.sum(-1, keepdim=True)).clamp(0, 1).nan_to_num()
 
 
-def own_spectrum(gram: Gram) -> Float[Tensor, "block width"]:
-    """Eigenvalues of a Gram matrix, descending: what the activations' best directions would hold, as the null."""
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
-
-
 def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | None:
     """How much directions of one half of the examples hold of the other half's gradients, the mean of both ways.
 
@@ -135,6 +130,6 @@ def jackknife_band(moments: GradientMoments, site: Site, per_head: bool) -> tupl
     moments = filled(moments)
     grams = shard_grams(moments, site, per_head)
     # one set after the other: all of their Gram matrices at once take gigabytes where heads are many
-    value, *at_halves = (shares(own_spectrum(summed(chosen, grams))) for chosen in sets(moments.n_shards))
+    value, *at_halves = (shares(energies_of(summed(chosen, grams))) for chosen in sets(moments.n_shards))
     reach = half_width(torch.stack(at_halves), moments.n_shards)
     return (value - reach).clamp(0, 1), (value + reach).clamp(0, 1)

@@ -11,40 +11,35 @@ directions of that head: an unembedding makes some tokens of any direction, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 import typer
-from jaxtyping import Float
 from rich.table import Table
-from torch import Tensor
 
 from spd_lens.analysis.common import (
-    COLORS,
-    NULL_COLOR,
-    SYMBOLS,
     Findings,
     Subject,
     analysis,
+    beside_null,
     figure,
-    p_value,
+    line,
     pieces_of,
     place,
     spelled,
     tokens_of,
 )
-from spd_lens.analysis.directions.page import cards_page
+from spd_lens.analysis.directions.page import COMMON, cards_page
 from spd_lens.analysis.directions.readout import Directions, Unembedding
 from spd_lens.analysis.directions.sums import Tally, Vocabulary
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.files import write_text
 from spd_lens.models import Loss, ModelPair, neutrally
-from spd_lens.sites import Site, resolve_layers
+from spd_lens.output import terminal
+from spd_lens.sites import resolve_layers
 from spd_lens.subspaces import GradientMoments, token_gradients
 
 MEASURES: dict[str, str] = {
@@ -67,11 +62,12 @@ def read_directions(
     top: int = 8,
     n_random: int = 100,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
     loss: Loss = "aligned",
     engine: str = "lens",
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the leading `n` directions of every head at the sites of `moments` (keys and values).
+    """Read the leading `n` directions of every head, of keys and of values.
 
     Args:
         pair: The model that the moments were taken from.
@@ -81,6 +77,7 @@ def read_directions(
         top: Number of tokens per pole and query head, and of contexts per direction.
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
+        layers: Layers whose directions are read; None for all that the moments have.
         loss: The loss that was differentiated, as in `extract`.
         engine: The model that is run, as in `extract`.
         progress: Whether to show a progress bar.
@@ -99,7 +96,7 @@ def read_directions(
     Raises:
         SPDError: sites of other kinds, or an architecture that the read-out does not know.
     """
-    sites = [site for site in moments.sites if site.kind in ("k", "v")]
+    sites = [s for s in moments.sites if s.kind in ("k", "v") and (layers is None or s.layer in layers)]
     if not sites:
         raise SPDError("only directions of keys and values can be read, and the moments have neither")
     moments.fingerprint.check(pair.fingerprint, "the moments")
@@ -125,7 +122,7 @@ def read_directions(
                 sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
                 for name, value in values.items():
                     row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
-                    measures.append({**row, **_against(value[head, i].item(), chance[name][head])})
+                    measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
                 tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
 
@@ -158,20 +155,18 @@ def measure_figure(measures: pd.DataFrame, measure: str) -> go.Figure:
         f"{measure[0].upper()}{measure[1:]} of the leading directions", "site · head · direction", measure,
         says=f"{MEASURES[measure]}<br>{count}",
     )  # fmt: skip
-    names = [f"{r.site} · {r.head} · {r.direction}" for r in part.itertuples()]
+    names = part["site"] + " · " + part["head"] + " · " + part["direction"].astype(str)
     middle = (part["null_low"] + part["null_high"]) / 2
     reach = (part["null_high"] - part["null_low"]) / 2
-    fig.add_scatter(
-        x=names, y=middle, mode="markers", name="random directions, central 95 % (null)",
-        marker={"color": NULL_COLOR, "symbol": "line-ew-open", "size": 9},
-        error_y={"array": reach, "color": NULL_COLOR, "thickness": 5, "width": 0}, hoverinfo="skip",
+    line(
+        fig, names, middle, "random directions, central 95 % (null)", null=True, symbol="line-ew-open", size=9,
+        mode="markers", error_y={"array": reach, "thickness": 5, "width": 0}, hoverinfo="skip",
     )  # fmt: skip
     for i, (site, rows) in enumerate(part.groupby("site", sort=False)):
         hover = [f"{v:.3g}, random mean {m:.3g}, p = {p:.2g}" for v, m, p in rows[["value", "null", "p"]].to_numpy()]
-        fig.add_scatter(
-            x=[f"{r.site} · {r.head} · {r.direction}" for r in rows.itertuples()], y=rows["value"], mode="markers",
-            name=f"site {site}", text=hover, hovertemplate="%{x}: %{text}<extra></extra>",
-            marker={"color": COLORS[i % len(COLORS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+        line(
+            fig, names[rows.index], rows["value"], f"site {site}", index=i, size=9, mode="markers", text=hover,
+            hovertemplate="%{x}: %{text}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(legend={"y": 1.0, "yanchor": "bottom"}, margin_t=150, height=500)
     fig.update_xaxes(tickangle=-90, tickfont_size=11)
@@ -198,12 +193,10 @@ def say(measures: pd.DataFrame) -> str:
         ("query energy", "key directions match queries better than"),
     ):
         if measure in by:
-            part = by[measure]
-            beyond = int((part["value"] > part["null_high"]).sum())
-            expected = 0.025 * len(part)
+            beyond, expected = int((by[measure]["value"] > by[measure]["null_high"]).sum()), 0.025 * len(by[measure])
             much = "" if beyond > 3 * expected + 1 else ", which is near what chance gives"
             sentences.append(
-                f"{beyond} of {len(part)} {claim} 97.5 % of random directions of their head (by chance: "
+                f"{beyond} of {len(by[measure])} {claim} 97.5 % of random directions of their head (by chance: "
                 f"{expected:.1f}){much}."
             )
     return " ".join(sentences)
@@ -221,14 +214,11 @@ def main(
 ) -> Findings:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""
     config, examples, pair = subject.run.config, subject.calibration(), subject.pair
-    moments = subject.moments
-    if layers:
-        chosen = resolve_layers(layers, pair.n_layers)
-        if not {site.layer for site in moments.sites} >= set(chosen):
-            moments = subject.moments_everywhere()
-        moments = _at(moments, [site for site in moments.sites if site.layer in chosen])
+    moments, chosen = subject.moments, resolve_layers(layers, pair.n_layers) if layers else None
+    if chosen and not {site.layer for site in moments.sites} >= set(chosen):
+        moments = subject.moments_everywhere()
     measures, tokens = read_directions(
-        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, loss=config.loss,
+        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, layers=chosen, loss=config.loss,
         engine=config.engine, progress=subject.progress,
     )  # fmt: skip
     says = say(measures)
@@ -244,26 +234,8 @@ def main(
     return Findings(_table(subject.name, measures, tokens), says, paths)
 
 
-def _against(value: float, random: Float[Tensor, " n"]) -> dict[str, float]:
-    null = random.numpy()
-    low, high = np.quantile(null, [0.025, 0.975])
-    p = p_value(value, random)
-    return {"value": value, "null": null.mean(), "null_low": low, "null_high": high, "p": p}
-
-
-def _at(moments: GradientMoments, sites: Sequence[Site]) -> GradientMoments:
-    """The moments at some sites."""
-    parts: dict[str, Any] = {
-        name: {site: getattr(moments, name)[site] for site in sites}
-        for name in ("n_heads", "gradient", "activation", "activation_sum")
-    }
-    return replace(moments, **parts)
-
-
 def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
-    table = Table(
-        "site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by", title=f"directions · {name}"
-    )
+    table = []
     leading = measures[(measures["direction"] == 1) & (measures["measure"] == "energy share")]
     for row in leading.itertuples():
         mine = tokens[(tokens["site"] == row.site) & (tokens["head"] == row.head) & (tokens["direction"] == 1)]
@@ -272,7 +244,8 @@ def _table(name: str, measures: pd.DataFrame, tokens: pd.DataFrame) -> Table:
             return " ".join(repr(str(t)) for t in dict.fromkeys(rows["token"][:6])).replace("[", "\\[")
 
         role = "vocabulary" if row.kind == "v" else "query"
-        read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < 0.05)].sort_values("place")
+        read = mine[(mine["role"] == role) & (mine["pole"] == "+") & (mine["null"] < COMMON)].sort_values("place")
         pulls = mine[mine["role"] == "pull"]
-        table.add_row(row.site, row.head, f"{row.value:.2f}", listed(read), listed(pulls))
-    return table
+        table.append([row.site, row.head, str(row.direction), f"{row.value:.2f}", listed(read), listed(pulls)])
+    columns = ["site", "head", "direction", "energy share", "reads out (+ pole)", "pulled by"]
+    return terminal(columns, table, title=f"directions · {name}")

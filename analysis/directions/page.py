@@ -1,4 +1,4 @@
-"""Cards of singular directions, from site to head to direction: a page without scripts that is read top down."""
+"""Cards of singular directions, from site to head to direction: a page without scripts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spd_lens.output import render
 from spd_lens.spans import Piece
 
 COMMON = 0.05
-"""A read-out token that more than this share of the random poles of its head have too is shown pale: it says little
-on the direction."""
+"""A token that more than this share of the random poles of its head read out too is shown pale: it says little about
+the direction."""
 
 _KINDS = {"k": "keys", "v": "values"}
 
@@ -36,7 +36,7 @@ def cards_page(
         measures: The first frame of `read_directions`.
         tokens: The second frame of `read_directions`.
         examples: The calibration examples.
-        pieces: The tokens of the examples (`reading.pieces_of`).
+        pieces: The tokens of the examples (`pieces_of`).
         says: The findings, in sentences.
         model: Name of the model.
     """
@@ -86,7 +86,7 @@ def _card(
             facts.append((shown.format(value), f"random {null_number}, p {p:.2g}"))
 
     def contexts(title: str, rows: pd.DataFrame, number: Callable[[Any], str], pole: str = "") -> dict[str, Any]:
-        """Tokens in their contexts; each has a pole of its own unless the whole section is of one."""
+        """Tokens in their contexts; each has its own pole unless the whole section has one."""
         lines = [
             {
                 "pole": "" if pole else row.pole,

@@ -29,9 +29,9 @@ class Unembedding:
 
     weight: Float[Tensor, "d_vocab d_model"]
     gain: Float[Tensor, " d_model"]
-    """Measured and not read, since families differ in what they store (`w`, or `1 + w`)."""
+    """It is measured and not read, since families differ in what they store (`w`, or `1 + w`)."""
     centred: bool
-    """LayerNorm: takes the mean out first. RMSNorm does not."""
+    """Whether the mean is taken out first, as LayerNorm does and RMSNorm does not."""
 
     @classmethod
     def of(cls, hf: Any) -> Unembedding:

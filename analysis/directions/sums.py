@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,34 +21,31 @@ from spd_lens.subspaces import TokenGradients
 
 @dataclass
 class Tally:
-    """Sums over tokens for some directions of one site and, with `keep`, every token's pull and match."""
+    """Sums over tokens for some directions of one site and, with `keep`, the pull and the match of every token."""
 
     site: Site
     directions: Directions
     keep: bool = True
     examples: list[int] = field(default_factory=list)
-    signed: Float[Tensor, "head n"] | Any = 0.0
-    absolute: Float[Tensor, "head n"] | Any = 0.0
-    total: Float[Tensor, " head"] | Any = 0.0
+    sums: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
+    """Sums over all tokens, `[head, n]`; `total`, the gradient energy of the head, is `[head]`."""
     energies: list[Float[Tensor, "head n"]] = field(default_factory=list)
-    at_first: Float[Tensor, "head n"] | Any = 0.0
-    matched: Float[Tensor, "head n"] | Any = 0.0
-    aligned: Float[Tensor, "head n"] | Any = 0.0
+    """Energy along the directions, by example."""
     n_queries: int = 0
     pulls: list[Float[Tensor, "token head n"]] = field(default_factory=list)
     cosines: list[Float[Tensor, "token head group n"]] = field(default_factory=list)
 
     def add(self, hf: Any, rows: TokenGradients) -> None:
-        """One example's tokens."""
+        """Add one example's tokens."""
         heads = self.directions.shape[0]
         g = rearrange(rows.gradient[self.site].cpu(), "token (head d_head) -> token head d_head", head=heads)
         pull = -einsum(g, self.directions, "token head d_head, head d_head n -> token head n")
         self.examples.append(rows.index)
-        self.signed = self.signed + pull.sum(dim=0)
-        self.absolute = self.absolute + pull.abs().sum(dim=0)
-        self.total = self.total + g.square().sum(dim=(0, 2))
         self.energies.append(pull.square().sum(dim=0))
-        self.at_first = self.at_first + pull[0].square()
+        self.sums["signed"] += pull.sum(dim=0)
+        self.sums["absolute"] += pull.abs().sum(dim=0)
+        self.sums["total"] += g.square().sum(dim=(0, 2))
+        self.sums["at first"] += pull[0].square()
         if self.keep:
             self.pulls.append(pull)
         if self.site.kind == "k":
@@ -55,28 +53,29 @@ class Tally:
             flat = rows.activation[Site(self.site.layer, "q")]
             queries = rearrange(flat, "token (q_head d_head) -> token q_head d_head", d_head=d_head)
             cosine = matches(hf, self.site.layer, queries, self.directions).cpu()
-            self.matched = self.matched + cosine.square().sum(dim=(0, 2))
-            self.aligned = self.aligned + cosine.sum(dim=(0, 2))
+            self.sums["matched"] += cosine.square().sum(dim=(0, 2))
+            self.sums["aligned"] += cosine.sum(dim=(0, 2))
             self.n_queries += cosine.shape[0] * cosine.shape[2]
             if self.keep:
                 self.cosines.append(cosine.float())
 
     @property
     def signs(self) -> Float[Tensor, "head n"]:
-        """What turns each direction: values towards lower loss, keys towards the mean query."""
-        return torch.where((self.aligned if self.n_queries else self.signed) < 0, -1.0, 1.0).double()
+        """The sign that turns each direction: values towards lower loss, keys towards the mean query."""
+        return torch.where(self.sums["aligned" if self.n_queries else "signed"] < 0, -1.0, 1.0).double()
 
     def measures(self) -> dict[str, Float[Tensor, "head n"]]:
-        """All that needs no read-out."""
-        energy = torch.stack(self.energies)
+        """The measures that need no read-out."""
+        by_example, sums = torch.stack(self.energies), self.sums
+        energy = by_example.sum(dim=0)
         found = {
-            "energy share": energy.sum(dim=0) / self.total.clamp_min(1e-300)[:, None],
-            "one-sidedness": self.signed.abs() / self.absolute.clamp_min(1e-300),
-            "first-token share": self.at_first / energy.sum(dim=0).clamp_min(1e-300),
-            "effective examples": energy.sum(dim=0).square() / energy.square().sum(dim=0).clamp_min(1e-300),
+            "energy share": energy / sums["total"].clamp_min(1e-300)[:, None],
+            "one-sidedness": sums["signed"].abs() / sums["absolute"].clamp_min(1e-300),
+            "first-token share": sums["at first"] / energy.clamp_min(1e-300),
+            "effective examples": energy.square() / by_example.square().sum(dim=0).clamp_min(1e-300),
         }
         if self.n_queries:
-            found["query energy"] = self.matched / self.n_queries * self.directions.shape[1]
+            found["query energy"] = sums["matched"] / self.n_queries * self.directions.shape[1]
         return found
 
     def contexts(
@@ -110,8 +109,8 @@ class Vocabulary:
         self._pair, self._unembed, self._site, self._top = pair, unembed, site, top
 
     def __call__(self, directions: Directions) -> tuple[Float[Tensor, "head n"], dict[tuple[int, int], Tensor]]:
-        """Kurtosis, mean over query heads; and for each head and query head, in standard deviations and ids, the
-        first `top` of both poles: `[n, pole, 2, top]`."""
+        """The kurtosis, as the mean over query heads; and for each head and query head the first `top` tokens of both
+        poles, `[n, pole, 2, top]`: their logits in standard deviations, and their ids."""
         residual = written(self._pair.hf, self._site.layer, directions)
         heads, group, n, _ = residual.shape
         kurtosis = torch.zeros(heads, n, dtype=torch.float64)
@@ -132,7 +131,7 @@ class Vocabulary:
         random: Mapping[tuple[int, int], Tensor],
         ranks: Sequence[int],
     ) -> Iterable[dict[str, Any]]:
-        """The tokens of each head's leading directions, as many as its rank, beside how common they are at random."""
+        """Rows of tokens of each head's leading directions, as many as its rank, with how common they are at random."""
         for (head, query), best in found.items():
             ids, counts = random[head, query][:, :, 1].long().unique(return_counts=True)
             poles = 2 * len(random[head, query])
@@ -152,6 +151,6 @@ class Vocabulary:
 
 
 def _hardest(values: Sequence[Tensor], top: int) -> list[tuple[int, int, float]]:
-    """The largest value of each example behind its first token, descending: number of the example, position, value."""
+    """The largest value of each example after its first token, descending: number of the example, position, value."""
     best = [(n, 1 + int(v[1:].argmax()), float(v[1:].max())) for n, v in enumerate(values)]
     return sorted(best, key=lambda found: -found[2])[:top]

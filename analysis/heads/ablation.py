@@ -15,7 +15,7 @@ from spd_lens.evaluation import ForcedItem, exact_prefix, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
 from spd_lens.sites import Site
-from spd_lens.stats import Estimate, mean_interval, paired_difference
+from spd_lens.stats import mean_interval, paired_difference
 from spd_lens.subspaces import Policy, Subspace
 
 MEASURES = {"aligned_loss": "aligned loss, nats", "kl": "KL from base, nats per token"}
@@ -60,9 +60,9 @@ def head_effects(
         items: Held-out items with completion and spans.
         subspace: A subspace per head; each of its sites and heads is projected in turn.
         n_random: Number of random subspaces of the same rank in the same head; their effects are averaged per item.
-        seed: Seed of the first of them.
+        seed: Seed of the first random subspace; each further one has the next.
         batch_tokens: Padded tokens per batch.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per head, measure (`aligned_loss`: change from base; `kl`: KL(base || projected)) and `policy`:
@@ -92,13 +92,9 @@ def head_effects(
                 "difference": paired_difference(null.tolist(), own.tolist(), seed=seed),
             }
             common = {**place(site, head, per_head=True), "rank": subspace.ranks[site][head], "measure": measure}
-            rows += [{**common, "policy": policy, **_bounds(e)} for policy, e in estimates.items()]
-    return pd.DataFrame(rows)
+            rows += [{**common, "policy": policy, **estimate.to_row()} for policy, estimate in estimates.items()]
+    return pd.DataFrame(rows).astype({"low": float, "high": float})  # NaN where one item gives no interval
 
 
 def _per_item(items: Sequence[ForcedItem], measure: str) -> Float[Tensor, " item"]:
     return torch.tensor([getattr(item, measure) for item in items], dtype=torch.float64)
-
-
-def _bounds(estimate: Estimate) -> dict[str, float | int]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}

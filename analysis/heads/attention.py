@@ -19,7 +19,7 @@ from spd_lens.models import Loss, ModelPair, neutrally
 from spd_lens.subspaces import token_gradients
 
 _MAX_BYTES = 6_000_000
-"""Most bytes that all patterns of a page take together; base64 makes a third more of it."""
+"""Most bytes that all patterns of a page take together; base64 adds a third."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Attention:
     pattern: UInt8[np.ndarray, "layer head row pos"]
     """Attention times 255, of query heads."""
     gradient: dict[str, Float[Tensor, "head pos"]]
-    """`"14.k"` → gradient norm of each KV head at each token."""
+    """Gradient norm of each KV head at each token, by site, such as `"14.k"`."""
     group: int
     """Query heads per KV head."""
 
     def record(self) -> dict[str, Any]:
-        """The same as plain values for a page, with arrays as base64 of their bytes."""
+        """All of it as plain values for a page, with arrays as base64 of their bytes."""
         largest = {key: g.amax(dim=1).clamp_min(1e-300) for key, g in self.gradient.items()}
         return {
             "id": self.example.id,
@@ -89,16 +89,12 @@ def attention_of(
 
     Of long examples or many heads, only the last destinations are kept, so that the page stays small.
     """
-    if id is None:
-        example = min(examples, key=lambda e: len(pair.encode(e, loss).ids))
-    else:
-        named = [e for e in examples if e.id == id]
-        if not named:
-            raise SPDError(f"no calibration example is called {id!r}; one is called {examples[0].id!r}")
-        example = named[0]
+    named = examples if id is None else [example for example in examples if example.id == id]
+    if not named:
+        raise SPDError(f"no calibration example is called {id!r}; one is called {examples[0].id!r}")
+    example = min(named, key=lambda one: len(pair.encode(one, loss).ids))
     encoded = pair.encode(example, loss)
-    layers = range(pair.n_layers)
-    pattern = attention_patterns(pair, encoded.ids, layers)
+    pattern = attention_patterns(pair, encoded.ids, range(pair.n_layers))
     first = max(encoded.completion_start - 1, 0)
     last = max(encoded.scored)  # the last prediction is made right before it
     room = max(1, _MAX_BYTES // (pattern.shape[0] * pattern.shape[1] * pattern.shape[3]))
@@ -107,13 +103,11 @@ def attention_of(
     heads = pair.fingerprint.n_kv_heads
     gradient = {
         str(site): g.cpu().unflatten(1, (heads, -1)).norm(dim=2).T
-        for site, g in found.gradient.items()
-        if site.kind in ("k", "v")
-    }
-    pieces = tokens_of(pieces_of([example], pair.format, loss)[0])
+        for site, g in found.gradient.items() if site.kind in ("k", "v")
+    }  # fmt: skip
     return Attention(
         example=example,
-        tokens=[spelled(piece) for piece in pieces],
+        tokens=[spelled(piece) for piece in tokens_of(pieces_of([example], pair.format, loss)[0])],
         scored=list(encoded.scored),
         rows=rows,
         pattern=(255 * pattern[:, :, rows]).round().clamp(0, 255).to(torch.uint8).numpy(),

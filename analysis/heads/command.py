@@ -7,7 +7,6 @@ the same prompts carrying other answers, ablation with random subspaces of the s
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Any
 
 import pandas as pd
@@ -25,6 +24,7 @@ from spd_lens.analysis.common import (
     Findings,
     Subject,
     analysis,
+    around,
     filled,
     half_width,
     panel,
@@ -38,10 +38,10 @@ from spd_lens.analysis.heads.attention import attention_of
 from spd_lens.analysis.heads.page import heads_page
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
+from spd_lens.output import terminal
 from spd_lens.sites import Site, resolve_layers
-from spd_lens.subspaces import GradientMoments, resolve_rank
-
-log = logging.getLogger(__name__)
+from spd_lens.stats import bracketed
+from spd_lens.subspaces import GradientMoments
 
 
 def head_energy(moments: GradientMoments, null: GradientMoments | None = None) -> pd.DataFrame:
@@ -53,8 +53,8 @@ def head_energy(moments: GradientMoments, null: GradientMoments | None = None) -
 
     Returns:
         One row per head: `value`, a share that sums to 1 over layers and heads of a kind, with `low, high` (delete-half
-        jackknife over shards, `analysis.shardwise`); `uniform`, what every head would have if all were alike; `null`
-        and `ratio`, the share with shuffled answers and `value / null`.
+        jackknife over shards); `uniform`, what every head would have if all were alike; `null` and `ratio`, the share
+        with shuffled answers and `value / null`.
     """
     moments = filled(moments)
     rows = []
@@ -64,25 +64,23 @@ def head_energy(moments: GradientMoments, null: GradientMoments | None = None) -
         total = summed(sets(moments.n_shards), energy)
         share = total / total.sum(dim=1, keepdim=True).clamp_min(1e-300)
         width = half_width(share[1:], moments.n_shards)
-        chance = None
+        cells = [(site, head) for site in sites for head in range(moments.n_heads[site])]
+        rows_of_kind = [
+            {**place(site, head, per_head=True), **around(share[0, i], width[i]), "uniform": 1 / len(cells)}
+            for i, (site, head) in enumerate(cells)
+        ]
         if null is not None:
             other = torch.cat([_by_head(null, site).sum(dim=0) for site in sites])
-            chance = other / other.sum().clamp_min(1e-300)
-        cells = [(site, head) for site in sites for head in range(moments.n_heads[site])]
-        for i, (site, head) in enumerate(cells):
-            value, reach = share[0, i].item(), width[i].item()
-            row = {**place(site, head, per_head=True), "value": value, "low": max(0.0, value - reach)}
-            row |= {"high": min(1.0, value + reach), "uniform": 1 / len(cells)}
-            if chance is not None:
-                row |= {"null": chance[i].item(), "ratio": value / max(chance[i].item(), 1e-300)}
-            rows.append(row)
+            for row, chance in zip(rows_of_kind, (other / other.sum().clamp_min(1e-300)).tolist(), strict=True):
+                row |= {"null": chance, "ratio": row["value"] / max(chance, 1e-300)}
+        rows += rows_of_kind
     return pd.DataFrame(rows)
 
 
 def energy_map(energy: pd.DataFrame) -> go.Figure:
     """Layer × head maps of the energy shares, keys over values."""
     fig = _maps(
-        energy, "value", "Gradient energy of each KV head", "share of its kind’s energy",
+        energy, "Gradient energy of each KV head", "share of its kind’s energy",
         says=f"if all heads were alike, each would have {energy['uniform'].iloc[0]:.2%} of its kind's energy",
         hover=lambda r: f"{r.value:.2%} [{r.low:.2%}, {r.high:.2%}]"
         + (f", with other answers {r.null:.2%}" if hasattr(r, "null") else ""),
@@ -105,10 +103,10 @@ def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "differ
         "difference": f"One head at rank {rank}, its subspace minus a random one: {MEASURES[measure]}",
     }
     fig = _maps(
-        part, "value", titles[policy], "nats", marks=sure,
+        part, titles[policy], "nats", marks=sure,
         says=f"• the difference from random has a 95 % interval without 0: {sure.sum()} of {len(sure)} heads, "
         f"{0.05 * len(sure):.1f} expected by chance alone",
-        hover=lambda r: f"{r.value:.4f} [{r.low:.4f}, {r.high:.4f}]",
+        hover=lambda r: bracketed(r.value, r.low, r.high, 4),
     )  # fmt: skip
     if policy == "difference" or measure == "aligned_loss":
         fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmid": 0})
@@ -156,9 +154,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of shuffled answers and random subspaces.")] = 0,
 ) -> Findings:
     """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
-    pair, examples = subject.pair, subject.calibration()
+    pair, examples, directions = subject.pair, subject.calibration(), subject.rank(rank)
     moments = subject.moments_everywhere()
-    energy = head_energy(moments, _shuffled(subject, seed) if shuffled else None)
+    energy = head_energy(moments, subject.shuffled_moments(seed, "all") if shuffled else None)
     facts: dict[str, Any] = {"examples": len(examples), "items": n, "n_random": n_random, "seed": seed}
     subject.save("heads", energy, **facts)
     config = subject.run.config
@@ -170,7 +168,7 @@ def main(
     if layers != "none":
         chosen = resolve_layers(layers, pair.n_layers)
         sites = [site for site in moments.sites if site.layer in chosen and site.kind in ("k", "v")]
-        subspace = moments.subspace(_rank(rank, subject), per_head=True, sites=sites)
+        subspace = moments.subspace(directions, per_head=True, sites=sites)
         effects = head_effects(
             pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=subject.progress
         )
@@ -187,30 +185,8 @@ def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"
     return rearrange(squares, "shard (head d_head) -> shard head d_head", head=moments.n_heads[site]).sum(dim=2)
 
 
-def _shuffled(subject: Subject, seed: int) -> GradientMoments | None:
-    """Moments at all layers of the same prompts with other examples' answers: extracted once."""
-    try:
-        return subject.experiment.moments(layers="all", shuffled=True, seed=seed)
-    except SPDError as error:
-        log.warning("no null of shuffled answers: %s", error)
-        return None
-
-
-def _rank(text: str, subject: Subject) -> int | float:
-    if not text:
-        return subject.run.config.rank
-    try:
-        rank = float(text) if "." in text else int(text)
-    except ValueError as error:
-        raise SPDError(f"rank {text!r} is neither a number nor a fraction; write 16 or 0.5") from error
-    resolve_rank(rank, subject.pair.fingerprint.d_head)  # refused here, before anything is extracted
-    return rank
-
-
-def _maps(
-    frame: pd.DataFrame, column: str, title: str, unit: str, *, hover: Any, says: str = "", marks: Any = None
-) -> go.Figure:
-    """One map per kind, one under the other on one colour scale: layers along, heads up."""
+def _maps(frame: pd.DataFrame, title: str, unit: str, *, hover: Any, says: str, marks: Any = None) -> go.Figure:
+    """A map of the values for each kind, one under the other on one colour scale: layers along x, heads along y."""
     kinds = list(dict.fromkeys(frame["kind"]))
     names = {"k": "keys", "v": "values", "q": "queries"}
     fig = panels([names.get(kind, kind) for kind in kinds], title, "layer", "KV head", columns=1, says=says)
@@ -221,7 +197,7 @@ def _maps(
         cells = {(r.layer, r.head): r for r in part.itertuples()}
         grid = [[cells[layer, head] for layer in layers] for head in heads]
         fig.add_heatmap(
-            z=[[getattr(r, column) for r in row] for row in grid], x=[str(x) for x in layers], y=heads,
+            z=[[r.value for r in row] for row in grid], x=[str(x) for x in layers], y=heads,
             text=[["•" if marked.get(r.Index) else "" for r in row] for row in grid], texttemplate="%{text}",
             customdata=[[hover(r) for r in row] for row in grid], coloraxis="coloraxis", meta=kind, xgap=1, ygap=1,
             hovertemplate=f"layer %{{x}}, {kind.upper()} head %{{y}}: %{{customdata}}<extra></extra>",
@@ -234,8 +210,7 @@ def _maps(
 
 
 def _table(name: str, energy: pd.DataFrame, effects: pd.DataFrame | None) -> Table:
-    columns = ("layer.head", "kind", "energy share", "with other answers", "KL, subspace", "KL, random")
-    table = Table(*columns, title=f"heads · {name}")
+    table = []
     for _, part in energy.groupby("kind", sort=False):
         for r in part.sort_values("value", ascending=False).head(5).itertuples():
             kl = {"subspace": "–", "random": "–"}
@@ -243,5 +218,6 @@ def _table(name: str, energy: pd.DataFrame, effects: pd.DataFrame | None) -> Tab
                 mine = effects[(effects["site"] == r.site) & (effects["head"] == r.head) & (effects["measure"] == "kl")]
                 kl |= {e.policy: f"{e.value:.4f}" for e in mine.itertuples() if e.policy in kl}
             null = f"{r.null:.1%}" if hasattr(r, "null") else "–"
-            table.add_row(f"{r.layer}.{r.head}", r.kind, f"{r.value:.1%}", null, kl["subspace"], kl["random"])
-    return table
+            table.append([f"{r.layer}.{r.head}", r.kind, f"{r.value:.1%}", null, kl["subspace"], kl["random"]])
+    columns = ["layer.head", "kind", "energy share", "with other answers", "KL, subspace", "KL, random"]
+    return terminal(columns, table, title=f"heads · {name}")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.analysis.common import chance_cosine, mean_squared_cosine, p_value, place, principal_angles, random_bases
+from spd_lens.analysis.common import mean_squared_cosine, p_value, place, principal_angles, random_bases
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
 from spd_lens.subspaces import Subspace
@@ -27,7 +27,7 @@ def compare_subspaces(
 
     Args:
         a: Per head or joint, as `b`, at the same sites and of the same widths. Ranks may differ.
-        b: The other.
+        b: The other subspace.
         any_model: Allow subspaces of two models of one shape. Their coordinates mean the same only if one model was
             made from the other; for unrelated models chance is all there is to find.
         draws: Number of random subspaces for the null.
@@ -46,10 +46,8 @@ def compare_subspaces(
         where = {**place(site, block, a.per_head), "rank_a": x.shape[1], "rank_b": y.shape[1], "width": width}
         value = float(mean_squared_cosine(x, y))
         null = mean_squared_cosine(random, y)
-        rows.append(
-            {**where, "measure": COSINE, "value": value, "chance": chance_cosine(x.shape[1], y.shape[1], width),
-             "p_random": p_value(value, null)}
-        )  # fmt: skip
+        chance = max(x.shape[1], y.shape[1]) / width
+        rows.append({**where, "measure": COSINE, "value": value, "chance": chance, "p_random": p_value(value, null)})
         found = principal_angles(x, y).rad2deg()
         drawn = _angles_of_each(random, y)
         for name, q in ANGLES.items():
@@ -85,7 +83,7 @@ def angle_table(a: Subspace, b: Subspace, *, any_model: bool = False, draws: int
     return pd.DataFrame(rows)
 
 
-def check_comparable(a: Subspace, b: Subspace, *, any_model: bool = False) -> None:
+def check_comparable(a: Subspace, b: Subspace, *, any_model: bool) -> None:
     """Raise `SPDError` unless the two have the same sites and blocks, and are of one model or `any_model` is given."""
     check_sites("the first subspace", a.sites, "the second", b.sites)
     for site in a.sites:
@@ -130,7 +128,7 @@ def _blocks(a: Subspace, b: Subspace) -> list[tuple[Site, int, Float[Tensor, "wi
     """Blocks where both have a direction, without the padding."""
     found = []
     for site in a.sites:
-        for block, (rank_a, rank_b) in enumerate(zip(a.ranks[site], b.ranks[site], strict=True)):
-            if rank_a and rank_b:
-                found.append((site, block, a.bases[site][block, :, :rank_a], b.bases[site][block, :, :rank_b]))
+        for block, (x, y) in enumerate(zip(a.blocks(site), b.blocks(site), strict=True)):
+            if x.shape[1] and y.shape[1]:
+                found.append((site, block, x, y))
     return found

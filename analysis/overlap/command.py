@@ -1,12 +1,11 @@
-"""Do two subspaces hold each other's gradients? The command, and what it is made of, for notebooks.
+"""Do two subspaces hold each other's gradients? The command.
 
-`energy_overlap`, `permutation_test` and `held_by` compare moments, `compare_subspaces` and `angle_table` subspaces;
-`transfer` sets overlap against what projections do to losses. The figures are in `overlap_figures` and `transfer`.
+Moments are compared in `energy` and subspaces in `angles_table`; `transfer` sets overlap against what projections do to
+losses.
 """
 
 from __future__ import annotations
 
-import logging
 from itertools import combinations
 from typing import Annotated, Any
 
@@ -16,21 +15,15 @@ from rich.table import Table
 
 from spd_lens.analysis.common import Findings, Subject, analysis
 from spd_lens.analysis.overlap import figures as draw
-from spd_lens.analysis.overlap.angles_table import angle_table, check_comparable, compare_subspaces
-from spd_lens.analysis.overlap.energy import energy_overlap, held_by, permutation_test
-from spd_lens.analysis.overlap.transfer import transfer, transfer_figure, transfer_of, transfer_sentence
+from spd_lens.analysis.overlap.angles_table import angle_table, compare_subspaces
+from spd_lens.analysis.overlap.energy import energy_overlap, permutation_test
+from spd_lens.analysis.overlap.transfer import transfer_figure, transfer_of, transfer_sentence
 from spd_lens.errors import SPDError
 from spd_lens.output import terminal
-from spd_lens.subspaces import GradientMoments, Rank, resolve_rank
-
-__all__ = [
-    "angle_table", "check_comparable", "compare_subspaces", "energy_overlap", "held_by", "main", "permutation_test",
-    "transfer",
-]  # fmt: skip
-
-log = logging.getLogger(__name__)
+from spd_lens.subspaces import resolve_rank
 
 CURVE = (1, 2, 4, 8, 16, 32, 64)
+"""Ranks of the curves, as far as a block has them."""
 
 
 @analysis(
@@ -53,11 +46,13 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of exchanges and random subspaces.")] = 0,
 ) -> Findings:
     """How much of each other's gradient energy the subspaces of several runs hold, and what that says on transfer."""
-    moments = {subject.name: subject.moments for subject in found}
+    subject, moments = found[0], {one.name: one.moments for one in found}
     settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
-    chosen = _rank(rank)
-    leading = _directions(chosen, moments, joint)
-    wrong = _shuffled(found, seed) if shuffled else {}
+    first = subject.moments
+    site = first.sites[0]
+    leading = resolve_rank(subject.rank(rank), first.gradient[site].shape[-1] // (1 if joint else first.n_heads[site]))
+    nulls = {one.name: one.shuffled_moments(seed) for one in found} if shuffled else {}
+    wrong = {name: null for name, null in nulls.items() if null is not None}
     energy = energy_overlap(moments, sorted({*CURVE, leading}), shuffled=wrong, draws=draws, **settings)
     tests, angles, cosines = [], [], []
     for a, b in combinations(moments, 2):
@@ -74,16 +69,15 @@ def main(
     ]  # fmt: skip
     if not joint:
         figures.insert(1, draw.heat_map_figure(energy, leading, heads=True))
-    subject, says = found[0], [overlap_sentence(energy, exchanged, leading)]
+    says = [overlap_sentence(energy, exchanged, leading)]
     facts: dict[str, Any] = {
-        "runs": list(moments),
-        "rank": leading,
-        "permutations": permutations,
-        "draws": draws,
-        **settings,
-    }
+        "runs": list(moments), "rank": leading, "permutations": permutations, "draws": draws, **settings,
+    }  # fmt: skip
     if all_layers:
-        figures.insert(1, _layers(found, leading, facts))
+        everywhere = {one.name: one.moments_everywhere() for one in found}
+        by_layer = energy_overlap(everywhere, (leading,), draws=99, **settings)
+        subject.save("overlap-layers", by_layer, **facts)
+        figures.insert(1, draw.layers_figure(by_layer, leading))
     try:
         points = transfer_of(found)
     except SPDError as error:  # runs that were not evaluated on each other's tasks
@@ -106,8 +100,10 @@ def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -
     own, other = mine[mine.a == mine.b], mine[mine.a != mine.b]
     above = int((other.p_random < 0.05).sum())
     pairs = exchanged[exchanged.site == "all"]
-    differ = [f"{row.pair} (p = {row.p_permutation:.2g})" for row in pairs.itertuples() if row.p_permutation < 0.05]
-    same = [f"{row.pair} (p = {row.p_permutation:.2g})" for row in pairs.itertuples() if row.p_permutation >= 0.05]
+    differ, same = (
+        [f"{row.pair} (p = {row.p_permutation:.2g})" for row in some.itertuples()]
+        for some in (pairs[pairs.p_permutation < 0.05], pairs[pairs.p_permutation >= 0.05])
+    )
     text = (
         f"{rank} of {int(mine.width.iloc[0])} directions of another domain hold {other.value.mean():.2f} of a domain's "
         f"gradient energy, those of its own other half {own.value.mean():.2f}, random ones {mine.chance.mean():.3g} "
@@ -121,37 +117,6 @@ def overlap_sentence(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -
     if same:
         text += f"Not told apart from one pool: {', '.join(same)}. "
     return text.strip()
-
-
-def _shuffled(found: list[Subject], seed: int) -> dict[str, GradientMoments]:
-    """Where answers can be shuffled: the nulls that `spectra` extracts, or has."""
-    moments = {}
-    for subject in found:
-        try:
-            moments[subject.name] = subject.experiment.moments(shuffled=True, seed=seed)
-        except SPDError as error:  # most examples have one and the same answer
-            log.warning("shuffled answers of %s left out: %s", subject.name, error)
-    return moments
-
-
-def _layers(found: list[Subject], rank: int, facts: dict[str, Any]) -> Any:
-    everywhere: dict[str, GradientMoments] = {one.name: one.moments_everywhere() for one in found}
-    frame = energy_overlap(everywhere, (rank,), per_head=facts["per_head"], draws=99, seed=facts["seed"])
-    found[0].save("overlap-layers", frame, **facts)
-    return draw.layers_figure(frame, rank)
-
-
-def _directions(rank: Rank, moments: dict[str, GradientMoments], joint: bool) -> int:
-    first = next(iter(moments.values()))
-    site = first.sites[0]
-    return resolve_rank(rank, first.gradient[site].shape[-1] // (1 if joint else first.n_heads[site]))
-
-
-def _rank(text: str) -> Rank:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
 
 
 def _table(energy: pd.DataFrame, exchanged: pd.DataFrame, rank: int) -> Table:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.analysis.common import (
+    around,
+    beside_null,
     energy_by_rank,
     energy_share,
     filled,
@@ -79,12 +80,10 @@ def energy_overlap(
         if name not in moments or not torch.equal(one.n_examples, moments[name].n_examples):
             raise SPDError(f"the shuffled moments {name!r} are not of the same shards as a domain of that name")
     for site in first.sites:
-        parts = {name: _Halves(shard_grams(one, site, per_head), one.dtype, seed) for name, one in moments.items()}
-        used = {
-            name: _Halves(shard_grams(one, site, per_head, "activation"), one.dtype, seed)
-            for name, one in moments.items()
-        }
-        null = {name: _Halves(shard_grams(one, site, per_head), one.dtype, seed) for name, one in wrong.items()}
+        parts, used, null = (
+            {name: _Halves(shard_grams(one, site, per_head, what), one.dtype, seed) for name, one in of.items()}
+            for of, what in ((moments, "gradient"), (moments, "activation"), (wrong, "gradient"))
+        )
         width = parts[names[0]].whole.shape[-1]
         kept = sorted({resolve_rank(rank, width) for rank in ranks if isinstance(rank, float) or rank <= width})
         random = random_bases(draws, width, max(kept), seed)
@@ -115,7 +114,7 @@ def permutation_test(
 
     Args:
         a: Moments with about as many examples per shard as `b`: otherwise shards are not exchangeable.
-        b: The other domain's.
+        b: Moments of the other domain.
         rank: Rank of both subspaces.
         per_head: Subspaces per head, or joint.
         permutations: Number of random exchanges. The smallest possible p-value is `1 / (1 + permutations)`.
@@ -149,13 +148,8 @@ def permutation_test(
     found.append((everywhere, torch.stack([values for _, values in found]).mean(dim=0)))
     rows = []
     for where, values in found:
-        null = values[1:]
-        low, high = np.quantile(null.numpy(), [0.025, 0.975])
-        rows.append(
-            {**where, "value": float(values[0]), "null": float(null.mean()), "null_low": float(low),
-             "null_high": float(high), "p_permutation": p_value(float(values[0]), null, smaller=True)}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+        rows.append({**where, **beside_null(float(values[0]), values[1:], smaller=True)})
+    return pd.DataFrame(rows).rename(columns={"p": "p_permutation"})
 
 
 def held_by(subspace: Subspace, moments: GradientMoments) -> pd.DataFrame:
@@ -179,11 +173,10 @@ def held_by(subspace: Subspace, moments: GradientMoments) -> pd.DataFrame:
         whole = energy_share(basis, shards.sum(dim=0))
         spread = half_width(energy_share(basis, summed(halves(moments.n_shards), shards)), moments.n_shards)
         for block, rank in enumerate(subspace.ranks[site]):
-            value, error = float(whole[block]), float(spread[block])
-            if np.isfinite(value):
+            if torch.isfinite(whole[block]):
                 rows.append(
-                    {**place(site, block, subspace.per_head), "rank": rank, "width": basis.shape[1], "value": value,
-                     "low": max(0.0, value - error), "high": min(1.0, value + error), "chance": rank / basis.shape[1]}
+                    {**place(site, block, subspace.per_head), "rank": rank, "width": basis.shape[1],
+                     **around(whole[block], spread[block]), "chance": rank / basis.shape[1]}
                 )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -195,44 +188,35 @@ class _Halves:
         self.n_shards = len(shards)
         weights = halves(self.n_shards, seed)
         self.whole = shards.sum(dim=0)
-        self._held = summed(weights, shards)
-        self._others = summed(1 - weights, shards)
-        self._directions, self._all_directions = (
-            BlockSpectrum.of(gram).known(dtype)[1] for gram in (self._held, self.whole)
+        self.held = summed(weights, shards)
+        self.others = summed(1 - weights, shards)
+        self.directions, self.all_directions = (
+            BlockSpectrum.of(gram).known(dtype)[1] for gram in (self.held, self.whole)
         )
-
-    def energy_of(
-        self, other: _Halves, *, same: bool
-    ) -> tuple[Float[Tensor, "half block rank"], Float[Tensor, "block rank"]]:
-        """What directions from halves of this hold of halves of the other's energy, by rank; and whole of whole.
-
-        `same`: both are of the same examples, so the other's complementary halves are taken.
-        """
-        if same:
-            energies = other._others
-        else:
-            # another half of the other domain beside each half of this one, in a fixed order
-            order = torch.randperm(len(other._held), generator=torch.Generator().manual_seed(0))
-            energies = other._held[order]
-        n = min(len(self._directions), len(energies))
-        return energy_by_rank(self._directions[:n], energies[:n]), energy_by_rank(self._all_directions, other.whole)
 
     def shares_of(
         self, other: _Halves, by_chance: Float[Tensor, "draw block rank"], ranks: Sequence[int], *, same: bool
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """`energy_of` at some ranks with its interval, for the blocks with gradients in both domains."""
-        at_halves, full = self.energy_of(other, same=same)
+        """What this domain's directions hold of the other's energy at some ranks, for blocks with gradients in both.
+
+        Where both are of the `same` examples, the other's complementary halves are taken.
+        """
+        energies = other.others
+        if not same:  # another half of the other domain beside each half of this one, in a fixed order
+            energies = other.held[torch.randperm(len(other.held), generator=torch.Generator().manual_seed(0))]
+        n = min(len(self.directions), len(energies))
+        at_halves = energy_by_rank(self.directions[:n], energies[:n])
+        full = energy_by_rank(self.all_directions, other.whole)
         spread = half_width(at_halves, min(self.n_shards, other.n_shards))
         width = self.whole.shape[-1]
         for block in range(full.shape[0]):
             if bool(torch.isfinite(at_halves[:, block]).all()):
                 for rank in ranks:
                     at = (block, rank - 1)
-                    value, error, held = float(at_halves[:, *at].mean()), float(spread[at]), float(full[at])
+                    held = float(full[at])
                     yield block, {
-                        "rank": rank, "width": width, "value": value, "low": max(0.0, value - error),
-                        "high": min(1.0, value + error), "chance": rank / width, "full": held,
-                        "p_random": p_value(held, by_chance[:, *at]),
+                        "rank": rank, "width": width, **around(at_halves[:, *at].mean(), spread[at]),
+                        "chance": rank / width, "full": held, "p_random": p_value(held, by_chance[:, *at]),
                     }  # fmt: skip
 
 

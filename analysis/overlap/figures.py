@@ -1,20 +1,32 @@
-"""Figures of overlaps: each from one of the tables of `overlap_energy` and `subspace_pairs`."""
+"""Figures of overlaps, each from one of the tables of `energy` and `angles_table`."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import combinations
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import SEQUENTIAL, band, figure, line, panel, panels, plain
+from spd_lens.analysis.common import (
+    SEQUENTIAL,
+    band,
+    bars,
+    figure,
+    line,
+    log_axis,
+    middle_and_range,
+    panel,
+    panel_for_each,
+    panels,
+    plain,
+)
 
 OWN, OTHER, CHANCE = "own other half (ceiling)", "another domain", "chance: rank / width"
 NULLS = {"shuffled": "own prompts, shuffled answers", "activations": "own activations"}
 _SYMBOLS = {"shuffled": "square-open", "activations": "diamond-open"}
 
 
-def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, columns: int = 4) -> go.Figure:
+def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False) -> go.Figure:
     """Domain × domain maps of the energy share at one rank: a panel per site (mean over heads), or per site and head.
 
     Rows are the subspace's domain, columns the domain whose gradients it should hold; the diagonal is the ceiling.
@@ -31,7 +43,7 @@ def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, colu
         f"Share of a domain's gradient energy in {rank} of {int(mine.width.iloc[0])} directions of another's",
         "gradients of",
         "subspace of",
-        columns=3 if heads else min(columns, len(groups)),
+        columns=3 if heads else min(4, len(groups)),
         says=f"{'' if heads else 'mean over heads; lower rows: nulls; '}diagonal: two halves of one domain (ceiling); "
         f"chance is {chance:.3g}",
     )
@@ -58,33 +70,26 @@ def heat_map_figure(frame: pd.DataFrame, rank: int, *, heads: bool = False, colu
 
 def energy_figure(frame: pd.DataFrame) -> go.Figure:
     """Energy share against rank, a panel per site: own other half, other domains (mean and range), chance."""
-    sites = list(dict.fromkeys(frame.site))
-    fig = panels(
-        [f"site {site}" for site in sites],
+    fig, sites = panel_for_each(
+        frame,
+        "site",
         "Gradient energy held by a domain's own subspace and by the others'",
         "rank (directions, log scale)",
         "energy share tr(P C)/tr C",
         says="mean over heads and domains; bands: lowest to highest pair of domains; grey: nulls",
     )
-    pairs = frame.groupby(["site", "of", "a", "b", "rank"], as_index=False)[["value", "chance"]].mean()
-    for n, site in enumerate(sites):
-        axes: dict[str, Any] = panel(n)
-        here = {**axes, "showlegend": n == 0}
-        every = pairs[pairs.site == site]
-        rows = every[every.of == "domain"]
-        for index, (name, part) in enumerate({OWN: rows[rows.a == rows.b], OTHER: rows[rows.a != rows.b]}.items()):
-            table = part.groupby("rank").value.agg(["mean", "min", "max"])
-            band(fig, table.index, table["min"], table["max"], index=index, **axes)
-            line(fig, table.index, table["mean"], name, index=index, legendgroup=name, **here)
+    for part, here in sites:
+        pairs = part.groupby(["of", "a", "b", "rank"], as_index=False)[["value", "chance"]].mean()
+        rows = pairs[pairs.of == "domain"]
+        for index, (name, own) in enumerate({OWN: rows.a == rows.b, OTHER: rows.a != rows.b}.items()):
+            middle_and_range(fig, rows[own], "rank", name, middle="mean", index=index, **here)
         for of, name in NULLS.items():
-            null = every[(every.of == of) & (every.a == every.b)].groupby("rank").value.mean()
+            null = pairs[(pairs.of == of) & (pairs.a == pairs.b)].groupby("rank").value.mean()
             if not null.empty:
-                line(fig, null.index, null, name, null=True, legendgroup=name, **here)
-                fig.data[-1].marker.symbol = _SYMBOLS[of]
+                line(fig, null.index, null, name, null=True, symbol=_SYMBOLS[of], legendgroup=name, **here)
         chance = rows.groupby("rank").chance.mean()
         line(fig, chance.index, chance, CHANCE, null=True, legendgroup=CHANCE, **here)
-    ticks = sorted(set(frame["rank"]))
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+    log_axis(fig, sorted(set(frame["rank"])))
     fig.update_yaxes(range=[0, 1.03])
     return fig
 
@@ -92,28 +97,23 @@ def energy_figure(frame: pd.DataFrame) -> go.Figure:
 def layers_figure(frame: pd.DataFrame, rank: int) -> go.Figure:
     """Energy share by layer at one rank, a panel per kind: each two domains (both ways), the ceiling, chance."""
     mine = frame[(frame["rank"] == rank) & (frame.of == "domain")]
-    kinds = list(dict.fromkeys(mine.kind))
-    fig = panels(
-        [kind.upper() for kind in kinds],
+    fig, kinds = panel_for_each(
+        mine,
+        "kind",
         f"Overlap by layer, {rank} of {int(mine.width.iloc[0])} directions",
         "layer (block index)",
         "energy share tr(P C)/tr C",
         says="mean over heads, and over both directions of a pair; grey: ceiling (own other half) and chance",
     )
-    means = mine.groupby(["kind", "layer", "a", "b"], as_index=False)[["value", "chance"]].mean()
-    for n, kind in enumerate(kinds):
-        here: dict[str, Any] = {**panel(n), "showlegend": n == 0}
-        rows = means[means.kind == kind]
+    for part, here in kinds:
+        rows = part.groupby(["layer", "a", "b"], as_index=False)[["value", "chance"]].mean()
         own = rows[rows.a == rows.b].groupby("layer").value.mean()
-        line(fig, own.index, own, OWN, null=True, legendgroup=OWN, **here)
-        fig.data[-1].marker.symbol = "diamond-open"
+        line(fig, own.index, own, OWN, null=True, symbol="diamond-open", legendgroup=OWN, **here)
         chance = rows.groupby("layer").chance.mean()
         line(fig, chance.index, chance, CHANCE, null=True, legendgroup=CHANCE, **here)
-        names = list(dict.fromkeys(rows.a))
-        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        for index, pair in enumerate(pairs):
-            part = rows[(rows.a != rows.b) & rows.a.isin(pair) & rows.b.isin(pair)]
-            table = part.groupby("layer").value.mean()
+        for index, pair in enumerate(combinations(sorted(set(rows.a)), 2)):
+            both_ways = rows[(rows.a != rows.b) & rows.a.isin(pair) & rows.b.isin(pair)]
+            table = both_ways.groupby("layer").value.mean()
             name = " – ".join(plain(one) for one in pair)
             line(fig, table.index, table, name, index=index, legendgroup=name, **here)
     fig.update_yaxes(range=[0, 1.03])
@@ -122,21 +122,17 @@ def layers_figure(frame: pd.DataFrame, rank: int) -> go.Figure:
 
 def angles_figure(frame: pd.DataFrame) -> go.Figure:
     """Principal angles of pairs of subspaces (column `pair`) by number, a panel per site, against random subspaces."""
-    sites = list(dict.fromkeys(frame.site))
-    fig = panels(
-        [f"site {site}" for site in sites],
+    fig, sites = panel_for_each(
+        frame,
+        "site",
         "Principal angles between domains' subspaces",
         "number of the angle",
         "angle (degrees)",
         says="mean over heads; grey: random subspaces of this rank, with the range of 95 % of one head's",
     )
-    columns = ["value", "chance", "random_low", "random_high"]
-    for n, site in enumerate(sites):
-        axes: dict[str, Any] = panel(n)
-        here = {**axes, "showlegend": n == 0}
-        rows = frame[frame.site == site]
-        null = rows.groupby("number")[columns].mean()
-        band(fig, null.index, null.random_low, null.random_high, null=True, **axes)
+    for rows, here in sites:
+        null = rows.groupby("number")[["chance", "random_low", "random_high"]].mean()
+        band(fig, null.index, null.random_low, null.random_high, null=True, **here)
         line(fig, null.index, null.chance, "random subspaces", null=True, legendgroup="random", **here)
         for index, pair in enumerate(dict.fromkeys(rows.pair)):
             table = rows[rows.pair == pair].groupby("number").value.mean()
@@ -155,14 +151,10 @@ def exchange_figure(frame: pd.DataFrame) -> go.Figure:
         says="grey: after exchanging shards between the two domains, mean and 95 %; to the left of it: they differ",
     )
     labels = [plain(pair) for pair in mine.pair]
-    bars = {
-        "type": "data", "symmetric": False, "array": mine.null_high - mine.null,
-        "arrayminus": mine.null - mine.null_low,
-    }  # fmt: skip
-    line(fig, mine.null, labels, "shards exchanged", null=True, mode="markers", error_x=bars)
+    exchanged = bars(mine.null, mine.null_low, mine.null_high)
+    line(fig, mine.null, labels, "shards exchanged", null=True, mode="markers", error_x=exchanged)
     text = [f"p = {p:.2g}" for p in mine.p_permutation]
-    line(fig, mine.value, labels, "as it is", mode="markers+text", text=text, textposition="middle right")
-    fig.data[-1].marker.size = 11
+    line(fig, mine.value, labels, "as it is", size=11, mode="markers+text", text=text, textposition="middle right")
     fig.update_yaxes(autorange="reversed", type="category")
     fig.update_layout(height=240 + 60 * len(mine), margin={"l": 140, "b": 110}, legend={"y": -0.45})
     return fig

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from spd_lens.analysis.common import SYMBOLS, Subject, figure, line, p_value, plain
+from spd_lens.analysis.common import Subject, bars, figure, line, p_value, plain
 from spd_lens.analysis.overlap.energy import held_by
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem
@@ -20,10 +20,10 @@ from spd_lens.stats import paired_difference
 from spd_lens.subspaces import GradientMoments, Subspace
 
 MANY = 10
-"""Domains from which on a link between overlap and transfer could be concluded at all."""
+"""The smallest number of domains from which a link between overlap and transfer can be concluded at all."""
 
 _BESIDE = ("middle right", "middle left", "top center", "bottom center")
-"""Where a target's points have their labels, so that those of nearby points stay apart."""
+"""Where the points of a target have their labels, by number of the target: labels of near points stay apart."""
 
 Effects = Mapping[str, Sequence[ForcedItem]]
 """Teacher-forced items by policy (`base`, `projected`, `random-0`, ...), as `Run.effects` has them."""
@@ -137,12 +137,10 @@ def transfer_figure(frame: pd.DataFrame) -> go.Figure:
     for index, target in enumerate(dict.fromkeys(frame.b)):
         rows = frame[(frame.b == target) & (frame.of == "projected")]
         line(
-            fig, rows.energy, rows.change, f"on {plain(target)}", index=index, mode="markers+text",
+            fig, rows.energy, rows.change, f"on {plain(target)}", index=index, size=11, mode="markers+text",
             text=[plain(a) for a in rows.a], textposition=_BESIDE[index % len(_BESIDE)],
-            error_y={"type": "data", "symmetric": False, "array": rows.high - rows.change,
-                     "arrayminus": rows.change - rows.low},
+            error_y=bars(rows.change, rows.low, rows.high),
         )  # fmt: skip
-        fig.data[-1].marker.update(size=11, symbol=SYMBOLS[index % len(SYMBOLS)])
     fig.add_hline(y=0, line={"color": "#999999", "width": 1})
     fig.update_xaxes(range=[max(0.0, frame.energy.min() - 0.05), 1.08])
     fig.update_layout(height=520)

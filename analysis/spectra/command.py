@@ -1,7 +1,4 @@
-"""How low-rank are the gradients? The command, and what it is made of, for notebooks.
-
-`spectrum`, `effective_ranks` and `activation_kept` take moments and return tables; figures are in `spectra_figures`.
-"""
+"""How low-rank are the gradients? The command."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from spd_lens.analysis.common import Findings, Subject, analysis
@@ -26,11 +22,8 @@ from spd_lens.analysis.spectra.measures import (
     rank_difference,
     spectrum,
 )
-from spd_lens.errors import SPDError
 from spd_lens.output import terminal
 from spd_lens.stats import difference_sentence
-
-__all__ = ["activation_kept", "effective_ranks", "headline", "main", "rank_difference", "spectrum"]
 
 
 @analysis()
@@ -45,21 +38,16 @@ def main(
     """How low-rank the gradients are: spectra, effective ranks and kept activation energy, with their nulls."""
     moments = subject.moments
     sources = {source: moments for source in (GRADIENTS, ACTIVATIONS, CENTRED)}
-    says = []
-    if shuffled:
-        try:
-            sources[SHUFFLED] = subject.experiment.moments(shuffled=True, seed=seed)
-        except SPDError as error:  # most examples have one and the same answer
-            Console().print(f"shuffled answers left out: {error}", highlight=False, markup=False)
-    spectra, ranks = [], []
-    for per_head in (True, False):
-        for source in SOURCES:
-            if source in sources:
-                spectra.append(spectrum(sources[source], per_head=per_head, source=source))
-                ranks.append(effective_ranks(sources[source], per_head=per_head, source=source))
-    curves, table = pd.concat(spectra, ignore_index=True), pd.concat(ranks, ignore_index=True)
+    if shuffled and (wrong := subject.shuffled_moments(seed)) is not None:
+        sources[SHUFFLED] = wrong
+    chosen = [
+        (sources[source], {"per_head": per_head, "source": source})
+        for per_head in (True, False) for source in SOURCES if source in sources
+    ]  # fmt: skip
+    curves = pd.concat([spectrum(of, **how) for of, how in chosen], ignore_index=True)
+    table = pd.concat([effective_ranks(of, **how) for of, how in chosen], ignore_index=True)
     kept = pd.concat([activation_kept(moments, per_head=p, draws=draws, seed=seed) for p in (True, False)])
-    says.append(headline(table[table["head"] != "all"]))
+    says = [headline(table[table["head"] != "all"])]
     if SHUFFLED in sources:
         change = rank_difference(sources[GRADIENTS], sources[SHUFFLED])
         measure = "Entropy rank of gradients of right and of shuffled answers"

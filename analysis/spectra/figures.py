@@ -1,4 +1,4 @@
-"""Figures of spectra: each from one of the tables of `spectra_measures`."""
+"""Figures of spectra, each from one of the tables of `measures`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import band, figure, line, panel, panels
+from spd_lens.analysis.common import band, bars, figure, line, log_axis, middle_and_range, panel_for_each
 from spd_lens.analysis.spectra.measures import (
     ACTIVATIONS,
     CENTRED,
@@ -17,6 +17,7 @@ from spd_lens.analysis.spectra.measures import (
     NULLS,
     SHUFFLED,
     SINGULAR,
+    widths,
 )
 from spd_lens.subspaces import Rank, resolve_rank
 
@@ -32,8 +33,9 @@ _SHOWN = tuple(sorted({round(2 ** (i / 2)) for i in range(30)}))
 def cumulative_figure(curves: pd.DataFrame, *, per_head: bool = True) -> go.Figure:
     """Energy share against rank, a panel per site: each head, the held-out mean over heads, the nulls' means."""
     mine = _thinned(curves[(curves["head"] != "all") == per_head])
-    fig, sites = _site_panels(
+    fig, sites = panel_for_each(
         mine,
+        "site",
         "How much of the gradient energy the leading directions hold",
         "rank (directions, log scale)",
         "share of energy ‖G‖²",
@@ -47,7 +49,7 @@ def cumulative_figure(curves: pd.DataFrame, *, per_head: bool = True) -> go.Figu
         name = "held-out half"
         line(fig, held["rank"], held.value, name, index=used, legendgroup=name, **here)
         _nulls(fig, part[part.measure == ENERGY], here)
-    _log_ranks(fig, curves.width.max() if not per_head else mine.width.max())
+    _log_ranks(fig, mine.width.max())
     fig.update_yaxes(range=[0, 1.03])
     fig.add_hline(y=0.9, line={"color": "#999999", "width": 1})
     return fig
@@ -57,15 +59,16 @@ def singular_figure(curves: pd.DataFrame) -> go.Figure:
     """Singular values relative to the largest, per site; the median over heads, with the nulls."""
     mine = _thinned(curves[(curves["head"] != "all") & (curves.measure == SINGULAR)])
     mine = mine.assign(value=mine.value / mine.groupby(["site", "head", "source"]).value.transform("max"))
-    fig, sites = _site_panels(
+    fig, sites = panel_for_each(
         mine,
+        "site",
         "Singular values, relative to the largest",
         "number of the singular value (log scale)",
         "σ / σ₁ (log scale)",
         says="gradients: median over heads, band from lowest to highest head; grey: nulls, mean over heads",
     )
     for part, here in sites:
-        _range_over_heads(fig, part[part.source == GRADIENTS], here, GRADIENTS)
+        middle_and_range(fig, part[part.source == GRADIENTS], "rank", GRADIENTS, **here)
         _nulls(fig, part, here)
     _log_ranks(fig, mine.width.max())
     fig.update_yaxes(type="log", exponentformat="power", dtick=1)
@@ -75,10 +78,9 @@ def singular_figure(curves: pd.DataFrame) -> go.Figure:
 def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> go.Figure:
     """An effective rank of every site and head with its interval, beside the nulls."""
     mine = ranks[(ranks.measure == measure) & (ranks["head"] != "all")]
-    widths = "/".join(str(width) for width in sorted(set(mine.width)))
     fig = figure(
         "How many directions hold 90 % of the energy" if "90" in measure else measure.capitalize(),
-        f"directions of {widths} (log scale)",
+        f"directions of {widths(mine)} (log scale)",
         "site · head",
         says="bars: 95 %, delete-half jackknife over shards; grey: nulls",
     )
@@ -92,11 +94,9 @@ def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> g
         # nulls below the gradients' line, so that equal values do not hide one another
         line(
             fig, part.value, [y + _BELOW.get(source, 0.0) for y in here], source, null=null, mode="markers",
-            error_x=_bars(part, null), hovertext=part.site + " · head " + part["head"],
+            symbol=_SYMBOLS.get(source, ""), size=9 if null else 11, hovertext=part.site + " · head " + part["head"],
+            error_x=bars(part.value, part.low, part.high, thickness=1 if null else 2),
         )  # fmt: skip
-        fig.data[-1].marker.size = 9 if null else 11
-        if null:
-            fig.data[-1].marker.symbol = _SYMBOLS[source]
     fig.update_yaxes(range=[len(labels) - 0.3, -0.7], tickvals=list(range(len(labels))), ticktext=labels)
     fig.update_layout(height=max(420, 200 + 26 * len(labels)), margin={"l": 100})
     fig.update_layout(legend={"y": -0.24})
@@ -107,8 +107,9 @@ def ranks_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> g
 def kept_figure(kept: pd.DataFrame) -> go.Figure:
     """Share of the activations' energy that the gradient subspace keeps, of their mean and of the rest."""
     mine = _thinned(kept[kept["head"] != "all"])
-    fig, sites = _site_panels(
+    fig, sites = panel_for_each(
         mine,
+        "site",
         "How much of the activations the gradient subspace keeps",
         "rank (directions, log scale)",
         "share of activation energy",
@@ -117,7 +118,7 @@ def kept_figure(kept: pd.DataFrame) -> go.Figure:
     for at_site, here in sites:
         table = at_site.groupby(["part", "rank"])[["value", "chance", "random_low", "random_high"]].mean()
         chance = table.loc["rest"]
-        band(fig, chance.index, chance.random_low, chance.random_high, null=True, **_axes(here))
+        band(fig, chance.index, chance.random_low, chance.random_high, null=True, **here)
         line(fig, chance.index, chance.chance, "chance: rank / width", null=True, legendgroup="chance", **here)
         for index, (part, name) in enumerate({"mean": "of the mean activation", "rest": "of the rest"}.items()):
             rows = table.loc[part]
@@ -133,13 +134,11 @@ def layers_figure(ranks: pd.DataFrame, measure: str = "rank of 90 % energy") -> 
     fig = figure(
         f"By layer: {measure}",
         "layer (block index)",
-        f"directions of {'/'.join(str(width) for width in sorted(set(mine.width)))}",
+        f"directions of {widths(mine)}",
         says="median over heads; bands from the lowest to the highest head",
     )
     for index, kind in enumerate(dict.fromkeys(mine.kind)):
-        table = mine[mine.kind == kind].groupby("layer").value.agg(["median", "min", "max"])
-        band(fig, table.index, table["min"], table["max"], index=index)
-        line(fig, table.index, table["median"], kind.upper(), index=index)
+        middle_and_range(fig, mine[mine.kind == kind], "layer", kind.upper(), index=index)
     fig.update_yaxes(rangemode="tozero")
     return fig
 
@@ -160,52 +159,25 @@ def kept_sentence(kept: pd.DataFrame, rank: Rank) -> str:
     return f"At the run's rank the subspace keeps of the activations {' and '.join(parts)}; chance is {chance:.2f}."
 
 
-def _site_panels(
-    rows: pd.DataFrame, title: str, x: str, y: str, *, says: str
-) -> tuple[go.Figure, list[tuple[pd.DataFrame, dict[str, Any]]]]:
-    """A figure with one panel per site, and the rows of each with where they are drawn."""
-    sites = list(dict.fromkeys(rows.site))
-    fig = panels([f"site {site}" for site in sites], title, x, y, says=says)
-    return fig, [(rows[rows.site == site], {**panel(n), "showlegend": n == 0}) for n, site in enumerate(sites)]
-
-
 def _heads(fig: go.Figure, rows: pd.DataFrame, here: dict[str, Any]) -> int:
-    """Lines of the heads; how many colours they took."""
+    """Add the lines of the heads, and return how many colours they take."""
     heads = list(dict.fromkeys(rows["head"]))
     if len(heads) > MANY_HEADS:
-        _range_over_heads(fig, rows, here, "heads: median and range")
+        middle_and_range(fig, rows, "rank", "heads: median and range", **here)
         return 1
     for index, head in enumerate(heads):
         part = rows[rows["head"] == head]
         name = "all heads" if head == "all" else f"head {head}"
-        band(fig, part["rank"], part.low, part.high, index=index, **_axes(here))
+        band(fig, part["rank"], part.low, part.high, index=index, **here)
         line(fig, part["rank"], part.value, name, index=index, legendgroup=name, **here)
     return len(heads)
-
-
-def _range_over_heads(fig: go.Figure, rows: pd.DataFrame, here: dict[str, Any], name: str) -> None:
-    table = rows.groupby("rank").value.agg(["median", "min", "max"])
-    band(fig, table.index, table["min"], table["max"], **_axes(here))
-    line(fig, table.index, table["median"], name, legendgroup=name, **here)
 
 
 def _nulls(fig: go.Figure, rows: pd.DataFrame, here: dict[str, Any]) -> None:
     for source in NULLS:
         part = rows[rows.source == source].groupby("rank", as_index=False).value.mean()
         if not part.empty:
-            line(fig, part["rank"], part.value, source, null=True, legendgroup=source, **here)
-            fig.data[-1].marker.symbol = _SYMBOLS[source]
-
-
-def _axes(here: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in here.items() if key != "showlegend"}
-
-
-def _bars(part: pd.DataFrame, null: bool) -> dict[str, Any]:
-    return {
-        "type": "data", "symmetric": False, "array": part.high - part.value, "arrayminus": part.value - part.low,
-        "thickness": 1 if null else 2,
-    }  # fmt: skip
+            line(fig, part["rank"], part.value, source, null=True, symbol=_SYMBOLS[source], legendgroup=source, **here)
 
 
 def _thinned(rows: pd.DataFrame) -> pd.DataFrame:
@@ -213,5 +185,4 @@ def _thinned(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _log_ranks(fig: go.Figure, width: int) -> None:
-    ticks = [2**i for i in range(20) if 2**i <= width]
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+    log_axis(fig, [2**i for i in range(20) if 2**i <= width])

@@ -2,12 +2,14 @@
 
 Leads with low ranks: how many of a block's directions hold 90 % of the gradients' energy `‖G‖²_F`. Two nulls stand
 beside it: the spectrum of the activations, which are low-rank for reasons of their own, and that of gradients of
-shuffled answers (same prompts and formats). Intervals: delete-half jackknife over shards, see `shardwise`.
+shuffled answers (same prompts and formats). Intervals come from the delete-half jackknife over shards (`jackknife`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -17,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from spd_lens.analysis.common import (
+    around,
     energy_by_rank,
     entropy_rank,
     filled,
@@ -75,14 +78,14 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
         held = energy_by_rank(vectors[1:], _grams(moments, site, per_head, source, 1 - weights[1:]))
         # a half's energies are brought to the size of the whole
         values = (energies * (n / weights.sum(-1))[:, None, None]).sqrt()
-        for block, (name, value, half) in _each_measure(
-            (SINGULAR, values[0], values[1:]), (ENERGY, share[0], share[1:]), (HELD_OUT, held.mean(0), held)
-        ):
-            known = int((energies[0, block] > 0).sum())
-            if not known:
-                continue  # nothing flows into this head
+        measures = (
+            (SINGULAR, values[0], values[1:], math.inf), (ENERGY, share[0], share[1:], 1.0),
+            (HELD_OUT, held.mean(0), held, 1.0),
+        )  # fmt: skip
+        for block, (name, value, at_halves, highest) in product(range(len(share[0])), measures):
+            known = int((energies[0, block] > 0).sum())  # none where nothing flows into this head
             where = {**place(site, block, per_head), "source": source, "measure": name}
-            rows += _curve(where, value[:known], half_width(half, n), float("inf") if name == SINGULAR else 1.0)
+            rows += _curve(where, value[block, :known], half_width(at_halves[:, block], n), highest)
     return pd.DataFrame(rows)
 
 
@@ -104,11 +107,11 @@ def effective_ranks(moments: GradientMoments, *, per_head: bool = True, source: 
             if not here[0].any():
                 continue
             for name, measure in RANKS.items():
-                values = measure(here[here.sum(-1) > 0])
-                low, high = _clipped(values[0], half_width(values[1:], n), 1.0, here.shape[-1])
+                values, width = measure(here[here.sum(-1) > 0]), here.shape[-1]
                 rows.append(
-                    {**place(site, block, per_head), "source": source, "measure": name, "width": here.shape[-1],
-                     "value": float(values[0]), "low": low, "high": high, "at_half": float(values[1:].mean())}
+                    {**place(site, block, per_head), "source": source, "measure": name, "width": width,
+                     **around(values[0], half_width(values[1:], n), 1.0, width),
+                     "at_half": float(values[1:].mean())}
                 )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -139,20 +142,19 @@ def activation_kept(
         mean = _means(moments, site, weights, full.shape[1])
         width = full.shape[-1]
         chance = torch.arange(1, width + 1, dtype=torch.float64) / width
-        random = random_bases(draws, width, width, seed)
-        for part, grams in {"all": full, "mean": mean, "rest": full - mean}.items():
-            kept = energy_by_rank(vectors, grams)
-            for block in range(full.shape[1]):
-                known = int(vectors[0, block].any(dim=0).sum())
-                if part == "mean":
-                    ranges = _beta_range(width)
-                else:
-                    ranges = torch.quantile(
-                        energy_by_rank(random, grams[0, block]), torch.tensor([0.025, 0.975]).double(), dim=0
-                    )
-                null = {"chance": chance, "random_low": ranges[0], "random_high": ranges[1]}
-                where = {**place(site, block, per_head), "part": part}
-                rows += _curve(where, kept[0, block, :known], half_width(kept[1:, block], n), 1.0, **null)
+        random, ends = random_bases(draws, width, width, seed), torch.tensor([0.025, 0.975]).double()
+        for (part, grams), block in product(
+            {"all": full, "mean": mean, "rest": full - mean}.items(), range(full.shape[1])
+        ):
+            kept = energy_by_rank(vectors[:, block], grams[:, block])
+            known = int(vectors[0, block].any(dim=0).sum())
+            if part == "mean":
+                low, high = _beta_range(width)
+            else:
+                low, high = torch.quantile(energy_by_rank(random, grams[0, block]), ends, dim=0)
+            null = {"chance": chance, "random_low": low, "random_high": high}
+            where = {**place(site, block, per_head), "part": part}
+            rows += _curve(where, kept[0, :known], half_width(kept[1:], n), 1.0, **null)
     return pd.DataFrame(rows)
 
 
@@ -176,11 +178,13 @@ def rank_difference(
             ranks.append(RANKS[measure](BlockSpectrum.of(grams).known(one.dtype)[0]))
         differences.append(ranks[0] - ranks[1])
     mean = torch.cat(differences, dim=1).nanmean(dim=1)  # a head without gradients has no rank
-    spread = float(half_width(mean[1:], moments.n_shards))
-    value = float(mean[0])
-    return Estimate(
-        value, value - spread, value + spread, moments.n_shards, "paired delete-half jackknife over shards, 95%"
-    )
+    interval = around(mean[0], half_width(mean[1:], moments.n_shards), -math.inf, math.inf)
+    return Estimate(**interval, n=moments.n_shards, method="paired delete-half jackknife over shards, 95%")
+
+
+def widths(rows: pd.DataFrame) -> str:
+    """The widths of the blocks in a table, such as `64` or `64/192`."""
+    return "/".join(str(width) for width in sorted(set(rows.width)))
 
 
 def headline(ranks: pd.DataFrame) -> str:
@@ -191,18 +195,16 @@ def headline(ranks: pd.DataFrame) -> str:
         mine = chosen[chosen.source == source]
         if mine.empty:
             continue
-        widths = "/".join(str(width) for width in sorted(set(mine.width)))
         low, middle, high = (mine.value.quantile(q) for q in (0, 0.5, 1))
         span = f"{low:.0f} to {high:.0f}" if low < high else f"{low:.0f}"
-        parts.append(f"{source}: {span} of {widths} directions (median {middle:g})")
+        parts.append(f"{source}: {span} of {widths(mine)} directions (median {middle:g})")
     mine = ranks[(ranks.source == GRADIENTS) & (ranks.measure == "entropy rank")]
     growth = (mine.at_half / mine.value).median()
-    return (
-        f"90 % of the energy sits in, over sites and heads: {'; '.join(parts)}. Half of the examples give "
-        f"{growth:.0%} of the gradients' entropy rank (median), so more would give a higher one."
-        if growth < 0.97
-        else f"90 % of the energy sits in, over sites and heads: {'; '.join(parts)}."
-    )
+    text = f"90 % of the energy sits in, over sites and heads: {'; '.join(parts)}."
+    if growth < 0.97:
+        text += f" Half of the examples give {growth:.0%} of the gradients' entropy rank (median), "
+        text += "so more would give a higher one."
+    return text
 
 
 def _grams(
@@ -227,14 +229,6 @@ def _means(
     return sums[..., :, None] * sums[..., None, :] / tokens
 
 
-def _each_measure(
-    *measures: tuple[str, Float[Tensor, "block width"], Float[Tensor, "half block width"]],
-) -> Iterator[tuple[int, tuple[str, Float[Tensor, " width"], Float[Tensor, "half width"]]]]:
-    for block in range(len(measures[0][1])):
-        for name, value, at_halves in measures:
-            yield block, (name, value[block], at_halves[:, block])
-
-
 def _curve(
     where: dict[str, Any],
     values: Float[Tensor, " known"],
@@ -244,14 +238,8 @@ def _curve(
 ) -> Iterator[dict[str, Any]]:
     """One row per rank, with the interval around each value and what other curves have at that rank."""
     for i, value in enumerate(values):
-        low, high = _clipped(value, spread[i], 0.0, highest)
-        row = {**where, "rank": i + 1, "width": len(spread), "value": float(value), "low": low, "high": high}
+        row = {**where, "rank": i + 1, "width": len(spread), **around(value, spread[i], highest=highest)}
         yield row | {name: float(other[i]) for name, other in others.items()}
-
-
-def _clipped(value: Tensor, spread: Tensor, lowest: float, highest: float) -> tuple[float, float]:
-    """An interval, kept inside what the measure can be."""
-    return max(lowest, float(value - spread)), min(highest, float(value + spread))
 
 
 def _beta_range(width: int) -> Float[Tensor, "end rank"]:

@@ -73,7 +73,7 @@ def _category(piece: Piece, middle: float, prompt: tuple[int, int], question: tu
 
 
 def _shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
-    """Characters at the beginning and at the end that all prompts share, back to a border between words."""
+    """How many characters all prompts share at their beginning and at their end, up to a border between words."""
     if len(set(prompts)) < 2:
         return 0, 0
     head = os.path.commonprefix(list(prompts))
@@ -85,7 +85,7 @@ def _shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
 
 
 def _stripped(text: str, prompt: str) -> tuple[int, int]:
-    """Templates may trim a prompt; one that rewrites it has no place to be found at."""
+    """Where the prompt is in a text whose template has trimmed it, and its length there."""
     prompt = prompt.strip()
     start = text.find(prompt)
     if start < 0:

@@ -8,7 +8,7 @@ share of *those* tokens that fall into a category, and with the same prompts car
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -21,15 +21,16 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from spd_lens.analysis.common import COLORS, NULL_COLOR, Findings, Subject, analysis, figure, place
+from spd_lens.analysis.common import COLORS, NULL_COLOR, Findings, Subject, analysis, bars, figure, place
 from spd_lens.analysis.tokens.categories import CATEGORIES, categories
 from spd_lens.analysis.tokens.page import text_page
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.files import write_text
 from spd_lens.models import Loss, ModelPair, neutrally
+from spd_lens.output import terminal
 from spd_lens.sites import Site
-from spd_lens.stats import Estimate, mean_interval, paired_difference
+from spd_lens.stats import bracketed, mean_interval, paired_difference
 from spd_lens.subspaces import Subspace, shuffled_answers, token_gradients
 
 _OF = {False: "all tokens", True: "without the first token"}
@@ -49,11 +50,11 @@ def token_energy(
 
     Args:
         pair: The model.
-        examples: With completion and spans.
-        subspace: Whose sites are looked at; joint or per head.
-        loss: As in `extract`.
-        engine: As in `extract`.
-        progress: Show a progress bar.
+        examples: Examples with completion and spans.
+        subspace: The subspace whose sites are looked at, joint or per head.
+        loss: The loss that is differentiated, as in `extract`.
+        engine: The model that is run, as in `extract`.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per example, token and site: `example`, `position`, `category`, `scored`, `reachable` (whether the loss
@@ -62,7 +63,7 @@ def token_energy(
     """
     sites = subspace.sites
     read = categories(examples, pair.format, loss)
-    frames: dict[int, list[pd.DataFrame]] = {}
+    frames = []
     for rows in token_gradients(
         pair, examples, layers=sorted({s.layer for s in sites}), kinds=sorted({s.kind for s in sites}), loss=loss,
         engine=engine, progress=progress,
@@ -79,10 +80,10 @@ def token_energy(
         }
         for site in sites:
             g = rows.gradient[site].cpu()
-            inside = _inside(g, subspace, site)
-            columns = {**common, **place(site, 0, per_head=False), "energy": g.square().sum(1).numpy()}
-            frames.setdefault(rows.index, []).append(pd.DataFrame({**columns, "inside": inside.numpy()}))
-    return pd.concat([frame for index in sorted(frames) for frame in frames[index]], ignore_index=True)
+            energy, inside = g.square().sum(1).numpy(), _inside(g, subspace, site).numpy()
+            where = place(site, 0, per_head=False)
+            frames.append(pd.DataFrame({**common, **where, "energy": energy, "inside": inside}))
+    return pd.concat(frames).sort_values("example", kind="stable", ignore_index=True)
 
 
 def category_shares(
@@ -94,7 +95,7 @@ def category_shares(
 
     Args:
         energy: What `token_energy` gave.
-        null: The same for examples with shuffled answers: what prompts and format alone attract.
+        null: What `token_energy` gave for examples with shuffled answers: what prompts and format alone attract.
         skip_first: Leave the first token out of all shares: it holds most of the energy in models with attention sinks.
         seed: Seed of the bootstrap.
 
@@ -112,14 +113,10 @@ def category_shares(
         null = None if null is None else null[null["position"] > 0]
     rows = []
     for site, part in [("all", energy), *energy.groupby("site", sort=False)]:
-        first = part.iloc[0]
-        where = {"site": site, "layer": first["layer"], "kind": first["kind"], "head": "all", "of": _OF[skip_first]}
-        if site == "all":
-            where.update(layer="all", kind="all")
+        layer, kind = ("all", "all") if site == "all" else part.iloc[0][["layer", "kind"]]
+        where = {"site": site, "layer": layer, "kind": kind, "head": "all", "of": _OF[skip_first]}
         shares, tokens, inside = _tables(part)
-        wrong = None
-        if null is not None:
-            wrong = _tables(null if site == "all" else null[null["site"] == site])[0]
+        wrong = None if null is None else _tables(null if site == "all" else null[null["site"] == site])[0]
         for name in [c for c in CATEGORIES if c in tokens and (tokens[c] > 0).any()]:
             measures = {
                 "energy": mean_interval(shares[name], seed=seed),
@@ -132,8 +129,8 @@ def category_shares(
                 measures["specific"] = paired_difference(other, shares[name], seed=seed)
             if len(held := inside[name].dropna()):
                 measures["inside"] = mean_interval(held, seed=seed)
-            rows += [{**where, "category": name, "measure": m, **_bounds(e)} for m, e in measures.items()]
-    return pd.DataFrame(rows)
+            rows += [{**where, "category": name, "measure": m, **e.to_row()} for m, e in measures.items()]
+    return pd.DataFrame(rows).astype({"low": float, "high": float})  # NaN where one example gives no interval
 
 
 def share_figure(shares: pd.DataFrame, site: str = "all", *, skip_first: bool = False) -> go.Figure:
@@ -146,24 +143,22 @@ def share_figure(shares: pd.DataFrame, site: str = "all", *, skip_first: bool = 
         "",
         says="grey: what each category would hold if every token pulled alike, and with the answers of other examples",
     )
-    looks: dict[str, tuple[str, dict[str, str]]] = {
-        "tokens": ("tokens (null)", {"color": NULL_COLOR, "pattern_shape": "."}),
-        "shuffled": ("gradient energy, shuffled answers (null)", {"color": NULL_COLOR, "pattern_shape": "/"}),
-        "energy": ("gradient energy", {"color": COLORS[0]}),
+    looks = {
+        "tokens": ("tokens (null)", NULL_COLOR, "."),
+        "shuffled": ("gradient energy, shuffled answers (null)", NULL_COLOR, "/"),
+        "energy": ("gradient energy", COLORS[0], ""),
     }
     names = [name for name in CATEGORIES if name in set(part["category"])][::-1]
-    for measure, (label, look) in looks.items():
+    for measure, (label, color, shape) in looks.items():
         rows = part[part["measure"] == measure].set_index("category")
-        if not len(rows):
-            continue
-        rows = rows.loc[names]
-        over, under = rows["high"] - rows["value"], rows["value"] - rows["low"]
-        marker = {
-            "color": look["color"],
-            "pattern": {"shape": look.get("pattern_shape", ""), "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6},
-        }
-        error = {"array": _drawn(over), "arrayminus": _drawn(under), "symmetric": False, "thickness": 1.2, "width": 3}
-        fig.add_bar(y=names, x=rows["value"], name=label, orientation="h", marker=marker, error_x=error)
+        if len(rows):
+            rows = rows.loc[names]
+            pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6}
+            error = bars(rows["value"], rows["low"], rows["high"], thickness=1.2, width=3)
+            fig.add_bar(
+                y=names, x=rows["value"], name=label, orientation="h", marker={"color": color, "pattern": pattern},
+                error_x=error,
+            )  # fmt: skip
     fig.update_layout(barmode="group", height=180 + 62 * len(names), legend_traceorder="reversed", bargap=0.25)
     fig.update_layout(legend={"y": 1.0, "yanchor": "bottom", "x": 0}, margin_t=120)
     return fig
@@ -235,11 +230,8 @@ def main(
     shares = pd.concat([category_shares(energy, null, skip_first=s, seed=seed) for s in (False, True)])
     says = say(energy, shares) + without
     facts: dict[str, Any] = {
-        "examples": len(examples),
-        "loss": config.loss,
-        "seed": seed,
-        "units": "energy: (nats per unit)²",
-    }
+        "examples": len(examples), "loss": config.loss, "seed": seed, "units": "energy: (nats per unit)²",
+    }  # fmt: skip
     subject.save("tokens-by-token", energy, **facts)
     figures = [share_figure(shares), share_figure(shares, skip_first=True)]
     figures += [share_figure(shares, str(site), skip_first=True) for site in subject.subspace.sites]
@@ -271,22 +263,15 @@ def _tables(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     )
 
 
-def _bounds(estimate: Estimate) -> dict[str, float | int]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
-
-
-def _drawn(lengths: Iterable[float]) -> list[float]:
-    return [float(length) if np.isfinite(length) else 0.0 for length in lengths]
-
-
 def _table(name: str, shares: pd.DataFrame) -> Table:
-    table = Table("category", "energy", "tokens (null)", "shuffled (null)", "inside subspace", title=f"tokens · {name}")
+    table = []
     part = shares[(shares["site"] == "all") & (shares["of"] == _OF[False])]
     for category in part["category"].unique():
         rows = part[part["category"] == category].set_index("measure")
         cells = [
-            f"{rows['value'][m]:.3f} [{rows['low'][m]:.3f}, {rows['high'][m]:.3f}]" if m in rows.index else "–"
+            bracketed(*rows.loc[m, ["value", "low", "high"]]) if m in rows.index else "–"
             for m in ("energy", "tokens", "shuffled", "inside")
         ]
-        table.add_row(category, *(cell.replace("[", "\\[") for cell in cells))
-    return table
+        table.append([category, *(cell.replace("[", "\\[") for cell in cells)])
+    head = ["category", "energy", "tokens (null)", "shuffled (null)", "inside subspace"]
+    return terminal(head, table, title=f"tokens · {name}")

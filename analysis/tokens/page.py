@@ -14,7 +14,7 @@ from spd_lens.output import render
 from spd_lens.spans import Piece
 
 _MOST_SITES = 12
-"""Beyond that the page offers the sums over keys and over values only; numbers per site are in the table."""
+"""Of more sites than this, the page offers only the sums over keys and over values; the table has each."""
 
 
 def text_page(
@@ -51,7 +51,7 @@ def text_page(
 
 
 def _views(energy: pd.DataFrame) -> dict[str, list[str]]:
-    """What the reader chooses between: label → sites that are summed."""
+    """What the reader chooses between: the sites that are summed, by label."""
     sites = list(dict.fromkeys(energy["site"]))
     kinds = {kind: [s for s in sites if s.endswith(f".{kind}")] for kind in dict.fromkeys(energy["kind"])}
     views = {"all": sites}
@@ -71,20 +71,16 @@ def _card(example: Example, tokens: Sequence[Piece], part: pd.DataFrame, views: 
         # the first token, an attention sink, would leave all others white
         largest = energy[1:].max(initial=0.0) or energy.max()
         norm = np.sqrt(energy / largest).clip(0, 1) if largest > 0 else energy
-        kept = np.divide(inside, energy, out=np.zeros_like(inside), where=energy > 0)
-        for position in range(len(tokens)):
-            if norm[position] >= 0.005:
-                styles[position] += f"--n{i}:{norm[position]:.2f};--p{i}:{kept[position]:.2f};"
-    total = tables["energy"].sum(axis=1)
-    share = (total / total.sum()).to_numpy() if total.sum() > 0 else total.to_numpy()
-    kept = np.divide(
-        tables["inside"].sum(axis=1).to_numpy(), total.to_numpy(), out=np.zeros(len(tokens)), where=total.to_numpy() > 0
-    )
+        kept = _ratio(inside, energy)
+        for position in (norm >= 0.005).nonzero()[0]:
+            styles[position] += f"--n{i}:{norm[position]:.2f};--p{i}:{kept[position]:.2f};"
+    total, inside = (tables[what].sum(axis=1).to_numpy() for what in ("energy", "inside"))
+    share, kept = _ratio(total, total.sum()), _ratio(inside, total)
     classes = ["s " * piece.scored + "top" * bool(share[i] > 0.05) for i, piece in enumerate(tokens)]
-    inside_all = tables["inside"].to_numpy().sum() / total.sum() if total.sum() > 0 else 0.0
     most = int(np.argmax(share))
     return {
-        "id": example.id, "inside": f"{inside_all:.0%}", "most": most, "most_token": repr(tokens[most].text),
+        "id": example.id, "inside": f"{_ratio(inside.sum(), total.sum()):.0%}", "most": most,
+        "most_token": repr(tokens[most].text),
         "most_share": f"{share[most]:.0%}",
         "tokens": [
             (piece, classes[i].strip(), styles[i],
@@ -92,3 +88,8 @@ def _card(example: Example, tokens: Sequence[Piece], part: pd.DataFrame, views: 
             for i, piece in enumerate(tokens)
         ],
     }  # fmt: skip
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """`part / whole`, and 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) > 0)

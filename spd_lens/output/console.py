@@ -1,4 +1,4 @@
-"""What every command of the project does alike: a mistake is one sentence, chatter goes to stderr or nowhere."""
+"""What all commands share: a mistake of the user is one sentence, and logs go to stderr."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _say_error(sentence: str) -> None:
 
 
 class _Patient:
-    """A standard stream that stops no work: what its encoding lacks is replaced, and once it fails it stays silent."""
+    """A standard stream that never stops work: what its encoding lacks is replaced, after a failure it is silent."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -128,7 +128,7 @@ def _patient_streams() -> Iterator[Callable[[], str | None]]:
 
 
 def set_up_logging(quiet: bool) -> None:
-    """Log to stderr; keep the libraries' chatter down."""
+    """Log to stderr, only warnings if `quiet`, and silence the notices of other libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])

@@ -1,4 +1,4 @@
-"""Text from data files, made safe to show: nothing in it moves a cursor, hides itself or turns the line around."""
+"""Text from data files, made safe to show: it moves no cursor, hides nothing and does not reverse the line."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def markdown(head: Sequence[str], rows: Iterable[Iterable[object]], align: str = "---") -> list[str]:
@@ -21,7 +21,7 @@ def markdown(head: Sequence[str], rows: Iterable[Iterable[object]], align: str =
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
-def terminal(head: Iterable[str], rows: Iterable[Iterable[RenderableType]], **options: Any) -> Table:
+def terminal(head: Iterable[str | Column], rows: Iterable[Iterable[RenderableType]], **options: Any) -> Table:
     """A table for a rich console; `options` are those of `rich.table.Table`, such as `title`."""
     table = Table(*head, **options)
     for row in rows:

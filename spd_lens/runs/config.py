@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.files import refuse_stand_in
 from spd_lens.settings import (
     COMMAS,
@@ -99,9 +99,7 @@ class SubspaceGroup(Settings):
     @classmethod
     def _possible_rank(cls, value: Any) -> Any:
         """An integer counts directions, a fraction is a share of the width: `1` is one direction, `1.0` all of them."""
-        rank = (
-            (int(value) if value.strip().lstrip("+-").isdigit() else float(value)) if isinstance(value, str) else value
-        )
+        rank = integer_or_fraction(value) if isinstance(value, str) else value
         if isinstance(rank, bool) or not isinstance(rank, int | float):
             raise ValueError("write an integer, or a fraction of the block's width")
         if rank < 1 if isinstance(rank, int) else not 0 < rank <= 1:

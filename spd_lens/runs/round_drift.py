@@ -12,7 +12,7 @@ import pandas as pd
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem
 from spd_lens.stats import Estimate, mean_interval, paired_difference, verdict
-from spd_lens.subspaces import Subspace
+from spd_lens.subspaces import Subspace, squared_cosines
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def overlap(a: Subspace, b: Subspace) -> float:
     """Mean over blocks of `tr(P_a P_b) / rank(a)`: 1 where `b` holds all of `a`, `rank(b) / width` by chance."""
     shares = []
     for site in a.sites:
-        common = (a.bases[site].mT @ b.bases[site]).square().sum(dim=(1, 2))
+        common = squared_cosines(a.bases[site], b.bases[site])
         shares += [value / rank for value, rank in zip(common.tolist(), a.ranks[site], strict=True) if rank]
     return fmean(shares)
 

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, shortened
 from spd_lens.examples import Example, worked_examples
-
-if TYPE_CHECKING:
-    from spd_lens.models import JointText, Loss, PromptFormat
+from spd_lens.models import JointText, Loss, PromptFormat
 
 FlagKind = Literal["unusable", "empty", "whole", "begins-inside", "ends-inside", "in-prompt", "shared"]
 
@@ -30,7 +28,7 @@ KINDS: dict[FlagKind, str] = {
 """What each kind of flag means."""
 
 PAPER_SIZES: dict[str, tuple[int, int]] = {"mbpp": (5, 20), "mmlu": (1, 1), "gsm8k": (1, 3)}
-"""Typical `|S|` in the paper (table 6), least and most, by task."""
+"""The typical range of `|S|` in the paper (table 6), by task."""
 
 _MOST_BARS = 12
 # 5 and 21 are edges so that the paper's 5-20 is made of whole bars
@@ -42,8 +40,8 @@ class Piece:
     """One token, or characters that no token covers. The texts of all pieces in a row are the whole text."""
 
     text: str
-    """Its characters. A character split over several tokens stands in the first of them; the others have `""`, as
-    special tokens without text do."""
+    """Its characters. A character that is split over several tokens stands in the first of them; the others have `""`,
+    as special tokens without text do."""
     id: int | None
     """Token id; None for characters that the tokenizer dropped."""
     token: str
@@ -62,7 +60,7 @@ class Flag:
     text: str
     """A sentence with the value and the token."""
     suspicious: bool = True
-    """False: as a rule harmless, such as the blank before a word that the word's token includes."""
+    """False for what is as a rule harmless, such as the blank before a word that the word's token includes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class AuditedExample:
 
     example: Example
     pieces: tuple[Piece, ...]
-    """The whole sequence, chat template included. Empty if the text could not be tokenised."""
+    """The whole sequence, chat template included; empty if the text could not be tokenised."""
     flags: tuple[Flag, ...]
 
     @property
@@ -96,7 +94,7 @@ class Bin:
 
     low: float
     high: float
-    """Last value inside for whole numbers, first value outside for fractions."""
+    """The last value inside for whole numbers, the first value outside for fractions."""
     count: float
 
 
@@ -106,8 +104,6 @@ class Audit:
 
     examples: tuple[AuditedExample, ...]
     loss: Loss
-    format: str
-    """`"chat"` or `"raw"`."""
     task: str = ""
 
     @property
@@ -126,12 +122,11 @@ class Audit:
 
     @property
     def share_in_paper_sizes(self) -> float | None:
-        """Share of examples whose `|S|` lies in the paper's typical range."""
-        return self.share_within(self.paper_sizes) if self.paper_sizes and self.sizes else None
-
-    def share_within(self, bounds: tuple[int, int]) -> float:
-        """Share of examples with `bounds[0] <= |S| <= bounds[1]`, among those with any scored token."""
-        return sum(bounds[0] <= size <= bounds[1] for size in self.sizes) / len(self.sizes)
+        """Share of examples whose `|S|` lies in the paper's typical range, among those with any scored token."""
+        if not self.paper_sizes or not self.sizes:
+            return None
+        low, high = self.paper_sizes
+        return sum(low <= size <= high for size in self.sizes) / len(self.sizes)
 
     def flag_counts(self) -> dict[FlagKind, tuple[int, int]]:
         """Number of examples with a flag of each kind: suspicious ones, and those with harmless ones only."""
@@ -174,16 +169,14 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """Tokenise examples as the loss does, and look at what it scores.
 
     Args:
-        examples: Prompts with gold completions and spans. One that cannot be used is flagged, with the reason.
-        format: Tokenizer and prompt form, such as `pair.format` or `PromptFormat.choose(tokenizer)`.
-        loss: `"aligned"`, or `"full"`: whole completions are scored, and the spans are not looked at.
+        examples: Prompts with gold completions and spans. An example that cannot be used is flagged, with the reason.
+        format: Tokenizer and form of the prompt, such as `pair.format` or `PromptFormat.choose(tokenizer)`.
+        loss: `"aligned"`, or `"full"`, for which whole completions are scored and spans are not looked at.
         task: Name of the task, to compare `|S|` with table 6 of the paper.
     """
     if loss not in ("aligned", "full"):
         raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
-    return Audit(
-        tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, format.name, task
-    )
+    return Audit(tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, task)
 
 
 def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExample:
@@ -290,9 +283,9 @@ def _stands_in(value: str, text: str) -> bool:
     return bool(re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text))
 
 
-def _listed(items: Sequence[str], most: int = 4) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
-def _short(text: str, most: int = 40) -> str:
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
+def _short(text: str) -> str:
+    return repr(shortened(text, 40))

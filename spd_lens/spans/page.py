@@ -20,7 +20,7 @@ _RULES = {
 
 
 def write_page(path: str | Path, found: Audit, *, title: str, facts: Sequence[str] = ()) -> Path:
-    """Write the page atomically; `SPDError` where that is not possible."""
+    """Write the page; `SPDError` where that is not possible."""
     return write_text(path, page(found, title=title, facts=facts))
 
 
@@ -34,7 +34,7 @@ def page(found: Audit, *, title: str, facts: Sequence[str] = ()) -> str:
 
 
 def _tiles(found: Audit) -> Iterator[tuple[str, str]]:
-    """Numbers with what they are."""
+    """The numbers on top of the page, each with what it is."""
     total, sizes = len(found.examples), found.sizes
     yield f"{len(sizes)} of {total}", "examples have scored tokens"
     if sizes:
@@ -58,7 +58,7 @@ def _charts(found: Audit) -> list[dict[str, Any]]:
 
 
 def _chart(title: str, bins: Sequence[Bin], paper: tuple[int, int] | None) -> dict[str, Any]:
-    """A bar chart's places, in the units of its drawing."""
+    """A bar chart as the template draws it, with the places of its bars."""
     width, height, top, foot = 480, 170, 18, 22
     step, most, floor = width / len(bins), max(bar.count for bar in bins), height - foot
     thick, bars = min(step * 0.72, 56), []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from statistics import median
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from spd_lens.output import visible
+from spd_lens.output import terminal, visible
 from spd_lens.spans.core import KINDS, Audit, AuditedExample, Bin, Piece
 
 _PROMPT_CHARACTERS = 600
@@ -61,8 +61,12 @@ def between(bounds: tuple[int, int]) -> str:
 def bin_name(bar: Bin) -> str:
     """What stands beside a bar: `3`, `5-9` or `40-50 %`."""
     if isinstance(bar.high, float):
-        return f"{bar.low:.0%}".removesuffix("%") + f"-{bar.high:.0%}".replace("%", " %")
+        return _percent(bar.low, bar.high)
     return between((int(bar.low), int(bar.high)))
+
+
+def _percent(low: float, high: float) -> str:
+    return f"{100 * low:.0f}-{100 * high:.0f} %"
 
 
 def amount(bar: Bin) -> str:
@@ -81,7 +85,7 @@ def place_name(item: AuditedExample) -> str:
     if not places:
         return ""
     half = 0.5 / sum(piece.in_completion and piece.id is not None for piece in item.pieces)
-    return f"{places[0] - half:.0%}".removesuffix("%") + f"-{places[-1] + half:.0%}".replace("%", " %")
+    return _percent(places[0] - half, places[-1] + half)
 
 
 def _example(item: AuditedExample) -> RenderableType:
@@ -106,60 +110,44 @@ def _tokens(pieces: Sequence[Piece]) -> Text:
         if not scored:
             text.append("".join(visible(piece.text) for piece in run))
             continue
-        marked = "│".join(_spelled(piece) for piece in run)
+        # a token without text is the rest of the character in the token before
+        marked = "│".join(visible(piece.text).replace("\n", "↵\n") or "⋯" for piece in run)
         text.append(f"⟦{marked}⟧", style="bold reverse")
     return text
 
 
-def _spelled(piece: Piece) -> str:
-    if not piece.text:
-        return "⋯"  # the rest of the character in the token before
-    return visible(piece.text).replace("\n", "↵\n")
-
-
 def _rows(found: Audit, title: str) -> Table:
-    table = Table(title=Text(visible(title), style="bold"), title_justify="left")
-    table.add_column("example", no_wrap=True)
-    table.add_column("|S|", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("place", justify="right")
-    table.add_column("flags", overflow="fold")
-    # in a long audit the suspicious ones come first, since the rest is cut off
-    items = sorted(found.examples, key=lambda item: not item.suspicious) if len(found.examples) > _ROWS else None
-    for item in (items or found.examples)[:_ROWS]:
+    items, caption = list(found.examples), None
+    if len(items) > _ROWS:  # the suspicious ones first, since the rest is cut off
+        items.sort(key=lambda item: not item.suspicious)
+        caption = f"{_ROWS} of {len(items)}, the suspicious ones first; --html shows all"
+    rows: list[list[RenderableType]] = []
+    for item in items[:_ROWS]:
         flags = Text("\n").join(_flag_line(flag.text, True) for flag in item.flags if flag.suspicious)
         total = sum(piece.id is not None for piece in item.pieces)
-        table.add_row(_tail(visible(item.example.id)), str(item.size), str(total), place_name(item), flags)
-    if len(found.examples) > _ROWS:
-        table.caption = f"{_ROWS} of {len(found.examples)}, the suspicious ones first; --html shows all"
-    return table
+        rows.append([_tail(visible(item.example.id)), str(item.size), str(total), place_name(item), flags])
+    numbers = [Column(name, justify="right") for name in ("|S|", "tokens", "place")]
+    head = [Column("example", no_wrap=True), *numbers, Column("flags", overflow="fold")]
+    title_text = Text(visible(title), style="bold")
+    return terminal(head, rows, title=title_text, title_justify="left", caption=caption)
 
 
-def _tail(id: str, most: int = 24) -> str:
-    """The end of an id, which tells it from the others."""
-    return id if len(id) <= most else f"…{id[1 - most :]}"
+def _tail(id: str) -> str:
+    """The last 24 characters of an id, which tell it from the others."""
+    return id if len(id) <= 24 else f"…{id[-23:]}"
 
 
 def _flags(found: Audit) -> Table:
-    table = Table(title="Flags, in number of examples", title_justify="left", title_style="bold")
-    table.add_column("what")
-    table.add_column("suspicious", justify="right")
-    table.add_column("as a rule harmless", justify="right")
-    for kind, (bad, harmless) in found.flag_counts().items():
-        table.add_row(KINDS[kind], str(bad or "-"), str(harmless or "-"))
-    return table
+    head = [Column("what"), *(Column(name, justify="right") for name in ("suspicious", "as a rule harmless"))]
+    rows = [[KINDS[kind], *(str(count or "-") for count in counts)] for kind, counts in found.flag_counts().items()]
+    return terminal(head, rows, title="Flags, in number of examples", title_justify="left", title_style="bold")
 
 
 def _bars(title: str, bins: Sequence[Bin], paper: tuple[int, int] | None) -> RenderableType:
-    return Group(Text(title, style="bold"), *_bar_lines(bins, paper), Text())
-
-
-def _bar_lines(bins: Sequence[Bin], paper: tuple[int, int] | None) -> Iterator[Text]:
-    most = max(bar.count for bar in bins)
-    names = [bin_name(bar) for bar in bins]
-    for name, bar in zip(names, bins, strict=True):
+    most, widest = max(bar.count for bar in bins), max(len(bin_name(bar)) for bar in bins)
+    lines = []
+    for bar in bins:
         length = round(_BAR * bar.count / most) or (1 if bar.count else 0)
-        line = Text(f"{name:>{max(map(len, names))}}  ")
-        line.append("█" * length, style="blue")
-        line.append(f" {amount(bar)}" + ("   table 6" if inside(bar, paper) else ""), style="dim")
-        yield line
+        said = f" {amount(bar)}" + ("   table 6" if inside(bar, paper) else "")
+        lines.append(Text.assemble(f"{bin_name(bar):>{widest}}  ", ("█" * length, "blue"), (said, "dim")))
+    return Group(Text(title, style="bold"), *lines, Text())

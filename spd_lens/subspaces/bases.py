@@ -40,9 +40,18 @@ def rest(basis: Basis) -> Float[Tensor, "width other"]:
     return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
 
 
-def random_basis(width: int, rank: int, generator: torch.Generator) -> Basis:
-    """Basis of a uniformly random subspace: Q of a Gaussian matrix is Haar up to signs."""
-    return torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64)).Q
+def random_basis(width: int, rank: int, generator: torch.Generator, *n: int) -> Float[Tensor, "*n width rank"]:
+    """Basis of a uniformly random subspace, or of `n` of them: Q of a Gaussian matrix is Haar up to signs."""
+    return torch.linalg.qr(torch.randn(*n, width, rank, generator=generator, dtype=torch.float64)).Q
+
+
+def squared_cosines(a: Float[Tensor, "*n width rank"], b: Float[Tensor, "*n width other"]) -> Float[Tensor, "*n"]:
+    """`tr(P_a P_b) = ‖P_a P_b‖²_F`: the sum of `cos²` over the principal angles, or of how many directions are shared.
+
+    Divided by the smaller rank it is the mean over the angles, and the same for `a, b` and `b, a`; divided by the rank
+    of `a` it is the share of `a` that `b` holds.
+    """
+    return (a.mT @ b).square().sum(dim=(-2, -1))
 
 
 def side_by_side(blocks: Sequence[Basis]) -> Float[Tensor, "block width rank"]:

@@ -15,7 +15,7 @@ from spd_lens.errors import SPDError, plain, whole
 from spd_lens.files import load_tensors, reading, save_tensors
 from spd_lens.models import Fingerprint, neutral
 from spd_lens.sites import Site
-from spd_lens.subspaces.spectrum import BlockSpectrum
+from spd_lens.subspaces.spectrum import BlockSpectrum, diagonal_blocks
 from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 
 Gram = Float[Tensor, "shard width width"]
@@ -145,12 +145,7 @@ class GradientMoments:
     def blocks(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> Float[Tensor, "block width width"]:
         """`Σ gᵀg` (`of="gradient"`) or `Σ xᵀx` (`of="activation"`) over all shards: per head, or as one joint block."""
         gram = {"gradient": self.gradient, "activation": self.activation}[of][site].sum(dim=0)
-        gram = (gram + gram.T) / 2  # exact symmetry, which eigh assumes
-        if not per_head:
-            return gram[None]
-        d_head = gram.shape[0] // self.n_heads[site]
-        heads = gram.unfold(0, d_head, d_head).unfold(1, d_head, d_head)
-        return heads.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+        return diagonal_blocks(gram, self.n_heads[site] if per_head else 1)
 
     @neutral()
     def spectrum(self, site: Site, per_head: bool = True, *, of: str = "gradient") -> BlockSpectrum:

@@ -5,10 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.subspaces.bases import Basis
+
+
+def diagonal_blocks(gram: Float[Tensor, "*n width width"], n: int) -> Float[Tensor, "*n block row column"]:
+    """The `n` blocks on the diagonal of Gram matrices, exactly symmetric, which `eigh` assumes."""
+    split = rearrange((gram + gram.mT) / 2, "... (i row) (j column) -> ... i j row column", i=n, j=n)
+    return split.diagonal(dim1=-4, dim2=-3).movedim(-1, -3).contiguous()
+
+
+def energies_of(gram: Float[Tensor, "*n width width"]) -> Float[Tensor, "*n width"]:
+    """`BlockSpectrum.energies` up to rounding, in half the time: without the directions."""
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
-from spd_lens.analysis.common.token_html import pieces_of
+from spd_lens.analysis.common.token_text import pieces_of
 from spd_lens.analysis.directions.command import (
     MEASURES,
     main,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spd_lens import Example, ModelPair, Site, SPDError, extract
-from spd_lens.analysis.common.token_html import pieces_of, tokens_of
+from spd_lens.analysis.common.token_text import pieces_of, tokens_of
 from spd_lens.analysis.tokens.categories import CATEGORIES, categories
 from spd_lens.analysis.tokens.command import category_shares, main, say, share_figure, token_energy
 from spd_lens.analysis.tokens.page import text_page

@@ -14,11 +14,11 @@ from spd_lens.analysis.dashboard.rank_curves import (
     SiteDirections,
     Source,
     jackknife_band,
-    own_spectrum,
     shares,
     split_half,
 )
 from spd_lens.sites import Site
+from spd_lens.subspaces import energies_of
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_the_band_is_the_delete_half_jackknife_over_filled_shards(moments):
 
 def test_a_block_without_energy_has_shares_of_zero():
     nothing = torch.zeros(1, 4, 4, dtype=torch.float64)
-    assert shares(own_spectrum(nothing)).tolist() == [[0, 0, 0, 0]]
+    assert shares(energies_of(nothing)).tolist() == [[0, 0, 0, 0]]
     assert directions_of(random_gram(0, 4)).held(nothing).tolist() == [[0, 0, 0, 0]]
 
 
