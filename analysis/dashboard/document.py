@@ -24,6 +24,7 @@ from spd_lens.analysis.dashboard.rank_curves import (
 )
 from spd_lens.output import visible
 from spd_lens.sites import Site
+from spd_lens.subspaces import GradientMoments
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,16 @@ def assemble(subjects: Sequence[Subject], *, link: records.Link | None = None, t
         link: Where the pages of saved analyses are found; without it there are no links to them.
         texts: Completions per set at most.
     """
-    sources = [source_of(subject) for subject in subjects]
-    document = from_sources(sources)
+    document = from_sources([Source(one.name, known_moments(one), one.subspace) for one in subjects])
     for shown, subject in zip(document["runs"], subjects, strict=True):
         shown |= records.of_run(subject, link=link, texts=texts)
     return document
 
 
-def source_of(subject: Subject) -> Source:
-    """A run's moments: of all layers where an analysis has extracted those, and at its own layers else."""
+def known_moments(subject: Subject) -> GradientMoments:
+    """A run's moments: of all layers if an analysis has extracted those, else of its own layers."""
     everywhere = subject.folder / "moments-all-layers.safetensors"
-    moments = subject.moments_everywhere() if everywhere.exists() else subject.moments
-    return Source(subject.name, moments, subject.subspace)
+    return subject.moments_everywhere() if everywhere.exists() else subject.moments
 
 
 def from_sources(sources: Sequence[Source]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Look = Literal["page", "embedded"]
 
 
 def page(
-    document: Mapping[str, Any], *, title: str, look: Look = "page", studio: Mapping[str, Any] | None = None
+    document: Mapping[str, Any], *, title: str, look: Look = "page", playground: Mapping[str, Any] | None = None
 ) -> str:
     """A self-contained HTML page of a document that `data.assemble` made.
 
@@ -21,7 +21,7 @@ def page(
         document: What the views show.
         title: Heading of the page.
         look: `"embedded"` has no margins, for a notebook's output.
-        studio: What the form of the live app offers; with it, the page begins with a tab that generates.
+        playground: What the form of the live app offers; with it, the page begins with a tab that generates.
     """
-    scripts = ["dashboard.js", "views.js", "texts.js", *(["studio.js"] if studio else [])]
-    return drawn("dashboard.html", *scripts, document=document, title=title, look=look, studio=studio)
+    scripts = ["dashboard.js", "views.js", "texts.js", *(["playground.js"] if playground else [])]
+    return drawn("dashboard.html", *scripts, document=document, title=title, look=look, playground=playground)

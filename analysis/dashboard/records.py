@@ -17,7 +17,7 @@ from spd_lens.analysis.common import Subject
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.analysis.dashboard.word_diff import word_diff
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import EvalResult, ForcedItem, per_item
 from spd_lens.files import read_json
 from spd_lens.generation import Corpus
 from spd_lens.output import visible
@@ -51,25 +51,26 @@ def effects(run: Run, task: str) -> dict[str, Any]:
     `random` are the control subspaces of the same ranks: their mean per item, and each for itself in `each`.
     """
     found = run.effects(task)
-    controls = [name for name in found if name.startswith("random-")]
     groups: dict[str, Forced] = {name: {name: found[name]} for name in ("projected", "spd") if name in found}
+    controls: Forced = {name: items for name, items in found.items() if name.startswith("random-")}
     if controls:
-        groups["random"] = {name: found[name] for name in controls}
-    base = [item.aligned_loss for item in found["base"]]
+        groups["random"] = controls
+    base = per_item({"base": found["base"]}, "aligned_loss")
     shown: dict[str, Any] = {"task": visible(task), "n": len(base), "base": interval(mean_interval(base))}
     for name, group in groups.items():
-        change = paired_difference(base, _per_item(group, _loss))
-        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(_per_item(group, _kl)))}
+        change = paired_difference(base, per_item(group, "aligned_loss"))
+        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(per_item(group, "kl")))}
     if controls:
         shown["random"]["each"] = [
-            [fmean(map(_loss, found[name])) - fmean(base), fmean(map(_kl, found[name]))] for name in controls
+            [fmean(item.aligned_loss for item in items) - fmean(base), fmean(item.kl for item in items)]
+            for items in controls.values()
         ]
         shown["says"] = [
             difference_sentence(
-                paired_difference(_per_item(groups["random"], measure), _per_item(groups["projected"], measure)),
+                paired_difference(per_item(controls, measure), per_item(groups["projected"], measure)),
                 measure=what, first="random", second="projected",
             )
-            for what, measure in (("Aligned loss", _loss), ("KL from base", _kl))
+            for what, measure in (("Aligned loss", "aligned_loss"), ("KL from base", "kl"))
             if "projected" in groups
         ]  # fmt: skip
     return shown
@@ -78,19 +79,6 @@ def effects(run: Run, task: str) -> dict[str, Any]:
 def interval(estimate: Estimate) -> list[float | None]:
     """`[value, low, high]`, with None for an end that is not known."""
     return [end if abs(end) < float("inf") else None for end in (estimate.value, estimate.low, estimate.high)]
-
-
-def _loss(item: ForcedItem) -> float:
-    return item.aligned_loss
-
-
-def _kl(item: ForcedItem) -> float:
-    return item.kl
-
-
-def _per_item(group: Forced, value: Callable[[ForcedItem], float]) -> list[float]:
-    """A value per item, averaged over the policies of a group: items are the units, not policies."""
-    return [fmean(map(value, items)) for items in zip(*group.values(), strict=True)]
 
 
 def _text_sets(run: Run, limit: int) -> Iterator[dict[str, Any]]:
