@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, figure, line
+from spd_lens.analysis.common import NULL_COLOR, bars, figure, line
 from spd_lens.evaluation import teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
@@ -65,11 +65,8 @@ def losses_figure(table: pd.DataFrame, measure: str, *, title: str, null: str = 
         mine = part[part.label.str.startswith(null) == grey]
         if mine.empty:
             continue
-        high, low = mine.high.fillna(mine.value) - mine.value, mine.value - mine.low.fillna(mine.value)
-        line(
-            fig, mine.label, mine.value, "random subspaces" if grey else "subspace", null=grey, mode="markers",
-            error_y={"type": "data", "array": high, "arrayminus": low},
-        )  # fmt: skip
+        name = "random subspaces" if grey else "subspace"
+        line(fig, mine.label, mine.value, name, null=grey, mode="markers", error_y=bars(mine))
     if measure != "KL from base":
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(table.label)))

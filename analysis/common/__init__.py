@@ -28,6 +28,7 @@ from spd_lens.analysis.common.style import (
     SYMBOLS,
     as_data,
     band,
+    bars,
     drawn,
     figure,
     line,
@@ -39,12 +40,14 @@ from spd_lens.analysis.common.style import (
 )
 from spd_lens.analysis.common.subject import Subject, place, subjects
 from spd_lens.analysis.common.token_html import context, pieces_of, spelled, tokens_of
+from spd_lens.analysis.common.word_diff import Piece, word_diff
 
 __all__ = [
-    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Quiet",
-    "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "as_data", "band", "beside_random", "chance_cosine",
-    "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share", "entropy_rank", "figure",
-    "filled", "half_width", "halves", "line", "listed", "matched_draws", "mean_squared_cosine", "p_value", "page",
-    "panel", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases",
-    "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of",
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
+    "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "as_data", "band", "bars", "beside_random",
+    "chance_cosine", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
+    "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "matched_draws",
+    "mean_squared_cosine", "p_value", "page", "panel", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles",
+    "random_bases", "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed",
+    "tokens_of", "word_diff",
 ]  # fmt: skip

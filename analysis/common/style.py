@@ -8,6 +8,7 @@ from functools import cache
 from html import escape
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
@@ -83,12 +84,26 @@ def panel(n: int) -> dict[str, str]:
     return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
 
-def line(fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, **trace: Any) -> None:
-    """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
+def line(
+    fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, symbol: str = "", **trace: Any
+) -> None:
+    """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null.
+
+    `symbol` is another one for the points, which a null has open.
+    """
     color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
-    marker = {"symbol": "circle-open" if null else _nth(SYMBOLS, index), "size": 7}
+    shape = f"{symbol or SYMBOLS[0]}-open" if null else symbol or _nth(SYMBOLS, index)
+    marker = {"color": color, "symbol": shape, "size": 7}
+    for axis in trace.keys() & {"error_x", "error_y"}:
+        trace[axis] = trace[axis] and {"color": color, **trace[axis]}
     kind = {"mode": "lines+markers", **trace}
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
+
+
+def bars(rows: pd.DataFrame) -> dict[str, Any]:
+    """Error bars from the columns `low` and `high` around `value`; no bar where there is no interval."""
+    up, down = (end.fillna(0.0).clip(lower=0.0) for end in (rows["high"] - rows["value"], rows["value"] - rows["low"]))
+    return {"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.5}
 
 
 def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: bool = False, **trace: Any) -> None:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import typer
 from rich.table import Table
 
-from spd_lens.analysis.common import COLORS, NULL_COLOR, SYMBOLS, Findings, Quiet, figure, page
+from spd_lens.analysis.common import SYMBOLS, Findings, Quiet, bars, figure, line, page
 from spd_lens.analysis.corpora.page import corpora_page
 from spd_lens.analysis.corpora.sources import Corpora, corpora_sets, shared_prompts
 from spd_lens.evaluation import OF_COMPLETIONS, corpus_diagnostics, share_after_answer
@@ -86,21 +86,12 @@ def shares_figure(table: pd.DataFrame, controls: Sequence[str] = ()) -> go.Figur
     names = list(dict.fromkeys(table["method"]))
     for i, name in enumerate(names):
         rows = table[table["method"] == name].set_index("measure").loc[shown]
-        color = NULL_COLOR if name in controls else COLORS[i % len(COLORS)]
-        symbol = SYMBOLS[i % len(SYMBOLS)] + ("-open" if name in controls else "")
-        low, high = (rows[end].fillna(rows["value"]) for end in ("low", "high"))
-        fig.add_trace(
-            go.Scatter(
-                x=rows["value"],
-                y=[place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]],
-                error_x={"symmetric": False, "array": high - rows["value"], "arrayminus": rows["value"] - low},
-                mode="markers",
-                name=name,
-                text=shown,
-                hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
-                marker={"color": color, "symbol": symbol, "size": 9},
-            )
-        )
+        heights = [place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]]
+        line(
+            fig, rows["value"], heights, name, index=i, null=name in controls, symbol=SYMBOLS[i % len(SYMBOLS)],
+            mode="markers", error_x=bars(rows), text=shown,
+            hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
     ticks = {"tickvals": list(range(len(shown)))[::-1], "ticktext": shown, "range": [-0.6, len(shown) - 0.4]}
     fig.update_layout(yaxis=ticks, xaxis={"range": [-0.02, 1.02]}, height=140 + 70 * len(shown))
     return fig

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from difflib import SequenceMatcher
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
-from spd_lens.analysis.common import PACKAGE
+from spd_lens.analysis.common import PACKAGE, word_diff
 from spd_lens.analysis.corpora.sources import Corpora, shared_prompts
 from spd_lens.evaluation import settled_at
 from spd_lens.generation import Record
 from spd_lens.output import render
 from spd_lens.tasks import Task
-
-_MAX_WORDS = 400
-"""Texts are compared up to here: matching takes the product of the lengths."""
 
 
 def corpora_page(
@@ -49,17 +44,9 @@ def corpora_page(
     )  # fmt: skip
 
 
-def added_words(before: str, after: str) -> Iterator[tuple[str, bool]]:
-    """`after` in pieces with the white space behind each, and whether a piece is new against `before`."""
-    old, new = (re.findall(r"^\s+|\S+\s*", text) for text in (before, after))
-    rest = "".join(new[_MAX_WORDS:])
-    new = new[:_MAX_WORDS]
-    before_words, after_words = ([word.strip() for word in words] for words in (old[:_MAX_WORDS], new))
-    for what, _, _, low, high in SequenceMatcher(None, before_words, after_words, autojunk=False).get_opcodes():
-        if low < high:
-            yield "".join(new[low:high]), what != "equal"
-    if rest:
-        yield rest, rest != "".join(old[_MAX_WORDS:])
+def added_words(before: str, after: str) -> list[tuple[str, bool]]:
+    """`after` in pieces, and whether each is new against `before`."""
+    return [(piece.after, not piece.same) for piece in word_diff(before, after) if piece.after]
 
 
 def _firsts(records: list[Record]) -> dict[str, Record]:

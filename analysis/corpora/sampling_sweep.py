@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import pandas as pd
 import plotly.graph_objects as go
 import typer
-from plotly.subplots import make_subplots
 from rich.table import Table
 
-from spd_lens.analysis.common import COLORS, DASHES, NULL_COLOR, SYMBOLS, Findings, Subject, analysis, figure
+from spd_lens.analysis.common import Findings, Subject, analysis, bars, line, panel, panels
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import corpus_diagnostics
 from spd_lens.examples import Example
@@ -148,33 +147,18 @@ def sweep_figure(frame: pd.DataFrame, measure: str) -> go.Figure:
     """One measure against temperature, a panel for each top-p, a line for each policy, with 95 % intervals."""
     rows = frame[frame["measure"] == measure]
     top_ps = sorted(set(rows["top_p"]))
-    base = figure(measure[0].upper() + measure[1:] + " by temperature and top-p", "", "")
-    fig = make_subplots(
-        cols=len(top_ps), shared_yaxes=True, subplot_titles=[f"top-p {p:g}" for p in top_ps], horizontal_spacing=0.04
-    )
-    fig.update_layout(template=base.layout.template, title=base.layout.title, height=460, legend={"y": -0.32})
-    for (i, policy), (column, top_p) in product(enumerate(dict.fromkeys(rows["policy"])), enumerate(top_ps, 1)):
+    fig = panels(
+        [f"top-p {p:g}" for p in top_ps], f"{measure[0].upper()}{measure[1:]} by temperature and top-p", "temperature",
+        MEASURES.get(measure, measure), columns=len(top_ps),
+    )  # fmt: skip
+    for (i, policy), (n, top_p) in product(enumerate(dict.fromkeys(rows["policy"])), enumerate(top_ps)):
         own = rows[(rows["policy"] == policy) & (rows["top_p"] == top_p)].sort_values("temperature")
-        null = policy.startswith(RANDOM)
-        color = NULL_COLOR if null else COLORS[i % len(COLORS)]
-        low, high = (own[end].fillna(own["value"]) for end in ("low", "high"))
-        fig.add_trace(
-            go.Scatter(
-                x=own["temperature"] + 0.012 * (i - 1),  # beside one another, where intervals would hide each other
-                y=own["value"],
-                error_y={"symmetric": False, "array": high - own["value"], "arrayminus": own["value"] - low},
-                mode="lines+markers",
-                name=policy,
-                legendgroup=policy,
-                showlegend=column == 1,
-                line={"color": color, "dash": "dot" if null else DASHES[i % len(DASHES)]},
-                marker={"symbol": "circle-open" if null else SYMBOLS[i % len(SYMBOLS)], "size": 8},
-            ),
-            row=1,
-            col=column,
-        )
-    fig.update_xaxes(title="temperature", tickvals=sorted(set(rows["temperature"])))
-    fig.update_yaxes(title=MEASURES.get(measure, measure), row=1, col=1)
+        beside = own["temperature"] + 0.012 * (i - 1)  # where intervals would hide each other
+        line(
+            fig, beside, own["value"], policy, index=i, null=policy.startswith(RANDOM), legendgroup=policy,
+            showlegend=n == 0, error_y=bars(own), **panel(n),
+        )  # fmt: skip
+    fig.update_xaxes(tickvals=sorted(set(rows["temperature"])))
     fig.update_yaxes(rangemode="tozero")
     return fig
 

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.analysis.common import Subject
+from spd_lens.analysis.common import Piece, Subject, word_diff
 from spd_lens.analysis.dashboard.document import known_moments
-from spd_lens.analysis.dashboard.word_diff import Piece, word_diff
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, kl_divergence, neutral, run_twin

@@ -13,9 +13,8 @@ import pandas as pd
 import plotly
 
 from spd_lens.analysis import ANALYSES
-from spd_lens.analysis.common import Subject
+from spd_lens.analysis.common import Subject, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
-from spd_lens.analysis.dashboard.word_diff import word_diff
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem, per_item
 from spd_lens.files import read_json

@@ -23,6 +23,7 @@ from spd_lens.analysis.common import (
     Subject,
     agreement,
     analysis,
+    bars,
     figure,
     half_width,
     halves,
@@ -165,7 +166,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
         f"{measure} (degrees)" if measure == "mean angle" else measure,
         says="labels: layer.kind and KV head; bars: 95 % interval over halves of the examples; grey: references",
     )
-    references = {"random": "circle-open", "halves before": "square-open", "after, after": "diamond-open"}
+    references = {"random": "circle", "halves before": "square", "after, after": "diamond"}
     names = {
         "random": "random subspace",
         "halves before": "two halves of the examples, before",
@@ -174,12 +175,9 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
     for of, symbol in references.items():
         mine = part[part.of == of]
         if not mine.empty:
-            line(fig, _places(mine), mine.value, names[of], null=True, mode="markers")
-            fig.data[-1].marker.symbol = symbol
+            line(fig, _places(mine), mine.value, names[of], null=True, symbol=symbol, mode="markers")
     mine = part[part.of == "before, after"]
-    high, low = (mine.high - mine.value).fillna(0).clip(lower=0), (mine.value - mine.low).fillna(0).clip(lower=0)
-    error = {"type": "data", "array": high, "arrayminus": low}
-    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=error)
+    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=bars(mine))
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(_places(part))))
     fig.update_layout(legend_y=-0.3)  # below the axis title, also where it wraps
     fig.update_yaxes(range=[0, 92] if measure == "mean angle" else [0, 1.03])

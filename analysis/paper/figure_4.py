@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, band, figure, line, plain
+from spd_lens.analysis.common import NULL_COLOR, band, bars, figure, line, plain
 from spd_lens.analysis.paper.printed import FIGURE_4, FIGURE_4_SIZES, LABELS
 from spd_lens.errors import SPDError
 from spd_lens.runs import SPDConfig
@@ -109,14 +109,11 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
             own = part[(part.source == source) & (part.method == method)].sort_values("n_calibration")
             if own.empty:
                 continue
-            up, down = (own.high - own.value).fillna(0.0), (own.value - own.low).fillna(0.0)
-            null = method != "spd"
+            name = plain(f"{method}, source {source}")
             line(
-                fig, own.n_calibration, own.value, plain(f"{method}, source {source}"), index=index, null=null,
-                error_y={"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.2},
+                fig, own.n_calibration, own.value, name, index=index, null=method != "spd",
+                symbol="diamond" if method == BASE else "", error_y=bars(own),
             )  # fmt: skip
-            if method == BASE:  # two greys: the base and the random directions
-                fig.data[-1].marker.symbol = "diamond-open"
         if not accuracy:
             fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
         ticks = sorted({20, 50, 100, 200, 500, *map(int, part.n_calibration)})
