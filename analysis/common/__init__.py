@@ -47,7 +47,7 @@ __all__ = [
     "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "as_data", "band", "bars", "beside_random",
     "chance_cosine", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "matched_draws",
-    "mean_squared_cosine", "p_value", "page", "panel", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles",
-    "random_bases", "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed",
-    "tokens_of", "word_diff",
+    "mean_squared_cosine", "p_value", "page", "panel", "panels", "participation_ratio", "pieces_of", "place", "plain",
+    "principal_angles", "random_bases", "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects",
+    "summed", "tokens_of", "word_diff",
 ]  # fmt: skip

@@ -161,7 +161,7 @@ def until(page, condition):
     """Playwright's own waiting evaluates strings inside the page, which the app's policy forbids."""
     deadline = time.monotonic() + 60
     while not page.evaluate(condition):
-        assert time.monotonic() < deadline, f"waited in vain for {condition}"
+        assert time.monotonic() < deadline, f"{condition} did not come true"
         page.wait_for_timeout(50)
 
 
