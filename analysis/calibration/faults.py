@@ -185,7 +185,7 @@ def faults_figure(frame: pd.DataFrame, x: str, measure: str = ENERGY) -> go.Figu
         mine = table[table.fault == control]
         if not mine.empty:
             band(fig, mine.share, mine.low, mine.high, null=True)
-            line(fig, mine.share, mine.value, control, null=True, symbol="square")
+            line(fig, mine.share, mine.value, control, null=True, symbol="square-open")
     for index, name in enumerate(names):
         mine = table[table.fault == name]
         band(fig, mine.share, mine.low, mine.high, index=index)

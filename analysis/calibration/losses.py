@@ -66,7 +66,9 @@ def losses_figure(table: pd.DataFrame, measure: str, *, title: str, null: str = 
         if mine.empty:
             continue
         name = "random subspaces" if grey else "subspace"
-        line(fig, mine.label, mine.value, name, null=grey, mode="markers", error_y=bars(mine))
+        line(
+            fig, mine.label, mine.value, name, null=grey, mode="markers", error_y=bars(mine.value, mine.low, mine.high)
+        )
     if measure != "KL from base":
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(table.label)))

@@ -85,25 +85,17 @@ def panel(n: int) -> dict[str, str]:
 
 
 def line(
-    fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, symbol: str = "", **trace: Any
-) -> None:
-    """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null.
-
-    `symbol` is another one for the points, which a null has open.
-    """
+    fig: go.Figure, x: Any, y: Any, name: str, *, index: int = 0, null: bool = False, symbol: str = "", size: int = 7,
+    **trace: Any,
+) -> None:  # fmt: skip
+    """Add a line; its colour, dash and symbol follow from `index`, or say that it is a null."""
     color, dash = (NULL_COLOR, "dot") if null else (_nth(COLORS, index), _nth(DASHES, index))
-    shape = f"{symbol or SYMBOLS[0]}-open" if null else symbol or _nth(SYMBOLS, index)
-    marker = {"color": color, "symbol": shape, "size": 7}
+    shape = symbol or ("circle-open" if null else _nth(SYMBOLS, index))
+    marker = {"color": color, "symbol": shape, "size": size}
     for axis in trace.keys() & {"error_x", "error_y"}:
         trace[axis] = trace[axis] and {"color": color, **trace[axis]}
     kind = {"mode": "lines+markers", **trace}
     fig.add_trace(go.Scatter(x=x, y=y, name=name, line={"color": color, "dash": dash}, marker=marker, **kind))
-
-
-def bars(rows: pd.DataFrame) -> dict[str, Any]:
-    """Error bars from the columns `low` and `high` around `value`; no bar where there is no interval."""
-    up, down = (end.fillna(0.0).clip(lower=0.0) for end in (rows["high"] - rows["value"], rows["value"] - rows["low"]))
-    return {"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.5}
 
 
 def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: bool = False, **trace: Any) -> None:
@@ -113,6 +105,12 @@ def band(fig: go.Figure, x: Any, low: Any, high: Any, *, index: int = 0, null: b
     edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **trace}
     fig.add_trace(go.Scatter(x=x, y=high, **edge))
     fig.add_trace(go.Scatter(x=x, y=low, fill="tonexty", fillcolor=f"rgba({red},{green},{blue},0.2)", **edge))
+
+
+def bars(value: pd.Series, low: pd.Series, high: pd.Series, **look: Any) -> dict[str, Any]:
+    """Intervals as plotly's error bars; no bar where there is no interval."""
+    up, down = (end.fillna(0.0).clip(lower=0.0) for end in (high - value, value - low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, **look}
 
 
 def _nth(values: Sequence[str], index: int) -> str:

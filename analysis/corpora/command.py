@@ -88,8 +88,9 @@ def shares_figure(table: pd.DataFrame, controls: Sequence[str] = ()) -> go.Figur
         rows = table[table["method"] == name].set_index("measure").loc[shown]
         heights = [place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]]
         line(
-            fig, rows["value"], heights, name, index=i, null=name in controls, symbol=SYMBOLS[i % len(SYMBOLS)],
-            mode="markers", error_x=bars(rows), text=shown,
+            fig, rows["value"], heights, name, index=i, null=name in controls, mode="markers", size=9,
+            symbol=SYMBOLS[i % len(SYMBOLS)] + ("-open" if name in controls else ""), text=shown,
+            error_x=bars(rows["value"], rows["low"], rows["high"]),
             hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
     ticks = {"tickvals": list(range(len(shown)))[::-1], "ticktext": shown, "range": [-0.6, len(shown) - 0.4]}

@@ -156,7 +156,8 @@ def sweep_figure(frame: pd.DataFrame, measure: str) -> go.Figure:
         beside = own["temperature"] + 0.012 * (i - 1)  # where intervals would hide each other
         line(
             fig, beside, own["value"], policy, index=i, null=policy.startswith(RANDOM), legendgroup=policy,
-            showlegend=n == 0, error_y=bars(own), **panel(n),
+            showlegend=n == 0, **panel(n),
+            error_y=bars(own["value"], own["low"], own["high"]),
         )  # fmt: skip
     fig.update_xaxes(tickvals=sorted(set(rows["temperature"])))
     fig.update_yaxes(rangemode="tozero")

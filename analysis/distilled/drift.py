@@ -166,7 +166,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
         f"{measure} (degrees)" if measure == "mean angle" else measure,
         says="labels: layer.kind and KV head; bars: 95 % interval over halves of the examples; grey: references",
     )
-    references = {"random": "circle", "halves before": "square", "after, after": "diamond"}
+    references = {"random": "circle-open", "halves before": "square-open", "after, after": "diamond-open"}
     names = {
         "random": "random subspace",
         "halves before": "two halves of the examples, before",
@@ -177,7 +177,7 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
         if not mine.empty:
             line(fig, _places(mine), mine.value, names[of], null=True, symbol=symbol, mode="markers")
     mine = part[part.of == "before, after"]
-    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=bars(mine))
+    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=bars(mine.value, mine.low, mine.high))
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(_places(part))))
     fig.update_layout(legend_y=-0.3)  # below the axis title, also where it wraps
     fig.update_yaxes(range=[0, 92] if measure == "mean angle" else [0, 1.03])

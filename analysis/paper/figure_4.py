@@ -112,7 +112,7 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
             name = plain(f"{method}, source {source}")
             line(
                 fig, own.n_calibration, own.value, name, index=index, null=method != "spd",
-                symbol="diamond" if method == BASE else "", error_y=bars(own),
+                symbol="diamond-open" if method == BASE else "", error_y=bars(own.value, own.low, own.high),
             )  # fmt: skip
         if not accuracy:
             fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})

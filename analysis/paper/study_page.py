@@ -75,8 +75,8 @@ def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Fi
         controls = own.method.map(_is_control)
         for grey, rows in own.groupby(controls):
             line(
-                fig, rows.method, rows.value, plain(target), index=index, null=bool(grey),
-                symbol=SYMBOLS[index % len(SYMBOLS)], mode="markers", error_y=bars(rows), legendgroup=target,
+                fig, rows.method, rows.value, plain(target), index=index, null=bool(grey), mode="markers", size=9,
+                symbol=_symbol(index, bool(grey)), error_y=bars(rows.value, rows.low, rows.high), legendgroup=target,
                 offsetgroup=target, showlegend=bool(grey == controls.min()),
                 customdata=[f"corrected p = {row.p_holm:.2g}, {row.verdict}" for row in rows.itertuples()],
                 hovertemplate="%{x}: %{y:.3g}<br>%{customdata}<extra>" + plain(target) + "</extra>",
@@ -100,16 +100,16 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
         x = kl.loc[[(target, method) for target in own.target]] if len(own) else own
         grey = _is_control(method)
         line(
-            fig, x.value, own.value, plain(method), index=index, null=grey, error_x=bars(x), error_y=bars(own),
+            fig, x.value, own.value, plain(method), index=index, null=grey, size=10,
+            error_x=bars(x.value, x.low, x.high), error_y=bars(own.value, own.low, own.high),
             mode="markers+text" if len(targets) == 1 else "markers", text=[plain(method)] * len(own),
             textposition="top center", customdata=[plain(t) for t in own.target],
             hovertemplate="%{customdata}: KL %{x:.3g}, change %{y:.3g}",
         )  # fmt: skip
-        symbols = [SYMBOLS[targets.index(t) % len(SYMBOLS)] + ("-open" if grey else "") for t in own.target]
+        symbols = [_symbol(targets.index(target), grey) for target in own.target]
         fig.data[-1].update(marker={"symbol": symbols}, textfont={"color": fig.data[-1].line.color})
     for index, target in enumerate(targets if len(targets) > 1 else []):
-        symbol = {"color": NULL_COLOR, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 10}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"on {plain(target)}", marker=symbol))
+        line(fig, [None], [None], f"on {plain(target)}", null=True, symbol=_symbol(index), size=10, mode="markers")
     fig.update_layout(legend={"y": -0.34}, **_ROOM)
     if fig.data:
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
@@ -127,3 +127,7 @@ def html_of(markdown: str) -> str:
 
 def _is_control(method: str) -> bool:
     return method.startswith(f"{FOCUS}-")
+
+
+def _symbol(index: int, grey: bool = False) -> str:
+    return SYMBOLS[index % len(SYMBOLS)] + ("-open" if grey else "")

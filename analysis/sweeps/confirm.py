@@ -12,13 +12,13 @@ import pandas as pd
 from jaxtyping import Float
 
 from spd_lens.analysis.common import beside_random, contrasts
-from spd_lens.analysis.sweeps.engine import measure
+from spd_lens.analysis.sweeps.engine import beside_controls, measure
 from spd_lens.analysis.sweeps.store import Values
 from spd_lens.evaluation import EvalResult, evaluate, repeated_ngrams
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, text_ids
 from spd_lens.stats import Estimate, mean_interval, score_interval
-from spd_lens.subspaces import Policy, Subspace
+from spd_lens.subspaces import Subspace
 from spd_lens.tasks import Task
 
 CHOSEN_MEASURES = {
@@ -45,18 +45,9 @@ def remeasure(
 
     The best of many cells looks better than it is; fresh items and fresh random draws undo that.
     """
-    policies = _policies(chosen, n_random, seed, strength)
+    policies = beside_controls(chosen, n_random, seed, strength)
     found = measure(pair, items, policies, batch_tokens=batch_tokens)
     return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
-
-
-def _policies(chosen: Mapping[str, Subspace], n_random: int, seed: int, strength: float) -> list[Policy]:
-    """The base model, each chosen subspace, and random ones of its shape."""
-    policies = [Policy("base")]
-    for name, subspace in chosen.items():
-        policies.append(Policy(name, subspace, strength))
-        policies += [Policy(f"{name}/{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
-    return policies
 
 
 def write(
@@ -79,7 +70,7 @@ def write(
     Beside these the KL from the base model on the base model's own completions of the same prompts: gold completions
     are another's text, on which a model may be less sure. With `folder` an interrupted run goes on.
     """
-    policies = _policies(chosen, n_random, seed, strength)
+    policies = beside_controls(chosen, n_random, seed, strength)
     results: dict[str, EvalResult] = {}
     for policy in policies:
         # by content: the same name in another sweep is another subspace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,13 @@ class Grid(Settings):
                         f"{moments.sites[0].layer} to {moments.sites[-1].layer}"
                     )
                 for projector in self.projectors:
-                    for head in self._heads_of(moments, sites, projector):
-                        for rank in self.ranks:
-                            width = _width(moments, sites[0], projector)
-                            size = resolve_rank(rank, width)
-                            if size < width:
-                                cell = GridCell(label, sites, label_of_kinds, head, projector, size, width)
-                                found.setdefault((sites, head, projector, size), cell)
+                    n_blocks = moments.n_heads[sites[0]] if projector == "per_head" else 1
+                    width = moments.gradient[sites[0]].shape[-1] // n_blocks
+                    for head, rank in product(self._heads_of(moments, sites, projector), self.ranks):
+                        size = resolve_rank(rank, width)
+                        if size < width:
+                            cell = GridCell(label, sites, label_of_kinds, head, projector, size, width)
+                            found.setdefault((sites, head, projector, size), cell)
         if not found:
             raise SPDError("the grid holds nothing but full ranks, which are the model itself; give smaller ranks")
         return sorted(found.values(), key=lambda cell: -cell.first_layer)
@@ -198,11 +199,6 @@ class GridCell:
         """What it shares with the cells that differ from it in rank alone."""
         return self.layers, self.kinds, self.head, self.projector
 
-    def __str__(self) -> str:
-        head = "" if self.head == "all" else f", head {self.head}"
-        how = self.projector.replace("_", " ")
-        return f"layers {self.layers}, {self.kinds}{head}, {how}, rank {self.rank} of {self.width}"
-
     def subspace(self, moments: GradientMoments, *, center: bool = False) -> Subspace:
         """Its subspace; where one head alone is projected, all directions of the others are kept."""
         full = moments.subspace(self.rank, per_head=self.projector == "per_head", sites=self.sites, center=center)
@@ -217,15 +213,10 @@ class GridCell:
 
 def split_kinds(kinds: str) -> list[str]:
     """`"kv"` is k and v together; a longer kind is named by itself, and `"k+v"` is `"kv"`."""
-    chosen = [kinds] if kinds in KINDS else [part for part in (kinds.split("+") if "+" in kinds else kinds)]
+    chosen = [kinds] if kinds in KINDS else kinds.split("+") if "+" in kinds else list(kinds)
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(
                 f"unknown kinds {kinds!r}; write those of {', '.join(KINDS)} to project together, as in kv"
             )
     return list(dict.fromkeys(chosen))
-
-
-def _width(moments: GradientMoments, site: Site, projector: str) -> int:
-    width = moments.gradient[site].shape[-1]
-    return width // moments.n_heads[site] if projector == "per_head" else width
