@@ -28,7 +28,7 @@ AT_RANDOM = "drawn at random"
 
 
 def wrong_answers(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Every example with another one's answer: `controls.shuffled_answers`."""
+    """Every example with another one's answer."""
     return shuffled_answers(examples, seed)
 
 

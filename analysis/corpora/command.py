@@ -19,7 +19,7 @@ from spd_lens.analysis.corpora.sources import Corpora, corpora_sets, shared_prom
 from spd_lens.evaluation import OF_COMPLETIONS, corpus_diagnostics, share_after_answer
 from spd_lens.files import write_json, write_text
 from spd_lens.generation import Record
-from spd_lens.output import set_up_logging
+from spd_lens.output import set_up_logging, terminal
 from spd_lens.stats import Estimate, mean_interval, paired_difference
 from spd_lens.tasks import Task
 
@@ -189,12 +189,12 @@ def _overlap(before: str, after: str) -> float:
 
 
 def _rich(title: str, table: pd.DataFrame) -> Table:
-    shown = Table("measure", *dict.fromkeys(table["method"]), title=f"corpora of {title}")
-    for measure, rows in table.groupby("measure", sort=False):
-        if measure in ("length", "prompts", *_SHOWN):
-            cells = [
-                Estimate(row.value, row.low, row.high, row.n, "").interval if pd.notna(row.low) else f"{row.value:g}"
-                for row in rows.itertuples()
-            ]
-            shown.add_row(measure, *cells)
-    return shown
+    shown = table[table["measure"].isin(("length", "prompts", *_SHOWN))]
+    rows = [
+        [measure, *(
+            Estimate(row.value, row.low, row.high, row.n, "").interval if pd.notna(row.low) else f"{row.value:g}"
+            for row in own.itertuples()
+        )]
+        for measure, own in shown.groupby("measure", sort=False)
+    ]  # fmt: skip
+    return terminal(["measure", *dict.fromkeys(table["method"])], rows, title=f"corpora of {title}")

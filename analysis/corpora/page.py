@@ -12,6 +12,7 @@ from spd_lens.analysis.corpora.sources import Corpora, shared_prompts
 from spd_lens.evaluation import settled_at
 from spd_lens.generation import Record
 from spd_lens.output import render
+from spd_lens.stats import bracketed
 from spd_lens.tasks import Task
 
 
@@ -38,7 +39,8 @@ def corpora_page(
         "corpora.html", package=PACKAGE, title=f"What each method wrote: {title}", says=says, reference=reference,
         facts=[f"{len(ids)} of {len(records[reference])} shared prompts", "one completion of each", *records],
         has_task=task is not None, methods=list(dict.fromkeys(table["method"])),
-        numbers=[(measure, own["unit"].iloc[0], [_cell(row) for row in own.itertuples()])
+        numbers=[(measure, unit := own["unit"].iloc[0],
+                  [bracketed(row.value, row.low, row.high, 1 if unit == "tokens" else 2) for row in own.itertuples()])
                  for measure, own in table.groupby("measure", sort=False)],
         cards=[_card({name: own[id] for name, own in records.items()}, task) for id in ids],
     )  # fmt: skip
@@ -85,9 +87,3 @@ def _parted(pieces: Iterable[tuple[str, bool]], place: int) -> tuple[list[tuple[
             parts += [(shown, new) for shown, new in ((start, False), (body, is_new), (end, False)) if shown]
         at += len(text)
     return before, behind
-
-
-def _cell(row: Any) -> str:
-    places = 1 if row.unit == "tokens" else 2
-    interval = "" if pd.isna(row.low) else f" [{row.low:.{places}f}, {row.high:.{places}f}]"
-    return f"{row.value:.{places}f}{interval}"

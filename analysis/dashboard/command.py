@@ -1,8 +1,4 @@
-"""The dashboard: runs as one self-contained page, as a live app that generates, and inside a notebook.
-
-One page serves all three: `write_dashboard` writes it, `serve` adds a tab that generates, `explore` shows it in a
-notebook's output, where it works without a kernel too.
-"""
+"""The commands of the dashboard: one that writes the page, and one that serves it with a tab that generates."""
 
 from __future__ import annotations
 

@@ -56,15 +56,11 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
     runs = []
     found: dict[tuple[int, Site, bool], SiteDirections] = {}
     for index, source in enumerate(sources):
-        log.info("spectra of %s at %d sites", source.name, len(source.sites))
+        log.info("spectra of %s", source.name)
         blocks: dict[str, dict[str, Any]] = {}
-        for site in source.sites:
-            blocks[str(site)] = {}
-            for per_head in source.forms(site):
-                directions = source.directions(site, per_head)
-                assert directions is not None
-                found[index, site, per_head] = directions
-                blocks[str(site)] |= _curves(source, site, per_head, directions)
+        for site, per_head, directions in source.directions():
+            found[index, site, per_head] = directions
+            blocks.setdefault(str(site), {}).update(_curves(source, site, per_head, directions))
         runs.append({"name": visible(source.name), "blocks": blocks, **_use(source)})
     widths = {d.width for d in found.values()}
     return {

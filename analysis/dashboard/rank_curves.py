@@ -7,6 +7,7 @@ rank, and moving the slider computes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,35 +32,16 @@ class Source:
     moments: GradientMoments | None = None
     subspace: Subspace | None = None
 
-    def __post_init__(self) -> None:
-        if self.moments is None and self.subspace is None:
-            raise ValueError("a source needs moments or a subspace")
-
-    @property
-    def sites(self) -> list[Site]:
-        known = self.moments if self.moments is not None else self.subspace
-        assert known is not None
-        return known.sites
-
-    def directions(self, site: Site, per_head: bool) -> SiteDirections | None:
-        """At one site, per head or joint; None where the source does not have it in this form."""
-        if site not in self.sites:
-            return None
+    def directions(self) -> Iterator[tuple[Site, bool, SiteDirections]]:
+        """Every site's directions per head (True) and joint (False), where there are both; one block is joint."""
         if self.moments is not None:
-            return SiteDirections.of(self.moments, site, per_head)
-        assert self.subspace is not None
-        basis = self.subspace.bases[site]
-        if (basis.shape[0] > 1) != per_head:
-            return None
-        values = self.subspace.singular_values.get(site)
-        return SiteDirections(basis, None if values is None else values.square())
-
-    def forms(self, site: Site) -> list[bool]:
-        """Which of per head (True) and joint (False) exist at a site; one block alone is joint."""
-        if self.moments is not None:
-            return [True, False] if self.moments.n_heads[site] > 1 else [False]
-        assert self.subspace is not None
-        return [self.subspace.bases[site].shape[0] > 1]
+            for site in self.moments.sites:
+                for per_head in (True, False) if self.moments.n_heads[site] > 1 else (False,):
+                    yield site, per_head, SiteDirections.of(self.moments, site, per_head)
+        elif self.subspace is not None:
+            for site in self.subspace.sites:
+                basis, values = self.subspace.bases[site], self.subspace.singular_values.get(site)
+                yield site, len(basis) > 1, SiteDirections(basis, None if values is None else values.square())
 
 
 @dataclass(frozen=True)

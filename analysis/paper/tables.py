@@ -25,13 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from spd_lens.analysis.common import Quiet, page
-from spd_lens.analysis.paper.figure_4 import figure_4, points, points_sentence
+from spd_lens.analysis.paper.figure_4 import figure_4, mean_score, points, points_sentence
 from spd_lens.analysis.paper.printed import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
 from spd_lens.output import markdown, set_up_logging, terminal
 from spd_lens.runs import SPDConfig
-from spd_lens.stats import bracketed, clustered_mean
+from spd_lens.stats import bracketed
 from spd_lens.study import Evidence, Outcome, backbone, differences_from_paper
 
 NOT_RUN = "not run"
@@ -174,13 +174,9 @@ def _cell(studies: Sequence[Evidence], row: Row, dataset: str, source: str) -> t
     """Our number from the first study that has it."""
     measure = "completion loss" if dataset in LOSSES else "accuracy"
     for study in studies:
-        scores = study.scores(Outcome(source, dataset, "target", row.phase, row.method, measure))
-        if scores is not None and scores.size:
-            estimate = clustered_mean(scores.to_numpy())
-            factor = 1.0 if dataset in LOSSES else 100.0
-            low, high = (factor * end if estimate.bounded else None for end in (estimate.low, estimate.high))
-            numbers = {"ours": factor * estimate.value, "low": low, "high": high}
-            return {**numbers, "n": estimate.n, "seeds": len(scores)}, study.name
+        found = mean_score(study, Outcome(source, dataset, "target", row.phase, row.method, measure))
+        if found is not None:
+            return {"ours": found.pop("value"), **found}, study.name
     return dict.fromkeys(("ours", "low", "high", "n", "seeds")), ""
 
 

@@ -10,9 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from spd_lens.analysis.common import DIVERGING, NULL_COLOR, band, figure, line, panel, plain
+from spd_lens.analysis.sweeps.recommend import ALPHA
 from spd_lens.analysis.sweeps.store import MEASURES
-
-ALPHA = 0.05
 
 
 def figures(table: pd.DataFrame, *, recommended: str | None = None) -> list[go.Figure]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spd_lens.analysis.common import Subject
-from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, remeasure, write
+from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, measure_chosen
 from spd_lens.analysis.sweeps.engine import sweep
 from spd_lens.analysis.sweeps.figures import figures
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
@@ -20,8 +19,6 @@ from spd_lens.errors import SPDError
 from spd_lens.output import terminal
 from spd_lens.stats import bracketed
 from spd_lens.subspaces import GradientMoments
-
-log = logging.getLogger(__name__)
 
 
 def report(
@@ -70,29 +67,6 @@ def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
         return Grid.make(own).cells(moments)[0]
     except SPDError:
         return None
-
-
-def measure_chosen(
-    subject: Subject, moments: GradientMoments, grid: Grid, cells: list[GridCell], name: str, n_confirm: int = 10
-) -> pd.DataFrame:
-    """Fresh items with `n_confirm` fresh draws, and generation on the sweep's items."""
-    config = subject.run.config
-    chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
-    used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
-    fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
-    log.info("measuring the chosen cells on %d fresh items", len(fresh))
-    again = remeasure(
-        subject.pair, fresh, chosen, n_random=n_confirm, seed=grid.seed + 1000, strength=config.strength,
-        batch_tokens=grid.batch_tokens,
-    )  # fmt: skip
-    log.info("generating under the chosen cells")
-    task = subject.task if grid.task is None else subject.targets[grid.task]
-    by_writing = write(
-        subject.pair, task, grid.n_items, chosen, n_random=grid.n_random, seed=grid.seed, data_seed=config.data_seed,
-        strength=config.strength, batch_size=config.generation_batch_size, batch_tokens=grid.batch_tokens,
-        folder=subject.folder / name / "completions", progress=subject.progress,
-    )  # fmt: skip
-    return pd.concat([again, by_writing], ignore_index=True)
 
 
 def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:
