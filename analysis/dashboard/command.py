@@ -31,12 +31,7 @@ def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int =
         raise SPDError(f"{out} is a directory; name the page to write, as in --out {out / 'dashboard.html'}")
     found = subjects(runs)
     document = assemble(found, link=relative_to(out), texts=texts)
-    return write_text(out, page(document, title=title_of([subject.name for subject in found])))
-
-
-def title_of(names: Sequence[str]) -> str:
-    """The page's title."""
-    return f"SPD dashboard: {', '.join(names)}"
+    return write_text(out, page(document, title=f"SPD dashboard: {', '.join(subject.name for subject in found)}"))
 
 
 def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:

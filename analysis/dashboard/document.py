@@ -61,7 +61,11 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
         for site, per_head, directions in source.directions():
             found[index, site, per_head] = directions
             blocks.setdefault(str(site), {}).update(_curves(source, site, per_head, directions))
-        runs.append({"name": visible(source.name), "blocks": blocks, **_use(source)})
+        used = None  # how the run itself projects: which sites, in which form, at which rank
+        if (own := source.subspace) is not None:
+            ranks = {str(site): list(of_blocks) for site, of_blocks in own.ranks.items()}
+            used = {"per_head": own.per_head, "rank": own.rank, "ranks": ranks}
+        runs.append({"name": visible(source.name), "blocks": blocks, "used": used})
     widths = {d.width for d in found.values()}
     return {
         "version": importlib.metadata.version("spd-lens"),
@@ -81,14 +85,6 @@ def rank_grid(width: int) -> list[int]:
         return list(range(1, width + 1))
     steps = torch.logspace(0, 1, 190, dtype=torch.float64).sub(1).div(9) * (width - 64) + 64
     return sorted({*range(1, 65), width // 4, width // 2, *(round(float(step)) for step in steps)})
-
-
-def _use(source: Source) -> dict[str, Any]:
-    """How the run itself projects: which sites, in which form, at which rank."""
-    if source.subspace is None:
-        return {"used": None}
-    ranks = {str(site): list(own) for site, own in source.subspace.ranks.items()}
-    return {"used": {"per_head": source.subspace.per_head, "rank": source.subspace.rank, "ranks": ranks}}
 
 
 def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirections) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,9 @@ from spd_lens.analysis import ANALYSES
 from spd_lens.analysis.common import Subject, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem, per_item
+from spd_lens.evaluation import ForcedItem, ItemResult, per_item
 from spd_lens.files import read_json
-from spd_lens.generation import Corpus
+from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
@@ -83,67 +83,42 @@ def interval(estimate: Estimate) -> list[float | None]:
 def _text_sets(run: Run, limit: int) -> Iterator[dict[str, Any]]:
     """Sets of completions to read side by side: training prompts, then the test items of each task."""
     with contextlib.suppress(SPDError):  # the run has not come that far
-        yield _training_prompts(run.unprojected, run.corpus, limit)
+        corpora = {"base": run.unprojected, "projected": run.corpus}
+        by_key = {policy: {record.key: record for record in corpus} for policy, corpus in corpora.items()}
+        yield _text_set("training prompts, sampled with the same noise", by_key, limit)
     for task in run.config.targets:
-        results = []
+        by_id = {}
         for policy in ("base", "projected", "spd"):
             with contextlib.suppress(SPDError):
-                results.append(run.result(task, policy))
-        if results:
-            yield _test_items(task, results, limit)
+                result = run.result(task, policy)
+                by_id[result.policy] = {item.id: item for item in result.items}
+        if by_id:
+            yield _text_set(f"{task}: test items, greedy", by_id, limit)
 
 
-def _training_prompts(base: Corpus, projected: Corpus, limit: int) -> dict[str, Any]:
-    other = {record.key: record for record in projected}
-    both = [(record, other[record.key]) for record in base if record.key in other]
-    items = [
-        _item(before.id, before.prompt, {"base": before.completion, "projected": after.completion},
-              ends={"base": before.finish_reason, "projected": after.finish_reason})
-        for before, after in both[:limit]
-    ]  # fmt: skip
-    title = "training prompts, sampled with the same noise"
-    return {"title": title, "columns": ["base", "projected"], "total": len(both), "items": items}
+def _text_set(title: str, texts: Mapping[str, Mapping[Any, Record | ItemResult]], limit: int) -> dict[str, Any]:
+    """What several policies answered to the same prompts, in the order of the first."""
+    first, *others = texts.values()
+    shared = [key for key in first if all(key in other for other in others)]
+    items = [_item({policy: own[key] for policy, own in texts.items()}) for key in shared[:limit]]
+    return {"title": visible(title), "columns": list(texts), "total": len(shared), "items": items}
 
 
-def _test_items(task: str, results: Sequence[EvalResult], limit: int) -> dict[str, Any]:
-    by_policy = {result.policy: {item.id: item for item in result.items} for result in results}
-    first, *others = by_policy.values()
-    shared = [item for item in first.values() if all(item.id in other for other in others)]
-    items = []
-    for item in shared[:limit]:
-        mine = {policy: by_id[item.id] for policy, by_id in by_policy.items()}
-        items.append(
-            _item(item.id, item.prompt, {name: it.completion for name, it in mine.items()}, gold=item.gold,
-                  ends={name: it.finish_reason for name, it in mine.items()},
-                  scores={name: it.score for name, it in mine.items()})
-        )  # fmt: skip
-    title = f"{task}: test items, greedy"
-    return {"title": visible(title), "columns": list(by_policy), "total": len(shared), "items": items}
-
-
-def _item(
-    id: str,
-    prompt: str,
-    completions: Mapping[str, str],
-    *,
-    gold: str | None = None,
-    ends: Mapping[str, str],
-    scores: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+def _item(answers: Mapping[str, Record | ItemResult]) -> dict[str, Any]:
     """One prompt's completions; all but the first as differences from the first."""
-    safe = {name: visible(text) for name, text in completions.items()}
+    safe = {policy: visible(answer.completion) for policy, answer in answers.items()}
     first, *others = safe
+    one = answers[first]
     pieces = {
         name: [[p.after] if p.same and p.before == p.after else [p.before, p.after, int(p.same)] for p in diff]
         for name in others
         for diff in [word_diff(safe[first], safe[name])]
     }
-    shown: dict[str, Any] = {"id": visible(id), "prompt": visible(prompt), "text": safe[first], "pieces": pieces}
-    shown["ends"] = dict(ends)
-    if gold is not None:
-        shown["gold"] = visible(gold)
-    if scores is not None:
-        shown["scores"] = {name: round(score, 3) for name, score in scores.items()}
+    ends = {policy: answer.finish_reason for policy, answer in answers.items()}
+    shown = {"id": visible(one.id), "prompt": visible(one.prompt), "text": safe[first], "pieces": pieces, "ends": ends}
+    scores = {policy: round(answer.score, 3) for policy, answer in answers.items() if isinstance(answer, ItemResult)}
+    if isinstance(one, ItemResult):
+        shown |= {"gold": visible(one.gold), "scores": scores}
     return shown
 
 

@@ -42,7 +42,6 @@ class Row:
 class PaperTable:
     """A table of the paper."""
 
-    number: int
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -86,7 +85,6 @@ _METHODS = (("Base model", "base"), ("PSR", "psr"), ("SSD", "ssd"), ("SPD", "spd
 
 TABLES = {
     1: PaperTable(
-        1,
         "Domain-specific and in-domain generalization results under different backbone models",
         CODE_MATH_QA,
         tuple(
@@ -96,7 +94,6 @@ TABLES = {
         ),
     ),
     2: PaperTable(
-        2,
         "Out-of-domain generalization from QA-calibrated self-policy distillation",
         QA_MATH_CODE,
         (
@@ -107,7 +104,6 @@ TABLES = {
         source="mmlu",
     ),
     3: PaperTable(
-        3,
         "Quality of self-generated data before self-distillation training",
         CODE_MATH_QA,
         (
@@ -117,7 +113,6 @@ TABLES = {
         ),
     ),
     4: PaperTable(
-        4,
         "Fine-tuning results on self-generated data from different methods",
         CODE_MATH_QA,
         (
@@ -127,7 +122,6 @@ TABLES = {
         ),
     ),
     5: PaperTable(
-        5,
         "Ablation on loss functions for capability subspace extraction",
         CODE_MATH_QA,
         (

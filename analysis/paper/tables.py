@@ -87,12 +87,17 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
     """A filled table as Markdown, with what differs from the paper's set-up under it."""
     number = int(cells.table.iloc[0])
     table = TABLES[number]
+    # tables 2 to 5 stand beside the same numbers of the paper whatever model a study is of
+    whose = f"The paper's numbers are of {ABLATED}, ours of the model that the row names. " if number > 1 else ""
+    sources = "Source task of each column: its domain's (MBPP, GSM8K, MMLU)."
+    if table.source:
+        sources = f"Source task of all columns: {LABELS[table.source]}."
     lines = [
         f"# Table {number}: {table.title}",
         "",
         "Each cell: the paper's printed number, then ours with its 95 % interval over items (seeds averaged). Accuracy "
         "in percent; CodeAlpaca is the negative log-likelihood of the reference in nats per token, lower is better.",
-        f"{_whose(number)}{_sources(table)} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
+        f"{whose}{sources} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
         "where the 95 % interval of a single one reaches 5 to 10 points to either side.",
         "",
         *markdown(
@@ -201,17 +206,6 @@ def _head(dataset: str) -> str:
 
 def _column(number: int) -> str:
     return "backbone" if number == 1 else "our backbone"
-
-
-def _whose(number: int) -> str:
-    """Tables 2 to 5 stand beside the same numbers of the paper whatever model a study is of: say of which."""
-    return "" if number == 1 else f"The paper's numbers are of {ABLATED}, ours of the model that the row names. "
-
-
-def _sources(table: PaperTable) -> str:
-    if table.source:
-        return f"Source task of all columns: {LABELS[table.source]}."
-    return "Source task of each column: its domain's (MBPP, GSM8K, MMLU)."
 
 
 def _rich(cells: pd.DataFrame) -> Table:

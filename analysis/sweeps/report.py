@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from spd_lens.analysis.common import Subject
+from spd_lens.analysis.common import Subject, analysis
 from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, measure_chosen
 from spd_lens.analysis.sweeps.engine import sweep
 from spd_lens.analysis.sweeps.figures import figures
@@ -17,8 +19,32 @@ from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.recommend import KL_BUDGET, Recommendation, overall, recommend
 from spd_lens.errors import SPDError
 from spd_lens.output import terminal
+from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
 from spd_lens.subspaces import GradientMoments
+
+
+def command(name: str, question: str, defaults: Callable[[SPDConfig], dict[str, Any]]) -> Callable[..., None]:
+    """A command that sweeps a grid over `defaults`, which follow from the run's settings."""
+
+    def work(
+        subject: Subject,
+        *,
+        grid: Annotated[Path | None, typer.Option(help="YAML file with the grid; see docs/ablation.md.")] = None,
+        items: Annotated[int | None, typer.Option(help="Held-out items, instead of the grid's.")] = None,
+        random: Annotated[
+            int | None, typer.Option(help="Random subspaces beside each cell, instead of the grid's.")
+        ] = None,
+        kl_budget: Annotated[
+            float, typer.Option(help="Largest KL of a recommended cell, in nats per token.")
+        ] = KL_BUDGET,
+        generate: Annotated[bool, typer.Option(help="Also generate under the chosen cells.")] = True,
+    ) -> None:
+        chosen = Grid.read(grid, defaults(subject.run.config), n_items=items, n_random=random)
+        report(name, subject, chosen, kl_budget=kl_budget, generate=generate)
+
+    work.__doc__ = question
+    return analysis()(work)
 
 
 def report(
