@@ -26,19 +26,16 @@ from spd_lens.tasks import Task
 
 def corpora_table(corpora: Corpora, task: Task | None = None, tokenizer: Any = None) -> pd.DataFrame:
     """`corpus_diagnostics` of every corpus on the prompts that they share, one row per `method` and `measure`."""
-    parts = [
-        corpus_diagnostics(records, tokenizer, task).assign(method=name)
-        for name, records in shared_prompts(corpora).items()
-    ]
-    frame = pd.concat(parts, ignore_index=True)
-    return frame[["method", *(column for column in frame if column != "method")]]
+    shared = shared_prompts(corpora).items()
+    found = {name: corpus_diagnostics(records, tokenizer, task) for name, records in shared}
+    return pd.concat(found, names=["method"]).reset_index("method").reset_index(drop=True)
 
 
 def corpora_differences(corpora: Corpora, task: Task | None = None) -> pd.DataFrame:
     """Each corpus minus the first, paired by prompt: `method, reference, measure, value, low, high, n, unit`.
 
-    Samples of a prompt are averaged first. `after the answer` counts characters, on prompts that both answer. Intervals
-    are paired bootstraps at 95 %, each by itself.
+    Samples of a prompt are averaged first. `after the answer` counts characters, on prompts that both corpora answer.
+    Intervals are paired bootstraps at 95 %, each by itself.
     """
     records = shared_prompts(corpora)
     reference, *others = records
@@ -128,7 +125,7 @@ def main(
     seed: Annotated[
         int | None, typer.Option(help="Seed of a study whose texts are shown; its first if not given.")
     ] = None,
-    n: Annotated[int, typer.Option(help="Prompts on the page of texts.")] = 12,
+    n: Annotated[int, typer.Option(help="Number of prompts on the page of texts.")] = 12,
     task: Annotated[str | None, typer.Option(help="Task whose answers JSONL files hold.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of that task's data.")] = None,
     out: Annotated[
@@ -162,7 +159,7 @@ def main(
 
 
 def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], float | None]]]:
-    """Unit and value of one completion; None where it has none."""
+    """The unit of each measure, and its value for one completion; None where the completion has none."""
     names = ("length", "truncated", "repeated 4-grams", "loops")
     measures: dict[str, tuple[str, Callable[[Record], float | None]]] = {name: OF_COMPLETIONS[name] for name in names}
     if task is None:

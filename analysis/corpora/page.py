@@ -21,8 +21,8 @@ def corpora_page(
 ) -> str:
     """The page as HTML, after the paper's Figure 3; it runs no scripts.
 
-    Words that the first corpus does not have are underlined. Text behind the settled answer is on another ground; the
-    paper marks "answer-irrelevant" text by hand, this is what a program can tell.
+    Words that the first corpus does not have are underlined. Text behind the settled answer has another background:
+    the paper marks "answer-irrelevant" text by hand, and this is what a program can tell.
 
     Args:
         title: Name of what the corpora belong to.

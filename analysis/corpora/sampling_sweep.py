@@ -27,7 +27,7 @@ from spd_lens.tasks import Task
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_PS = (0.9, 1.0)
 RANDOM = "random"
-"""The control's name: drawn grey."""
+"""The control's name, which is drawn grey."""
 MEASURES = {
     "accuracy": "score of a sample (pass@1)",
     "length": "tokens per completion",
@@ -56,23 +56,23 @@ def sampled(
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Setting, Corpus]:
-    """Completions of every policy at every point of the grid; greedy (temperature 0) has one sample and one top-p.
+    """Completions of every policy at every point of the grid; greedy sampling has one sample and one top-p.
 
     Args:
         pair: The model.
-        items: Prompts.
+        items: The prompts.
         policies: The base, the projected model and controls.
         temperatures: Temperatures of the grid.
         top_ps: Values of top-p of the grid.
-        samples: Completions of each prompt.
+        samples: Number of completions of each prompt.
         max_new_tokens: Token limit.
         seed: Seed of the sampling noise. It is the same everywhere: policies differ by what they do with it.
-        batch_size: Completions at once. None: as many as memory allows.
+        batch_size: Number of completions at once. None: as many as memory allows.
         folder: Folder that keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
 
     Raises:
-        SPDError: an empty grid, or what `generate` refuses.
+        SPDError: An empty grid, or what `generate` refuses.
     """
     if not temperatures or not top_ps or not policies:
         raise SPDError("a sweep needs at least one policy, one temperature and one top-p")
@@ -92,7 +92,7 @@ def sampled(
 
 
 def scored(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example]) -> dict[Setting, Scores]:
-    """Scores of every completion, by prompt; no prompts where the task cannot score here."""
+    """Scores of every completion, by prompt; there are no prompts if the task cannot score here."""
     try:
         task.check_scorable()
     except SPDError:
@@ -114,18 +114,15 @@ def sweep_frame(
     `accuracy` is the mean score of a sample, with each prompt's samples averaged first (pass@1, clustered by prompt);
     `any sample` the share of prompts with a right sample among theirs. Both are left out where the task cannot score.
     """
-    rows = []
+    found = {}
     for setting, corpus in corpora.items():
-        policy, temperature, top_p = setting
-        frame = corpus_diagnostics(corpus, tokenizer, task).drop(columns="interval")
+        frame = found[setting] = corpus_diagnostics(corpus, tokenizer, task).drop(columns="interval")
         for measure, of_samples in (("accuracy", fmean), ("any sample", max)):
             if scores[setting]:
                 estimate = score_interval(map(of_samples, scores[setting].values()))
                 frame.loc[len(frame)] = {"measure": measure, **estimate.to_row(), "unit": "share"}
-        rows.append(frame.assign(policy=policy, temperature=temperature, top_p=top_p))
-    frame = pd.concat(rows, ignore_index=True)
     front = ["policy", "temperature", "top_p"]
-    return frame[[*front, *(column for column in frame if column not in front)]]
+    return pd.concat(found, names=front).reset_index(front).reset_index(drop=True)
 
 
 def sweep_differences(scores: Mapping[Setting, Scores]) -> pd.DataFrame:
@@ -193,8 +190,8 @@ def main(
         map(str, TEMPERATURES)
     ),
     top_ps: Annotated[str, typer.Option(help="Values of top-p, with commas.")] = ",".join(map(str, TOP_PS)),
-    n: Annotated[int, typer.Option(min=1, help="Test items.")] = 16,
-    samples: Annotated[int, typer.Option(min=1, help="Completions of each item.")] = 4,
+    n: Annotated[int, typer.Option(min=1, help="Number of test items.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Number of completions of each item.")] = 4,
     random: Annotated[bool, typer.Option(help="Also under a random subspace of the same ranks, the control.")] = True,
     adapter: Annotated[bool, typer.Option(help="Also by the fine-tuned model.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise and of the random subspace.")] = 42,

@@ -18,11 +18,11 @@ def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int =
 
     Args:
         runs: Run directories of the same or of different models; the first is shown first.
-        out: The page, about 5 MB, most of it plotly. Works from `file://` and makes no request.
-        texts: Completions per set that go in, at most.
+        out: The page, about 5 MB, most of it plotly. It works from `file://` and makes no request.
+        texts: The largest number of completions that go in from each set.
 
     Raises:
-        SPDError: no run, a directory that is none or has no moments yet, or a place that cannot be written.
+        SPDError: No run, a directory that is no run or has no moments yet, or a place that cannot be written.
     """
     if not runs:
         raise SPDError("there is no run to show; name at least one run directory")

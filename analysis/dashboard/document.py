@@ -35,9 +35,9 @@ def assemble(subjects: Sequence[Subject], *, link: records.Link | None = None, t
     """The document of some run directories.
 
     Args:
-        subjects: The runs. Where an analysis has left moments of all layers, those are shown.
+        subjects: The runs. If an analysis has left moments of all layers, those are shown.
         link: Where the pages of saved analyses are found; without it there are no links to them.
-        texts: Completions per set at most.
+        texts: The largest number of completions per set.
     """
     document = from_sources([Source(one.name, known_moments(one), one.subspace) for one in subjects])
     for shown, subject in zip(document["runs"], subjects, strict=True):
@@ -52,7 +52,7 @@ def known_moments(subject: Subject) -> GradientMoments:
 
 
 def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    """The document of objects in memory: spectra and energies of each, overlaps between all of them."""
+    """The document of objects in memory: spectra and energies of each, and overlaps between all of them."""
     runs = []
     found: dict[tuple[int, Site, bool], SiteDirections] = {}
     for index, source in enumerate(sources):
@@ -98,7 +98,7 @@ def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirectio
         curves["activation_spectrum"] = own / own.sum(-1, keepdim=True).clamp_min(1e-300)
     if source.moments is not None:
         curves["halves"] = split_half(source.moments, site, per_head)
-        if source.subspace is None or site in source.subspace.sites:  # 70 more decompositions: where it matters
+        if source.subspace is None or site in source.subspace.sites:  # 70 more decompositions, so only where it matters
             curves["low"], curves["high"] = jackknife_band(source.moments, site, per_head) or (None, None)
     total = None if directions.gradient is None else directions.gradient.diagonal(dim1=-2, dim2=-1).sum(-1)
     entries = {}
@@ -135,5 +135,5 @@ def on_grid(curve: Tensor, width: int) -> list[float]:
 
 
 def _short(value: float) -> float:
-    """Five digits: more than a screen shows, a third of the bytes."""
+    """A number with five digits: more than a screen shows, in a third of the bytes."""
     return float(f"{value:.5g}")

@@ -48,7 +48,7 @@ def explore(
     """Spectra, energies, overlaps and layer × head maps of a subspace, linked by site, head and rank.
 
     Args:
-        subspace: What is looked at. Alone it has its spectrum, and angles with other subspaces.
+        subspace: The subspace. Without moments there are its spectrum, and its angles with other subspaces.
         moments: The moments it came from. They add every rank, the energies of gradients and activations, and
             split halves.
         name: Label of the subspace.

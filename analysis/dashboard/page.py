@@ -1,4 +1,4 @@
-"""The page: data, script and plotly in one file that asks nobody for anything, or its own app alone."""
+"""The page: data, script and plotly in one file, which makes no request but to its own app."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Look = Literal["page", "embedded"]
 def page(
     document: Mapping[str, Any], *, title: str, look: Look = "page", playground: Mapping[str, Any] | None = None
 ) -> str:
-    """A self-contained HTML page of a document that `data.assemble` made.
+    """A self-contained HTML page of a document that `document` made.
 
-    Its policy forbids requests altogether; of an app, all but those to the app.
+    Its policy forbids all requests; the page of the live app may ask the app.
 
     Args:
         document: What the views show.

@@ -46,7 +46,7 @@ class Ask:
     temperature: float = 0.0
     seed: int = 42
     also: Sequence[str] = ("random",)
-    """Beside base and projection: `"random"`, `"spd"`."""
+    """Further policies beside the base and the projection: `"random"`, `"spd"`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Said:
     ended: bool
     """Whether the model ended by itself."""
     pieces: Sequence[Piece]
-    """Against the base model's text."""
+    """The text, compared with that of the base model."""
     kl: float
     """KL(base || policy) of the next token after the prompt, in nats."""
     probabilities: Sequence[float]
@@ -73,7 +73,7 @@ class Answer:
     """The next tokens that are most probable under the base or the projected model, most probable first."""
     said: Sequence[Said]
     ranks: str
-    """Ranks that the projection has: less than asked for where the gradients had fewer directions."""
+    """Ranks that the projection has, which are lower than asked for if the gradients had fewer directions."""
 
 
 @dataclass
@@ -104,12 +104,12 @@ class Playground:
         return (self.subject.run.path / "adapter").exists()
 
     def width(self, per_head: bool) -> int:
-        """Directions of a block; of the narrowest, where kinds differ."""
+        """Number of directions of a block; of the narrowest block if kinds differ."""
         heads, grams = self.moments.n_heads, self.moments.gradient
         return min(gram.shape[-1] // (heads[site] if per_head else 1) for site, gram in grams.items())
 
     def subspace(self, ask: Ask) -> Subspace:
-        """The subspace that is asked for; `SPDError` for layers, kinds or ranks that there are not."""
+        """The subspace that is asked for; `SPDError` for layers, kinds or ranks that do not exist."""
         layers, kinds = _chosen("layer", ask.layers, self.layers), _chosen("kind", ask.kinds, self.kinds)
         sites = [site for layer in layers for kind in kinds if (site := Site(layer, kind)) in self.moments.sites]
         if not sites:
@@ -121,7 +121,7 @@ class Playground:
         """Generate under every policy with the same noise, one after the other.
 
         Raises:
-            SPDError: something in `ask` is out of range, or another question is being answered.
+            SPDError: Something in `ask` is out of range, or another question is being answered.
         """
         _check(ask)
         if not self.lock.acquire(blocking=False):

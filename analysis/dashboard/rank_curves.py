@@ -49,7 +49,7 @@ class SiteDirections:
     """One site's directions, leading first, and the Gram matrices they belong to, where known."""
 
     vectors: Vectors
-    """Orthonormal columns; all of a block's width where they come from moments."""
+    """Orthonormal columns; as many as a block is wide if they come from moments."""
     energies: Float[Tensor, "block width"] | None = None
     """Squared singular values of the stacked gradients, descending."""
     gradient: Gram | None = None
@@ -90,11 +90,11 @@ def own_spectrum(gram: Gram) -> Float[Tensor, "block width"]:
 
 
 def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | None:
-    """How much directions of one half of the examples hold of the other half's gradients, the mean of both ways.
+    """How much the directions of one half of the examples hold of the other half's gradients, as a mean of both ways.
 
-    The ceiling for any overlap between domains, and free of the optimism of `SiteDirections.cumulative`, whose
-    directions were chosen on the energy that they are measured on. None where the moments have one shard, or one
-    filled half.
+    It is the ceiling for any overlap between domains, and free of the optimism of `SiteDirections.cumulative`, whose
+    directions were chosen on the energy that they are measured on. None if the moments have one shard, or
+    examples in one half alone.
     """
     if moments.n_shards < 2:
         return None
@@ -108,9 +108,9 @@ def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | 
 
 
 def jackknife_band(moments: GradientMoments, site: Site, per_head: bool) -> tuple[Curve, Curve] | None:
-    """95 % band of the cumulative energy: the delete-half jackknife over shards of examples (`analysis.shardwise`).
+    """95 % band of the cumulative energy: the delete-half jackknife over shards of examples.
 
-    None with fewer than three shards that hold examples.
+    None if fewer than three shards hold examples.
     """
     if int((moments.n_examples > 0).sum()) < 3:
         return None

@@ -26,7 +26,7 @@ from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_
 Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
 Link = Callable[[Subject, Path], str]
-"""From a run and a page in its `analysis/` folder to what a link to it says."""
+"""Makes a link of a run and a page in its `analysis/` folder."""
 
 
 def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
         entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:
             frame = subject.saved(name)
-        except (ValueError, OSError):  # half a file of a killed analysis is none
+        except (ValueError, OSError):  # an analysis was killed while it wrote the file
             continue
         if frame is not None:
             entry |= {"rows": len(frame), "columns": [visible(str(column)) for column in frame.columns]}
@@ -195,7 +195,7 @@ def _data(run: Run) -> Table:
     rows: Table = []
     path = run.path / "data_card.json"
     for task, card in (read_json(path) if path.exists() else {}).items():
-        counts = card.get("counts")  # a generator has as many as one asks for
+        counts = card.get("counts")  # a task that generates its items has as many as one asks for
         shown = ", ".join(f"{n} {split}" for split, n in counts.items()) if isinstance(counts, dict) else str(counts)
         rows.append((visible(task), visible(shown)))
         rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
@@ -203,7 +203,7 @@ def _data(run: Run) -> Table:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings on one level."""
+    """The settings with those that are nested on the same level."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {key: value} if not isinstance(value, Mapping) else _flat(value)

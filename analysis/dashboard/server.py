@@ -1,4 +1,4 @@
-"""The live app: the page, and an endpoint that generates. For this machine alone."""
+"""The live app: the page, and an endpoint that generates. It answers this machine alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def start(app: flask.Flask, waiting: socket.socket) -> BaseWSGIServer:
 
 
 def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> flask.Flask:
-    """The app of some runs; loads their model. `lock` is held while a question is answered."""
+    """The app of some runs, whose model is loaded. `lock` is held while a question is answered."""
     lock = lock or threading.Lock()
     playgrounds = {subject.name: Playground(subject, lock) for subject in found}
     document = assemble(found, link=lambda subject, path: f"analysis/{subject.name}/{path.name}")
@@ -75,7 +75,7 @@ def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> 
 
     @app.get("/analysis/<run>/<name>")
     def show_saved(run: str, name: str) -> flask.Response:
-        if (run, name) not in saved:  # a list of what there is: no path is put together from a request
+        if (run, name) not in saved:  # no path is put together from a request
             flask.abort(404)
         return flask.Response(saved[run, name].read_text(encoding="utf-8"), mimetype="text/html")
 
@@ -112,9 +112,9 @@ def offered(playgrounds: Mapping[str, Playground]) -> dict[str, Any]:
 
 
 def answer(playgrounds: Mapping[str, Playground], asked: Any) -> dict[str, Any]:
-    """The answer to a browser's question, as data; `SPDError` where it asks for what there is not.
+    """The answer to a browser's question, as data; `SPDError` if it asks for what does not exist.
 
-    Nothing in it is trusted: what is no number or no text stays as it is, for the playground to refuse.
+    Nothing in the question is trusted: what is no number or no text stays as it is, for the playground to refuse.
     """
     asked = asked if isinstance(asked, dict) else {}
     if (run := asked.get("run")) not in list(playgrounds):
@@ -130,11 +130,11 @@ def answer(playgrounds: Mapping[str, Playground], asked: Any) -> dict[str, Any]:
 
 
 def _protect(app: flask.Flask) -> None:
-    """Answer this machine's own pages alone.
+    """Answer no pages but those of this machine.
 
     A page elsewhere can make a browser ask 127.0.0.1, under its own name (DNS rebinding) or across sites: both show
-    in the request's headers and are refused. Answers may be framed by the app alone. What its pages load they say
-    themselves, in policies of their own; anything else loads nothing.
+    in the request's headers and are refused. No page but the app's may frame an answer. The app's pages say
+    what they load in policies of their own; anything else loads nothing.
     """
 
     @app.before_request

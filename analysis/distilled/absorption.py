@@ -41,7 +41,7 @@ def absorption(
 ) -> pd.DataFrame:
     """Does training move the model towards its projected self: KL(projected || tuned) against KL(projected || base).
 
-    Teacher-forced on the items' completions. The control: the same towards random projections of the same ranks,
+    Teacher-forced on the items' completions. The control is the same towards random projections of the same ranks,
     which the tuned model was never shown. What moves it there too is not absorption.
 
     Args:
@@ -103,7 +103,7 @@ def absorbed(frame: pd.DataFrame, *, seed: int = 0, n_resamples: int = 2000) -> 
 
 
 def _per_item(frame: pd.DataFrame, null: bool) -> Float[np.ndarray, "item 2"]:
-    """`kl_base` and `kl_tuned` of each item, towards the projection or in the mean towards the random ones."""
+    """`kl_base` and `kl_tuned` of each item, towards the projection or averaged over the random ones."""
     part = frame[(frame.of != PROJECTED) == null]
     return part.groupby("item")[["kl_base", "kl_tuned"]].mean().sort_index().to_numpy()
 

@@ -33,7 +33,7 @@ def points(folders: Sequence[str | Path]) -> pd.DataFrame:
         Columns `folder, source, target, method, measure, n_calibration, value, low, high, n, seeds`.
 
     Raises:
-        SPDError: a folder that is neither.
+        SPDError: A folder that is neither.
     """
     rows: list[dict[str, Any]] = []
     for folder in map(Path, folders):
@@ -87,7 +87,7 @@ def _of_run(folder: Path) -> list[dict[str, Any]]:
     sizes = [int(label.split()[0]) for label in table.label if not label.startswith("random")]
     rows: list[dict[str, Any]] = []
     for row in table.to_dict("records"):
-        null = row["label"].startswith("random")  # random directions have the rank and no size: a level
+        null = row["label"].startswith("random")  # random directions are of no number of examples
         for size in sizes if null else [int(row["label"].split()[0])]:
             rows.append(
                 {
@@ -132,7 +132,7 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
 
 
 def points_sentence(frame: pd.DataFrame) -> str:
-    """What there is, and whether size can be told to matter."""
+    """What there is, and whether it shows that the number of examples matters."""
     sentences = []
     for (measure, target), part in frame[frame.method == "spd"].groupby(["measure", "target"], sort=False):
         sizes = sorted(part.n_calibration.unique())

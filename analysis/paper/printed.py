@@ -35,7 +35,7 @@ class Row:
     """Our name of the method."""
     values: Numbers
     phase: str = "trained"
-    """`projected`: before training, under the projection."""
+    """`trained`, or `projected`: before training, under the projection."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PaperTable:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     source: str | None = None
-    """The one source of all columns; None: each column's own domain."""
+    """The one source of all columns; None if each column has that of its own domain."""
 
 
 _TABLE_1: dict[str, tuple[Numbers, Numbers, Numbers, Numbers]] = {
@@ -134,5 +134,5 @@ TABLES = {
 
 FIGURE_4 = {"gsm8k": (19.0, 22.0), "svamp": (26.0, 32.0), "mmlu": (48.0, 50.0), "bbh": (32.0, 37.0)}
 """Range of SPD's accuracy in percent over 20 to 500 calibration examples, as section 5.2 gives it ("around"). Table 4
-has 38.7 for BBH at 50 examples, which lies outside of it."""
+has 38.7 for BBH at 50 examples, which lies outside."""
 FIGURE_4_SIZES = (20, 500)

@@ -13,7 +13,7 @@ from spd_lens.files import write_text
 from spd_lens.study import BASE, FOCUS, PHASES, RANDOM, Evidence, Report
 
 _ROOM = {"height": 460, "margin": {"l": 80, "r": 20, "t": 120, "b": 60}}
-"""For titles of two lines with a note under them."""
+"""Room for titles of two lines with a note under them."""
 
 
 def write_page(folder: str | Path, report: Report | None = None) -> Path:
@@ -21,10 +21,10 @@ def write_page(folder: str | Path, report: Report | None = None) -> Path:
 
     Args:
         folder: The study's folder.
-        report: Its report, where that was made already.
+        report: Its report, if that was made already.
 
     Raises:
-        SPDError: the folder has no results.
+        SPDError: The folder has no results.
     """
     report = report or Report(Evidence.read(folder))
     title, _, rest = report.text.partition("\n\n")
@@ -118,7 +118,7 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
 
 def html_of(markdown: str) -> str:
     """HTML of a report's Markdown. HTML in it is text, and there are no links and no images."""
-    # only cells of tables need their bars escaped
+    # bars are escaped in cells of tables alone
     lines = [line if line.startswith("|") else line.replace("\\|", "|") for line in markdown.split("\n")]
     rules = ["link", "image", "autolink", "reference", "html_block", "html_inline"]
     html = MarkdownIt("commonmark", {"html": False}).enable("table").disable(rules).render("\n".join(lines))

@@ -42,21 +42,21 @@ _TABLE_3 = (
 
 
 def fill(number: int, studies: Sequence[Evidence]) -> pd.DataFrame:
-    """One of the paper's tables, long: a row per cell, in the order of the paper.
+    """One of the paper's tables in long form: a row for each cell, in the order of the paper.
 
     Tables of one backbone (2-5) have a block for every model of the studies; table 1 has the paper's backbones, and
     then what other models the studies have. Several studies of one model complete each other, the first one first.
 
     Args:
-        number: 1 to 5.
-        studies: Finished or not.
+        number: Number of the table, 1 to 5.
+        studies: The studies, finished or not.
 
     Returns:
         Columns `table, backbone, method, dataset, paper, ours, low, high, n, seeds, study`. Accuracies are percent;
         `paper` is missing where the paper has no such model, `ours` where no study has the cell.
 
     Raises:
-        SPDError: another number.
+        SPDError: Another number.
     """
     if number not in TABLES:
         raise SPDError(f"the paper has tables 1 to 5 with results, not {number}")
@@ -117,9 +117,9 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="1 to 5, or figure4.")],
+    what: Annotated[str, typer.Argument(help="Number of the table, 1 to 5, or figure4.")],
     studies: Annotated[list[Path], typer.Argument(help="Folders of studies (figure4: also of runs).")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; else tables/ in the first folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; by default tables/ in the first one.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """The paper's tables 1-5 and figure 4 from studies: the printed number beside ours.
@@ -164,7 +164,7 @@ def main(
 
 
 def _blocks(table: PaperTable, studies: Sequence[Evidence]) -> list[tuple[str, list[Row]]]:
-    """Models with the rows that they get: all the paper's, and those of the studies."""
+    """The models, of the paper and of the studies, with the rows that each gets."""
     models = list(dict.fromkeys(model_of(study) for study in studies))
     printed: dict[str, list[Row]] = {}
     for row in table.rows:

@@ -1,4 +1,4 @@
-"""The few cells that a sweep chose, measured dearly: on fresh items, with more random draws, and by generation."""
+"""The few cells that a sweep chose, measured with more effort: on fresh items, with more draws, and by generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHOSEN_MEASURES = {
 def measure_chosen(
     subject: Subject, moments: GradientMoments, grid: Grid, cells: Sequence[GridCell], name: str
 ) -> pd.DataFrame:
-    """Chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items."""
+    """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items."""
     config = subject.run.config
     chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
     used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
@@ -71,8 +71,8 @@ def remeasure(
 def _by_generation(subject: Subject, grid: Grid, chosen: Mapping[str, Subspace], name: str) -> pd.DataFrame:
     """Greedy completions under chosen subspaces and random ones of their shape: accuracy, repetition, length.
 
-    Beside these the KL from the base model on the base model's own completions of the same prompts: gold completions
-    are another's text, on which a model may be less sure. An interrupted run goes on.
+    Beside these there is the KL from the base model on the base model's own completions of the same prompts, since gold
+    completions are another author's text, on which a model may be less sure. An interrupted run continues.
     """
     config, pair = subject.run.config, subject.pair
     task = subject.task if grid.task is None else subject.targets[grid.task]
@@ -114,7 +114,7 @@ def _rows(
     for name in measures:
         if name not in found["base"]:
             continue
-        # losses as change from base; shares and KL as they are
+        # losses are changes from base, shares and KL are as they are
         shift = found["base"][name] if name == "aligned_loss" else np.zeros_like(found["base"][name])
         own = {cell: found[cell][name] - shift for cell in chosen}
         random = {cell: np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift for cell in chosen}

@@ -1,4 +1,4 @@
-"""The engine of `rank_sweep` and `layer_sweep`: cheap measures of every cell, beside random subspaces of its shape."""
+"""What both sweeps measure: every cell of a grid, teacher-forced, beside random subspaces of its shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from spd_lens.stats import paired_difference
 from spd_lens.subspaces import GradientMoments, Policy, Subspace
 
 _UNMATCHED = dict.fromkeys(("matched", "matched_low", "matched_high"))
-_TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
+_TOGETHER = 24
+"""Subspaces for each pass of the base model, which then is a small part of the work."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Sweep:
 
         `value` is the paired change from the base model, `low` and `high` its bootstrap interval over items; `random`
         is the same for the mean over random subspaces of the same ranks at the same sites, `random_low` and
-        `random_high` the smallest and largest of them. `difference` is the cell minus random with the interval of
-        `contrast.contrasts` (items and draws), `p_holm` corrected over the cells. `matched` compares with random
-        subspaces of the same KL, interpolated between ranks; empty where no random subspace did as much damage.
+        `random_high` the smallest and largest of them. `difference` is the cell minus random with an interval over
+        items and draws, and `p_holm` is corrected over the cells. `matched` compares with random
+        subspaces of the same KL, interpolated between ranks; it is empty if no random subspace did as much damage.
         """
         rows = []
         for measure in MEASURES:
@@ -63,8 +64,8 @@ class Sweep:
     def placebo(self, measure: str) -> pd.DataFrame:
         """The same test with each random subspace in the place of the cell, against the other draws of its cell.
 
-        One row per cell and draw with `cell`, `draw`, `p` and `p_holm` (corrected over the cells, as in `table`). None
-        of them differs from its fellows but by chance: what passes here says how far to trust what passes there.
+        One row per cell and draw with `cell`, `draw`, `p` and `p_holm` (corrected over the cells, as in `table`).
+        Random subspaces differ from each other by chance alone, so what passes here says how far to trust `table`.
         """
         rows = []
         random = [cell.random_change(self.base, measure) for cell in self.cells]
@@ -75,7 +76,7 @@ class Sweep:
         return pd.DataFrame(rows)
 
     def _matched(self, measure: str) -> dict[int, Contrast]:
-        """Against random subspaces of the same KL, where there are such."""
+        """The cells against random subspaces of the same KL, by the number of the cell, if there are such."""
         found: dict[int, np.ndarray] = {}
         for i, cell in enumerate(self.cells):
             ladder = [
@@ -114,15 +115,15 @@ def sweep(
         moments: Moments at all layers of the grid.
         items: Gold completions with spans, held out from calibration.
         grid: The combinations to try.
-        folder: Folder that keeps finished chunks of cells: a sweep that was killed goes on, a larger grid adds cells.
+        folder: Folder that keeps finished chunks of cells: a sweep that was killed continues, a larger grid adds cells.
         strength: Strength of the projections.
         center: Project around the mean activation.
-        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
-            many as make 24 subspaces.
+        chunk: Number of cells measured together. A larger number needs fewer passes of the base model, and loses more
+            when killed. None: as many as make 24 subspaces.
         progress: Show a progress bar.
 
     Raises:
-        SPDError: the grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
+        SPDError: The grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
             settings.
     """
     cells = grid.cells(moments)

@@ -15,7 +15,7 @@ from spd_lens.analysis.sweeps.store import MEASURES
 
 
 def figures(table: pd.DataFrame, *, recommended: str | None = None) -> list[go.Figure]:
-    """All of them, in the order in which they are read."""
+    """All figures, in the order in which they are read."""
     shown = [heat_map(table, "aligned_loss", recommended=recommended), heat_map(table, "kl", recommended=recommended)]
     shown += [rank_curves(table, "aligned_loss"), rank_curves(table, "kl"), trade_off(table, recommended=recommended)]
     return shown
@@ -62,7 +62,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
 
 
 def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
-    """One panel per choice of layers: change from the base model against rank, with random subspaces' range."""
+    """A panel per choice of layers: change from the base model against rank, with the range of random subspaces."""
     rows = _labelled(table, measure)
     labels = _ordered(rows)
     columns = min(5, len(labels))
@@ -144,7 +144,7 @@ _CURVES = ("value", "low", "high", "random", "random_low", "random_high")
 
 
 def _labelled(table: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Rows of one measure with a label for all but the rank: what is the same everywhere is left out."""
+    """Rows of one measure, with a label that says all but the rank and leaves out what is the same everywhere."""
     rows = table[table["measure"] == measure].copy()
     parts = [rows["layers"].astype(str)]
     for column, shown in (("kind", "{}"), ("head", "head {}"), ("projector", "{}")):

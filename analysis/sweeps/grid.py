@@ -1,4 +1,4 @@
-"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `GridCell`: one of them."""
+"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `GridCell`: one combination of them."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class Grid(Settings):
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> Grid:
-        """Validate; `SPDError` in one sentence that names the first wrong setting."""
+        """A grid of these settings; `SPDError` names the first wrong one in a sentence."""
         return validated(cls, settings)
 
     @classmethod
     def read(cls, path: str | Path | None, defaults: dict[str, Any] | None = None, **over: Any) -> Grid:
-        """A YAML file over `defaults`, with those of `over` that are not None over it."""
+        """The grid of a YAML file over `defaults`; values of `over` that are not None are over both."""
         given = {key: value for key, value in over.items() if value is not None}
         return cls.make({**(defaults or {}), **(read_yaml(path) if path is not None else {}), **given})
 
@@ -106,7 +106,7 @@ class Grid(Settings):
         A rank of a block's whole width is left out: it is the model itself.
 
         Raises:
-            SPDError: a layer, kind, head or rank that the moments do not have.
+            SPDError: A layer, kind, head or rank that the moments do not have.
         """
         found: dict[tuple[Any, ...], GridCell] = {}
         for label, blocks in self._layer_sets(moments.fingerprint.n_layers):
@@ -183,7 +183,7 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        """Names it in files and tables: its blocks rather than their label, which two grids may spell differently."""
+        """Its name in files and tables, made of its blocks: their label may be spelled differently in two grids."""
         blocks = sorted({site.layer for site in self.sites})
         spans = len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1))
         where = f"{blocks[0]}-{blocks[-1]}" if spans else "+".join(map(str, blocks))

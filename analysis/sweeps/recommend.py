@@ -1,4 +1,4 @@
-"""`recommend`: layers and rank out of a sweep's table, with the reason; or that the data carry none."""
+"""`recommend`: layers and rank from a sweep's table, with the reason; or that the data support no choice."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _smallest_p(loss: pd.DataFrame) -> str:
 
 
 def _change(row: pd.Series) -> str:
-    """What it does to the aligned loss, against the base model."""
+    """What a cell does to the aligned loss, against the base model."""
     if row["low"] <= 0 <= row["high"]:
         verdict = "within noise of the base model"
     else:

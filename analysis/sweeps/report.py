@@ -53,7 +53,7 @@ def report(
     """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`."""
     config = subject.run.config
     moments = subject.moments_everywhere()
-    grid.cells(moments)  # a grid that cannot be is refused before the model is loaded
+    grid.cells(moments)  # an impossible grid is refused before the model is loaded
     items = subject.held_out(grid.n_items, grid.task)
     found = sweep(
         subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,

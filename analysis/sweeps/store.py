@@ -27,7 +27,7 @@ class Measured:
 
     cell: GridCell
     ranks: tuple[int, ...]
-    """Directions that were kept, for each block of each site in turn: fewer than asked where gradients had fewer."""
+    """Directions that were kept, for each block of each site in turn; fewer than asked if the gradients had fewer."""
     own: Values
     random: list[Values]
 
