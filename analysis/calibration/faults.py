@@ -165,18 +165,17 @@ def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     keys = ["site", "layer", "kind", *by, "of", "measure"]
     per_draw = frame.groupby([*keys, "draw"], as_index=False).value.mean()
-    table = per_draw.groupby(keys).value.agg(["mean", "min", "max"]).reset_index()
-    return table.rename(columns={"mean": "value", "min": "low", "max": "high"})
+    return per_draw.groupby(keys).value.agg(value="mean", low="min", high="max").reset_index()
 
 
-def faults_figure(frame: pd.DataFrame, x: str, measure: str = ENERGY) -> go.Figure:
+def faults_figure(frame: pd.DataFrame, x: str) -> go.Figure:
     """A line for each fault over its share: the mean over sites and heads, in a band from lowest to highest draw."""
-    part = frame[frame.measure == measure].assign(site="all", layer=-1, kind="all")
+    part = frame[frame.measure == ENERGY].assign(site="all", layer=-1, kind="all")
     table = summarise(part, ["fault", "share"])
     fig = figure(
-        f"What spoils a calibration: {measure} of the other, clean half",
+        f"What spoils a calibration: {ENERGY} of the other, clean half",
         x,
-        measure,
+        ENERGY,
         says="mean over sites and heads; bands: range over divisions into halves; grey: controls",
     )
     controls = (LEFT_OUT, AT_RANDOM)
@@ -192,8 +191,7 @@ def faults_figure(frame: pd.DataFrame, x: str, measure: str = ENERGY) -> go.Figu
         mine = table[table.fault == name]
         band(fig, mine.share, mine.low, mine.high, index=index)
         line(fig, mine.share, mine.value, name, index=index)
-    if measure != "mean angle":  # what matters lies between floor and ceiling
-        fig.update_yaxes(range=[max(0.0, table.low.min() - 0.05), 1.01])
+    fig.update_yaxes(range=[max(0.0, table.low.min() - 0.05), 1.01])  # what matters lies between floor and ceiling
     fig.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
     return fig
 

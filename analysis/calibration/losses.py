@@ -22,7 +22,6 @@ def losses_under(
     subspaces: Mapping[str, Sequence[Subspace]],
     items: Sequence[Example],
     *,
-    batch_tokens: int = 1024,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Aligned loss and KL under projection, teacher-forced on held-out items.
@@ -31,7 +30,6 @@ def losses_under(
         pair: The model.
         subspaces: Subspaces by label; several of one label are averaged per item, since items are the sample.
         items: Held-out examples with completion and spans.
-        batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.
 
     Returns:
@@ -40,7 +38,7 @@ def losses_under(
     """
     policies = [Policy("base")]
     policies += [Policy(f"{label}#{i}", one) for label, several in subspaces.items() for i, one in enumerate(several)]
-    found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+    found = teacher_forced(pair, items, policies, progress=progress)
     base = [item.aligned_loss for item in found["base"]]
     rows = []
     for label, several in subspaces.items():
@@ -55,14 +53,14 @@ def losses_under(
     return pd.DataFrame(rows)
 
 
-def losses_figure(table: pd.DataFrame, measure: str, *, title: str, null: str = "random") -> go.Figure:
-    """Values of `losses_under` as points with intervals; labels that begin with `null` are grey."""
+def losses_figure(table: pd.DataFrame, measure: str, *, title: str) -> go.Figure:
+    """Values of `losses_under` as points with intervals; labels that begin with `random` are grey."""
     part = table[table.measure == measure]
     fig = figure(
         title, "subspace from", f"{measure}<br>(nats per token)", says="bars: 95 % interval over held-out items"
     )
     for grey in (False, True):
-        mine = part[part.label.str.startswith(null) == grey]
+        mine = part[part.label.str.startswith("random") == grey]
         if mine.empty:
             continue
         name = "random subspaces" if grey else "subspace"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -24,10 +24,10 @@ from spd_lens.stats import Estimate, mean_interval, paired_difference
 from spd_lens.tasks import Task
 
 
-def corpora_table(corpora: Corpora, task: Task | None = None, tokenizer: Any = None) -> pd.DataFrame:
+def corpora_table(corpora: Corpora, task: Task | None = None) -> pd.DataFrame:
     """`corpus_diagnostics` of every corpus on the prompts that they share, one row per `method` and `measure`."""
     shared = shared_prompts(corpora).items()
-    found = {name: corpus_diagnostics(records, tokenizer, task) for name, records in shared}
+    found = {name: corpus_diagnostics(records, None, task) for name, records in shared}
     return pd.concat(found, names=["method"]).reset_index("method").reset_index(drop=True)
 
 

@@ -13,13 +13,12 @@ from spd_lens.errors import SPDError
 from spd_lens.files import write_text
 
 
-def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int = 200) -> Path:
+def write_dashboard(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the page of one or more run directories.
 
     Args:
         runs: Run directories of the same or of different models; the first is shown first.
         out: The page, about 5 MB, most of it plotly. It works from `file://` and makes no request.
-        texts: The largest number of completions that go in from each set.
 
     Raises:
         SPDError: No run, a directory that is no run or has no moments yet, or a place that cannot be written.
@@ -30,7 +29,7 @@ def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int =
     if out.is_dir():
         raise SPDError(f"{out} is a directory; name the page to write, as in --out {out / 'dashboard.html'}")
     found = subjects(runs)
-    document = assemble(found, link=relative_to(out), texts=texts)
+    document = assemble(found, link=relative_to(out))
     return write_text(out, page(document, title=f"SPD dashboard: {', '.join(subject.name for subject in found)}"))
 
 

@@ -39,7 +39,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     )
     fig.add_trace(
         go.Heatmap(
-            z=grid.map(_or_none).to_numpy(dtype=object),
+            z=grid.astype(object).where(grid.notna(), None).to_numpy(),
             x=[str(rank) for rank in grid.columns],
             y=[plain(str(label)) for label in grid.index],
             text=texts,
@@ -185,7 +185,3 @@ def _text(rows: pd.DataFrame, label: str, rank: int, recommended: str | None) ->
     star = "*" if row["p_holm"] < ALPHA else ""
     box = "▢ " if recommended is not None and row["cell"] == recommended else ""
     return f"{box}{row['difference']:+.3f}{star}"
-
-
-def _or_none(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
