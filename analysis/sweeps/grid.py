@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from spd_lens.errors import SPDError
 from spd_lens.runs import read_yaml, validated
@@ -66,27 +66,16 @@ class Grid(Settings):
                 raise ValueError(f"rank {rank!r} is neither a number of directions from 1 on nor a fraction up to 1.0")
         return list(ranks)
 
-    @field_validator("projectors")
+    @field_validator("projectors", "kinds", "heads")
     @classmethod
-    def _projectors(cls, value: list[str]) -> list[str]:
+    def _known(cls, value: list[str], info: ValidationInfo) -> list[str]:
         for name in value:
-            if name not in PROJECTORS:
+            if info.field_name == "projectors" and name not in PROJECTORS:
                 raise ValueError(f"unknown projector {name!r}; choose from {', '.join(PROJECTORS)}")
-        return value
-
-    @field_validator("kinds")
-    @classmethod
-    def _kinds(cls, value: list[str]) -> list[str]:
-        for entry in value:
-            split_kinds(entry)
-        return value
-
-    @field_validator("heads")
-    @classmethod
-    def _heads(cls, value: list[str]) -> list[str]:
-        for entry in value:
-            if entry not in ("all", "each") and not entry.isdigit():
-                raise ValueError(f"unknown head {entry!r}; write all, each or a head's number")
+            if info.field_name == "heads" and name not in ("all", "each") and not name.isdigit():
+                raise ValueError(f"unknown head {name!r}; write all, each or a head's number")
+            if info.field_name == "kinds":
+                split_kinds(name)
         return value
 
     @classmethod
