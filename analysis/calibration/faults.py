@@ -28,7 +28,7 @@ AT_RANDOM = "drawn at random"
 
 
 def wrong_answers(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Every example with another one's answer: `controls.shuffled_answers`."""
+    """Every example with another one's answer."""
     return shuffled_answers(examples, seed)
 
 
@@ -66,7 +66,7 @@ def sensitivity(
     draws: int = 8,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Agreement of a subspace from a half of the examples, a share of them spoiled, with the other half, clean.
+    """How far a subspace from one half of the examples, a share of them spoiled, agrees with the other, clean half.
 
     Args:
         clean: Moments in many shards of equally many examples.
@@ -78,9 +78,9 @@ def sensitivity(
         seed: Seed of the divisions and of the random subspaces.
 
     Returns:
-        Columns `site, layer, kind, head, fault, share, draw, of, measure, value`, measures and `of` as in
-        `calibration_size.stability`. The fault `"left out instead"` is the control: the half without its spoiled
-        share. It ends below share 1, where nothing would be left.
+        Columns `site, layer, kind, head, fault, share, draw, of, measure, value`, with measures and
+        `of` as in `stability`. The fault `"left out instead"` is the control: the half without its spoiled
+        share. It has no share of 1, where nothing would be left.
     """
     per_shard(clean)
     for name, moments in spoiled.items():
@@ -119,7 +119,7 @@ def biased(
     draws: int = 8,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Agreement of a subspace from a biased choice out of one half of the examples with the whole other half.
+    """How far a subspace from a biased choice out of one half of the examples agrees with the whole other half.
 
     Args:
         clean: Moments with one example per shard, `extract(..., shards=len(examples))`.
@@ -159,22 +159,23 @@ def biased(
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Mean over heads, then mean, lowest and highest over draws: columns `site, layer, kind, *by, of, measure, value,
-    low, high`."""
+    """The mean over heads, then the mean, the lowest and the highest over draws.
+
+    Columns `site, layer, kind, *by, of, measure, value, low, high`.
+    """
     keys = ["site", "layer", "kind", *by, "of", "measure"]
     per_draw = frame.groupby([*keys, "draw"], as_index=False).value.mean()
-    table = per_draw.groupby(keys).value.agg(["mean", "min", "max"]).reset_index()
-    return table.rename(columns={"mean": "value", "min": "low", "max": "high"})
+    return per_draw.groupby(keys).value.agg(value="mean", low="min", high="max").reset_index()
 
 
-def faults_figure(frame: pd.DataFrame, x: str, measure: str = ENERGY) -> go.Figure:
-    """A line per fault over its share, mean over sites and heads; controls grey, range over draws as bands."""
-    part = frame[frame.measure == measure].assign(site="all", layer=-1, kind="all")
+def faults_figure(frame: pd.DataFrame, x: str) -> go.Figure:
+    """A line for each fault over its share: the mean over sites and heads, in a band from lowest to highest draw."""
+    part = frame[frame.measure == ENERGY].assign(site="all", layer=-1, kind="all")
     table = summarise(part, ["fault", "share"])
     fig = figure(
-        f"What spoils a calibration: {measure} of the other, clean half",
+        f"What spoils a calibration: {ENERGY} of the other, clean half",
         x,
-        measure,
+        ENERGY,
         says="mean over sites and heads; bands: range over divisions into halves; grey: controls",
     )
     controls = (LEFT_OUT, AT_RANDOM)
@@ -185,20 +186,18 @@ def faults_figure(frame: pd.DataFrame, x: str, measure: str = ENERGY) -> go.Figu
         mine = table[table.fault == control]
         if not mine.empty:
             band(fig, mine.share, mine.low, mine.high, null=True)
-            line(fig, mine.share, mine.value, control, null=True)
-            fig.data[-1].marker.symbol = "square-open"
+            line(fig, mine.share, mine.value, control, null=True, symbol="square-open")
     for index, name in enumerate(names):
         mine = table[table.fault == name]
         band(fig, mine.share, mine.low, mine.high, index=index)
         line(fig, mine.share, mine.value, name, index=index)
-    if measure != "mean angle":  # what matters lies between floor and ceiling
-        fig.update_yaxes(range=[max(0.0, table.low.min() - 0.05), 1.01])
+    fig.update_yaxes(range=[max(0.0, table.low.min() - 0.05), 1.01])  # what matters lies between floor and ceiling
     fig.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
     return fig
 
 
 def faults_sentence(frame: pd.DataFrame) -> str:
-    """The energy form at the largest share of each fault, against its control, ceiling and floor."""
+    """What the energy share says of each fault, against its control, the ceiling and the floor."""
     energy = frame[frame.measure == ENERGY]
     draws = energy.groupby(["of", "fault", "share", "draw"]).value.mean()
     chosen = AT_RANDOM in set(frame.fault)
@@ -222,7 +221,7 @@ def faults_sentence(frame: pd.DataFrame) -> str:
 
 
 def per_shard(moments: GradientMoments) -> int:
-    """Examples per shard; `SPDError` unless all shards have equally many, and there are two."""
+    """Number of examples per shard; `SPDError` unless all shards have equally many and there are at least two."""
     counts = moments.n_examples
     if len(counts) < 2 or (counts != counts[0]).any() or not counts[0]:
         raise SPDError(
@@ -233,7 +232,7 @@ def per_shard(moments: GradientMoments) -> int:
 
 
 def pooled(moments: GradientMoments) -> GradientMoments:
-    """All shards added up into one, so that sets of different numbers of shards add."""
+    """The moments with all shards added up into one, so that moments of different numbers of shards can be added."""
     parts: dict[str, Any] = {}
     for name in ("n_tokens", "n_scored", "n_examples", "loss_sum"):
         parts[name] = getattr(moments, name).sum(dim=0, keepdim=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, figure, line
+from spd_lens.analysis.common import NULL_COLOR, bars, figure, line
 from spd_lens.evaluation import teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
@@ -22,7 +22,6 @@ def losses_under(
     subspaces: Mapping[str, Sequence[Subspace]],
     items: Sequence[Example],
     *,
-    batch_tokens: int = 1024,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Aligned loss and KL under projection, teacher-forced on held-out items.
@@ -31,7 +30,6 @@ def losses_under(
         pair: The model.
         subspaces: Subspaces by label; several of one label are averaged per item, since items are the sample.
         items: Held-out examples with completion and spans.
-        batch_tokens: Padded tokens per batch.
         progress: Show a progress bar.
 
     Returns:
@@ -40,7 +38,7 @@ def losses_under(
     """
     policies = [Policy("base")]
     policies += [Policy(f"{label}#{i}", one) for label, several in subspaces.items() for i, one in enumerate(several)]
-    found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
+    found = teacher_forced(pair, items, policies, progress=progress)
     base = [item.aligned_loss for item in found["base"]]
     rows = []
     for label, several in subspaces.items():
@@ -55,21 +53,20 @@ def losses_under(
     return pd.DataFrame(rows)
 
 
-def losses_figure(table: pd.DataFrame, measure: str, *, title: str, null: str = "random") -> go.Figure:
-    """Values of `losses_under` as points with intervals; labels that begin with `null` are grey."""
+def losses_figure(table: pd.DataFrame, measure: str, *, title: str) -> go.Figure:
+    """Values of `losses_under` as points with intervals; labels that begin with `random` are grey."""
     part = table[table.measure == measure]
     fig = figure(
         title, "subspace from", f"{measure}<br>(nats per token)", says="bars: 95 % interval over held-out items"
     )
     for grey in (False, True):
-        mine = part[part.label.str.startswith(null) == grey]
+        mine = part[part.label.str.startswith("random") == grey]
         if mine.empty:
             continue
-        high, low = mine.high.fillna(mine.value) - mine.value, mine.value - mine.low.fillna(mine.value)
+        name = "random subspaces" if grey else "subspace"
         line(
-            fig, mine.label, mine.value, "random subspaces" if grey else "subspace", null=grey, mode="markers",
-            error_y={"type": "data", "array": high, "arrayminus": low},
-        )  # fmt: skip
+            fig, mine.label, mine.value, name, null=grey, mode="markers", error_y=bars(mine.value, mine.low, mine.high)
+        )
     if measure != "KL from base":
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(table.label)))

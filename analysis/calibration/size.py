@@ -2,7 +2,7 @@
 
 Two disjoint sets of examples would span the same subspace if the examples were enough. How far they agree, against
 random subspaces of the same rank, is measured here as a function of their number; faults in the examples are in
-`calibration_faults`. The paper sweeps 20-500 examples and reports accuracy alone.
+`faults`. The paper sweeps 20-500 examples and reports accuracy alone.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def stability(
     draws: int = 8,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Agreement of subspaces from disjoint sets of `n` examples each, for several `n`.
+    """How far subspaces from disjoint sets of `n` examples each agree, for several `n`.
 
-    For each size, `draws` pairs of sets: as many as fit side by side are disjoint of each other too, then the examples
-    are shuffled anew. At half of all examples a draw is a new division of the same examples, so the spread over draws
-    then says too little about other examples.
+    For each size there are `draws` pairs of sets. As many as fit side by side are disjoint from each other too; then
+    the examples are shuffled anew. At half of all examples a draw is a new division of the same examples, so the spread
+    over draws then says too little about other examples.
 
     Args:
         moments: Moments in many shards (`extract(..., shards=...)`) of equally many examples: a set is of whole shards.
@@ -107,7 +107,7 @@ def _disjoint(n_shards: int, count: int, draws: int, rng: np.random.Generator) -
 
 
 def stability_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
-    """A line per site over the number of examples, the mean over heads, with the range over draws as its band."""
+    """A line for each site over the number of examples: the mean over heads, in a band from lowest to highest draw."""
     if measure not in MEASURES:
         raise SPDError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
     table = summarise(frame[frame.measure == measure], ["n_examples"])
@@ -126,7 +126,7 @@ def stability_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
             part = table[(table.site == site) & (table.of == of)].sort_values("n_examples")
             null = of == "random"
             band(fig, part.n_examples, part.low, part.high, index=index, null=null)
-            # one entry for all nulls: at one rank they lie on each other
+            # one entry in the legend for all nulls, since at one rank they lie on each other
             first = {"showlegend": index == 0} if null else {}
             line(
                 fig, part.n_examples, part.value, "random subspaces" if null else site, index=index, null=null, **first
@@ -138,7 +138,7 @@ def stability_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
 
 
 def stability_sentence(frame: pd.DataFrame) -> str:
-    """What the energy form says, over all sites: agreement at the largest size, its null, and where it settles."""
+    """What the energy share says over all sites: agreement at the largest size, its null, and where it settles."""
     energy = frame[frame.measure == ENERGY]
     means = energy.groupby(["of", "n_examples", "draw"]).value.mean()
     of = {kind: means[kind].groupby("n_examples").agg(["mean", "min", "max"]) for kind in ("subspace", "random")}
@@ -163,7 +163,7 @@ def main(
     *,
     sizes: Annotated[str, typer.Option(help="Examples per set; twice the largest are drawn.")] = "5,10,20,50",
     rank: Annotated[str, typer.Option(help="Directions per block: integer or fraction; the run's own if empty.")] = "",
-    draws: Annotated[int, typer.Option(help="Pairs of disjoint sets per size.")] = 8,
+    draws: Annotated[int, typer.Option(help="Number of pairs of disjoint sets per size.")] = 8,
     faults: Annotated[bool, typer.Option(help="Also wrong answers, misplaced spans and a biased choice.")] = True,
     items: Annotated[int, typer.Option(help="Held-out items for the loss under projection; 0 leaves it out.")] = 24,
     seed: Annotated[int, typer.Option(help="Seed of divisions, faults and random subspaces.")] = 0,
@@ -202,7 +202,7 @@ def _drawn(subject: Subject, sizes: list[int], console: Console) -> tuple[list[E
     available, examples = len(subject.task.pool("calibration")), []
     possible = [size for size in sizes if 2 * size <= available]
     if possible and len(examples := subject.calibration(2 * max(possible))) < 2 * max(possible):
-        available = len(examples)  # of those drawn, the run leaves out what is too long
+        available = len(examples)  # the run leaves out examples that are too long
         possible = [size for size in possible if 2 * size <= available]
     if not possible:
         raise SPDError(f"{config.task} has {available} calibration examples, fewer than two sets of {min(sizes)}")
@@ -212,7 +212,7 @@ def _drawn(subject: Subject, sizes: list[int], console: Console) -> tuple[list[E
 
 
 def _shards(subject: Subject, n_examples: int, common: int) -> int:
-    """One example per shard, which a biased choice needs, or where that takes too much memory the sizes' divisor."""
+    """One example per shard, which a biased choice needs; where that takes too much memory, the sizes' divisor."""
     config, fingerprint = subject.run.config, subject.pair.fingerprint
     widths = [math.prod(fingerprint.heads_at(site)) for site in subject.pair.sites(config.layers, config.kinds)]
     fits = n_examples * sum(2 * 8 * width**2 for width in widths) <= _MEMORY

@@ -43,13 +43,14 @@ from spd_lens.analysis.common.style import (
 )
 from spd_lens.analysis.common.subject import Subject, place, subjects
 from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tokens_of
+from spd_lens.analysis.common.word_diff import Piece, word_diff
 
 __all__ = [
-    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Quiet",
-    "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars", "beside_null",
-    "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
+    "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
+    "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
     "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",
-    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases",
-    "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of",
+    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases", "rank_holding", "sets",
+    "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of", "word_diff",
 ]  # fmt: skip

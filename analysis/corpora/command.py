@@ -6,39 +6,36 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
 import typer
 from rich.table import Table
 
-from spd_lens.analysis.common import COLORS, NULL_COLOR, SYMBOLS, Findings, Quiet, figure, page
+from spd_lens.analysis.common import SYMBOLS, Findings, Quiet, bars, figure, line, page
 from spd_lens.analysis.corpora.page import corpora_page
 from spd_lens.analysis.corpora.sources import Corpora, corpora_sets, shared_prompts
 from spd_lens.evaluation import OF_COMPLETIONS, corpus_diagnostics, share_after_answer
 from spd_lens.files import write_json, write_text
 from spd_lens.generation import Record
-from spd_lens.output import set_up_logging
+from spd_lens.output import set_up_logging, terminal
 from spd_lens.stats import Estimate, mean_interval, paired_difference
 from spd_lens.tasks import Task
 
 
-def corpora_table(corpora: Corpora, task: Task | None = None, tokenizer: Any = None) -> pd.DataFrame:
+def corpora_table(corpora: Corpora, task: Task | None = None) -> pd.DataFrame:
     """`corpus_diagnostics` of every corpus on the prompts that they share, one row per `method` and `measure`."""
-    parts = [
-        corpus_diagnostics(records, tokenizer, task).assign(method=name)
-        for name, records in shared_prompts(corpora).items()
-    ]
-    frame = pd.concat(parts, ignore_index=True)
-    return frame[["method", *(column for column in frame if column != "method")]]
+    shared = shared_prompts(corpora).items()
+    found = {name: corpus_diagnostics(records, None, task) for name, records in shared}
+    return pd.concat(found, names=["method"]).reset_index("method").reset_index(drop=True)
 
 
 def corpora_differences(corpora: Corpora, task: Task | None = None) -> pd.DataFrame:
     """Each corpus minus the first, paired by prompt: `method, reference, measure, value, low, high, n, unit`.
 
-    Samples of a prompt are averaged first. `after the answer` counts characters, on prompts that both answer. Intervals
-    are paired bootstraps at 95 %, each by itself.
+    Samples of a prompt are averaged first. `after the answer` counts characters, on prompts that both corpora answer.
+    Intervals are paired bootstraps at 95 %, each by itself.
     """
     records = shared_prompts(corpora)
     reference, *others = records
@@ -86,21 +83,13 @@ def shares_figure(table: pd.DataFrame, controls: Sequence[str] = ()) -> go.Figur
     names = list(dict.fromkeys(table["method"]))
     for i, name in enumerate(names):
         rows = table[table["method"] == name].set_index("measure").loc[shown]
-        color = NULL_COLOR if name in controls else COLORS[i % len(COLORS)]
-        symbol = SYMBOLS[i % len(SYMBOLS)] + ("-open" if name in controls else "")
-        low, high = (rows[end].fillna(rows["value"]) for end in ("low", "high"))
-        fig.add_trace(
-            go.Scatter(
-                x=rows["value"],
-                y=[place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]],
-                error_x={"symmetric": False, "array": high - rows["value"], "arrayminus": rows["value"] - low},
-                mode="markers",
-                name=name,
-                text=shown,
-                hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
-                marker={"color": color, "symbol": symbol, "size": 9},
-            )
-        )
+        heights = [place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]]
+        line(
+            fig, rows["value"], heights, name, index=i, null=name in controls, mode="markers", size=9,
+            symbol=SYMBOLS[i % len(SYMBOLS)] + ("-open" if name in controls else ""), text=shown,
+            error_x=bars(rows["value"], rows["low"], rows["high"]),
+            hovertemplate="%{text}: %{x:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
     ticks = {"tickvals": list(range(len(shown)))[::-1], "ticktext": shown, "range": [-0.6, len(shown) - 0.4]}
     fig.update_layout(yaxis=ticks, xaxis={"range": [-0.02, 1.02]}, height=140 + 70 * len(shown))
     return fig
@@ -136,7 +125,7 @@ def main(
     seed: Annotated[
         int | None, typer.Option(help="Seed of a study whose texts are shown; its first if not given.")
     ] = None,
-    n: Annotated[int, typer.Option(help="Prompts on the page of texts.")] = 12,
+    n: Annotated[int, typer.Option(help="Number of prompts on the page of texts.")] = 12,
     task: Annotated[str | None, typer.Option(help="Task whose answers JSONL files hold.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of that task's data.")] = None,
     out: Annotated[
@@ -170,7 +159,7 @@ def main(
 
 
 def _measures(task: Task | None) -> dict[str, tuple[str, Callable[[Record], float | None]]]:
-    """Unit and value of one completion; None where it has none."""
+    """The unit of each measure, and its value for one completion; None where the completion has none."""
     names = ("length", "truncated", "repeated 4-grams", "loops")
     measures: dict[str, tuple[str, Callable[[Record], float | None]]] = {name: OF_COMPLETIONS[name] for name in names}
     if task is None:
@@ -197,12 +186,12 @@ def _overlap(before: str, after: str) -> float:
 
 
 def _rich(title: str, table: pd.DataFrame) -> Table:
-    shown = Table("measure", *dict.fromkeys(table["method"]), title=f"corpora of {title}")
-    for measure, rows in table.groupby("measure", sort=False):
-        if measure in ("length", "prompts", *_SHOWN):
-            cells = [
-                Estimate(row.value, row.low, row.high, row.n, "").interval if pd.notna(row.low) else f"{row.value:g}"
-                for row in rows.itertuples()
-            ]
-            shown.add_row(measure, *cells)
-    return shown
+    shown = table[table["measure"].isin(("length", "prompts", *_SHOWN))]
+    rows = [
+        [measure, *(
+            Estimate(row.value, row.low, row.high, row.n, "").interval if pd.notna(row.low) else f"{row.value:g}"
+            for row in own.itertuples()
+        )]
+        for measure, own in shown.groupby("measure", sort=False)
+    ]  # fmt: skip
+    return terminal(["measure", *dict.fromkeys(table["method"])], rows, title=f"corpora of {title}")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from difflib import SequenceMatcher
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
-from spd_lens.analysis.common import PACKAGE
+from spd_lens.analysis.common import PACKAGE, word_diff
 from spd_lens.analysis.corpora.sources import Corpora, shared_prompts
 from spd_lens.evaluation import settled_at
 from spd_lens.generation import Record
 from spd_lens.output import render
+from spd_lens.stats import bracketed
 from spd_lens.tasks import Task
-
-_MAX_WORDS = 400
-"""Texts are compared up to here: matching takes the product of the lengths."""
 
 
 def corpora_page(
@@ -25,8 +21,8 @@ def corpora_page(
 ) -> str:
     """The page as HTML, after the paper's Figure 3; it runs no scripts.
 
-    Words that the first corpus does not have are underlined. Text behind the settled answer is on another ground; the
-    paper marks "answer-irrelevant" text by hand, this is what a program can tell.
+    Words that the first corpus does not have are underlined. Text behind the settled answer has another background:
+    the paper marks "answer-irrelevant" text by hand, and this is what a program can tell.
 
     Args:
         title: Name of what the corpora belong to.
@@ -43,23 +39,16 @@ def corpora_page(
         "corpora.html", package=PACKAGE, title=f"What each method wrote: {title}", says=says, reference=reference,
         facts=[f"{len(ids)} of {len(records[reference])} shared prompts", "one completion of each", *records],
         has_task=task is not None, methods=list(dict.fromkeys(table["method"])),
-        numbers=[(measure, own["unit"].iloc[0], [_cell(row) for row in own.itertuples()])
+        numbers=[(measure, unit := own["unit"].iloc[0],
+                  [bracketed(row.value, row.low, row.high, 1 if unit == "tokens" else 2) for row in own.itertuples()])
                  for measure, own in table.groupby("measure", sort=False)],
         cards=[_card({name: own[id] for name, own in records.items()}, task) for id in ids],
     )  # fmt: skip
 
 
-def added_words(before: str, after: str) -> Iterator[tuple[str, bool]]:
-    """`after` in pieces with the white space behind each, and whether a piece is new against `before`."""
-    old, new = (re.findall(r"^\s+|\S+\s*", text) for text in (before, after))
-    rest = "".join(new[_MAX_WORDS:])
-    new = new[:_MAX_WORDS]
-    before_words, after_words = ([word.strip() for word in words] for words in (old[:_MAX_WORDS], new))
-    for what, _, _, low, high in SequenceMatcher(None, before_words, after_words, autojunk=False).get_opcodes():
-        if low < high:
-            yield "".join(new[low:high]), what != "equal"
-    if rest:
-        yield rest, rest != "".join(old[_MAX_WORDS:])
+def added_words(before: str, after: str) -> list[tuple[str, bool]]:
+    """`after` in pieces, and whether each is new against `before`."""
+    return [(piece.after, not piece.same) for piece in word_diff(before, after) if piece.after]
 
 
 def _firsts(records: list[Record]) -> dict[str, Record]:
@@ -98,9 +87,3 @@ def _parted(pieces: Iterable[tuple[str, bool]], place: int) -> tuple[list[tuple[
             parts += [(shown, new) for shown, new in ((start, False), (body, is_new), (end, False)) if shown]
         at += len(text)
     return before, behind
-
-
-def _cell(row: Any) -> str:
-    places = 1 if row.unit == "tokens" else 2
-    interval = "" if pd.isna(row.low) else f" [{row.low:.{places}f}, {row.high:.{places}f}]"
-    return f"{row.value:.{places}f}{interval}"

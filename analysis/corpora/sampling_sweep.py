@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import pandas as pd
 import plotly.graph_objects as go
 import typer
-from plotly.subplots import make_subplots
 from rich.table import Table
 
-from spd_lens.analysis.common import COLORS, DASHES, NULL_COLOR, SYMBOLS, Findings, Subject, analysis, figure
+from spd_lens.analysis.common import Findings, Subject, analysis, bars, line, panel, panels
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import corpus_diagnostics
 from spd_lens.examples import Example
@@ -28,7 +27,7 @@ from spd_lens.tasks import Task
 TEMPERATURES = (0.5, 1.0, 1.5)
 TOP_PS = (0.9, 1.0)
 RANDOM = "random"
-"""The control's name: drawn grey."""
+"""The control's name, which is drawn grey."""
 MEASURES = {
     "accuracy": "score of a sample (pass@1)",
     "length": "tokens per completion",
@@ -57,23 +56,23 @@ def sampled(
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Setting, Corpus]:
-    """Completions of every policy at every point of the grid; greedy (temperature 0) has one sample and one top-p.
+    """Completions of every policy at every point of the grid; greedy sampling has one sample and one top-p.
 
     Args:
         pair: The model.
-        items: Prompts.
+        items: The prompts.
         policies: The base, the projected model and controls.
         temperatures: Temperatures of the grid.
         top_ps: Values of top-p of the grid.
-        samples: Completions of each prompt.
+        samples: Number of completions of each prompt.
         max_new_tokens: Token limit.
         seed: Seed of the sampling noise. It is the same everywhere: policies differ by what they do with it.
-        batch_size: Completions at once. None: as many as memory allows.
+        batch_size: Number of completions at once. None: as many as memory allows.
         folder: Folder that keeps the completions, so that a sweep that was interrupted goes on.
         progress: Show progress bars.
 
     Raises:
-        SPDError: an empty grid, or what `generate` refuses.
+        SPDError: An empty grid, or what `generate` refuses.
     """
     if not temperatures or not top_ps or not policies:
         raise SPDError("a sweep needs at least one policy, one temperature and one top-p")
@@ -93,7 +92,7 @@ def sampled(
 
 
 def scored(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example]) -> dict[Setting, Scores]:
-    """Scores of every completion, by prompt; no prompts where the task cannot score here."""
+    """Scores of every completion, by prompt; there are no prompts if the task cannot score here."""
     try:
         task.check_scorable()
     except SPDError:
@@ -115,18 +114,15 @@ def sweep_frame(
     `accuracy` is the mean score of a sample, with each prompt's samples averaged first (pass@1, clustered by prompt);
     `any sample` the share of prompts with a right sample among theirs. Both are left out where the task cannot score.
     """
-    rows = []
+    found = {}
     for setting, corpus in corpora.items():
-        policy, temperature, top_p = setting
-        frame = corpus_diagnostics(corpus, tokenizer, task).drop(columns="interval")
+        frame = found[setting] = corpus_diagnostics(corpus, tokenizer, task).drop(columns="interval")
         for measure, of_samples in (("accuracy", fmean), ("any sample", max)):
             if scores[setting]:
                 estimate = score_interval(map(of_samples, scores[setting].values()))
                 frame.loc[len(frame)] = {"measure": measure, **estimate.to_row(), "unit": "share"}
-        rows.append(frame.assign(policy=policy, temperature=temperature, top_p=top_p))
-    frame = pd.concat(rows, ignore_index=True)
     front = ["policy", "temperature", "top_p"]
-    return frame[[*front, *(column for column in frame if column not in front)]]
+    return pd.concat(found, names=front).reset_index(front).reset_index(drop=True)
 
 
 def sweep_differences(scores: Mapping[Setting, Scores]) -> pd.DataFrame:
@@ -148,33 +144,19 @@ def sweep_figure(frame: pd.DataFrame, measure: str) -> go.Figure:
     """One measure against temperature, a panel for each top-p, a line for each policy, with 95 % intervals."""
     rows = frame[frame["measure"] == measure]
     top_ps = sorted(set(rows["top_p"]))
-    base = figure(measure[0].upper() + measure[1:] + " by temperature and top-p", "", "")
-    fig = make_subplots(
-        cols=len(top_ps), shared_yaxes=True, subplot_titles=[f"top-p {p:g}" for p in top_ps], horizontal_spacing=0.04
-    )
-    fig.update_layout(template=base.layout.template, title=base.layout.title, height=460, legend={"y": -0.32})
-    for (i, policy), (column, top_p) in product(enumerate(dict.fromkeys(rows["policy"])), enumerate(top_ps, 1)):
+    fig = panels(
+        [f"top-p {p:g}" for p in top_ps], f"{measure[0].upper()}{measure[1:]} by temperature and top-p", "temperature",
+        MEASURES.get(measure, measure), columns=len(top_ps),
+    )  # fmt: skip
+    for (i, policy), (n, top_p) in product(enumerate(dict.fromkeys(rows["policy"])), enumerate(top_ps)):
         own = rows[(rows["policy"] == policy) & (rows["top_p"] == top_p)].sort_values("temperature")
-        null = policy.startswith(RANDOM)
-        color = NULL_COLOR if null else COLORS[i % len(COLORS)]
-        low, high = (own[end].fillna(own["value"]) for end in ("low", "high"))
-        fig.add_trace(
-            go.Scatter(
-                x=own["temperature"] + 0.012 * (i - 1),  # beside one another, where intervals would hide each other
-                y=own["value"],
-                error_y={"symmetric": False, "array": high - own["value"], "arrayminus": own["value"] - low},
-                mode="lines+markers",
-                name=policy,
-                legendgroup=policy,
-                showlegend=column == 1,
-                line={"color": color, "dash": "dot" if null else DASHES[i % len(DASHES)]},
-                marker={"symbol": "circle-open" if null else SYMBOLS[i % len(SYMBOLS)], "size": 8},
-            ),
-            row=1,
-            col=column,
-        )
-    fig.update_xaxes(title="temperature", tickvals=sorted(set(rows["temperature"])))
-    fig.update_yaxes(title=MEASURES.get(measure, measure), row=1, col=1)
+        beside = own["temperature"] + 0.012 * (i - 1)  # where intervals would hide each other
+        line(
+            fig, beside, own["value"], policy, index=i, null=policy.startswith(RANDOM), legendgroup=policy,
+            showlegend=n == 0, **panel(n),
+            error_y=bars(own["value"], own["low"], own["high"]),
+        )  # fmt: skip
+    fig.update_xaxes(tickvals=sorted(set(rows["temperature"])))
     fig.update_yaxes(rangemode="tozero")
     return fig
 
@@ -208,8 +190,8 @@ def main(
         map(str, TEMPERATURES)
     ),
     top_ps: Annotated[str, typer.Option(help="Values of top-p, with commas.")] = ",".join(map(str, TOP_PS)),
-    n: Annotated[int, typer.Option(min=1, help="Test items.")] = 16,
-    samples: Annotated[int, typer.Option(min=1, help="Completions of each item.")] = 4,
+    n: Annotated[int, typer.Option(min=1, help="Number of test items.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Number of completions of each item.")] = 4,
     random: Annotated[bool, typer.Option(help="Also under a random subspace of the same ranks, the control.")] = True,
     adapter: Annotated[bool, typer.Option(help="Also by the fine-tuned model.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise and of the random subspace.")] = 42,

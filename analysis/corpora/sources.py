@@ -18,7 +18,7 @@ Corpora = Mapping[str, Sequence[Record]]
 """Corpora by method; the first is what the others are compared with."""
 
 _PLAIN = "psr"
-"""What methods are compared with where it was run: the model's own raw outputs."""
+"""The method that the others are compared with if it was run: the model's own raw outputs."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class CorporaSet:
 
     title: str
     corpora: Corpora
-    """All that is measured; seeds of one method as samples of the same prompts."""
+    """What is measured; the seeds of one method count as samples of the same prompts."""
     shown: Corpora
-    """What is read: one seed."""
+    """What is read: the corpora of one seed."""
     task: Task | None
     null: Sequence[Record] | None
-    """The first method with another seed."""
+    """The first method's corpus with another seed."""
     controls: tuple[str, ...]
     folder: Path
     name: str
@@ -77,7 +77,7 @@ def corpora_sets(
 ) -> Iterator[CorporaSet]:
     """What the command compares: every source of every study, every run, and all `NAME=FILE` together.
 
-    Raises `SPDError` for a place that is neither, or has fewer than two corpora.
+    Raises `SPDError` for a place that is none of these, or has fewer than two corpora.
     """
     files = [place for place in places if place.endswith(".jsonl")]
     for place in places:

@@ -1,8 +1,4 @@
-"""The dashboard: runs as one self-contained page, as a live app that generates, and inside a notebook.
-
-One page serves all three: `write_dashboard` writes it, `serve` adds a tab that generates, `explore` shows it in a
-notebook's output, where it works without a kernel too.
-"""
+"""The commands of the dashboard: one that writes the page, and one that serves it with a tab that generates."""
 
 from __future__ import annotations
 
@@ -17,16 +13,15 @@ from spd_lens.errors import SPDError
 from spd_lens.files import write_text
 
 
-def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int = 200) -> Path:
+def write_dashboard(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the page of one or more run directories.
 
     Args:
         runs: Run directories of the same or of different models; the first is shown first.
-        out: The page, about 5 MB, most of it plotly. Works from `file://` and makes no request.
-        texts: Completions per set that go in, at most.
+        out: The page, about 5 MB, most of it plotly. It works from `file://` and makes no request.
 
     Raises:
-        SPDError: no run, a directory that is none or has no moments yet, or a place that cannot be written.
+        SPDError: No run, a directory that is no run or has no moments yet, or a place that cannot be written.
     """
     if not runs:
         raise SPDError("there is no run to show; name at least one run directory")
@@ -34,13 +29,8 @@ def write_dashboard(runs: Sequence[str | Path], out: str | Path, *, texts: int =
     if out.is_dir():
         raise SPDError(f"{out} is a directory; name the page to write, as in --out {out / 'dashboard.html'}")
     found = subjects(runs)
-    document = assemble(found, link=relative_to(out), texts=texts)
-    return write_text(out, page(document, title=title_of([subject.name for subject in found])))
-
-
-def title_of(names: Sequence[str]) -> str:
-    """The page's title."""
-    return f"SPD dashboard: {', '.join(names)}"
+    document = assemble(found, link=relative_to(out))
+    return write_text(out, page(document, title=f"SPD dashboard: {', '.join(subject.name for subject in found)}"))
 
 
 def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:

@@ -23,7 +23,7 @@ from spd_lens.analysis.dashboard.rank_curves import (
 )
 from spd_lens.output import visible
 from spd_lens.sites import Site
-from spd_lens.subspaces import energies_of
+from spd_lens.subspaces import GradientMoments, energies_of
 
 log = logging.getLogger(__name__)
 
@@ -34,39 +34,37 @@ def assemble(subjects: Sequence[Subject], *, link: records.Link | None = None, t
     """The document of some run directories.
 
     Args:
-        subjects: The runs. Where an analysis has left moments of all layers, those are shown.
+        subjects: The runs. If an analysis has left moments of all layers, those are shown.
         link: Where the pages of saved analyses are found; without it there are no links to them.
-        texts: Completions per set at most.
+        texts: The largest number of completions per set.
     """
-    sources = [source_of(subject) for subject in subjects]
-    document = from_sources(sources)
+    document = from_sources([Source(one.name, known_moments(one), one.subspace) for one in subjects])
     for shown, subject in zip(document["runs"], subjects, strict=True):
         shown |= records.of_run(subject, link=link, texts=texts)
     return document
 
 
-def source_of(subject: Subject) -> Source:
-    """A run's moments: of all layers where an analysis has extracted those, and at its own layers else."""
+def known_moments(subject: Subject) -> GradientMoments:
+    """A run's moments: of all layers if an analysis has extracted those, else of its own layers."""
     everywhere = subject.folder / "moments-all-layers.safetensors"
-    moments = subject.moments_everywhere() if everywhere.exists() else subject.moments
-    return Source(subject.name, moments, subject.subspace)
+    return subject.moments_everywhere() if everywhere.exists() else subject.moments
 
 
 def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    """The document of objects in memory: spectra and energies of each, overlaps between all of them."""
+    """The document of objects in memory: spectra and energies of each, and overlaps between all of them."""
     runs = []
     found: dict[tuple[int, Site, bool], SiteDirections] = {}
     for index, source in enumerate(sources):
-        log.info("spectra of %s at %d sites", source.name, len(source.sites))
+        log.info("spectra of %s", source.name)
         blocks: dict[str, dict[str, Any]] = {}
-        for site in source.sites:
-            blocks[str(site)] = {}
-            for per_head in source.forms(site):
-                directions = source.directions(site, per_head)
-                assert directions is not None
-                found[index, site, per_head] = directions
-                blocks[str(site)] |= _curves(source, site, per_head, directions)
-        runs.append({"name": visible(source.name), "blocks": blocks, **_use(source)})
+        for site, per_head, directions in source.directions():
+            found[index, site, per_head] = directions
+            blocks.setdefault(str(site), {}).update(_curves(source, site, per_head, directions))
+        used = None  # how the run itself projects: which sites, in which form, at which rank
+        if (own := source.subspace) is not None:
+            ranks = {str(site): list(of_blocks) for site, of_blocks in own.ranks.items()}
+            used = {"per_head": own.per_head, "rank": own.rank, "ranks": ranks}
+        runs.append({"name": visible(source.name), "blocks": blocks, "used": used})
     widths = {d.width for d in found.values()}
     return {
         "version": importlib.metadata.version("spd-lens"),
@@ -88,14 +86,6 @@ def rank_grid(width: int) -> list[int]:
     return sorted({*range(1, 65), width // 4, width // 2, *(round(float(step)) for step in steps)})
 
 
-def _use(source: Source) -> dict[str, Any]:
-    """How the run itself projects: which sites, in which form, at which rank."""
-    if source.subspace is None:
-        return {"used": None}
-    ranks = {str(site): list(own) for site, own in source.subspace.ranks.items()}
-    return {"used": {"per_head": source.subspace.per_head, "rank": source.subspace.rank, "ranks": ranks}}
-
-
 def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirections) -> dict[str, dict[str, Any]]:
     """One entry per head, or one called `all`: everything over the grid of ranks."""
     curves: dict[str, Tensor | None] = {"energy": directions.cumulative, "kept": directions.held(directions.activation)}
@@ -107,7 +97,7 @@ def _curves(source: Source, site: Site, per_head: bool, directions: SiteDirectio
         curves["activation_spectrum"] = own / own.sum(-1, keepdim=True).clamp_min(1e-300)
     if source.moments is not None:
         curves["halves"] = split_half(source.moments, site, per_head)
-        if source.subspace is None or site in source.subspace.sites:  # 70 more decompositions: where it matters
+        if source.subspace is None or site in source.subspace.sites:  # 70 more decompositions, so only where it matters
             curves["low"], curves["high"] = jackknife_band(source.moments, site, per_head) or (None, None)
     total = None if directions.gradient is None else directions.gradient.diagonal(dim1=-2, dim2=-1).sum(-1)
     entries = {}
@@ -144,5 +134,5 @@ def on_grid(curve: Tensor, width: int) -> list[float]:
 
 
 def _short(value: float) -> float:
-    """Five digits: more than a screen shows, a third of the bytes."""
+    """A number with five digits: more than a screen shows, in a third of the bytes."""
     return float(f"{value:.5g}")

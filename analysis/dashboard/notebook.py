@@ -17,10 +17,9 @@ from spd_lens.subspaces import GradientMoments, Subspace
 class Explorer:
     """A page of views. A notebook shows the last value of a cell; the selectors need no kernel."""
 
-    def __init__(self, html: str, *, height: int = 900) -> None:
+    def __init__(self, html: str) -> None:
         self.html = html
         """The whole page; it makes no request."""
-        self.height = height
 
     def __repr__(self) -> str:
         return f"Explorer({len(self.html) / 1e6:.1f} MB of HTML; shown in a notebook, or written with .save(path))"
@@ -29,7 +28,7 @@ class Explorer:
         # a frame with its own document: the page's styles and scripts stay apart from the notebook's
         return (
             f'<iframe title="SPD dashboard" srcdoc="{escape(self.html, quote=True)}" '
-            f'style="width:100%;height:{int(self.height)}px;border:0" sandbox="allow-scripts"></iframe>'
+            f'style="width:100%;height:900px;border:0" sandbox="allow-scripts"></iframe>'
         )
 
     def save(self, path: str | Path) -> Path:
@@ -41,23 +40,19 @@ def explore(
     subspace: Subspace,
     moments: GradientMoments | None = None,
     *,
-    name: str = "this",
     others: Mapping[str, Subspace | GradientMoments] | None = None,
-    height: int = 900,
 ) -> Explorer:
     """Spectra, energies, overlaps and layer × head maps of a subspace, linked by site, head and rank.
 
     Args:
-        subspace: What is looked at. Alone it has its spectrum, and angles with other subspaces.
+        subspace: The subspace. Without moments there are its spectrum, and its angles with other subspaces.
         moments: The moments it came from. They add every rank, the energies of gradients and activations, and
             split halves.
-        name: Label of the subspace.
         others: Further subspaces or moments by their labels, to compare with. Energies need moments.
-        height: Height of the frame in the notebook, in pixels.
     """
     if moments is not None and not any(site in moments.sites for site in subspace.sites):
         raise SPDError(f"the moments have none of the subspace's sites {', '.join(map(str, subspace.sites))}")
-    sources = [Source(name, moments, subspace)]
+    sources = [Source("this", moments, subspace)]
     for label, other in (others or {}).items():
         if isinstance(other, GradientMoments):
             sources.append(Source(label, other))
@@ -65,6 +60,6 @@ def explore(
             sources.append(Source(label, subspace=other))
         else:
             raise SPDError(f"others[{label!r}] is a {type(other).__name__}; give a Subspace or GradientMoments")
-    if len({source.name for source in sources}) < len(sources):
-        raise SPDError(f"two of the subspaces are called {name!r}; give others another label, or this one another name")
-    return Explorer(page(from_sources(sources), title=f"Subspace: {name}", look="embedded"), height=height)
+    if "this" in (others or {}):
+        raise SPDError("two of the subspaces are called 'this'; give the other one another label")
+    return Explorer(page(from_sources(sources), title="Subspace: this", look="embedded"))

@@ -1,4 +1,4 @@
-"""The page: data, script and plotly in one file that asks nobody for anything, or its own app alone."""
+"""The page: data, script and plotly in one file, which makes no request but to its own app."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Look = Literal["page", "embedded"]
 
 
 def page(
-    document: Mapping[str, Any], *, title: str, look: Look = "page", studio: Mapping[str, Any] | None = None
+    document: Mapping[str, Any], *, title: str, look: Look = "page", playground: Mapping[str, Any] | None = None
 ) -> str:
-    """A self-contained HTML page of a document that `data.assemble` made.
+    """A self-contained HTML page of a document that `document` made.
 
-    Its policy forbids requests altogether; of an app, all but those to the app.
+    Its policy forbids all requests; the page of the live app may ask the app.
 
     Args:
         document: What the views show.
         title: Heading of the page.
         look: `"embedded"` has no margins, for a notebook's output.
-        studio: What the form of the live app offers; with it, the page begins with a tab that generates.
+        playground: What the form of the live app offers; with it, the page begins with a tab that generates.
     """
-    scripts = ["dashboard.js", "views.js", "texts.js", *(["studio.js"] if studio else [])]
-    return drawn("dashboard.html", *scripts, document=document, title=title, look=look, studio=studio)
+    scripts = ["dashboard.js", "views.js", "texts.js", *(["playground.js"] if playground else [])]
+    return drawn("dashboard.html", *scripts, document=document, title=title, look=look, playground=playground)

@@ -1,4 +1,4 @@
-"""`Studio`: one prompt under the base model, a projection, a random subspace and the fine-tuned adapter."""
+"""`Playground`: one prompt under the base model, a projection, a random subspace and the fine-tuned adapter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.analysis.common import Subject
-from spd_lens.analysis.dashboard.document import source_of
-from spd_lens.analysis.dashboard.word_diff import Piece, word_diff
+from spd_lens.analysis.common import Piece, Subject, word_diff
+from spd_lens.analysis.dashboard.document import known_moments
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.generation import Decoding, generate
 from spd_lens.models import ModelPair, kl_divergence, neutral, run_twin
 from spd_lens.output import visible
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments, Policy, Rank, Subspace
+from spd_lens.subspaces import Policy, Rank, Subspace
 
 MAX_PROMPT = 8000
 MAX_NEW_TOKENS = 512
@@ -35,7 +33,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Ask:
-    """What to generate. Nothing in it is trusted: `Studio.answer` checks all of it."""
+    """What to generate. Nothing in it is trusted: `Playground.answer` checks all of it."""
 
     prompt: str
     layers: Sequence[int]
@@ -48,7 +46,7 @@ class Ask:
     temperature: float = 0.0
     seed: int = 42
     also: Sequence[str] = ("random",)
-    """Beside base and projection: `"random"`, `"spd"`."""
+    """Further policies beside the base and the projection: `"random"`, `"spd"`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Said:
     ended: bool
     """Whether the model ended by itself."""
     pieces: Sequence[Piece]
-    """Against the base model's text."""
+    """The text, compared with that of the base model."""
     kl: float
     """KL(base || policy) of the next token after the prompt, in nats."""
     probabilities: Sequence[float]
@@ -75,30 +73,29 @@ class Answer:
     """The next tokens that are most probable under the base or the projected model, most probable first."""
     said: Sequence[Said]
     ranks: str
-    """Ranks that the projection has: less than asked for where the gradients had fewer directions."""
+    """Ranks that the projection has, which are lower than asked for if the gradients had fewer directions."""
 
 
 @dataclass
-class Studio:
-    """A run's model and moments, for one question at a time: generation folds the projection into the weights."""
+class Playground:
+    """A run's experiment, for one question at a time: generation folds the projection into the model's weights."""
 
     subject: Subject
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Shared by studios of one process."""
+    """Held while a question is answered; the playgrounds of one process share it."""
 
     def __post_init__(self) -> None:
-        moments = source_of(self.subject).moments
-        assert moments is not None  # a run's source is its moments
-        self.moments: GradientMoments = moments
-        self.pair: ModelPair = self.subject.pair
+        self.moments = known_moments(self.subject)
+        self.pair = self.subject.pair
 
     @property
     def layers(self) -> list[int]:
-        """Layers whose gradients are known: all, where an analysis has extracted them, else the run's own."""
+        """Layers whose gradients are known: all of them if an analysis has extracted them, else the run's own."""
         return sorted({site.layer for site in self.moments.sites})
 
     @property
     def kinds(self) -> list[str]:
+        """Kinds whose gradients are known."""
         return sorted({site.kind for site in self.moments.sites})
 
     @property
@@ -107,11 +104,12 @@ class Studio:
         return (self.subject.run.path / "adapter").exists()
 
     def width(self, per_head: bool) -> int:
-        """Directions of a block; of the narrowest, where kinds differ."""
-        return min(self.moments.blocks(site, per_head).shape[-1] for site in self._first_of_each_kind())
+        """Number of directions of a block; of the narrowest block if kinds differ."""
+        heads, grams = self.moments.n_heads, self.moments.gradient
+        return min(gram.shape[-1] // (heads[site] if per_head else 1) for site, gram in grams.items())
 
     def subspace(self, ask: Ask) -> Subspace:
-        """The subspace that is asked for; `SPDError` for layers, kinds or ranks that there are not."""
+        """The subspace that is asked for; `SPDError` for layers, kinds or ranks that do not exist."""
         layers, kinds = _chosen("layer", ask.layers, self.layers), _chosen("kind", ask.kinds, self.kinds)
         sites = [site for layer in layers for kind in kinds if (site := Site(layer, kind)) in self.moments.sites]
         if not sites:
@@ -123,7 +121,7 @@ class Studio:
         """Generate under every policy with the same noise, one after the other.
 
         Raises:
-            SPDError: something in `ask` is out of range, or another question is being answered.
+            SPDError: Something in `ask` is out of range, or another question is being answered.
         """
         _check(ask)
         if not self.lock.acquire(blocking=False):
@@ -141,13 +139,10 @@ class Studio:
         if "spd" in ask.also:
             policies.append(Policy("spd", adapter=self.subject.run.adapter))
         prompt = Example(ask.prompt, id="dashboard")
-        texts = []
-        for policy in policies:
-            corpus = generate(
-                self.pair, [prompt], policy=policy, max_new_tokens=ask.max_new_tokens, temperature=ask.temperature,
-                seed=ask.seed, progress=False,
-            )  # fmt: skip
-            texts.append(corpus[0])
+        config = self.subject.run.config.model_copy(update={"max_new_tokens": ask.max_new_tokens, "seed": ask.seed})
+        experiment = self.subject.experiment.varied(config=config, progress=False)
+        sampling = {"temperature": ask.temperature}
+        texts = [experiment.generate(None, policy, [prompt], sampling=sampling)[0] for policy in policies]
         logits = torch.stack([self._next_logits(policy, prompt) for policy in policies])
         probabilities = logits.softmax(-1)
         order = probabilities[:2].amax(0).topk(min(TOP, probabilities.shape[-1])).indices
@@ -172,14 +167,6 @@ class Studio:
         with neutral(*self.pair.models), policy.applied(self.pair) as model:
             logits: Tensor = run_twin(model, ids, use_cache=False).logits[0, -1]
         return logits.double().cpu()
-
-    @property
-    def temperature(self) -> float:
-        """The run's own sampling temperature."""
-        return Decoding.of(self.pair, self.subject.run.config.sampling).sampling.temperature
-
-    def _first_of_each_kind(self) -> list[Site]:
-        return list({site.kind: site for site in self.moments.sites}.values())
 
 
 T = TypeVar("T", int, str)

@@ -7,6 +7,7 @@ rank, and moving the slider computes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,35 +32,16 @@ class Source:
     moments: GradientMoments | None = None
     subspace: Subspace | None = None
 
-    def __post_init__(self) -> None:
-        if self.moments is None and self.subspace is None:
-            raise ValueError("a source needs moments or a subspace")
-
-    @property
-    def sites(self) -> list[Site]:
-        known = self.moments if self.moments is not None else self.subspace
-        assert known is not None
-        return known.sites
-
-    def directions(self, site: Site, per_head: bool) -> SiteDirections | None:
-        """At one site, per head or joint; None where the source does not have it in this form."""
-        if site not in self.sites:
-            return None
+    def directions(self) -> Iterator[tuple[Site, bool, SiteDirections]]:
+        """Every site's directions per head (True) and joint (False), where there are both; one block is joint."""
         if self.moments is not None:
-            return SiteDirections.of(self.moments, site, per_head)
-        assert self.subspace is not None
-        basis = self.subspace.bases[site]
-        if (basis.shape[0] > 1) != per_head:
-            return None
-        values = self.subspace.singular_values.get(site)
-        return SiteDirections(basis, None if values is None else values.square())
-
-    def forms(self, site: Site) -> list[bool]:
-        """Which of per head (True) and joint (False) exist at a site; one block alone is joint."""
-        if self.moments is not None:
-            return [True, False] if self.moments.n_heads[site] > 1 else [False]
-        assert self.subspace is not None
-        return [self.subspace.bases[site].shape[0] > 1]
+            for site in self.moments.sites:
+                for per_head in (True, False) if self.moments.n_heads[site] > 1 else (False,):
+                    yield site, per_head, SiteDirections.of(self.moments, site, per_head)
+        elif self.subspace is not None:
+            for site in self.subspace.sites:
+                basis, values = self.subspace.bases[site], self.subspace.singular_values.get(site)
+                yield site, len(basis) > 1, SiteDirections(basis, None if values is None else values.square())
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,7 @@ class SiteDirections:
     """One site's directions, leading first, and the Gram matrices they belong to, where known."""
 
     vectors: Vectors
-    """Orthonormal columns; all of a block's width where they come from moments."""
+    """Orthonormal columns; as many as a block is wide if they come from moments."""
     energies: Float[Tensor, "block width"] | None = None
     """Squared singular values of the stacked gradients, descending."""
     gradient: Gram | None = None
@@ -103,11 +85,11 @@ def shares(energies: Float[Tensor, "block width"]) -> Curve:
 
 
 def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | None:
-    """How much directions of one half of the examples hold of the other half's gradients, the mean of both ways.
+    """How much the directions of one half of the examples hold of the other half's gradients, as a mean of both ways.
 
-    The ceiling for any overlap between domains, and free of the optimism of `SiteDirections.cumulative`, whose
-    directions were chosen on the energy that they are measured on. None where the moments have one shard, or one
-    filled half.
+    It is the ceiling for any overlap between domains, and free of the optimism of `SiteDirections.cumulative`, whose
+    directions were chosen on the energy that they are measured on. None if the moments have one shard, or
+    examples in one half alone.
     """
     if moments.n_shards < 2:
         return None
@@ -121,9 +103,9 @@ def split_half(moments: GradientMoments, site: Site, per_head: bool) -> Curve | 
 
 
 def jackknife_band(moments: GradientMoments, site: Site, per_head: bool) -> tuple[Curve, Curve] | None:
-    """95 % band of the cumulative energy: the delete-half jackknife over shards of examples (`analysis.shardwise`).
+    """95 % band of the cumulative energy: the delete-half jackknife over shards of examples.
 
-    None with fewer than three shards that hold examples.
+    None if fewer than three shards hold examples.
     """
     if int((moments.n_examples > 0).sum()) < 3:
         return None

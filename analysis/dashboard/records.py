@@ -13,13 +13,12 @@ import pandas as pd
 import plotly
 
 from spd_lens.analysis import ANALYSES
-from spd_lens.analysis.common import Subject
+from spd_lens.analysis.common import Subject, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
-from spd_lens.analysis.dashboard.word_diff import word_diff
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import ForcedItem, ItemResult, per_item
 from spd_lens.files import read_json
-from spd_lens.generation import Corpus
+from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
@@ -27,7 +26,7 @@ from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_
 Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
 Link = Callable[[Subject, Path], str]
-"""From a run and a page in its `analysis/` folder to what a link to it says."""
+"""Makes a link of a run and a page in its `analysis/` folder."""
 
 
 def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]:
@@ -51,25 +50,26 @@ def effects(run: Run, task: str) -> dict[str, Any]:
     `random` are the control subspaces of the same ranks: their mean per item, and each for itself in `each`.
     """
     found = run.effects(task)
-    controls = [name for name in found if name.startswith("random-")]
     groups: dict[str, Forced] = {name: {name: found[name]} for name in ("projected", "spd") if name in found}
+    controls: Forced = {name: items for name, items in found.items() if name.startswith("random-")}
     if controls:
-        groups["random"] = {name: found[name] for name in controls}
-    base = [item.aligned_loss for item in found["base"]]
+        groups["random"] = controls
+    base = per_item({"base": found["base"]}, "aligned_loss")
     shown: dict[str, Any] = {"task": visible(task), "n": len(base), "base": interval(mean_interval(base))}
     for name, group in groups.items():
-        change = paired_difference(base, _per_item(group, _loss))
-        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(_per_item(group, _kl)))}
+        change = paired_difference(base, per_item(group, "aligned_loss"))
+        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(per_item(group, "kl")))}
     if controls:
         shown["random"]["each"] = [
-            [fmean(map(_loss, found[name])) - fmean(base), fmean(map(_kl, found[name]))] for name in controls
+            [fmean(item.aligned_loss for item in items) - fmean(base), fmean(item.kl for item in items)]
+            for items in controls.values()
         ]
         shown["says"] = [
             difference_sentence(
-                paired_difference(_per_item(groups["random"], measure), _per_item(groups["projected"], measure)),
+                paired_difference(per_item(controls, measure), per_item(groups["projected"], measure)),
                 measure=what, first="random", second="projected",
             )
-            for what, measure in (("Aligned loss", _loss), ("KL from base", _kl))
+            for what, measure in (("Aligned loss", "aligned_loss"), ("KL from base", "kl"))
             if "projected" in groups
         ]  # fmt: skip
     return shown
@@ -80,83 +80,45 @@ def interval(estimate: Estimate) -> list[float | None]:
     return [end if abs(end) < float("inf") else None for end in (estimate.value, estimate.low, estimate.high)]
 
 
-def _loss(item: ForcedItem) -> float:
-    return item.aligned_loss
-
-
-def _kl(item: ForcedItem) -> float:
-    return item.kl
-
-
-def _per_item(group: Forced, value: Callable[[ForcedItem], float]) -> list[float]:
-    """A value per item, averaged over the policies of a group: items are the units, not policies."""
-    return [fmean(map(value, items)) for items in zip(*group.values(), strict=True)]
-
-
 def _text_sets(run: Run, limit: int) -> Iterator[dict[str, Any]]:
     """Sets of completions to read side by side: training prompts, then the test items of each task."""
     with contextlib.suppress(SPDError):  # the run has not come that far
-        yield _training_prompts(run.unprojected, run.corpus, limit)
+        corpora = {"base": run.unprojected, "projected": run.corpus}
+        by_key = {policy: {record.key: record for record in corpus} for policy, corpus in corpora.items()}
+        yield _text_set("training prompts, sampled with the same noise", by_key, limit)
     for task in run.config.targets:
-        results = []
+        by_id = {}
         for policy in ("base", "projected", "spd"):
             with contextlib.suppress(SPDError):
-                results.append(run.result(task, policy))
-        if results:
-            yield _test_items(task, results, limit)
+                result = run.result(task, policy)
+                by_id[result.policy] = {item.id: item for item in result.items}
+        if by_id:
+            yield _text_set(f"{task}: test items, greedy", by_id, limit)
 
 
-def _training_prompts(base: Corpus, projected: Corpus, limit: int) -> dict[str, Any]:
-    other = {record.key: record for record in projected}
-    both = [(record, other[record.key]) for record in base if record.key in other]
-    items = [
-        _item(before.id, before.prompt, {"base": before.completion, "projected": after.completion},
-              ends={"base": before.finish_reason, "projected": after.finish_reason})
-        for before, after in both[:limit]
-    ]  # fmt: skip
-    title = "training prompts, sampled with the same noise"
-    return {"title": title, "columns": ["base", "projected"], "total": len(both), "items": items}
+def _text_set(title: str, texts: Mapping[str, Mapping[Any, Record | ItemResult]], limit: int) -> dict[str, Any]:
+    """What several policies answered to the same prompts, in the order of the first."""
+    first, *others = texts.values()
+    shared = [key for key in first if all(key in other for other in others)]
+    items = [_item({policy: own[key] for policy, own in texts.items()}) for key in shared[:limit]]
+    return {"title": visible(title), "columns": list(texts), "total": len(shared), "items": items}
 
 
-def _test_items(task: str, results: Sequence[EvalResult], limit: int) -> dict[str, Any]:
-    by_policy = {result.policy: {item.id: item for item in result.items} for result in results}
-    first, *others = by_policy.values()
-    shared = [item for item in first.values() if all(item.id in other for other in others)]
-    items = []
-    for item in shared[:limit]:
-        mine = {policy: by_id[item.id] for policy, by_id in by_policy.items()}
-        items.append(
-            _item(item.id, item.prompt, {name: it.completion for name, it in mine.items()}, gold=item.gold,
-                  ends={name: it.finish_reason for name, it in mine.items()},
-                  scores={name: it.score for name, it in mine.items()})
-        )  # fmt: skip
-    title = f"{task}: test items, greedy"
-    return {"title": visible(title), "columns": list(by_policy), "total": len(shared), "items": items}
-
-
-def _item(
-    id: str,
-    prompt: str,
-    completions: Mapping[str, str],
-    *,
-    gold: str | None = None,
-    ends: Mapping[str, str],
-    scores: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+def _item(answers: Mapping[str, Record | ItemResult]) -> dict[str, Any]:
     """One prompt's completions; all but the first as differences from the first."""
-    safe = {name: visible(text) for name, text in completions.items()}
+    safe = {policy: visible(answer.completion) for policy, answer in answers.items()}
     first, *others = safe
+    one = answers[first]
     pieces = {
         name: [[p.after] if p.same and p.before == p.after else [p.before, p.after, int(p.same)] for p in diff]
         for name in others
         for diff in [word_diff(safe[first], safe[name])]
     }
-    shown: dict[str, Any] = {"id": visible(id), "prompt": visible(prompt), "text": safe[first], "pieces": pieces}
-    shown["ends"] = dict(ends)
-    if gold is not None:
-        shown["gold"] = visible(gold)
-    if scores is not None:
-        shown["scores"] = {name: round(score, 3) for name, score in scores.items()}
+    ends = {policy: answer.finish_reason for policy, answer in answers.items()}
+    shown = {"id": visible(one.id), "prompt": visible(one.prompt), "text": safe[first], "pieces": pieces, "ends": ends}
+    scores = {policy: round(answer.score, 3) for policy, answer in answers.items() if isinstance(answer, ItemResult)}
+    if isinstance(one, ItemResult):
+        shown |= {"gold": visible(one.gold), "scores": scores}
     return shown
 
 
@@ -170,7 +132,7 @@ def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
         entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:
             frame = subject.saved(name)
-        except (ValueError, OSError):  # half a file of a killed analysis is none
+        except (ValueError, OSError):  # an analysis was killed while it wrote the file
             continue
         if frame is not None:
             entry |= {"rows": len(frame), "columns": [visible(str(column)) for column in frame.columns]}
@@ -233,7 +195,7 @@ def _data(run: Run) -> Table:
     rows: Table = []
     path = run.path / "data_card.json"
     for task, card in (read_json(path) if path.exists() else {}).items():
-        counts = card.get("counts")  # a generator has as many as one asks for
+        counts = card.get("counts")  # a task that generates its items has as many as one asks for
         shown = ", ".join(f"{n} {split}" for split, n in counts.items()) if isinstance(counts, dict) else str(counts)
         rows.append((visible(task), visible(shown)))
         rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
@@ -241,7 +203,7 @@ def _data(run: Run) -> Table:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings on one level."""
+    """The settings with those that are nested on the same level."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {key: value} if not isinstance(value, Mapping) else _flat(value)

@@ -1,4 +1,4 @@
-"""The live app: the page, and an endpoint that generates. For this machine alone."""
+"""The live app: the page, and an endpoint that generates. It answers this machine alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from spd_lens.analysis.common import Subject, subjects
 from spd_lens.analysis.dashboard.document import assemble
 from spd_lens.analysis.dashboard.page import page
-from spd_lens.analysis.dashboard.playground import MAX_NEW_TOKENS, MAX_PROMPT, NAMES, Ask, Studio
+from spd_lens.analysis.dashboard.playground import MAX_NEW_TOKENS, MAX_PROMPT, NAMES, Ask, Playground
 from spd_lens.errors import SPDError
 from spd_lens.subspaces import resolve_rank
 
@@ -59,11 +59,11 @@ def start(app: flask.Flask, waiting: socket.socket) -> BaseWSGIServer:
 
 
 def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> flask.Flask:
-    """The app of some runs; loads their model. `lock` is held while a question is answered."""
+    """The app of some runs, whose model is loaded. `lock` is held while a question is answered."""
     lock = lock or threading.Lock()
-    studios = {subject.name: Studio(subject, lock) for subject in found}
+    playgrounds = {subject.name: Playground(subject, lock) for subject in found}
     document = assemble(found, link=lambda subject, path: f"analysis/{subject.name}/{path.name}")
-    html = page(document, title=f"SPD dashboard: {', '.join(studios)}", studio=offered(studios))
+    html = page(document, title=f"SPD dashboard: {', '.join(playgrounds)}", playground=offered(playgrounds))
     saved = {(s.name, path.name): path for s in found for path in s.folder.glob("*.html")}
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 1_000_000
@@ -75,14 +75,14 @@ def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> 
 
     @app.get("/analysis/<run>/<name>")
     def show_saved(run: str, name: str) -> flask.Response:
-        if (run, name) not in saved:  # a list of what there is: no path is put together from a request
+        if (run, name) not in saved:  # no path is put together from a request
             flask.abort(404)
         return flask.Response(saved[run, name].read_text(encoding="utf-8"), mimetype="text/html")
 
     @app.post("/generate")
     def generate() -> flask.Response:
         try:
-            return flask.jsonify(answer(studios, flask.request.get_json(silent=True)))
+            return flask.jsonify(answer(playgrounds, flask.request.get_json(silent=True)))
         except SPDError as error:
             return flask.jsonify(error=str(error))
         except Exception:
@@ -92,49 +92,49 @@ def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> 
     return app
 
 
-def offered(studios: Mapping[str, Studio]) -> dict[str, Any]:
+def offered(playgrounds: Mapping[str, Playground]) -> dict[str, Any]:
     """What the form offers, and the first run's own settings, with which it begins."""
-    first = next(iter(studios.values()))
+    first = next(iter(playgrounds.values()))
     config, used = first.subject.run.config, first.subject.subspace
     form = "head" if config.per_head else "joint"
     also = [("random", "random subspace of the same ranks"), ("spd", "the model after SPD")]
     return {
         "example": EXAMPLE, "max_prompt": MAX_PROMPT, "max_tokens": MAX_NEW_TOKENS, "max_seed": 2**32 - 1,
-        "names": NAMES, "runs": [(name, name) for name in studios], "layers": [(n, n) for n in first.layers],
+        "names": NAMES, "runs": [(name, name) for name in playgrounds], "layers": [(n, n) for n in first.layers],
         "used_layers": {site.layer for site in used.sites}, "kinds": [(kind, kind.upper()) for kind in first.kinds],
         "used_kinds": {site.kind for site in used.sites}, "form": form,
-        "widths": {name: min(studio.width(per_head) for studio in studios.values())
+        "widths": {name: min(playground.width(per_head) for playground in playgrounds.values())
                    for name, per_head in (("head", True), ("joint", False))},
         "rank": resolve_rank(config.rank, first.width(config.per_head)), "strength": config.strength,
         "tokens": min(96, config.max_new_tokens), "seed": config.seed,
-        "also": also if any(studio.adapter for studio in studios.values()) else also[:1],
+        "also": also if any(playground.adapter for playground in playgrounds.values()) else also[:1],
     }  # fmt: skip
 
 
-def answer(studios: Mapping[str, Studio], asked: Any) -> dict[str, Any]:
-    """The answer to a browser's question, as data; `SPDError` where it asks for what there is not.
+def answer(playgrounds: Mapping[str, Playground], asked: Any) -> dict[str, Any]:
+    """The answer to a browser's question, as data; `SPDError` if it asks for what does not exist.
 
-    Nothing in it is trusted: what is no number or no text stays as it is, for the studio to refuse.
+    Nothing in the question is trusted: what is no number or no text stays as it is, for the playground to refuse.
     """
     asked = asked if isinstance(asked, dict) else {}
-    if (run := asked.get("run")) not in list(studios):
-        raise SPDError(f"there is no run {run!r}; choose from {', '.join(studios)}")
+    if (run := asked.get("run")) not in list(playgrounds):
+        raise SPDError(f"there is no run {run!r}; choose from {', '.join(playgrounds)}")
     ask = Ask(
         asked.get("prompt", ""), asked.get("layers") or [], asked.get("kinds") or [], asked.get("rank"),
         asked.get("form") == "head", asked.get("strength"), asked.get("tokens"), asked.get("temperature"),
         asked.get("seed"), asked.get("also") or [],
     )  # fmt: skip
-    found = studios[run].answer(ask)
+    found = playgrounds[run].answer(ask)
     facts = f"ranks {found.ranks} · strength {ask.strength:g} · seed {ask.seed} · temperature {ask.temperature:g}"
     return asdict(found) | {"facts": facts}
 
 
 def _protect(app: flask.Flask) -> None:
-    """Answer this machine's own pages alone.
+    """Answer no pages but those of this machine.
 
     A page elsewhere can make a browser ask 127.0.0.1, under its own name (DNS rebinding) or across sites: both show
-    in the request's headers and are refused. Answers may be framed by the app alone. What its pages load they say
-    themselves, in policies of their own; anything else loads nothing.
+    in the request's headers and are refused. No page but the app's may frame an answer. The app's pages say
+    what they load in policies of their own; anything else loads nothing.
     """
 
     @app.before_request

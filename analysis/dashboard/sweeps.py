@@ -1,4 +1,4 @@
-"""Saved rank and layer sweeps, as the page draws them: the tables that `sweep.Sweep.table` describes."""
+"""Saved rank and layer sweeps, as the page draws them, from the tables that the analyses wrote."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def layer_sweep(subject: Subject) -> dict[str, Any] | None:
 
 
 def _table(subject: Subject, name: str) -> pd.DataFrame | None:
-    """A saved table, if it is one of this form."""
+    """A saved table; None if there is none, or one of another form."""
     frame = subject.saved(name)
     return frame if frame is not None and set(frame.columns) >= _NEEDED and len(frame) else None
 

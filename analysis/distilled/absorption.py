@@ -24,6 +24,9 @@ from spd_lens.subspaces import Policy, Subspace
 PROJECTED = "projected"
 """The control `of` the absorption that is the subspace itself; the others are random subspaces."""
 
+_BATCH_TOKENS = 512
+"""Padded tokens per batch. Three float32 rows of the vocabulary per completion token are in memory."""
+
 
 @neutrally
 @torch.no_grad()
@@ -36,12 +39,11 @@ def absorption(
     strength: float = 1.0,
     n_random: int = 5,
     seed: int = 0,
-    batch_tokens: int = 512,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Does training move the model towards its projected self: KL(projected || tuned) against KL(projected || base).
 
-    Teacher-forced on the items' completions. The control: the same towards random projections of the same ranks,
+    Teacher-forced on the items' completions. The control is the same towards random projections of the same ranks,
     which the tuned model was never shown. What moves it there too is not absorption.
 
     Args:
@@ -52,7 +54,6 @@ def absorption(
         strength: Strength of the projection.
         n_random: Number of random subspaces.
         seed: Seed of the random subspaces.
-        batch_tokens: Padded tokens per batch; three float32 rows of the vocabulary per completion token are in memory.
         progress: Show a progress bar.
 
     Returns:
@@ -66,7 +67,7 @@ def absorption(
     encoded = [pair.encode(item) for item in items]
     rows = []
     with tqdm(total=len(items), desc="absorption", unit="item", disable=not progress) as bar:
-        for indices in batches_by_length([len(e.ids) for e in encoded], batch_tokens):
+        for indices in batches_by_length([len(e.ids) for e in encoded], _BATCH_TOKENS):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             base = forced_logits(pair, pair.hf, batch)
             with Policy("tuned", adapter=adapter).applied(pair) as model:
@@ -83,7 +84,7 @@ def absorption(
     return pd.DataFrame(rows).sort_values(["of", "item"], ignore_index=True)
 
 
-def absorbed(frame: pd.DataFrame, *, seed: int = 0, n_resamples: int = 2000) -> dict[str, Estimate]:
+def absorbed(frame: pd.DataFrame, *, seed: int = 0) -> dict[str, Estimate]:
     """Estimates that follow from `absorption`, with 95 % intervals over items.
 
     `"KL"` is the paired change KL(projected || tuned) - KL(projected || base) in nats per token. `"share"` is
@@ -96,14 +97,14 @@ def absorbed(frame: pd.DataFrame, *, seed: int = 0, n_resamples: int = 2000) -> 
     for name, table in (("", own), ("random ", random)):
         if len(table):
             found[f"{name}KL"] = paired_difference(*table.T)
-            found[f"{name}share"] = _bootstrapped(_share, table, seed, n_resamples)
+            found[f"{name}share"] = _bootstrapped(_share, table, seed)
     if len(random):
-        found["share beyond random"] = _bootstrapped(_share_beyond, np.hstack([own, random]), seed, n_resamples)
+        found["share beyond random"] = _bootstrapped(_share_beyond, np.hstack([own, random]), seed)
     return found
 
 
 def _per_item(frame: pd.DataFrame, null: bool) -> Float[np.ndarray, "item 2"]:
-    """`kl_base` and `kl_tuned` of each item, towards the projection or in the mean towards the random ones."""
+    """`kl_base` and `kl_tuned` of each item, towards the projection or averaged over the random ones."""
     part = frame[(frame.of != PROJECTED) == null]
     return part.groupby("item")[["kl_base", "kl_tuned"]].mean().sort_index().to_numpy()
 
@@ -116,11 +117,11 @@ def _share_beyond(kl_base: Any, kl_tuned: Any, random_base: Any, random_tuned: A
     return _share(kl_base, kl_tuned, axis) - _share(random_base, random_tuned, axis)
 
 
-def _bootstrapped(statistic: Any, table: Float[np.ndarray, "item column"], seed: int, n_resamples: int) -> Estimate:
+def _bootstrapped(statistic: Any, table: Float[np.ndarray, "item column"], seed: int) -> Estimate:
     value, n = float(statistic(*table.T)), len(table)
     if n < 2:
         return Estimate(value, -float("inf"), float("inf"), n, "one item, no interval")
-    low, high = bootstrap_ends(list(table.T), statistic, n_resamples=n_resamples, seed=seed)
+    low, high = bootstrap_ends(list(table.T), statistic, n_resamples=2000, seed=seed)
     return Estimate(value, low, high, n, "percentile bootstrap over items 95%")
 
 

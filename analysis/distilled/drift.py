@@ -1,7 +1,7 @@
 """The subspace after distillation against the one before, and how much of the projected behaviour the LoRA absorbed.
 
-Before and after are extracted from the same examples, so that what differs, training changed. How large that is, the
-half-split says: the difference between two halves of the examples in the untrained model.
+Moments before and after are extracted from the same examples, so that training made whatever differs. The yardstick is
+the difference between two halves of the examples in the untrained model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from spd_lens.analysis.common import (
     Subject,
     agreement,
     analysis,
+    bars,
     figure,
     half_width,
     halves,
@@ -44,9 +45,9 @@ def moments_after(
     """Moments of the twin with an adapter on (`extract(..., engine="twin")`); the twin is left as it was.
 
     Args:
-        pair: The model before.
-        adapter: A PEFT directory or that of a whole checkpoint.
-        examples: The same as before training.
+        pair: The model before training.
+        adapter: The directory of a PEFT adapter or of a whole checkpoint.
+        examples: The same examples as before training.
         settings: Settings of `extract`, the same as before training.
     """
     with adapted(pair.hf, adapter):
@@ -71,8 +72,8 @@ def drift(
         seed: Seed of the random subspace, and of the halves where there are many shards.
 
     Returns:
-        Columns `site, layer, kind, head, of, measure, value, low, high`. Measures as in `calibration_size.stability`.
-        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and after alike (`shardwise`);
+        Columns `site, layer, kind, head, of, measure, value, low, high`. Measures as in `calibration.stability`.
+        `of`: `"before, after"`, with a 95 % interval from halves of the shards, before and after alike;
         `"halves before"`, two halves of the examples in the untrained model, which is what other examples alone would
         change; `"random"`, a random subspace against the gradients after; and for the energy share `"after, after"`,
         the most that this rank can hold. Only the first has an interval.
@@ -141,7 +142,7 @@ def spectra_before_after(before: GradientMoments, after: GradientMoments, *, per
 
 
 def _filled(moments: GradientMoments) -> GradientMoments:
-    """Without the shards that hold no example, of which there are some where examples are few."""
+    """The moments without shards that hold no example, which there are if examples are few."""
     return moments.shards(moments.n_examples.nonzero().flatten().tolist())
 
 
@@ -155,7 +156,7 @@ def _check_same_examples(before: GradientMoments, after: GradientMoments) -> Non
 
 
 def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
-    """A point per site and head for before against after, beside its references, in grey."""
+    """A point for each site and head: the subspace before against the gradients after, beside references in grey."""
     if measure not in MEASURES:
         raise SPDError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
     part = frame[frame.measure == measure].sort_values(["layer", "kind", "head"])
@@ -174,12 +175,9 @@ def drift_figure(frame: pd.DataFrame, measure: str = ENERGY) -> go.Figure:
     for of, symbol in references.items():
         mine = part[part.of == of]
         if not mine.empty:
-            line(fig, _places(mine), mine.value, names[of], null=True, mode="markers")
-            fig.data[-1].marker.symbol = symbol
+            line(fig, _places(mine), mine.value, names[of], null=True, symbol=symbol, mode="markers")
     mine = part[part.of == "before, after"]
-    high, low = (mine.high - mine.value).fillna(0).clip(lower=0), (mine.value - mine.low).fillna(0).clip(lower=0)
-    error = {"type": "data", "array": high, "arrayminus": low}
-    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=error)
+    line(fig, _places(mine), mine.value, "before, after", mode="markers", error_y=bars(mine.value, mine.low, mine.high))
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(_places(part))))
     fig.update_layout(legend_y=-0.3)  # below the axis title, also where it wraps
     fig.update_yaxes(range=[0, 92] if measure == "mean angle" else [0, 1.03])
@@ -212,7 +210,7 @@ def _places(frame: pd.DataFrame) -> list[str]:
 
 
 def drift_sentence(frame: pd.DataFrame) -> str:
-    """The energy form over all sites and heads, against what other examples alone would change."""
+    """What the energy share says over all sites and heads, against what other examples alone would change."""
     mean = frame[frame.measure == ENERGY].groupby("of").value.mean()
     angle = frame[frame.measure == "mean angle"].groupby("of").value.mean()
     text = (
@@ -233,7 +231,7 @@ def drift_sentence(frame: pd.DataFrame) -> str:
 def main(
     subject: Subject,
     *,
-    items: Annotated[int, typer.Option(help="Held-out items for the KL.")] = 24,
+    items: Annotated[int, typer.Option(help="Number of held-out items for the KL.")] = 24,
     n_random: Annotated[int, typer.Option(help="Number of random projections, the control.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of random subspaces and resampling.")] = 0,
 ) -> Findings:

@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, band, figure, line, plain
+from spd_lens.analysis.common import NULL_COLOR, band, bars, figure, line, plain
 from spd_lens.analysis.paper.printed import FIGURE_4, FIGURE_4_SIZES, LABELS
 from spd_lens.errors import SPDError
 from spd_lens.runs import SPDConfig
@@ -32,9 +33,9 @@ def points(folders: Sequence[str | Path]) -> pd.DataFrame:
         Columns `folder, source, target, method, measure, n_calibration, value, low, high, n, seeds`.
 
     Raises:
-        SPDError: a folder that is neither.
+        SPDError: A folder that is neither.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for folder in map(Path, folders):
         if (folder / "results.csv").is_file():
             rows += _of_study(Evidence.read(folder))
@@ -48,38 +49,45 @@ def points(folders: Sequence[str | Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _of_study(study: Evidence) -> list[dict[str, object]]:
+def _of_study(study: Evidence) -> list[dict[str, Any]]:
     settings = study.plan.get("settings") or {}
     by_source = study.plan.get("source_settings") or {}
     default = SPDConfig.model_fields["n_calibration"].default
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for source in study.sources:
         size = by_source.get(source, {}).get("n_calibration", settings.get("n_calibration", default))
         for target in study.targets:
             for method in METHODS:
-                scores = study.scores(Outcome(source, target, "target", "trained", method, "accuracy"))
-                if scores is None or not scores.size:
-                    continue
-                found = clustered_mean(scores.to_numpy())
-                low, high = (100 * end if found.bounded else None for end in (found.low, found.high))
-                rows.append(
-                    {
-                        "folder": study.name, "source": source, "target": target, "method": method,
-                        "measure": "accuracy", "n_calibration": int(size), "value": 100 * found.value, "low": low,
-                        "high": high, "n": found.n, "seeds": len(scores),
-                    }
-                )  # fmt: skip
+                found = mean_score(study, Outcome(source, target, "target", "trained", method, "accuracy"))
+                if found is not None:
+                    rows.append(
+                        {
+                            "folder": study.name, "source": source, "target": target, "method": method,
+                            "measure": "accuracy", "n_calibration": int(size), **found,
+                        }
+                    )  # fmt: skip
     return rows
 
 
-def _of_run(folder: Path) -> list[dict[str, object]]:
+def mean_score(study: Evidence, outcome: Outcome) -> dict[str, Any] | None:
+    """Columns `value, low, high, n, seeds` of what a study measured; accuracies in percent. None if it has none."""
+    scores = study.scores(outcome)
+    if scores is None or not scores.size:
+        return None
+    found = clustered_mean(scores.to_numpy())
+    factor = 100.0 if outcome.measure == "accuracy" else 1.0
+    low, high = (factor * end if found.bounded else None for end in (found.low, found.high))
+    return {"value": factor * found.value, "low": low, "high": high, "n": found.n, "seeds": len(scores)}
+
+
+def _of_run(folder: Path) -> list[dict[str, Any]]:
     table = pd.read_csv(folder / LOSSES_FILE)
     table = table[table.measure == "change of aligned loss"]
     name = folder.resolve().name
     sizes = [int(label.split()[0]) for label in table.label if not label.startswith("random")]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for row in table.to_dict("records"):
-        null = row["label"].startswith("random")  # random directions have the rank and no size: a level
+        null = row["label"].startswith("random")  # random directions are of no number of examples
         for size in sizes if null else [int(row["label"].split()[0])]:
             rows.append(
                 {
@@ -109,14 +117,11 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
             own = part[(part.source == source) & (part.method == method)].sort_values("n_calibration")
             if own.empty:
                 continue
-            up, down = (own.high - own.value).fillna(0.0), (own.value - own.low).fillna(0.0)
-            null = method != "spd"
+            name = plain(f"{method}, source {source}")
             line(
-                fig, own.n_calibration, own.value, plain(f"{method}, source {source}"), index=index, null=null,
-                error_y={"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1.2},
+                fig, own.n_calibration, own.value, name, index=index, null=method != "spd",
+                symbol="diamond-open" if method == BASE else "", error_y=bars(own.value, own.low, own.high),
             )  # fmt: skip
-            if method == BASE:  # two greys: the base and the random directions
-                fig.data[-1].marker.symbol = "diamond-open"
         if not accuracy:
             fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
         ticks = sorted({20, 50, 100, 200, 500, *map(int, part.n_calibration)})
@@ -127,7 +132,7 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
 
 
 def points_sentence(frame: pd.DataFrame) -> str:
-    """What there is, and whether size can be told to matter."""
+    """What there is, and whether it shows that the number of examples matters."""
     sentences = []
     for (measure, target), part in frame[frame.method == "spd"].groupby(["measure", "target"], sort=False):
         sizes = sorted(part.n_calibration.unique())

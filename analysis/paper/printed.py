@@ -35,19 +35,18 @@ class Row:
     """Our name of the method."""
     values: Numbers
     phase: str = "trained"
-    """`projected`: before training, under the projection."""
+    """`trained`, or `projected`: before training, under the projection."""
 
 
 @dataclass(frozen=True)
 class PaperTable:
     """A table of the paper."""
 
-    number: int
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     source: str | None = None
-    """The one source of all columns; None: each column's own domain."""
+    """The one source of all columns; None if each column has that of its own domain."""
 
 
 _TABLE_1: dict[str, tuple[Numbers, Numbers, Numbers, Numbers]] = {
@@ -86,7 +85,6 @@ _METHODS = (("Base model", "base"), ("PSR", "psr"), ("SSD", "ssd"), ("SPD", "spd
 
 TABLES = {
     1: PaperTable(
-        1,
         "Domain-specific and in-domain generalization results under different backbone models",
         CODE_MATH_QA,
         tuple(
@@ -96,7 +94,6 @@ TABLES = {
         ),
     ),
     2: PaperTable(
-        2,
         "Out-of-domain generalization from QA-calibrated self-policy distillation",
         QA_MATH_CODE,
         (
@@ -107,7 +104,6 @@ TABLES = {
         source="mmlu",
     ),
     3: PaperTable(
-        3,
         "Quality of self-generated data before self-distillation training",
         CODE_MATH_QA,
         (
@@ -117,7 +113,6 @@ TABLES = {
         ),
     ),
     4: PaperTable(
-        4,
         "Fine-tuning results on self-generated data from different methods",
         CODE_MATH_QA,
         (
@@ -127,7 +122,6 @@ TABLES = {
         ),
     ),
     5: PaperTable(
-        5,
         "Ablation on loss functions for capability subspace extraction",
         CODE_MATH_QA,
         (
@@ -140,5 +134,5 @@ TABLES = {
 
 FIGURE_4 = {"gsm8k": (19.0, 22.0), "svamp": (26.0, 32.0), "mmlu": (48.0, 50.0), "bbh": (32.0, 37.0)}
 """Range of SPD's accuracy in percent over 20 to 500 calibration examples, as section 5.2 gives it ("around"). Table 4
-has 38.7 for BBH at 50 examples, which lies outside of it."""
+has 38.7 for BBH at 50 examples, which lies outside."""
 FIGURE_4_SIZES = (20, 500)

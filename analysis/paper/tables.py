@@ -25,13 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from spd_lens.analysis.common import Quiet, page
-from spd_lens.analysis.paper.figure_4 import figure_4, points, points_sentence
+from spd_lens.analysis.paper.figure_4 import figure_4, mean_score, points, points_sentence
 from spd_lens.analysis.paper.printed import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
 from spd_lens.output import markdown, set_up_logging, terminal
 from spd_lens.runs import SPDConfig
-from spd_lens.stats import bracketed, clustered_mean
+from spd_lens.stats import bracketed
 from spd_lens.study import Evidence, Outcome, backbone, differences_from_paper
 
 NOT_RUN = "not run"
@@ -42,21 +42,21 @@ _TABLE_3 = (
 
 
 def fill(number: int, studies: Sequence[Evidence]) -> pd.DataFrame:
-    """One of the paper's tables, long: a row per cell, in the order of the paper.
+    """One of the paper's tables in long form: a row for each cell, in the order of the paper.
 
     Tables of one backbone (2-5) have a block for every model of the studies; table 1 has the paper's backbones, and
     then what other models the studies have. Several studies of one model complete each other, the first one first.
 
     Args:
-        number: 1 to 5.
-        studies: Finished or not.
+        number: Number of the table, 1 to 5.
+        studies: The studies, finished or not.
 
     Returns:
         Columns `table, backbone, method, dataset, paper, ours, low, high, n, seeds, study`. Accuracies are percent;
         `paper` is missing where the paper has no such model, `ours` where no study has the cell.
 
     Raises:
-        SPDError: another number.
+        SPDError: Another number.
     """
     if number not in TABLES:
         raise SPDError(f"the paper has tables 1 to 5 with results, not {number}")
@@ -87,12 +87,17 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
     """A filled table as Markdown, with what differs from the paper's set-up under it."""
     number = int(cells.table.iloc[0])
     table = TABLES[number]
+    # tables 2 to 5 stand beside the same numbers of the paper whatever model a study is of
+    whose = f"The paper's numbers are of {ABLATED}, ours of the model that the row names. " if number > 1 else ""
+    sources = "Source task of each column: its domain's (MBPP, GSM8K, MMLU)."
+    if table.source:
+        sources = f"Source task of all columns: {LABELS[table.source]}."
     lines = [
         f"# Table {number}: {table.title}",
         "",
         "Each cell: the paper's printed number, then ours with its 95 % interval over items (seeds averaged). Accuracy "
         "in percent; CodeAlpaca is the negative log-likelihood of the reference in nats per token, lower is better.",
-        f"{_whose(number)}{_sources(table)} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
+        f"{whose}{sources} The paper gives no intervals; its accuracies rest on 100 to 300 items, "
         "where the 95 % interval of a single one reaches 5 to 10 points to either side.",
         "",
         *markdown(
@@ -112,9 +117,9 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="1 to 5, or figure4.")],
+    what: Annotated[str, typer.Argument(help="Number of the table, 1 to 5, or figure4.")],
     studies: Annotated[list[Path], typer.Argument(help="Folders of studies (figure4: also of runs).")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; else tables/ in the first folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; by default tables/ in the first one.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """The paper's tables 1-5 and figure 4 from studies: the printed number beside ours.
@@ -159,7 +164,7 @@ def main(
 
 
 def _blocks(table: PaperTable, studies: Sequence[Evidence]) -> list[tuple[str, list[Row]]]:
-    """Models with the rows that they get: all the paper's, and those of the studies."""
+    """The models, of the paper and of the studies, with the rows that each gets."""
     models = list(dict.fromkeys(model_of(study) for study in studies))
     printed: dict[str, list[Row]] = {}
     for row in table.rows:
@@ -174,13 +179,9 @@ def _cell(studies: Sequence[Evidence], row: Row, dataset: str, source: str) -> t
     """Our number from the first study that has it."""
     measure = "completion loss" if dataset in LOSSES else "accuracy"
     for study in studies:
-        scores = study.scores(Outcome(source, dataset, "target", row.phase, row.method, measure))
-        if scores is not None and scores.size:
-            estimate = clustered_mean(scores.to_numpy())
-            factor = 1.0 if dataset in LOSSES else 100.0
-            low, high = (factor * end if estimate.bounded else None for end in (estimate.low, estimate.high))
-            numbers = {"ours": factor * estimate.value, "low": low, "high": high}
-            return {**numbers, "n": estimate.n, "seeds": len(scores)}, study.name
+        found = mean_score(study, Outcome(source, dataset, "target", row.phase, row.method, measure))
+        if found is not None:
+            return {"ours": found.pop("value"), **found}, study.name
     return dict.fromkeys(("ours", "low", "high", "n", "seeds")), ""
 
 
@@ -205,17 +206,6 @@ def _head(dataset: str) -> str:
 
 def _column(number: int) -> str:
     return "backbone" if number == 1 else "our backbone"
-
-
-def _whose(number: int) -> str:
-    """Tables 2 to 5 stand beside the same numbers of the paper whatever model a study is of: say of which."""
-    return "" if number == 1 else f"The paper's numbers are of {ABLATED}, ours of the model that the row names. "
-
-
-def _sources(table: PaperTable) -> str:
-    if table.source:
-        return f"Source task of all columns: {LABELS[table.source]}."
-    return "Source task of each column: its domain's (MBPP, GSM8K, MMLU)."
 
 
 def _rich(cells: pd.DataFrame) -> Table:

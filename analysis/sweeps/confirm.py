@@ -1,25 +1,27 @@
-"""The few cells that a sweep chose, measured dearly: on fresh items, with more random draws, and by generation."""
+"""The few cells that a sweep chose, measured with more effort: on fresh items, with more draws, and by generation."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from spd_lens.analysis.common import beside_random, contrasts
-from spd_lens.analysis.sweeps.engine import measure
+from spd_lens.analysis.common import Subject, beside_random, contrasts
+from spd_lens.analysis.sweeps.engine import beside_controls, measure
+from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.store import Values
 from spd_lens.evaluation import EvalResult, evaluate, repeated_ngrams
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, text_ids
 from spd_lens.stats import Estimate, mean_interval, score_interval
-from spd_lens.subspaces import Policy, Subspace
-from spd_lens.tasks import Task
+from spd_lens.subspaces import GradientMoments, Subspace
+
+log = logging.getLogger(__name__)
 
 CHOSEN_MEASURES = {
     "aligned_loss": "change of aligned loss, fresh items (nats per token)",
@@ -29,6 +31,22 @@ CHOSEN_MEASURES = {
     "repetition": "repeated 4-grams (share)",
     "truncated": "cut at the token limit (share)",
 }
+
+
+def measure_chosen(
+    subject: Subject, moments: GradientMoments, grid: Grid, cells: Sequence[GridCell], name: str
+) -> pd.DataFrame:
+    """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items."""
+    config = subject.run.config
+    chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
+    used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
+    fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
+    log.info("measuring the chosen cells on %d fresh items", len(fresh))
+    again = remeasure(
+        subject.pair, fresh, chosen, seed=grid.seed + 1000, strength=config.strength, batch_tokens=grid.batch_tokens
+    )
+    log.info("generating under the chosen cells")
+    return pd.concat([again, _by_generation(subject, grid, chosen, name)], ignore_index=True)
 
 
 def remeasure(
@@ -45,56 +63,38 @@ def remeasure(
 
     The best of many cells looks better than it is; fresh items and fresh random draws undo that.
     """
-    policies = _policies(chosen, n_random, seed, strength)
+    policies = beside_controls(chosen, n_random, seed, strength)
     found = measure(pair, items, policies, batch_tokens=batch_tokens)
     return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
 
 
-def _policies(chosen: Mapping[str, Subspace], n_random: int, seed: int, strength: float) -> list[Policy]:
-    """The base model, each chosen subspace, and random ones of its shape."""
-    policies = [Policy("base")]
-    for name, subspace in chosen.items():
-        policies.append(Policy(name, subspace, strength))
-        policies += [Policy(f"{name}/{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
-    return policies
-
-
-def write(
-    pair: ModelPair,
-    task: Task,
-    n: int,
-    chosen: Mapping[str, Subspace],
-    *,
-    n_random: int = 3,
-    seed: int = 0,
-    data_seed: int = 42,
-    strength: float = 1.0,
-    batch_size: int | None = None,
-    batch_tokens: int = 1024,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
+def _by_generation(subject: Subject, grid: Grid, chosen: Mapping[str, Subspace], name: str) -> pd.DataFrame:
     """Greedy completions under chosen subspaces and random ones of their shape: accuracy, repetition, length.
 
-    Beside these the KL from the base model on the base model's own completions of the same prompts: gold completions
-    are another's text, on which a model may be less sure. With `folder` an interrupted run goes on.
+    Beside these there is the KL from the base model on the base model's own completions of the same prompts, since gold
+    completions are another author's text, on which a model may be less sure. An interrupted run continues.
     """
-    policies = _policies(chosen, n_random, seed, strength)
+    config, pair = subject.run.config, subject.pair
+    task = subject.task if grid.task is None else subject.targets[grid.task]
+    policies = beside_controls(chosen, grid.n_random, grid.seed, config.strength)
     results: dict[str, EvalResult] = {}
     for policy in policies:
         # by content: the same name in another sweep is another subspace
         stem = "base" if policy.subspace is None else policy.subspace.digest()
-        path = None if folder is None else Path(folder) / f"{stem}.jsonl"
         results[policy.name] = evaluate(
-            pair, task, n, policy=policy, seed=data_seed, batch_size=batch_size, forced=[], path=path,
-            progress=progress,
+            pair, task, grid.n_items, policy=policy, seed=config.data_seed, batch_size=config.generation_batch_size,
+            forced=[], path=subject.folder / name / "completions" / f"{stem}.jsonl", progress=subject.progress,
         )  # fmt: skip
-    found = {name: written(pair, result) for name, result in results.items()}
-    own = own_completions(results["base"])
+    found = {policy: written(pair, result) for policy, result in results.items()}
+    own = [  # the base model's completions as if they were gold
+        replace(Example(item.prompt, id=item.id), completion=item.completion, spans=((0, len(item.completion)),))
+        for item in results["base"].items
+        if item.completion.strip()
+    ]
     if own:
-        for name, values in measure(pair, own, policies, batch_tokens=batch_tokens).items():
-            found[name]["kl_own"] = values["kl"]
-    return _rows(found, chosen, n_random, ("accuracy", "kl_own", "repetition", "truncated"))
+        for policy, values in measure(pair, own, policies, batch_tokens=grid.batch_tokens).items():
+            found[policy]["kl_own"] = values["kl"]
+    return _rows(found, chosen, grid.n_random, ("accuracy", "kl_own", "repetition", "truncated"))
 
 
 def written(pair: ModelPair, result: EvalResult) -> Values:
@@ -106,15 +106,6 @@ def written(pair: ModelPair, result: EvalResult) -> Values:
     }
 
 
-def own_completions(base: EvalResult) -> list[Example]:
-    """The base model's completions as if they were gold; empty ones are left out."""
-    return [
-        replace(Example(item.prompt, id=item.id), completion=item.completion, spans=((0, len(item.completion)),))
-        for item in base.items
-        if item.completion.strip()
-    ]
-
-
 def _rows(
     found: Mapping[str, Values], chosen: Mapping[str, Subspace], n_random: int, measures: Sequence[str]
 ) -> pd.DataFrame:
@@ -123,7 +114,7 @@ def _rows(
     for name in measures:
         if name not in found["base"]:
             continue
-        # losses as change from base; shares and KL as they are
+        # losses are changes from base, shares and KL are as they are
         shift = found["base"][name] if name == "aligned_loss" else np.zeros_like(found["base"][name])
         own = {cell: found[cell][name] - shift for cell in chosen}
         random = {cell: np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift for cell in chosen}

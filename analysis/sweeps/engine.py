@@ -1,9 +1,9 @@
-"""The engine of `rank_sweep` and `layer_sweep`: cheap measures of every cell, beside random subspaces of its shape."""
+"""What both sweeps measure: every cell of a grid, teacher-forced, beside random subspaces of its shape."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from spd_lens.analysis.common import Contrast, beside_random, contrasts, matched_draws
-from spd_lens.analysis.sweeps.grid import Grid, GridCell
+from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.store import MEASURES, Measured, Store, Values
-from spd_lens.evaluation import ForcedItem, Prefix, exact_prefix, teacher_forced
+from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally, weights_digest
 from spd_lens.runs import Folder
@@ -23,7 +23,8 @@ from spd_lens.stats import paired_difference
 from spd_lens.subspaces import GradientMoments, Policy, Subspace
 
 _UNMATCHED = dict.fromkeys(("matched", "matched_low", "matched_high"))
-_TOGETHER = 24  # subspaces to one pass of the base model, which then is a small part of the work
+_TOGETHER = 24
+"""Subspaces for each pass of the base model, which then is a small part of the work."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Sweep:
 
         `value` is the paired change from the base model, `low` and `high` its bootstrap interval over items; `random`
         is the same for the mean over random subspaces of the same ranks at the same sites, `random_low` and
-        `random_high` the smallest and largest of them. `difference` is the cell minus random with the interval of
-        `contrast.contrasts` (items and draws), `p_holm` corrected over the cells. `matched` compares with random
-        subspaces of the same KL, interpolated between ranks; empty where no random subspace did as much damage.
+        `random_high` the smallest and largest of them. `difference` is the cell minus random with an interval over
+        items and draws, and `p_holm` is corrected over the cells. `matched` compares with random
+        subspaces of the same KL, interpolated between ranks; it is empty if no random subspace did as much damage.
         """
         rows = []
         for measure in MEASURES:
@@ -63,8 +64,8 @@ class Sweep:
     def placebo(self, measure: str) -> pd.DataFrame:
         """The same test with each random subspace in the place of the cell, against the other draws of its cell.
 
-        One row per cell and draw with `cell`, `draw`, `p` and `p_holm` (corrected over the cells, as in `table`). None
-        of them differs from its fellows but by chance: what passes here says how far to trust what passes there.
+        One row per cell and draw with `cell`, `draw`, `p` and `p_holm` (corrected over the cells, as in `table`).
+        Random subspaces differ from each other by chance alone, so what passes here says how far to trust `table`.
         """
         rows = []
         random = [cell.random_change(self.base, measure) for cell in self.cells]
@@ -75,13 +76,13 @@ class Sweep:
         return pd.DataFrame(rows)
 
     def _matched(self, measure: str) -> dict[int, Contrast]:
-        """Against random subspaces of the same KL, where there are such."""
+        """The cells against random subspaces of the same KL, by the number of the cell, if there are such."""
         found: dict[int, np.ndarray] = {}
         for i, cell in enumerate(self.cells):
-            family = [other for other in self.cells if other.cell.family == cell.cell.family]
             ladder = [
                 (other.random_change(self.base, "kl").mean(axis=1), other.random_change(self.base, measure))
-                for other in family
+                for other in self.cells
+                if other.cell.family == cell.cell.family
             ]
             draws = matched_draws(float(cell.own["kl"].mean()), ladder)
             if draws is not None:
@@ -114,87 +115,66 @@ def sweep(
         moments: Moments at all layers of the grid.
         items: Gold completions with spans, held out from calibration.
         grid: The combinations to try.
-        folder: Folder that keeps finished chunks of cells: a sweep that was killed goes on, a larger grid adds cells.
+        folder: Folder that keeps finished chunks of cells: a sweep that was killed continues, a larger grid adds cells.
         strength: Strength of the projections.
         center: Project around the mean activation.
-        chunk: Cells measured together. More need fewer passes of the base model, and lose more when killed. None: as
-            many as make 24 subspaces.
+        chunk: Number of cells measured together. A larger number needs fewer passes of the base model, and loses more
+            when killed. None: as many as make 24 subspaces.
         progress: Show a progress bar.
 
     Raises:
-        SPDError: the grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
+        SPDError: The grid asks for what the moments or the model do not have, or `folder` holds a sweep with other
             settings.
     """
     cells = grid.cells(moments)
-    store = Store(None if folder is None else Path(folder), items)
-    bench = _Bench(pair, moments, items, grid, strength, center)
+    store = Store(None if folder is None else Path(folder), len(items))
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
-        store.check(bench.settings())
-        todo = [cell for cell in cells if not store.has(cell)]
+        store.check(_settings(pair, moments, items, grid, float(strength), center))
+        todo = [cell for cell in cells if cell.name not in store]
         prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
-        done = len(cells) - len(todo)
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
+        done = len(cells) - len(todo)
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
             for start in range(0, len(todo), chunk):
-                base, found = bench.cells(todo[start : start + chunk], prefix)
-                if not store.has_base:
-                    store.put_base(base)
-                for measured in found:
-                    store.put(measured)
+                chosen = {cell: cell.subspace(moments, center=center) for cell in todo[start : start + chunk]}
+                named = {cell.name: subspace for cell, subspace in chosen.items()}
+                policies = beside_controls(named, grid.n_random, grid.seed, strength)
+                found = measure(pair, items, policies, prefix=prefix, batch_tokens=grid.batch_tokens)
+                if "base" not in store:
+                    store.base = found["base"]
+                for cell, subspace in chosen.items():
+                    ranks = tuple(rank for site in subspace.sites for rank in subspace.ranks[site])
+                    random = [found[f"{cell.name}/{i}"] for i in range(grid.n_random)]
+                    store.put(Measured(cell, ranks, found[cell.name], random))
                     bar.update()
         return Sweep(store.base, [store.get(cell) for cell in cells])
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What all cells of a sweep are measured on."""
-
-    pair: ModelPair
-    moments: GradientMoments
-    items: Sequence[Example]
-    grid: Grid
-    strength: float
-    center: bool
-
-    def cells(self, cells: Sequence[GridCell], prefix: Prefix | None) -> tuple[Values, list[Measured]]:
-        """The base model, and some cells with their controls, on the same batches and against the same logits."""
-        subspaces = [cell.subspace(self.moments, center=self.center) for cell in cells]
-        policies = [Policy("base")]
-        policies += [
-            Policy(f"{cell.name}/{name}", subspace, self.strength)
-            for cell, own in zip(cells, subspaces, strict=True)
-            for name, subspace in enumerate([own, *controls(own, self.grid)])
-        ]
-        found = measure(self.pair, self.items, policies, prefix=prefix, batch_tokens=self.grid.batch_tokens)
-        measured = []
-        for cell, own in zip(cells, subspaces, strict=True):
-            values = [found[f"{cell.name}/{i}"] for i in range(1 + self.grid.n_random)]
-            ranks = tuple(rank for site in own.sites for rank in own.ranks[site])
-            measured.append(Measured(cell, ranks, values[0], values[1:]))
-        return found["base"], measured
-
-    def settings(self) -> dict[str, Any]:
-        """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
-        checksum = sum(float(self.moments.gradient[site].sum()) for site in self.moments.sites)
-        return {
-            "model": self.pair.name,
-            "dtype": str(self.pair.dtype).removeprefix("torch."),
-            **self.pair.format.settings,
-            "task": self.grid.task,
-            "items": [item.id for item in self.items],
-            "n_random": self.grid.n_random,
-            "seed": self.grid.seed,
-            "strength": float(self.strength),
-            "center": self.center,
-            "batch_tokens": self.grid.batch_tokens,
-            "moments": [int(self.moments.n_examples.sum()), int(self.moments.n_tokens.sum()), f"{checksum:.9g}"],
-            "weights": weights_digest(self.pair.hf),
-        }
+def _settings(
+    pair: ModelPair, moments: GradientMoments, items: Sequence[Example], grid: Grid, strength: float, center: bool
+) -> dict[str, Any]:
+    """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
+    checksum = sum(float(moments.gradient[site].sum()) for site in moments.sites)
+    return {
+        "model": pair.name,
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        **pair.format.settings,
+        "items": [item.id for item in items],
+        **grid.model_dump(include={"task", "n_random", "seed", "batch_tokens"}),
+        "strength": strength,
+        "center": center,
+        "moments": [int(moments.n_examples.sum()), int(moments.n_tokens.sum()), f"{checksum:.9g}"],
+        "weights": weights_digest(pair.hf),
+    }
 
 
-def controls(subspace: Subspace, grid: Grid) -> list[Subspace]:
-    """Random subspaces of the same ranks at the same sites."""
-    return [subspace.random_like(grid.seed + i) for i in range(grid.n_random)]
+def beside_controls(chosen: Mapping[str, Subspace], n_random: int, seed: int, strength: float) -> list[Policy]:
+    """The base model; each subspace under its name, and `NAME/0`, `NAME/1`, ...: random ones of the same ranks."""
+    policies = [Policy("base")]
+    for name, subspace in chosen.items():
+        policies.append(Policy(name, subspace, strength))
+        policies += [Policy(f"{name}/{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
+    return policies
 
 
 @neutrally
@@ -208,12 +188,10 @@ def measure(
 ) -> dict[str, Values]:
     """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
     found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=False)
-    return {name: values(rows) for name, rows in found.items()}
-
-
-def values(rows: Sequence[ForcedItem]) -> Values:
-    """One array per measure."""
-    return {name: np.array([getattr(row, name) for row in rows]) for name in MEASURES}
+    return {
+        policy: {name: np.array([getattr(row, name) for row in rows]) for name in MEASURES}
+        for policy, rows in found.items()
+    }
 
 
 def _columns(measured: Measured) -> dict[str, Any]:

@@ -9,14 +9,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from spd_lens.analysis.common import COLORS, DIVERGING, NULL_COLOR, SYMBOLS, band, figure, line, plain
+from spd_lens.analysis.common import DIVERGING, NULL_COLOR, band, figure, line, panel, plain
+from spd_lens.analysis.sweeps.recommend import ALPHA
 from spd_lens.analysis.sweeps.store import MEASURES
-
-ALPHA = 0.05
 
 
 def figures(table: pd.DataFrame, *, recommended: str | None = None) -> list[go.Figure]:
-    """All of them, in the order in which they are read."""
+    """All figures, in the order in which they are read."""
     shown = [heat_map(table, "aligned_loss", recommended=recommended), heat_map(table, "kl", recommended=recommended)]
     shown += [rank_curves(table, "aligned_loss"), rank_curves(table, "kl"), trade_off(table, recommended=recommended)]
     return shown
@@ -40,7 +39,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     )
     fig.add_trace(
         go.Heatmap(
-            z=grid.map(_or_none).to_numpy(dtype=object),
+            z=grid.astype(object).where(grid.notna(), None).to_numpy(),
             x=[str(rank) for rank in grid.columns],
             y=[plain(str(label)) for label in grid.index],
             text=texts,
@@ -63,7 +62,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
 
 
 def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
-    """One panel per choice of layers: change from the base model against rank, with random subspaces' range."""
+    """A panel per choice of layers: change from the base model against rank, with the range of random subspaces."""
     rows = _labelled(table, measure)
     labels = _ordered(rows)
     columns = min(5, len(labels))
@@ -90,13 +89,12 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
         part = rows[rows["label"] == label].sort_values("rank")
         end = pd.DataFrame({"rank": [part["width"].iloc[0]]} | dict.fromkeys(_CURVES, [0.0]))
         part = pd.concat([part[["rank", *_CURVES]], end])
-        panel = go.Figure()
-        band(panel, part["rank"], part["random_low"], part["random_high"], null=True)
-        band(panel, part["rank"], part["low"], part["high"])
-        line(panel, part["rank"], part["random"], "random subspaces of the same ranks", null=True, showlegend=i == 0)
-        line(panel, part["rank"], part["value"], "gradient subspace", showlegend=i == 0)
-        for trace in panel.data:
-            fig.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
+        ranks, here = part["rank"], panel(i)
+        band(fig, ranks, part["random_low"], part["random_high"], null=True, **here)
+        band(fig, ranks, part["low"], part["high"], **here)
+        name = "random subspaces of the same ranks"
+        line(fig, ranks, part["random"], name, null=True, showlegend=i == 0, **here)
+        line(fig, ranks, part["value"], "gradient subspace", showlegend=i == 0, **here)
     fig.update_xaxes(title_text="rank per block", row=n_rows)
     fig.update_xaxes(range=[0, 1.04 * float(rows["width"].max())], title_standoff=5)
     fig.update_yaxes(title_text="nats per token", col=1)
@@ -118,30 +116,17 @@ def trade_off(table: pd.DataFrame, *, recommended: str | None = None) -> go.Figu
         "is better than random at equal damage",
     )
     fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1})
-    fig.add_trace(
-        go.Scatter(
-            x=kl.loc[loss["cell"], "random"],
-            y=loss["random"],
-            mode="markers",
-            name="random subspaces",
-            marker={"symbol": "circle-open", "color": NULL_COLOR, "size": 8},
-            customdata=loss["name"].map(plain),
-            hovertemplate="random, as %{customdata}<br>KL %{x:.3f}, loss %{y:+.3f}<extra></extra>",
-        )
-    )
+    hover = "%{customdata}<br>KL %{x:.3f}, loss %{y:+.3f}<extra></extra>"
+    line(
+        fig, kl.loc[loss["cell"], "random"], loss["random"], "random subspaces", null=True, size=8, mode="markers",
+        customdata=loss["name"].map(plain), hovertemplate=f"random, as {hover}",
+    )  # fmt: skip
     for i, label in enumerate(_ordered(loss)):
         part = loss[loss["label"] == label]
-        fig.add_trace(
-            go.Scatter(
-                x=kl.loc[part["cell"], "value"],
-                y=part["value"],
-                mode="markers",
-                name=plain(_heading(label)),
-                marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "color": COLORS[i % len(COLORS)], "size": 10},
-                customdata=part["name"].map(plain),
-                hovertemplate="%{customdata}<br>KL %{x:.3f}, loss %{y:+.3f}<extra></extra>",
-            )
-        )
+        line(
+            fig, kl.loc[part["cell"], "value"], part["value"], plain(_heading(label)), index=i, size=10,
+            mode="markers", customdata=part["name"].map(plain), hovertemplate=hover,
+        )  # fmt: skip
     if recommended is not None:
         row = loss.set_index("cell").loc[recommended]
         fig.add_annotation(
@@ -159,7 +144,7 @@ _CURVES = ("value", "low", "high", "random", "random_low", "random_high")
 
 
 def _labelled(table: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Rows of one measure with a label for all but the rank: what is the same everywhere is left out."""
+    """Rows of one measure, with a label that says all but the rank and leaves out what is the same everywhere."""
     rows = table[table["measure"] == measure].copy()
     parts = [rows["layers"].astype(str)]
     for column, shown in (("kind", "{}"), ("head", "head {}"), ("projector", "{}")):
@@ -200,7 +185,3 @@ def _text(rows: pd.DataFrame, label: str, rank: int, recommended: str | None) ->
     star = "*" if row["p_holm"] < ALPHA else ""
     box = "▢ " if recommended is not None and row["cell"] == recommended else ""
     return f"{box}{row['difference']:+.3f}{star}"
-
-
-def _or_none(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)

@@ -1,13 +1,14 @@
-"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `GridCell`: one of them."""
+"""`Grid`: which ranks, layers, kinds and heads a sweep tries; `GridCell`: one combination of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from spd_lens.errors import SPDError
 from spd_lens.runs import read_yaml, validated
@@ -65,37 +66,26 @@ class Grid(Settings):
                 raise ValueError(f"rank {rank!r} is neither a number of directions from 1 on nor a fraction up to 1.0")
         return list(ranks)
 
-    @field_validator("projectors")
+    @field_validator("projectors", "kinds", "heads")
     @classmethod
-    def _projectors(cls, value: list[str]) -> list[str]:
+    def _known(cls, value: list[str], info: ValidationInfo) -> list[str]:
         for name in value:
-            if name not in PROJECTORS:
+            if info.field_name == "projectors" and name not in PROJECTORS:
                 raise ValueError(f"unknown projector {name!r}; choose from {', '.join(PROJECTORS)}")
-        return value
-
-    @field_validator("kinds")
-    @classmethod
-    def _kinds(cls, value: list[str]) -> list[str]:
-        for entry in value:
-            split_kinds(entry)
-        return value
-
-    @field_validator("heads")
-    @classmethod
-    def _heads(cls, value: list[str]) -> list[str]:
-        for entry in value:
-            if entry not in ("all", "each") and not entry.isdigit():
-                raise ValueError(f"unknown head {entry!r}; write all, each or a head's number")
+            if info.field_name == "heads" and name not in ("all", "each") and not name.isdigit():
+                raise ValueError(f"unknown head {name!r}; write all, each or a head's number")
+            if info.field_name == "kinds":
+                split_kinds(name)
         return value
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> Grid:
-        """Validate; `SPDError` in one sentence that names the first wrong setting."""
+        """A grid of these settings; `SPDError` names the first wrong one in a sentence."""
         return validated(cls, settings)
 
     @classmethod
     def read(cls, path: str | Path | None, defaults: dict[str, Any] | None = None, **over: Any) -> Grid:
-        """A YAML file over `defaults`, with those of `over` that are not None over it."""
+        """The grid of a YAML file over `defaults`; values of `over` that are not None are over both."""
         given = {key: value for key, value in over.items() if value is not None}
         return cls.make({**(defaults or {}), **(read_yaml(path) if path is not None else {}), **given})
 
@@ -105,7 +95,7 @@ class Grid(Settings):
         A rank of a block's whole width is left out: it is the model itself.
 
         Raises:
-            SPDError: a layer, kind, head or rank that the moments do not have.
+            SPDError: A layer, kind, head or rank that the moments do not have.
         """
         found: dict[tuple[Any, ...], GridCell] = {}
         for label, blocks in self._layer_sets(moments.fingerprint.n_layers):
@@ -121,13 +111,13 @@ class Grid(Settings):
                         f"{moments.sites[0].layer} to {moments.sites[-1].layer}"
                     )
                 for projector in self.projectors:
-                    for head in self._heads_of(moments, sites, projector):
-                        for rank in self.ranks:
-                            width = _width(moments, sites[0], projector)
-                            size = resolve_rank(rank, width)
-                            if size < width:
-                                cell = GridCell(label, sites, label_of_kinds, head, projector, size, width)
-                                found.setdefault((sites, head, projector, size), cell)
+                    n_blocks = moments.n_heads[sites[0]] if projector == "per_head" else 1
+                    width = moments.gradient[sites[0]].shape[-1] // n_blocks
+                    for head, rank in product(self._heads_of(moments, sites, projector), self.ranks):
+                        size = resolve_rank(rank, width)
+                        if size < width:
+                            cell = GridCell(label, sites, label_of_kinds, head, projector, size, width)
+                            found.setdefault((sites, head, projector, size), cell)
         if not found:
             raise SPDError("the grid holds nothing but full ranks, which are the model itself; give smaller ranks")
         return sorted(found.values(), key=lambda cell: -cell.first_layer)
@@ -182,7 +172,7 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        """Names it in files and tables: its blocks rather than their label, which two grids may spell differently."""
+        """Its name in files and tables, made of its blocks: their label may be spelled differently in two grids."""
         blocks = sorted({site.layer for site in self.sites})
         spans = len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1))
         where = f"{blocks[0]}-{blocks[-1]}" if spans else "+".join(map(str, blocks))
@@ -198,11 +188,6 @@ class GridCell:
         """What it shares with the cells that differ from it in rank alone."""
         return self.layers, self.kinds, self.head, self.projector
 
-    def __str__(self) -> str:
-        head = "" if self.head == "all" else f", head {self.head}"
-        how = self.projector.replace("_", " ")
-        return f"layers {self.layers}, {self.kinds}{head}, {how}, rank {self.rank} of {self.width}"
-
     def subspace(self, moments: GradientMoments, *, center: bool = False) -> Subspace:
         """Its subspace; where one head alone is projected, all directions of the others are kept."""
         full = moments.subspace(self.rank, per_head=self.projector == "per_head", sites=self.sites, center=center)
@@ -217,15 +202,10 @@ class GridCell:
 
 def split_kinds(kinds: str) -> list[str]:
     """`"kv"` is k and v together; a longer kind is named by itself, and `"k+v"` is `"kv"`."""
-    chosen = [kinds] if kinds in KINDS else [part for part in (kinds.split("+") if "+" in kinds else kinds)]
+    chosen = [kinds] if kinds in KINDS else kinds.split("+") if "+" in kinds else list(kinds)
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(
                 f"unknown kinds {kinds!r}; write those of {', '.join(KINDS)} to project together, as in kv"
             )
     return list(dict.fromkeys(chosen))
-
-
-def _width(moments: GradientMoments, site: Site, projector: str) -> int:
-    width = moments.gradient[site].shape[-1]
-    return width // moments.n_heads[site] if projector == "per_head" else width

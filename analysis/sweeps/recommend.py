@@ -1,4 +1,4 @@
-"""`recommend`: layers and rank out of a sweep's table, with the reason; or that the data carry none."""
+"""`recommend`: layers and rank from a sweep's table, with the reason; or that the data support no choice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from spd_lens.stats import bracketed
 KL_BUDGET = 0.1
 """Nats per token. SmolLM2 at the paper's setting (last and middle layer, half rank) stays just below it."""
 
+ALPHA = 0.05
+"""Level of the tests, which Holm's correction makes that of all cells together."""
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -24,13 +27,11 @@ class Recommendation:
     """All cells that met the conditions, lowest aligned loss first."""
 
 
-def recommend(
-    table: pd.DataFrame, *, kl_budget: float = KL_BUDGET, default: str | None = None, alpha: float = 0.05
-) -> Recommendation:
+def recommend(table: pd.DataFrame, *, kl_budget: float = KL_BUDGET, default: str | None = None) -> Recommendation:
     """The rule, fixed before looking:
 
     1. the KL from the base model on held-out gold completions is at most `kl_budget` nats per token;
-    2. the aligned loss is lower than under random subspaces of the same ranks at the same sites, with `p_holm < alpha`,
+    2. the aligned loss is lower than under random subspaces of the same ranks at the same sites, with `p_holm < 0.05`,
        corrected over **all** cells of the table;
     3. of the cells that meet both, the one with the lowest aligned loss.
 
@@ -38,17 +39,16 @@ def recommend(
         table: The table of `Sweep.table`.
         kl_budget: Largest KL, in nats per token.
         default: Name of the cell to fall back on, the paper's setting for instance.
-        alpha: Level of the test.
     """
     if not kl_budget > 0:
         raise SPDError(f"a KL budget must be above 0 nats, but is {kl_budget}")
     loss = _measure(table, "aligned_loss")
     kl = _measure(table, "kl")
     within = kl["value"] <= kl_budget
-    better = (loss["difference"] < 0) & (loss["p_holm"] < alpha)
+    better = (loss["difference"] < 0) & (loss["p_holm"] < ALPHA)
     passed = loss[within & better].sort_values("value")
     if passed.empty:
-        return Recommendation(None, _none(loss, kl, within, better, kl_budget, default, alpha))
+        return Recommendation(None, _none(loss, kl, within, better, kl_budget, default))
     best = passed.iloc[0]
     name = str(best.name)
     n = len(passed)
@@ -70,7 +70,7 @@ def describe(row: pd.Series) -> str:
     return f"layers {row['layers']}, {row['kind']}{head}, {how}, rank {row['rank']} of {row['width']}"
 
 
-def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = None, alpha: float = 0.05) -> str:
+def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = None) -> str:
     """How often the cells of a sweep beat random, and how often chance would.
 
     Being lowest of `R + 1` needs no assumption on how draws scatter: chance does it in one of `R + 1`. As ranks of the
@@ -80,7 +80,6 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
         table: The table of `Sweep.table`.
         measure: `"aligned_loss"`, `"completion_loss"` or `"kl"`.
         placebo: The table of `Sweep.placebo` for the same measure; without it only the first count is given.
-        alpha: Level of the test.
     """
     rows = _measure(table, measure)
     lowest = int((rows["value"] < rows["random_low"]).sum())
@@ -91,9 +90,9 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
     )
     if placebo is None:
         return f"{text[0].upper()}{text[1:]}."
-    lower = int(((rows["difference"] < 0) & (rows["p_holm"] < alpha)).sum())
-    higher = int(((rows["difference"] > 0) & (rows["p_holm"] < alpha)).sum())
-    false = int((placebo["p_holm"] < alpha).sum())
+    lower = int(((rows["difference"] < 0) & (rows["p_holm"] < ALPHA)).sum())
+    higher = int(((rows["difference"] > 0) & (rows["p_holm"] < ALPHA)).sum())
+    false = int((placebo["p_holm"] < ALPHA).sum())
     return (
         f"{text[0].upper()}{text[1:]}; lower beyond noise in {lower} and higher in {higher} (Holm), where the same "
         f"test takes {false} of {len(placebo)} random subspaces for different from their fellows."
@@ -107,7 +106,6 @@ def _none(
     better: pd.Series,
     budget: float,
     default: str | None,
-    alpha: float,
 ) -> str:
     if better.any():
         n = int(better.sum())
@@ -118,7 +116,7 @@ def _none(
             f"{kl.loc[mildest.name, 'value']:.3f})."
         )
     else:
-        worse = int(((loss["difference"] > 0) & (loss["p_holm"] < alpha)).sum())
+        worse = int(((loss["difference"] > 0) & (loss["p_holm"] < ALPHA)).sum())
         text = (
             f"No cell beats random subspaces of its shape beyond noise: of {len(loss)} cells the smallest "
             f"Holm-corrected p for a lower aligned loss is {_smallest_p(loss)}"
@@ -146,7 +144,7 @@ def _smallest_p(loss: pd.DataFrame) -> str:
 
 
 def _change(row: pd.Series) -> str:
-    """What it does to the aligned loss, against the base model."""
+    """What a cell does to the aligned loss, against the base model."""
     if row["low"] <= 0 <= row["high"]:
         verdict = "within noise of the base model"
     else:

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from spd_lens.analysis.common import Subject
-from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, remeasure, write
+from spd_lens.analysis.common import Subject, analysis
+from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, measure_chosen
 from spd_lens.analysis.sweeps.engine import sweep
 from spd_lens.analysis.sweeps.figures import figures
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.recommend import KL_BUDGET, Recommendation, overall, recommend
 from spd_lens.errors import SPDError
 from spd_lens.output import terminal
+from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
 from spd_lens.subspaces import GradientMoments
 
-log = logging.getLogger(__name__)
+
+def command(name: str, question: str, defaults: Callable[[SPDConfig], dict[str, Any]]) -> Callable[..., None]:
+    """A command that sweeps a grid over `defaults`, which follow from the run's settings."""
+
+    def work(
+        subject: Subject,
+        *,
+        grid: Annotated[Path | None, typer.Option(help="YAML file with the grid; see docs/ablation.md.")] = None,
+        items: Annotated[int | None, typer.Option(help="Held-out items, instead of the grid's.")] = None,
+        random: Annotated[
+            int | None, typer.Option(help="Random subspaces beside each cell, instead of the grid's.")
+        ] = None,
+        kl_budget: Annotated[
+            float, typer.Option(help="Largest KL of a recommended cell, in nats per token.")
+        ] = KL_BUDGET,
+        generate: Annotated[bool, typer.Option(help="Also generate under the chosen cells.")] = True,
+    ) -> None:
+        chosen = Grid.read(grid, defaults(subject.run.config), n_items=items, n_random=random)
+        report(name, subject, chosen, kl_budget=kl_budget, generate=generate)
+
+    work.__doc__ = question
+    return analysis()(work)
 
 
 def report(
@@ -30,7 +53,7 @@ def report(
     """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`."""
     config = subject.run.config
     moments = subject.moments_everywhere()
-    grid.cells(moments)  # a grid that cannot be is refused before the model is loaded
+    grid.cells(moments)  # an impossible grid is refused before the model is loaded
     items = subject.held_out(grid.n_items, grid.task)
     found = sweep(
         subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,
@@ -70,29 +93,6 @@ def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
         return Grid.make(own).cells(moments)[0]
     except SPDError:
         return None
-
-
-def measure_chosen(
-    subject: Subject, moments: GradientMoments, grid: Grid, cells: list[GridCell], name: str, n_confirm: int = 10
-) -> pd.DataFrame:
-    """Fresh items with `n_confirm` fresh draws, and generation on the sweep's items."""
-    config = subject.run.config
-    chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
-    used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
-    fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
-    log.info("measuring the chosen cells on %d fresh items", len(fresh))
-    again = remeasure(
-        subject.pair, fresh, chosen, n_random=n_confirm, seed=grid.seed + 1000, strength=config.strength,
-        batch_tokens=grid.batch_tokens,
-    )  # fmt: skip
-    log.info("generating under the chosen cells")
-    task = subject.task if grid.task is None else subject.targets[grid.task]
-    by_writing = write(
-        subject.pair, task, grid.n_items, chosen, n_random=grid.n_random, seed=grid.seed, data_seed=config.data_seed,
-        strength=config.strength, batch_size=config.generation_batch_size, batch_tokens=grid.batch_tokens,
-        folder=subject.folder / name / "completions", progress=subject.progress,
-    )  # fmt: skip
-    return pd.concat([again, by_writing], ignore_index=True)
 
 
 def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from jaxtyping import Float
 
 from spd_lens.analysis.sweeps.grid import GridCell
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example
 from spd_lens.files import read_json, write_json
 
 MEASURES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
@@ -28,7 +27,7 @@ class Measured:
 
     cell: GridCell
     ranks: tuple[int, ...]
-    """Directions that were kept, for each block of each site in turn: fewer than asked where gradients had fewer."""
+    """Directions that were kept, for each block of each site in turn; fewer than asked if the gradients had fewer."""
     own: Values
     random: list[Values]
 
@@ -42,11 +41,11 @@ class Measured:
 
 
 class Store:
-    """Finished cells as one JSON file each, written whole; in memory only, without a folder."""
+    """Finished cells as one JSON file each, written whole; in memory alone if there is no folder."""
 
-    def __init__(self, folder: Path | None, items: Sequence[Example]) -> None:
+    def __init__(self, folder: Path | None, n_items: int) -> None:
         self._folder = folder
-        self._n_items = len(items)
+        self._n_items = n_items
         self._memory: dict[str, Any] = {}
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -54,38 +53,36 @@ class Store:
         if self._folder is None:
             return
         path = self._folder / "settings.json"
-        if path.exists():
-            known = read_json(path)
-            differ = [key for key in settings if known.get(key) != settings[key]]
-            if differ:
-                shown = "; ".join(
-                    f"{key}: {_short(known.get(key))} there, {_short(settings[key])} now" for key in differ
-                )
-                raise SPDError(
-                    f"{self._folder} holds a sweep with other settings ({shown}); move it away or use the same settings"
-                )
-        else:
+        if not path.exists():
             write_json(path, dict(settings))
+            return
+        known = read_json(path)
+        differ = [key for key in settings if known.get(key) != settings[key]]
+        if differ:
+            shown = "; ".join(f"{key}: {_short(known.get(key))} there, {_short(settings[key])} now" for key in differ)
+            raise SPDError(
+                f"{self._folder} holds a sweep with other settings ({shown}); move it away or use the same settings"
+            )
 
-    @property
-    def has_base(self) -> bool:
-        return self._read("base") is not None
+    def __contains__(self, name: str) -> bool:
+        return self._read(name) is not None
 
     @property
     def base(self) -> Values:
+        """The items under the base model."""
         return _arrays(self._read("base"))
 
-    def put_base(self, base: Values) -> None:
-        self._write("base", _lists(base))
-
-    def has(self, cell: GridCell) -> bool:
-        return self._read(cell.name) is not None
+    @base.setter
+    def base(self, values: Values) -> None:
+        self._write("base", _lists(values))
 
     def put(self, measured: Measured) -> None:
+        """Keep a cell."""
         record = {"own": _lists(measured.own), "random": [_lists(r) for r in measured.random]}
         self._write(measured.cell.name, {"ranks": list(measured.ranks), **record})
 
     def get(self, cell: GridCell) -> Measured:
+        """A cell that was kept; `SPDError` if its file is damaged."""
         record = self._read(cell.name)
         try:
             own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]

@@ -10,11 +10,11 @@ from spd_lens.evaluation.corpus_diagnostics import (
 from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
-from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, per_item, teacher_forced
 from spd_lens.subspaces import Policy
 
 __all__ = [
     "EvalResult", "ForcedBatch", "ForcedItem", "ItemResult", "OF_COMPLETIONS", "Policy", "Prefix",
-    "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits", "repeated_ngrams",
+    "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits", "per_item", "repeated_ngrams",
     "settled_at", "share_after_answer", "teacher_forced",
 ]  # fmt: skip

@@ -6,8 +6,9 @@ Accuracy on a few hundred items cannot tell small effects apart; these measures 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +46,11 @@ class ForcedItem:
     """Mean over the completion's tokens of KL(base || policy)."""
     token_accuracy: float
     """Share of the completion's tokens that are the policy's most probable next token."""
+
+
+def per_item(group: Mapping[str, Sequence[ForcedItem]], measure: str) -> list[float]:
+    """A value of each item, averaged over the policies of a group: items are the units, not policies."""
+    return [fmean(getattr(item, measure) for item in items) for items in zip(*group.values(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ class Experiment:
 
     def generate(
         self,
-        path: Path,
+        path: Path | None,
         policy: Policy | None = None,
         prompts: Iterable[Example] | None = None,
         *,
@@ -239,7 +239,7 @@ class Experiment:
         """Completions of the training prompts, or of others, under a policy (Eq. 12-13); an interrupted file goes on.
 
         Args:
-            path: The JSONL file.
+            path: The JSONL file; None: the completions are not kept.
             policy: What to generate under; None: the model as it is.
             prompts: None: all training prompts.
             sampling: `temperature`, `top_p` and `top_k`, where they are not the config's.

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import EvalResult, ForcedItem, per_item
 from spd_lens.files import write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
@@ -115,13 +115,13 @@ def effects_section(effects: Forced, task: str, rounding: float | None = None) -
     if random:
         groups[f"{len(random)} random subspaces"] = random
     changes = {
-        label: paired_difference(_per_item(groups["base"], "aligned_loss"), _per_item(group, "aligned_loss"))
+        label: paired_difference(per_item(groups["base"], "aligned_loss"), per_item(group, "aligned_loss"))
         for label, group in groups.items()
         if label != "base"
     }
     rows = []
     for label, group in groups.items():
-        loss, kl, whole, right = (mean_interval(_per_item(group, field)) for field in _FIELDS.values())
+        loss, kl, whole, right = (mean_interval(per_item(group, field)) for field in _FIELDS.values())
         rows.append([label, loss, changes.get(label, "0"), kl if label in changes else "0", whole, right])
     columns = ["policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy"]
     lines = [f"### Teacher-forced on gold solutions of {task}", "", *markdown(columns, rows)]
@@ -143,17 +143,12 @@ def _against_random(projected: Forced, random: Forced) -> list[str]:
     lines = []
     for measure in ("aligned loss", "KL from base"):
         field = _FIELDS[measure]
-        difference = paired_difference(_per_item(random, field), _per_item(projected, field))
+        difference = paired_difference(per_item(random, field), per_item(projected, field))
         each = [fmean(getattr(item, field) for item in items) for items in random.values()]
         name = measure[0].upper() + measure[1:]
         sentence = difference_sentence(difference, measure=name, first="random", second="projected")
         lines.append(f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}.")
     return lines
-
-
-def _per_item(group: Forced, field: str) -> list[float]:
-    """A value per item, averaged over the policies of a group: items are the units, not policies."""
-    return [fmean(getattr(item, field) for item in items) for items in zip(*group.values(), strict=True)]
 
 
 def changed(first: Sequence[Record], second: Sequence[Record]) -> list[bool]:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from spd_lens import tasks
+from spd_lens.analysis.common.style import NULL_COLOR
 from spd_lens.analysis.corpora import command as module
 from spd_lens.analysis.corpora.command import corpora_differences, corpora_overlaps, corpora_table, say, shares_figure
 from spd_lens.analysis.corpora.page import added_words, corpora_page
@@ -93,7 +94,7 @@ def test_the_table_has_every_method_and_the_figure_every_number():
     assert list(dict.fromkeys(table.method)) == ["base", "spd"]
     fig = shares_figure(table, controls=["spd"])
     assert [trace.name for trace in fig.data] == ["base", "spd"]
-    assert fig.data[1].marker.symbol.endswith("-open") and fig.data[1].marker.color == module.NULL_COLOR
+    assert fig.data[1].marker.symbol.endswith("-open") and fig.data[1].marker.color == NULL_COLOR
     for trace in fig.data:
         values = table[table.method == trace.name].set_index("measure").value
         assert list(trace.x) == [values[measure] for measure in trace.text]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from spd_lens import tasks
+from spd_lens.analysis.common.style import NULL_COLOR
 from spd_lens.analysis.corpora import sampling_sweep as module
 from spd_lens.analysis.corpora.sampling_sweep import (
     sampled,
@@ -92,7 +93,7 @@ def test_the_figure_has_every_point_and_a_grey_control(grid):
     frame = sweep_frame(grid, scored(grid, MATH, ITEMS), MATH)
     fig = sweep_figure(frame, "accuracy")
     assert [trace.name for trace in fig.data] == ["base", "spd", "random"]
-    assert fig.data[2].line.color == module.NULL_COLOR and fig.data[2].line.dash == "dot"
+    assert fig.data[2].line.color == NULL_COLOR and fig.data[2].line.dash == "dot"
     for trace in fig.data:
         rows = frame[(frame.policy == trace.name) & (frame.measure == "accuracy")].sort_values("temperature")
         assert list(trace.y) == list(rows.value)

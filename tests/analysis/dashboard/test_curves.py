@@ -42,7 +42,7 @@ def test_curves_are_the_plain_sums_at_every_rank(moments, per_head):
         gradient = moments.gradient[site].sum(0).numpy()
         activation = moments.activation[site].sum(0).numpy()
         width = gradient.shape[0] // (moments.n_heads[site] if per_head else 1)
-        found = Source("x", moments).directions(site, per_head)
+        found = SiteDirections.of(moments, site, per_head)
         kept = found.held(found.activation)
         for block in range(found.n_blocks):
             part = slice(block * width, (block + 1) * width)
@@ -106,7 +106,7 @@ def test_split_half_is_the_mean_of_both_ways(moments):
     found = split_half(moments, site, per_head=False)
     assert found[0, 4] == pytest.approx(np.mean(both), abs=1e-9)
     assert split_half(moments.shards([0]), site, per_head=False) is None
-    assert float(found[0, 4]) < float(Source("x", moments).directions(site, False).cumulative[0, 4])  # no optimism
+    assert float(found[0, 4]) < float(SiteDirections.of(moments, site, False).cumulative[0, 4])  # no optimism
 
 
 def test_the_band_is_the_delete_half_jackknife_over_filled_shards(moments):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_lens.analysis.dashboard.word_diff import MAX_WORDS, word_diff
+from spd_lens.analysis.common.word_diff import MAX_WORDS, word_diff
 
 TEXT = st.lists(st.sampled_from(["a", "b", "42", " ", "\n", "  c", "\t"]), max_size=40).map("".join)
 

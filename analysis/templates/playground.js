@@ -1,6 +1,6 @@
 // The tab of the live app that generates: what its form asks, and how an answer is shown.
 
-const ASKED = read("studio-data");
+const ASKED = read("playground-data");
 const LOOKS = { base: [S.colors[7], ""], projected: [S.colors[0], "/"], random: [S.null, "."], spd: [S.colors[1], "x"] };
 let answered = null;
 
@@ -70,9 +70,9 @@ function drawNextTokens() {
 }
 
 function showTab(name) {
-  show("studio", name === "studio");
+  show("playground", name === "playground");
   show("all-views", name === "views");
-  for (const tab of ["studio", "views"]) $(`tab-${tab}`).dataset.chosen = tab === name ? "yes" : "no";
+  for (const tab of ["playground", "views"]) $(`tab-${tab}`).dataset.chosen = tab === name ? "yes" : "no";
   window.dispatchEvent(new Event("resize"));  // figures that were drawn while they were hidden
 }
 
@@ -92,6 +92,6 @@ $("ask").noValidate = true;  // what is out of range is refused in words by the 
 $("ask").addEventListener("submit", generate);
 for (const id of ["ask-rank", "ask-strength"]) $(id).addEventListener("input", showNumbers);
 $("ask-form").addEventListener("change", changeForm);
-for (const tab of ["studio", "views"]) $(`tab-${tab}`).addEventListener("click", () => showTab(tab));
+for (const tab of ["playground", "views"]) $(`tab-${tab}`).addEventListener("click", () => showTab(tab));
 alsoDrawn.push(drawNextTokens);
 showNumbers();

@@ -1,4 +1,4 @@
-"""The studio against `generate` and plain forward passes; the app in a real headless Chromium."""
+"""The playground against `generate` and plain forward passes; the app in a real headless Chromium."""
 
 import http.client
 import json
@@ -13,7 +13,7 @@ import torch
 
 from spd_lens.analysis.common.subject import Subject
 from spd_lens.analysis.dashboard import playground as module
-from spd_lens.analysis.dashboard.playground import Ask, Studio
+from spd_lens.analysis.dashboard.playground import Ask, Playground
 from spd_lens.examples import Example
 from spd_lens.generation.generate import generate
 from spd_lens.subspaces.projection import folded
@@ -33,22 +33,22 @@ def subject(two_runs, tiny_pair):
 
 
 @pytest.fixture(scope="module")
-def studio(subject):
-    return Studio(subject)
+def playground(subject):
+    return Playground(subject)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_it_says_what_generate_says(studio, tiny_pair, state_of, temperature):
+def test_it_says_what_generate_says(playground, tiny_pair, state_of, temperature):
     before = state_of(tiny_pair.hf)
-    answer = studio.answer(replace(ASK, temperature=temperature))
-    subspace = studio.moments.subspace(3)
+    answer = playground.answer(replace(ASK, temperature=temperature))
+    subspace = playground.moments.subspace(3)
     options = {"max_new_tokens": 10, "temperature": temperature, "seed": 7, "progress": False}
     prompt = [Example(PROMPT, id="dashboard")]
     expected = {
         "base": generate(tiny_pair, prompt, **options),
         "projected": generate(tiny_pair, prompt, subspace=subspace, strength=0.5, **options),
         "random": generate(tiny_pair, prompt, subspace=subspace.random_like(7), strength=0.5, **options),
-        "spd": generate(tiny_pair, prompt, adapter=studio.subject.run.adapter, **options),
+        "spd": generate(tiny_pair, prompt, adapter=playground.subject.run.adapter, **options),
     }
     assert [said.policy for said in answer.said] == list(expected)
     for said in answer.said:
@@ -60,12 +60,12 @@ def test_it_says_what_generate_says(studio, tiny_pair, state_of, temperature):
     assert_same_bits(tiny_pair.hf, before)
 
 
-def test_next_tokens_are_those_of_a_plain_forward_pass(studio, tiny_pair):
-    answer = studio.answer(replace(ASK, also=[], max_new_tokens=1))
+def test_next_tokens_are_those_of_a_plain_forward_pass(playground, tiny_pair):
+    answer = playground.answer(replace(ASK, also=[], max_new_tokens=1))
     ids = torch.tensor([tiny_pair.prompt_ids(Example(PROMPT))])
     with torch.no_grad():
         base = tiny_pair.hf(ids).logits[0, -1].double().softmax(-1)
-        with folded(tiny_pair.hf, studio.moments.subspace(3), 0.5):
+        with folded(tiny_pair.hf, playground.moments.subspace(3), 0.5):
             other = tiny_pair.hf(ids).logits[0, -1].double().softmax(-1)
     best = torch.maximum(base, other).topk(10).indices
     assert answer.said[0].probabilities == pytest.approx(base[best].tolist(), abs=1e-6)
@@ -75,13 +75,13 @@ def test_next_tokens_are_those_of_a_plain_forward_pass(studio, tiny_pair):
     assert len(answer.tokens) == 10
 
 
-def test_layers_kinds_heads_and_rank_are_those_chosen(studio):
-    chosen = studio.subspace(replace(ASK, layers=[3], kinds=["v"], rank=0.25, per_head=False))
+def test_layers_kinds_heads_and_rank_are_those_chosen(playground):
+    chosen = playground.subspace(replace(ASK, layers=[3], kinds=["v"], rank=0.25, per_head=False))
     assert [str(site) for site in chosen.sites] == ["3.v"]
     assert chosen.ranks == {chosen.sites[0]: (4,)} and not chosen.per_head
-    assert (studio.width(True), studio.width(False)) == (8, 16)
-    assert studio.layers == [1, 3] and studio.kinds == ["k", "v"] and studio.adapter
-    full = studio.answer(replace(ASK, rank=8, strength=1.0, also=[]))
+    assert (playground.width(True), playground.width(False)) == (8, 16)
+    assert playground.layers == [1, 3] and playground.kinds == ["k", "v"] and playground.adapter
+    full = playground.answer(replace(ASK, rank=8, strength=1.0, also=[]))
     assert full.said[0].text == full.said[1].text  # a projection on everything changes nothing
 
 
@@ -108,15 +108,15 @@ def test_layers_kinds_heads_and_rank_are_those_chosen(studio):
         ({"max_new_tokens": 300}, ["room"]),
     ],
 )
-def test_what_is_out_of_range_is_refused_in_one_sentence(studio, change, words):
+def test_what_is_out_of_range_is_refused_in_one_sentence(playground, change, words):
     with refused(*words):
-        studio.answer(replace(ASK, **change))
-    assert not studio.lock.locked()
+        playground.answer(replace(ASK, **change))
+    assert not playground.lock.locked()
 
 
-def test_one_question_at_a_time(studio):
-    with studio.lock, refused("another completion"):
-        studio.answer(ASK)
+def test_one_question_at_a_time(playground):
+    with playground.lock, refused("another completion"):
+        playground.answer(ASK)
 
 
 # --- the app
@@ -173,10 +173,10 @@ def ask(page, prompt, tokens="10"):
     until(page, "document.getElementById('go').textContent === 'Generate'")
 
 
-def test_a_prompt_produces_text_and_probabilities(page, studio):
+def test_a_prompt_produces_text_and_probabilities(page, playground):
     ask(page, PROMPT)
     page.wait_for_selector("#said-projected")
-    expected = studio.answer(replace(ASK, rank=4, strength=1.0, seed=42, also=["random"]))
+    expected = playground.answer(replace(ASK, rank=4, strength=1.0, seed=42, also=["random"]))
     for said in expected.said:
         assert page.text_content(f"#said-{said.policy}") == said.text
     page.wait_for_selector("#next-tokens .bars")
@@ -188,7 +188,7 @@ def test_a_prompt_produces_text_and_probabilities(page, studio):
     assert page.inner_text("#message") == ""
 
 
-def test_rank_and_projector_reach_the_model(page, studio):
+def test_rank_and_projector_reach_the_model(page, playground):
     page.check("#ask-form input >> nth=1")
     until(page, "document.getElementById('ask-rank').max === '16'")
     assert page.input_value("#ask-rank") == "8"
@@ -198,7 +198,7 @@ def test_rank_and_projector_reach_the_model(page, studio):
     page.uncheck("#ask-also input >> nth=0")
     ask(page, PROMPT)
     until(page, "!document.getElementById('said-random')")
-    expected = studio.answer(replace(ASK, rank=2, per_head=False, seed=42, also=[]))
+    expected = playground.answer(replace(ASK, rank=2, per_head=False, seed=42, also=[]))
     assert page.text_content("#said-projected") == expected.said[1].text
     assert "ranks 1.k: 2;" in page.inner_text("#answer")
     page.check("#ask-form input >> nth=0")
@@ -207,7 +207,7 @@ def test_rank_and_projector_reach_the_model(page, studio):
 
 def test_hostile_prompts_and_wrong_input_are_answered_in_words(page):
     ask(page, HOSTILE, tokens="5")
-    assert page.inner_text("#message") == "" and page.locator("#studio img").count() == 0
+    assert page.inner_text("#message") == "" and page.locator("#playground img").count() == 0
     ask(page, "")
     until(page, "document.getElementById('message').textContent.includes('prompt is empty')")
     ask(page, PROMPT, tokens="")
@@ -225,7 +225,7 @@ def test_a_second_question_has_to_wait(page, lock):
 def test_the_views_are_a_tab_in_the_same_colours(page):
     assert page.is_hidden("#all-views")
     page.click("#tab-views")
-    assert page.is_hidden("#studio") and page.locator("#readouts .tile").count() > 3
+    assert page.is_hidden("#playground") and page.locator("#readouts .tile").count() > 3
     until(page, "document.querySelector('#plot-energy .main-svg').clientWidth > 300")
     look = "[getComputedStyle(document.body).backgroundColor, document.getElementById('next-tokens').layout.font.color]"
     before = page.evaluate(look)
@@ -233,7 +233,7 @@ def test_the_views_are_a_tab_in_the_same_colours(page):
     assert not set(before) & set(page.evaluate(look))
     page.click("#theme")
     assert page.evaluate(look) == before
-    page.click("#tab-studio")
+    page.click("#tab-playground")
     assert page.is_visible("#go") and page.is_hidden("#all-views")
 
 
