@@ -72,8 +72,7 @@ def spectrum(moments: GradientMoments, *, per_head: bool = True, source: str = G
     weights, n = sets(moments.n_shards), moments.n_shards
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
-        grams = _grams(moments, site, per_head, source, weights)
-        energies, vectors = BlockSpectrum.of(grams).known(moments.dtype)
+        energies, vectors = _known(moments, site, per_head, source, weights)
         share = energies.cumsum(-1) / energies.sum(-1, keepdim=True)
         held = energy_by_rank(vectors[1:], _grams(moments, site, per_head, source, 1 - weights[1:]))
         # a half's energies are brought to the size of the whole
@@ -100,8 +99,7 @@ def effective_ranks(moments: GradientMoments, *, per_head: bool = True, source: 
     weights, n = sets(moments.n_shards), moments.n_shards
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
-        grams = _grams(moments, site, per_head, source, weights)
-        energies, _ = BlockSpectrum.of(grams).known(moments.dtype)
+        energies, _ = _known(moments, site, per_head, source, weights)
         for block in range(energies.shape[1]):
             here = energies[:, block]
             if not here[0].any():
@@ -137,7 +135,7 @@ def activation_kept(
     weights, n = sets(moments.n_shards), moments.n_shards
     rows: list[dict[str, Any]] = []
     for site in moments.sites:
-        _, vectors = BlockSpectrum.of(_grams(moments, site, per_head, GRADIENTS, weights)).known(moments.dtype)
+        _, vectors = _known(moments, site, per_head, GRADIENTS, weights)
         full = _grams(moments, site, per_head, ACTIVATIONS, weights)
         mean = _means(moments, site, weights, full.shape[1])
         width = full.shape[-1]
@@ -172,11 +170,8 @@ def rank_difference(
     weights = sets(moments.n_shards)
     differences = []
     for site in moments.sites:
-        ranks = []
-        for one in (moments, other):
-            grams = _grams(one, site, per_head, GRADIENTS, weights)
-            ranks.append(RANKS[measure](BlockSpectrum.of(grams).known(one.dtype)[0]))
-        differences.append(ranks[0] - ranks[1])
+        mine, theirs = (_known(one, site, per_head, GRADIENTS, weights)[0] for one in (moments, other))
+        differences.append(RANKS[measure](mine) - RANKS[measure](theirs))
     mean = torch.cat(differences, dim=1).nanmean(dim=1)  # a head without gradients has no rank
     interval = around(mean[0], half_width(mean[1:], moments.n_shards), -math.inf, math.inf)
     return Estimate(**interval, n=moments.n_shards, method="paired delete-half jackknife over shards, 95%")
@@ -205,6 +200,13 @@ def headline(ranks: pd.DataFrame) -> str:
         text += f" Half of the examples give {growth:.0%} of the gradients' entropy rank (median), "
         text += "so more would give a higher one."
     return text
+
+
+def _known(
+    moments: GradientMoments, site: Site, per_head: bool, source: str, weights: Float[Tensor, "set shard"]
+) -> tuple[Float[Tensor, "set block width"], Float[Tensor, "set block width width"]]:
+    """Energies and directions of each set of shards, with zeros where rounding begins."""
+    return BlockSpectrum.of(_grams(moments, site, per_head, source, weights)).known(moments.dtype)
 
 
 def _grams(

@@ -38,16 +38,15 @@ def categories(
     found = []
     for example, pieces in zip(examples, pieces_of(examples, format, loss), strict=True):
         text = "".join(piece.text for piece in pieces)
-        start = text.find(example.prompt)
-        begin, length = (start, len(example.prompt)) if start >= 0 else _stripped(text, example.prompt)
-        question = (begin + shared[0], begin + length - shared[1])
+        begin, end = _place(example.prompt, text)
+        question = (begin + shared[0], end - shared[1])
         tokens, names, at = [], [], 0
         for piece in pieces:
             middle = at + len(piece.text) / 2
             at += len(piece.text)
             if piece.id is not None:
                 tokens.append(piece)
-                names.append(_category(piece, middle, (begin, begin + length), question))
+                names.append(_category(piece, middle, (begin, end), question))
         names[0] = names[0] if tokens[0].scored else "first token"
         scored = [i for i, piece in enumerate(tokens) if piece.scored]
         for position in scored:
@@ -84,10 +83,9 @@ def _shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
     return len(head), min(len(tail), shortest - len(head))
 
 
-def _stripped(text: str, prompt: str) -> tuple[int, int]:
-    """Where the prompt is in a text whose template has trimmed it, and its length there."""
-    prompt = prompt.strip()
-    start = text.find(prompt)
-    if start < 0:
-        raise SPDError("the chat template rewrites the prompt, so its parts cannot be told apart; use format 'raw'")
-    return start, len(prompt)
+def _place(prompt: str, text: str) -> tuple[int, int]:
+    """Where a prompt begins and ends in a text, whose template may have trimmed it."""
+    for form in (prompt, prompt.strip()):
+        if form in text:
+            return text.index(form), text.index(form) + len(form)
+    raise SPDError("the chat template rewrites the prompt, so its parts cannot be told apart; use format 'raw'")
