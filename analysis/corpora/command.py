@@ -67,7 +67,11 @@ def corpora_overlaps(corpora: Corpora, null: Sequence[Record] | None = None) -> 
     rows = []
     for name, mine, is_null in against:
         after = {record.id: record.completion for record in reversed(list(mine))}
-        shares = [_overlap(before[id], after[id]) for id in before if id in after]
+        shares = [
+            SequenceMatcher(None, text.split(), after[id].split(), autojunk=False).ratio()
+            for id, text in before.items()
+            if id in after
+        ]
         if shares:
             rows.append({"method": name, **mean_interval(shares).to_row(), "null": is_null})
     return pd.DataFrame(rows)
@@ -179,10 +183,6 @@ def _by_prompt(records: Iterable[Record], value: Callable[[Record], float | None
         if (own := value(record)) is not None:
             found.setdefault(record.id, []).append(own)
     return {id: fmean(values) for id, values in found.items()}
-
-
-def _overlap(before: str, after: str) -> float:
-    return SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
 
 
 def _rich(title: str, table: pd.DataFrame) -> Table:

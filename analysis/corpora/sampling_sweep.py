@@ -158,6 +158,7 @@ def sweep_figure(frame: pd.DataFrame, measure: str) -> go.Figure:
         )  # fmt: skip
     fig.update_xaxes(tickvals=sorted(set(rows["temperature"])))
     fig.update_yaxes(rangemode="tozero")
+    fig.update_layout(height=480)
     return fig
 
 

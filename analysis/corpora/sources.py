@@ -90,9 +90,7 @@ def corpora_sets(
     if files:
         known = tasks.get(task, data_dir) if task is not None else None
         corpora = _of_files(files)
-        yield CorporaSet(
-            ", ".join(corpora), corpora, corpora, known, None, (), out or Path("corpora"), "corpora"
-        )  # fmt: skip
+        yield CorporaSet(", ".join(corpora), corpora, corpora, known, None, (), out or Path("corpora"), "corpora")
 
 
 def _of_files(files: Sequence[str]) -> Corpora:
