@@ -57,23 +57,29 @@ NOISE = (
     (r'(?<="Seconds per stage","rows":)\[\[.*?\]\]', "TIME"),
     (r"\b(torch|transformers|transformer-lens|peft|numpy|scipy|python|spd[-_]lens) \d+\.[\w.+]+", "VERSION"),
 )
-STEPS = """
+_STEPS = """
     extract/cli: extract {data} --n-calibration 6 --out x --quiet > extract/cli=x
-    generate/cli: generate {data} {few} --subspace half.safetensors --out generate/cli.jsonl --quiet > generate=generate
+    generate/cli: generate {data} --n-train 4 --max-new-tokens 4 --subspace half.safetensors --out generate/cli.jsonl
+        --quiet > generate=generate
     finetune/cli: finetune {flags} --corpus tune.jsonl --epochs 1 --out lora-cli --quiet > finetune/cli=lora-cli
     evaluate/cli: evaluate {data} --n-eval 4 --out e.json --quiet > evaluate/cli=e.json
     run: run {quick} --out run > run=run
     run-again: run {quick} --out run
     run-seed: run {quick} --out run-seed --seed 9 --strength 0.5
-    run-joint: run {quick} --out run-joint {joint} > run-joint=run-joint
-    run-full: run {quick} --out run-full {full} > run-full=run-full
+    run-joint: run {quick} --out run-joint --joint --rank 3 --center --kinds k,v --engine twin --loss full --seed 7
+        > run-joint=run-joint
+    run-full: run {quick} --out run-full --method full --kinds q,v --layers 0,2 --prompt-format raw --temperature 0.9
+        --loss-on completion > run-full=run-full
     run/show-config: run --show-config {quick}
     study: study study.yaml --out study --quiet > study=study
     study/plan: study study.yaml --dry-run --out study-2 --set seeds=[1,2,3]
-    rounds: rounds {quick} --model {here}/tiny_raw --rounds 2 {budget} --out rounds > rounds=rounds
+    rounds: rounds {quick} --model {here}/tiny_raw --rounds 2 --n-held-out 4 --kl-budget 0 --no-stop-on-loss
+        --out rounds > rounds=rounds
     compare: compare run run-seed --out compare.md > compare/table=compare.md
-    spans/synthetic-math: spans synthetic-math {audit} {math} > pages/spans/synthetic-math=synthetic-math.html
-    spans/synthetic-qa: spans synthetic-qa {audit} {qa} > pages/spans/synthetic-qa=synthetic-qa.html
+    spans/synthetic-math: spans synthetic-math --model {model} --n 6 --html synthetic-math.html
+        > pages/spans/synthetic-math=synthetic-math.html
+    spans/synthetic-qa: spans synthetic-qa --model {model} --n 6 --html synthetic-qa.html
+        > pages/spans/synthetic-qa=synthetic-qa.html
     analyze/spectra: analyze spectra analysed --draws 20 --all-layers --quiet
     analyze/overlap: analyze overlap analysed run-seed --permutations 19 --draws 99 --quiet
     analyze/rank-sweep: analyze rank-sweep analysed --grid grid.yaml --items 4 --random 3 --quiet
@@ -83,7 +89,8 @@ STEPS = """
     analyze/tokens: analyze tokens analysed --quiet
     analyze/calibration-size: analyze calibration-size analysed --sizes 2,4 --draws 2 --items 3 --quiet
     analyze/corpora: analyze corpora analysed --n 2 --quiet
-    analyze/sampling-sweep: analyze sampling-sweep analysed --temperatures 0,1.0 --top-ps 0.9 --n 2 {adapter} --quiet
+    analyze/sampling-sweep: analyze sampling-sweep analysed --temperatures 0,1.0 --top-ps 0.9 --n 2 --samples 2
+        --adapter --quiet
     analyze/drift: analyze drift analysed --items 3 --n-random 2 --quiet > analysis=analysed/analysis
     analyze/tables-1: analyze tables 1 study --out tables --quiet
     analyze/tables-2: analyze tables 2 study --out tables --quiet
@@ -93,15 +100,8 @@ STEPS = """
     analyze/tables-figure4: analyze tables figure4 study --out tables --quiet > analysis-study/tables=tables
     analyze/corpora-study: analyze corpora study --out corpora --quiet > analysis-study/corpora=corpora
     dashboard: dashboard run run-seed --out d.html > pages/dashboard=d.html"""
-"""Commands that must succeed: the key of what they print, the command, and the key and place of what is kept."""
-WORDS = {
-    "few": "--n-train 4 --max-new-tokens 4",
-    "joint": "--joint --rank 3 --center --kinds k,v --engine twin --loss full --seed 7",
-    "full": "--method full --kinds q,v --layers 0,2 --prompt-format raw --temperature 0.9 --loss-on completion",
-    "budget": "--n-held-out 4 --kl-budget 0 --no-stop-on-loss", "adapter": "--samples 2 --adapter",
-    "math": "--html synthetic-math.html", "qa": "--html synthetic-qa.html",
-}  # fmt: skip
-"""What stands for the names in braces, beside what `Subject` says of its model."""
+STEPS = dict(step.split(": ", 1) for step in re.split(r"\n    (?! )", _STEPS)[1:])
+"""Commands that must succeed, by the key of what they print; behind `>` are the key and the place of what is kept."""
 FAULTS = (
     "--model no/such", "--model ./nowhere", "--task gsm9k", "--eval-tasks svmap", "--layers 0,4", "--layers top",
     "--kinds k,x", "--rank 0", "--rank 9", "--rank 17 --joint", "--policies base,sdp", "--loss half", "--strength 2",
@@ -241,10 +241,7 @@ class Subject:
             f"{data} --n-calibration 6 --n-train 8 --n-eval 8 --n-compared 4 --n-random 2 --max-new-tokens 8 "
             "--generation-batch-size 4 --train-batch-size 4 --epochs 2 --lr 0.01 --policies base,projected,spd --quiet"
         )
-        self.words = WORDS | {
-            "model": self.model, "flags": flags, "data": data, "quick": quick, "here": str(Path.cwd()),
-            "audit": f"--model {self.model} --n 6",
-        }  # fmt: skip
+        self.words = {"model": self.model, "flags": flags, "data": data, "quick": quick, "here": str(Path.cwd())}
 
     @cached_property
     def pair(self) -> Any:
@@ -286,8 +283,7 @@ class Subject:
 
     def step(self, key: str) -> None:
         """Take one of `STEPS`, after those that make the runs and the study that it reads, unless that is done."""
-        (step,) = (step for step in STEPS.split("\n    ") if step.startswith(f"{key}: "))
-        line, _, kept = step.removeprefix(f"{key}: ").partition(" > ")
+        line, _, kept = STEPS[key].partition("> ")
         for word in {"run", "run-seed", "study"} & {*line.split()[1:]} - {key}:
             self.step(word)
         if f"{key}/stdout" in found:
@@ -444,7 +440,7 @@ def help(subject: Subject) -> None:
     """Ask every command and analysis what it does, and the package what it offers."""
     for command in COMMANDS:
         store(f"help/{command or 'spd-lens'}", subject.call(f"{command} --help")[:2])
-    for name in set(re.findall(r"analyze ([\w-]+)", STEPS)):
+    for name in set(re.findall(r"analyze ([\w-]+)", _STEPS)):
         store(f"help/analyze-{name}", subject.call(f"analyze {name} --help")[:2])
     store("help/analyze", subject.call("analyze")[:2])
     store("help/public", [spd.__all__, spd.tasks.__all__, spd.tasks.names()])
@@ -484,7 +480,7 @@ PYTHON: dict[str, Callable[[Subject], None]] = {
     one.__name__: one
     for one in (extract, subspace, fold, generate, finetune, evaluate, run, check, analyze, help, errors)
 }
-SECTIONS = {re.split("[/:-]", step.strip())[0]: None for step in [*PYTHON, *STEPS.strip().split("\n")]}
+SECTIONS = list(dict.fromkeys(re.split("[/-]", key)[0] for key in [*PYTHON, *STEPS]))
 
 
 @contextlib.contextmanager
@@ -518,8 +514,8 @@ def main() -> int:
             for name in given.only or (SECTIONS if subject.tiny else SMOLLM2_SECTIONS):
                 with attempted(name):
                     PYTHON.get(name, lambda _: None)(subject)
-                for key in re.findall(rf"^    ({name}\b.*?): ", STEPS, re.MULTILINE):
-                    if subject.tiny or not key.endswith("/cli"):
+                for key in STEPS:
+                    if re.split("[/-]", key)[0] == name and (subject.tiny or not key.endswith("/cli")):
                         subject.step(key)
                 out.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     if earlier is None:
