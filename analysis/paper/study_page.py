@@ -42,8 +42,8 @@ def figures(averages: pd.DataFrame, table: pd.DataFrame) -> list[go.Figure]:
     """For every source and phase: loss against base and random directions, loss against KL, accuracy, side effects.
 
     Args:
-        averages: `spd_lens.study.reporting.contrasts.means` of a study.
-        table: `spd_lens.study.reporting.contrasts.differences` of the same.
+        averages: `spd_lens.study.reporting.differences.means` of a study.
+        table: `spd_lens.study.reporting.differences.differences` of the same.
     """
     found = []
     for source, phase in averages[["source", "phase"]].drop_duplicates().itertuples(index=False, name=None):

@@ -1,4 +1,6 @@
 # What the face hands on, each loaded when it is first used.
+from .artefacts import Artefacts as Artefacts
+from .comparison import FORCED as FORCED
 from .comparison import MEASURES as MEASURES
 from .comparison import compare as compare
 from .comparison import comparison_table as comparison_table
@@ -23,8 +25,6 @@ from .experiment import make_tasks as make_tasks
 from .experiment import ready_pair as ready_pair
 from .model_check import MOMENTS_TOLERANCE as MOMENTS_TOLERANCE
 from .model_check import print_report as print_report
-from .pipeline import note_model as note_model
-from .pipeline import note_set_up as note_set_up
 from .pipeline import run as run
 from .preflight import check_data as check_data
 from .preflight import check_model as check_model
@@ -36,14 +36,15 @@ from .rounds import run_rounds as run_rounds
 from .run_dir import Folder as Folder
 from .run_dir import Run as Run
 from .run_dir import environment as environment
-from .run_dir import read_effects as read_effects
-from .run_dir import write_effects as write_effects
+from .stages import Step as Step
+from .stages import note_start as note_start
+from .stages import work as work
 from .summary import quoted as quoted
 
 __all__ = [
-    "DEMO", "Draws", "Experiment", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "StopRule",
-    "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "check_whole", "compare",
-    "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "left_out", "load_pair",
-    "make_tasks", "named", "note_model", "note_set_up", "print_report", "quoted", "read_effects", "read_yaml",
-    "ready_pair", "result_name", "run", "run_rounds", "say", "to_yaml", "validated", "write_effects",
+    "Artefacts", "DEMO", "Draws", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig",
+    "Step", "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "check_whole",
+    "compare", "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "left_out", "load_pair",
+    "make_tasks", "named", "note_start", "print_report", "quoted", "read_yaml", "ready_pair", "result_name", "run",
+    "run_rounds", "say", "to_yaml", "validated", "work",
 ]  # fmt: skip

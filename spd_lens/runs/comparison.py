@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ItemResult
@@ -20,13 +21,15 @@ from spd_lens.stats import (
     verdict,
 )
 
+FORCED = {
+    "aligned loss": "aligned_loss", "completion loss": "completion_loss", "token accuracy": "token_accuracy",
+    "KL from base": "kl",
+}  # fmt: skip
+"""Teacher-forced measures, and the attribute of an item that holds each."""
 MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
-    "accuracy": lambda item: item.score,
-    "accuracy by likelihood": lambda item: item.choice_score,
-    "aligned loss": lambda item: item.aligned_loss,
-    "completion loss": lambda item: item.completion_loss,
-    "token accuracy": lambda item: item.token_accuracy,
-    "KL from base": lambda item: item.kl,
+    "accuracy": attrgetter("score"),
+    "accuracy by likelihood": attrgetter("choice_score"),
+    **{measure: attrgetter(field) for measure, field in FORCED.items()},
     "tokens": lambda item: float(item.n_tokens),
 }
 """Measures that are compared. Losses and KL are nats per token of the gold completion; tokens are the own length."""
@@ -50,7 +53,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`statistics.verdict` on the difference: `higher`, `lower`, `within noise` or `too few items`."""
+        """`stats.verdict` of the difference: `higher`, `lower`, `within noise` or `too few items`."""
         return verdict(self.difference, None if self.test is None else self.test.p_value)
 
 

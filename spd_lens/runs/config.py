@@ -190,7 +190,7 @@ class SPDConfig(
     def differences(self, other: SPDConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ, with both values."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        return {key: (mine[key], theirs[key]) for key in mine if differ(mine[key], theirs[key])}
+        return {key: (mine[key], theirs[key]) for key in mine if differ(key, mine[key], theirs[key])}
 
     @property
     def targets(self) -> dict[str, str]:
@@ -207,8 +207,13 @@ def named(tasks: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def differ(one: Any, other: Any) -> bool:
-    """Whether two values are written differently: 1 == 1.0 in Python, but rank 1 is one direction and 1.0 is all."""
+def differ(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting are not the same.
+
+    `1 == 1.0` in Python, but rank 1 is one direction and 1.0 is all. A model's directory has more than one spelling.
+    """
+    if key == "model" and isinstance(one, str) and isinstance(other, str):
+        one, other = (str(Path(model).resolve()) if Path(model).exists() else model for model in (one, other))
     return json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from spd_lens.errors import TooLong
@@ -40,7 +40,23 @@ def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int |
     if config.too_long == "error":
         return task
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return task.that_fits(_Fits(pair, task, config.engine, {"train": config.max_new_tokens, "test": limit}))
+    room: dict[Split, int] = {"train": config.max_new_tokens, "test": limit}  # tokens that may follow a prompt
+
+    def length(example: Example) -> int:
+        return len(pair.format.joint(example).ids)
+
+    @cache  # every text is tokenised once
+    def fits(split: Split, example: Example) -> bool:
+        try:
+            if split == "calibration":
+                return length(example) <= pair.context(config.engine)
+            if len(pair.format.prompt_ids(example.prompt)) + room[split] > pair.n_ctx:
+                return False
+            return split == "train" or all(length(text) <= pair.n_ctx for text in forced_texts(task, example))
+        except TooLong:
+            return False
+
+    return task.that_fits(fits)
 
 
 def forced_texts(task: Task, item: Example) -> Iterator[Example]:
@@ -48,40 +64,6 @@ def forced_texts(task: Task, item: Example) -> Iterator[Example]:
     if item.spans:
         yield item
         yield from (with_choice(item, choice) for choice in task.choices(item))
-
-
-@dataclass(frozen=True)
-class _Fits:
-    """Whether an example of a split is within a model's context; every text is tokenised once."""
-
-    pair: ModelPair
-    task: Task
-    engine: str
-    room: Mapping[Split, int]
-    """Tokens that may follow a prompt."""
-    known: dict[tuple[Split, Example], bool] = field(default_factory=dict, repr=False)
-
-    def __call__(self, split: Split, example: Example) -> bool:
-        key = split, example
-        if key not in self.known:
-            try:
-                self.known[key] = self._within(split, example)
-            except TooLong:
-                self.known[key] = False
-        return self.known[key]
-
-    def _within(self, split: Split, example: Example) -> bool:
-        if split == "calibration":
-            return self._length(example) <= self.pair.context(self.engine)
-        n_prompt = len(self.pair.format.prompt_ids(example.prompt))
-        if n_prompt + self.room[split] > self.pair.n_ctx:
-            return False
-        return split == "train" or all(
-            self._length(text) <= self.pair.n_ctx for text in forced_texts(self.task, example)
-        )
-
-    def _length(self, example: Example) -> int:
-        return len(self.pair.format.joint(example).ids)
 
 
 def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]:

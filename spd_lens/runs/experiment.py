@@ -17,7 +17,7 @@ from spd_lens.files import is_made
 from spd_lens.generation import Corpus, generate
 from spd_lens.models import Loss, ModelPair, load, weights_digest
 from spd_lens.runs.config import SPDConfig
-from spd_lens.runs.context_limit import Draws, fitted
+from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.run_dir import Folder, Run
 from spd_lens.sandbox import passes_tests
 from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
@@ -148,16 +148,6 @@ class Experiment:
         """Test items of a target that can be measured teacher-forced: those with spans, of `n` that are drawn."""
         drawn = self.targets[target].test(n or self.config.n_test(target), self.config.data_seed)
         return [item for item in drawn if item.spans]
-
-    @property
-    def draws(self) -> Draws:
-        """All that is drawn of the tasks, to count what does not fit."""
-        config = self.config
-        return {
-            "calibration": {config.task: (self.task, config.n_calibration)},
-            "train": {config.task: (self.task, config.n_train)},
-            "test": {name: (task, config.n_test(name)) for name, task in self.targets.items()},
-        }
 
     def extract(
         self,

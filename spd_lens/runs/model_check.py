@@ -48,8 +48,6 @@ N_NEW_TOKENS = 6
 LENGTH = 512
 """Tokens of the text on which lens and twin are compared, where the context holds it."""
 
-_Checker = Callable[[ModelPair, str], tuple[bool | None, str]]
-
 
 @dataclass(frozen=True)
 class Check:
@@ -68,7 +66,14 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
 
     The projections are onto random half-rank subspaces per head at the given layers, so nothing needs data.
     """
-    return [_guarded(name, check, pair, layers) for name, check in _CHECKS.items()]
+    found = []
+    for name, check in _CHECKS.items():
+        try:
+            passed, says = check(pair, layers)
+        except SPDError as error:
+            passed, says = False, str(error)
+        found.append(Check(name, passed, says))
+    return found
 
 
 @neutrally
@@ -96,16 +101,6 @@ def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str 
     moments = extract(pair, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False)
     if silent := _silent(moments):
         raise SPDError(f"no gradient reaches {', '.join(silent)} in {pair.name}; choose other layers or kinds")
-
-
-def _guarded(
-    name: str, check: Callable[[ModelPair, str], tuple[bool | None, str]], pair: ModelPair, layers: str
-) -> Check:
-    try:
-        passed, says = check(pair, layers)
-    except SPDError as error:
-        passed, says = False, str(error)
-    return Check(name, passed, says)
 
 
 def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
@@ -249,7 +244,7 @@ def _silent(moments: GradientMoments) -> list[str]:
 # Largest relative difference of gradient moments between two engines. Seen: 3e-6 in float32, 0.06 in bfloat16.
 MOMENTS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
-_CHECKS: dict[str, _Checker] = {
+_CHECKS: dict[str, Callable[[ModelPair, str], tuple[bool | None, str]]] = {
     "model": _shape,
     "special tokens": _tokens,
     "answer spans": _spans,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult
-from spd_lens.files import is_made, read_json, write_json
-from spd_lens.generation import NOT_APPLIED, Corpus, Decoding
-from spd_lens.models import ModelPair, Parity, neutral, weights_digest
+from spd_lens.examples import Example
+from spd_lens.files import is_made, write_json
+from spd_lens.generation import Corpus
+from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
-from spd_lens.runs.context_limit import left_out
 from spd_lens.runs.experiment import Experiment, decided_by, ready_pair
 from spd_lens.runs.preflight import check_data, check_model
-from spd_lens.runs.run_dir import Folder, Run, write_effects
+from spd_lens.runs.run_dir import Run
+from spd_lens.runs.stages import Step, note_start, work
 from spd_lens.runs.summary import write_summary
-from spd_lens.subspaces import GradientMoments, Policy, Subspace, folded, projected
-from spd_lens.training import is_finished
+from spd_lens.subspaces import GradientMoments, Policy, folded, projected
 
 log = logging.getLogger(__name__)
 
@@ -51,138 +53,113 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     record = Run.open(out, config)
     with record.locked():
         _note(record, experiment)
-        subspace = _calibrate(record, experiment)
-        _prove(record, experiment, subspace)
-        if not keeps_lens:
-            experiment.pair.drop_lens()  # the stages that follow run on the twin
-        steered = Policy("projected", subspace, config.strength)
-        _self_generate(record, experiment, steered)
-        _distil(record, experiment)
-        policies = {p.name: p for p in (Policy("base"), steered, Policy("spd", adapter=record.adapter))}
-        for target in experiment.targets:
-            _effects(record, experiment, target, policies)
-        for target in experiment.targets:
-            _score(record, experiment, target, policies)
+
+        def do(step: Step, place: str, _: Sequence[Step]) -> None:
+            log.info("%s %s", place, step.what)
+            with record.stage(step.stage):
+                step.do()
+
+        work(list(_steps(record, experiment)), experiment.pair, keeps_lens, do)
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record
 
 
 def _note(record: Run, experiment: Experiment) -> None:
-    """Model, data, set-up and machine of the run; refused where an earlier start saw something else."""
-    config, pair = experiment.config, experiment.pair
-    note_model(record, pair)
-    record.note_once("the data of the source task", data=experiment.task.sources())
-    held_out = {name: task.sources() for name, task in experiment.targets.items()}
-    record.note_once("the data of the evaluation", eval_data=held_out)
-    note_set_up(record, config, pair)
-    if counts := left_out(pair, config, experiment.draws):
-        record.note_once("the choice of texts that fit", left_out=counts)
-    record.note_environment()
-    cards = {config.task: experiment.task.card(), **{name: task.card() for name, task in experiment.targets.items()}}
+    config, task, targets = experiment.config, experiment.task, experiment.targets
+    data: dict[str, dict[str, Any]] = {
+        "the data of the source task": {"data": task.sources()},
+        "the data of the evaluation": {"eval_data": {name: target.sources() for name, target in targets.items()}},
+    }
+    note_start(record, {config.task: experiment}, config.n_test, data)
+    cards = {config.task: task.card(), **{name: target.card() for name, target in targets.items()}}
     write_json(record.path / "data_card.json", cards)
 
 
-def note_model(folder: Folder, pair: ModelPair) -> None:
-    """Which model is worked with; refused where an earlier start saw another."""
-    folder.note_once("the model", fingerprint=pair.fingerprint.to_dict(), weights=weights_digest(pair.hf))
-
-
-def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
-    """What the settings were resolved to; refused where an earlier start resolved them otherwise."""
-    decoding = Decoding.of(pair, config.sampling)
-    own = dict(decoding.own.settings)
-    if NOT_APPLIED in own:
-        folder.note(**{NOT_APPLIED: own.pop(NOT_APPLIED)})
-    resolved = {
-        "dtype": str(pair.dtype).removeprefix("torch."),
-        "device": str(pair.device),
-        "backend": pair.backend,
-        "sampling": decoding.sampling.to_dict(),
-        "format": pair.format.name,
-        **own,
-    }
-    folder.note_once("the set-up", resolved=resolved)
-    folder.note_date(pair)
-
-
-def _calibrate(record: Run, experiment: Experiment) -> Subspace:
-    path = record.path / "subspace.safetensors"
-    has_subspace = is_made(path, Subspace.load)
-    if not (has_subspace and is_made(record.path / "moments.safetensors", GradientMoments.load)):
-        with record.stage("extract"):
-            moments = experiment.moments()
-            if not has_subspace:
-                experiment.subspace(moments).save(path)
-    return record.subspace
-
-
-def _prove(record: Run, experiment: Experiment, subspace: Subspace) -> None:
-    """Hooks and folded weights do the same: the lens model under hooks against the folded twin, firings counted."""
-    pair, strength = experiment.pair, experiment.config.strength
+def _steps(record: Run, experiment: Experiment) -> Iterator[Step]:
+    """All steps of a run, in order."""
+    config, prompts = experiment.config, experiment.prompts
+    yield Step(
+        "extract", "finding the subspace",
+        lambda: record.has_subspace and is_made(record.moments_path, GradientMoments.load),
+        partial(_calibrate, record, experiment),
+    )  # fmt: skip
     # without the lens engine no lens model is built, and of some models there is none
-    if "hooks" in record.notes or experiment.config.engine == "twin" or pair.backend == "none":
-        return
-    with record.stage("extract"):
-        with projected(pair.lens, subspace, strength) as projection:
-            hooked = pair.check_logits(pair.lens)
-        with folded(pair.hf, subspace, strength):
-            parity = Parity.between(pair.check_logits(pair.hf), hooked)
-        if not parity.within(pair.dtype):
-            raise SPDError(
-                f"hooks and folded weights disagree for {pair.name} (logits by {parity.logits:.2g} of their spread); "
-                "use dtype='float32' or another backend"
-            )
-        firings = {str(site): n for site, n in projection.firings.items()}
-        record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
-
-
-def _self_generate(record: Run, experiment: Experiment, steered: Policy) -> None:
-    prompts = experiment.prompts
+    if config.engine != "twin" and experiment.pair.backend != "none":
+        yield Step(
+            "extract", "comparing hooks with folded weights",
+            lambda: "hooks" in record.notes, partial(_prove, record, experiment),
+        )  # fmt: skip
+    yield Step(
+        "generate", f"generating {len(prompts)} completions with the projection",
+        lambda: record.has_corpus,
+        lambda: experiment.generate(record.corpus_path, _policy(record, "projected"), prompts),
+    )  # fmt: skip
     # some of the same prompts with the same noise: what differs, the projection changed
-    compared = prompts[: experiment.config.n_compared]
-    for stage, name, chosen, policy in (
-        ("generate", "corpus.jsonl", prompts, steered),
-        ("compare", "unprojected.jsonl", compared, None),
-    ):
-        if not Corpus.is_finished(record.path / name):
-            log.info("generating %d completions with%s the projection", len(chosen), "" if policy else "out")
-            with record.stage(stage):
-                experiment.generate(record.path / name, policy, chosen)
+    compared = prompts[: config.n_compared]
+    yield Step(
+        "compare", f"generating {len(compared)} completions without the projection",
+        lambda: Corpus.is_finished(record.unprojected_path),
+        lambda: experiment.generate(record.unprojected_path, None, compared),
+    )  # fmt: skip
+    yield Step(
+        "finetune", f"fine-tuning on {len(prompts)} completions, {config.epochs} epochs",
+        lambda: record.is_trained, lambda: experiment.finetune(record.corpus, record.path / "adapter"),
+    )  # fmt: skip
+    for target in experiment.targets:
+        if items := experiment.items(target):
+            yield Step(
+                "effects", f"measuring aligned loss and KL on {len(items)} held-out solutions of {target}",
+                partial(record.has_effects, target), partial(_measure, record, experiment, target, items),
+            )  # fmt: skip
+    for target in experiment.targets:
+        for name in config.policies:
+            yield Step(
+                "evaluate", f"scoring {name} on the test items of {target}",
+                partial(record.has_result, target, name), partial(_score, record, experiment, target, name),
+            )  # fmt: skip
 
 
-def _distil(record: Run, experiment: Experiment) -> None:
-    if is_finished(record.path / "adapter"):
-        return
-    corpus = record.corpus
-    log.info("fine-tuning on %d completions, %d epochs", len(corpus), experiment.config.epochs)
-    with record.stage("finetune"):
-        experiment.finetune(corpus, record.path / "adapter")
+def _policy(record: Run, name: str) -> Policy:
+    """One of the three policies of a run; its artefacts are read."""
+    if name == "projected":
+        return Policy(name, record.subspace, record.config.strength)
+    return Policy(name, adapter=record.adapter if name == "spd" else None)
 
 
-def _effects(record: Run, experiment: Experiment, target: str, policies: dict[str, Policy]) -> None:
+def _calibrate(record: Run, experiment: Experiment) -> None:
+    moments = experiment.moments()
+    if not record.has_subspace:
+        experiment.subspace(moments).save(record.subspace_path)
+
+
+def _prove(record: Run, experiment: Experiment) -> None:
+    """Hooks and folded weights do the same: the lens model under hooks against the folded twin, firings counted."""
+    pair, subspace, strength = experiment.pair, record.subspace, experiment.config.strength
+    with projected(pair.lens, subspace, strength) as projection:
+        hooked = pair.check_logits(pair.lens)
+    with folded(pair.hf, subspace, strength):
+        parity = Parity.between(pair.check_logits(pair.hf), hooked)
+    if not parity.within(pair.dtype):
+        raise SPDError(
+            f"hooks and folded weights disagree for {pair.name} (logits by {parity.logits:.2g} of their spread); "
+            "use dtype='float32' or another backend"
+        )
+    firings = {str(site): n for site, n in projection.firings.items()}
+    record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
+
+
+def _measure(record: Run, experiment: Experiment, target: str, items: list[Example]) -> None:
     """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
-    config, path = experiment.config, record.effects_path(target)
-    items = experiment.items(target)
-    if not items or is_made(path, read_json):
-        return
-    log.info("measuring aligned loss and KL on %d held-out solutions of %s", len(items), target)
-    subspace = policies["projected"].subspace
-    assert subspace is not None
-    random = [
+    config, subspace = experiment.config, record.subspace
+    policies = [_policy(record, name) for name in ("base", "projected", "spd")]
+    policies += [
         Policy(f"random-{i}", subspace.random_like(config.seed + i), config.strength) for i in range(config.n_random)
     ]
-    with record.stage("effects"):
-        write_effects(path, experiment.measure(items, [*policies.values(), *random]))
+    record.write_effects(target, experiment.measure(items, policies))
 
 
-def _score(record: Run, experiment: Experiment, target: str, policies: dict[str, Policy]) -> None:
-    measured = record.effects_path(target).exists()
-    for name in experiment.config.policies:
-        path = record.path / "eval" / target / f"{name}.json"
-        if is_made(path, EvalResult.load):
-            continue
-        log.info("scoring %s on the test items of %s", name, target)
-        with record.stage("evaluate"):
-            forced = record.effects(target)[name] if measured else None
-            experiment.score(target, policies[name], path, completions=path.with_suffix(".jsonl"), forced=forced)
+def _score(record: Run, experiment: Experiment, target: str, name: str) -> None:
+    path = record.result_path(target, name)
+    forced = record.effects(target)[name] if record.effects_path(target).exists() else None
+    experiment.score(target, _policy(record, name), path, completions=path.with_suffix(".jsonl"), forced=forced)

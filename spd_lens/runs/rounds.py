@@ -26,7 +26,7 @@ from spd_lens.runs.pipeline import run
 from spd_lens.runs.preflight import check_data
 from spd_lens.runs.round_drift import Drift, StopRule, drift_frame
 from spd_lens.runs.run_dir import Folder, Run
-from spd_lens.subspaces import GradientMoments, Policy, Subspace
+from spd_lens.subspaces import GradientMoments, Policy
 from spd_lens.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ def run_rounds(
     folder = Rounds(out)
     _check_place(folder)
     with folder.locked():
-        settings = {"config": config.model_dump(mode="json"), "reextract": reextract, "stop": asdict(rule)}
-        _note(folder, {**settings, "n_held_out": n_held_out})
+        _note(folder, config, {"reextract": reextract, "stop": asdict(rule), "n_held_out": n_held_out})
         first = experiment.pair = ready_pair(pair, config, folder)
         folder.note_date(first)
         held_out = held_out_items(config, experiment.task, n_held_out)
@@ -139,17 +138,24 @@ def run_rounds(
                 record = _round(folder.run(number), experiment, number, known)
                 experiment = experiment.varied(pair=merged(experiment.pair, record.adapter))
             _measure(folder, number, first, experiment, held_out)
-            if stopped := _drifted(folder, config, number, rule):
+            if number and (stopped := _drifted(folder, experiment, number, rule)):
                 break
         folder.note(stopped=stopped)
     return folder
 
 
-def _drifted(folder: Rounds, config: SPDConfig, number: int, rule: StopRule) -> str | None:
+def _drifted(folder: Rounds, experiment: Experiment, number: int, rule: StopRule) -> str | None:
     """Write the table of the rounds that are done. Returns why to stop."""
-    if not number:
-        return None
-    drifts = [drift(folder, config, done) for done in range(1, number + 1)]
+    start = folder.moments(0)
+    drifts = [
+        Drift.between(
+            done,
+            [folder.effects(i) for i in (0, done - 1, done)],
+            [experiment.subspace(moments) for moments in (start, folder.moments(done))],
+            [experiment.subspace(half) for half in start.halves()],
+        )
+        for done in range(1, number + 1)
+    ]
     write_text(folder.path / "rounds.csv", drift_frame(drifts).to_csv(index=False))
     reason = rule.reason(drifts[-1])
     if reason:
@@ -173,17 +179,6 @@ def held_out_items(config: SPDConfig, source: Task, n: int) -> list[Example]:
     if len(items) < 2:
         raise SPDError(f"{len(items)} of {n} held-out items have spans, and drift needs two or more; raise n_held_out")
     return items
-
-
-def drift(folder: Rounds, config: SPDConfig, number: int) -> Drift:
-    """What is recorded after a round."""
-    start = folder.moments(0)
-    return Drift.between(
-        number,
-        [folder.effects(i) for i in (0, number - 1, number)],
-        [_subspace(moments, config) for moments in (start, folder.moments(number))],
-        [_subspace(half, config) for half in start.halves()],
-    )
 
 
 @dataclass(frozen=True)
@@ -231,13 +226,14 @@ def _check_place(folder: Rounds) -> None:
         raise SPDError(f"{folder.path} exists and does not hold rounds; choose a new directory")
 
 
-def _note(folder: Rounds, settings: dict[str, Any]) -> None:
+def _note(folder: Rounds, config: SPDConfig, others: dict[str, Any]) -> None:
     """Settings and machine, or a refusal where the rounds were begun with other settings."""
+    settings = {"config": config.model_dump(mode="json"), **others}
     noted = folder.notes.get("settings")
     if noted is not None:  # earlier versions had fewer settings, whose defaults count
         with reading(folder.path / folder.notes_file):
-            whole_config = SPDConfig.make(noted["config"]).model_dump(mode="json")
-            settings = noted if {**noted, "config": whole_config} == settings else settings
+            same = not SPDConfig.make(noted["config"]).differences(config)
+            settings = noted if same and {**noted, "config": settings["config"]} == settings else settings
     folder.note_once("the settings of the rounds", settings=settings)
     folder.note_environment()
 
@@ -246,10 +242,9 @@ def _round(record: Run, experiment: Experiment, number: int, moments: Path) -> R
     """One run, with moments that are known already in their place."""
     config = experiment.config
     config = config.model_copy(update={"seed": (config.seed + number - 1) % 2**32})
-    place = record.path / "moments.safetensors"
-    if not is_made(place, GradientMoments.load):
+    if not is_made(record.moments_path, GradientMoments.load):
         Run.open(record.path, config)  # a run directory of these settings, into which an extraction may be put
-        with replacing(place) as scratch:
+        with replacing(record.moments_path) as scratch:
             shutil.copyfile(moments, scratch)
     return run(config, record.path, progress=experiment.progress, pair=experiment.pair)
 
@@ -265,7 +260,3 @@ def _measure(folder: Rounds, number: int, first: ModelPair, experiment: Experime
         policy = Policy("current") if current is first else _Weights("current", model=current.hf)
         found = experiment.varied(pair=first).measure(items, [policy])["current"]
         write_json(place / "effects.json", [asdict(item) for item in found])
-
-
-def _subspace(moments: GradientMoments, config: SPDConfig) -> Subspace:
-    return moments.subspace(config.rank, per_head=config.per_head, center=config.center)

@@ -6,21 +6,21 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
 
 from spd_lens.errors import DamagedFile, SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import EvalResult
 from spd_lens.files import is_blank, is_free, make_directory, read_json, write_json, write_text
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair
+from spd_lens.runs.artefacts import Artefacts
 from spd_lens.runs.config import SPDConfig, check_whole
-from spd_lens.subspaces import GradientMoments, Subspace
+from spd_lens.subspaces import GradientMoments
 
 _LOCK = ".lock"
 _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
@@ -29,6 +29,8 @@ _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "n
 class Folder:
     """A directory that one process at a time works in, with notes on how its content was made."""
 
+    kind = "run directory"
+    """What a refusal calls it."""
     settings_file = "config.yaml"
     """Written first: what makes the directory one of this kind."""
     notes_file = "run.json"
@@ -38,6 +40,19 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """One that has been begun, or `SPDError`."""
+        folder = cls(path)
+        if not folder.config_path.exists():
+            raise SPDError(f"{path} is not a {cls.kind}: it has no {cls.settings_file}")
+        check_whole(folder.config_path)
+        return folder
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / self.settings_file
 
     @property
     def is_free(self) -> bool:
@@ -120,7 +135,7 @@ class Folder:
         count()
 
 
-class Run(Folder):
+class Run(Folder, Artefacts):
     """What a run directory holds. Artefacts are read when asked for; an unfinished stage raises `SPDError`.
 
     | file | what |
@@ -142,12 +157,9 @@ class Run(Folder):
 
         Raises `SPDError` if the directory belongs to a run with other settings, or to something else.
         """
-        run = cls(path)
         if config is None:
-            if not run.config_path.exists():
-                raise SPDError(f"{path} is not a run directory: it has no config.yaml")
-            check_whole(run.config_path)
-            return run
+            return super().open(path)
+        run = cls(path)
         run.check(config)
         if run.is_free:
             with run.locked():
@@ -159,18 +171,13 @@ class Run(Folder):
         """Raise `SPDError` unless the directory is a run with these settings or free for a new one. Writes nothing."""
         if self.is_free:
             return
-        if self.config_path.exists():
-            if differ := self.config.differences(config):
-                named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
-                raise SPDError(
-                    f"{self.path} holds a run with other settings ({named}); choose another --out or the same settings"
-                )
-        else:
+        if not self.config_path.exists():
             raise SPDError(f"{self.path} exists and is not a run directory; choose a new directory")
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / self.settings_file
+        if differ := self.config.differences(config):
+            named = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differ.items())
+            raise SPDError(
+                f"{self.path} holds a run with other settings ({named}); choose another --out or the same settings"
+            )
 
     @property
     def config(self) -> SPDConfig:
@@ -179,38 +186,30 @@ class Run(Folder):
 
     @property
     def moments(self) -> GradientMoments:
-        return GradientMoments.load(self.path / "moments.safetensors")
+        return GradientMoments.load(self.moments_path)
 
     @property
-    def subspace(self) -> Subspace:
-        return Subspace.load(self.path / "subspace.safetensors")
-
-    @property
-    def corpus(self) -> Corpus:
-        return Corpus.load(self.path / "corpus.jsonl")
+    def moments_path(self) -> Path:
+        return self.path / "moments.safetensors"
 
     @property
     def unprojected(self) -> Corpus:
         """Completions of some of the same prompts with the same noise, without the projection."""
-        return Corpus.load(self.path / "unprojected.jsonl")
+        return Corpus.load(self.unprojected_path)
+
+    @property
+    def unprojected_path(self) -> Path:
+        return self.path / "unprojected.jsonl"
 
     @property
     def adapter(self) -> Path:
-        path = self.path / "adapter"
-        if not path.exists():
+        if not (path := super().adapter).exists():
             raise SPDError(f"{self.path} has no adapter yet; let the run finish its fine-tuning")
         return path
 
     def result(self, task: str, policy: str) -> EvalResult:
         """Scores of one policy (`base`, `projected`, `spd`) on one task, by its name in `config.targets`."""
-        return EvalResult.load(self.path / "eval" / task / f"{policy}.json")
-
-    def effects(self, task: str) -> dict[str, list[ForcedItem]]:
-        """Teacher-forced effects on one task: `base`, `projected`, `spd`, `random-0`, ..."""
-        return read_effects(self.effects_path(task))
-
-    def effects_path(self, task: str) -> Path:
-        return self.path / "effects" / f"{task}.json"
+        return EvalResult.load(self.result_path(task, policy))
 
     @property
     def summary(self) -> str:
@@ -219,20 +218,6 @@ class Run(Folder):
         if not path.exists():
             raise SPDError(f"{self.path} has no summary yet; start the run again to finish it")
         return path.read_text(encoding="utf-8")
-
-
-def read_effects(path: Path) -> dict[str, list[ForcedItem]]:
-    """Teacher-forced items by policy, as `write_effects` wrote them; `SPDError` if the file holds something else."""
-    record = read_json(path)
-    try:
-        return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
-    except (AttributeError, TypeError) as error:
-        raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
-
-
-def write_effects(path: Path, effects: Mapping[str, Sequence[ForcedItem]]) -> None:
-    """Keep teacher-forced items by policy."""
-    write_json(path, {policy: [asdict(item) for item in items] for policy, items in effects.items()})
 
 
 def environment() -> dict[str, Any]:

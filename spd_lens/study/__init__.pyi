@@ -7,8 +7,8 @@ from .engine import run_study as run_study
 from .folder import Cell as Cell
 from .folder import Study as Study
 from .plan import make_plan as make_plan
-from .reporting.contrasts import FOCUS as FOCUS
-from .reporting.contrasts import RANDOM as RANDOM
+from .reporting.differences import FOCUS as FOCUS
+from .reporting.differences import RANDOM as RANDOM
 from .reporting.evidence import Evidence as Evidence
 from .reporting.evidence import Outcome as Outcome
 from .reporting.report import PHASES as PHASES

@@ -157,11 +157,9 @@ class StudyConfig(Settings):
                 missing = [str(value) for value in theirs[key] if value not in mine[key]]
                 phrases += [f"{key}: {', '.join(missing)} there and not now"] if missing else []
             elif isinstance(mine[key], dict):
-                names = [
-                    name for name in {**theirs[key], **mine[key]} if differ(theirs[key].get(name), mine[key].get(name))
-                ]
-                phrases += [f"{n}: {theirs[key].get(n)!r} there, {mine[key].get(n)!r} now" for n in names]
-            elif differ(mine[key], theirs[key]):
+                both = {name: (theirs[key].get(name), mine[key].get(name)) for name in {**theirs[key], **mine[key]}}
+                phrases += [f"{name}: {t!r} there, {m!r} now" for name, (t, m) in both.items() if differ(name, t, m)]
+            elif differ(key, mine[key], theirs[key]):
                 phrases.append(f"{key}: {theirs[key]!r} there, {mine[key]!r} now")
         return phrases
 

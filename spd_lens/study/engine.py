@@ -5,35 +5,30 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spd_lens import tasks
-from spd_lens.evaluation import EvalResult
-from spd_lens.files import is_made, read_json
 from spd_lens.models import ModelPair, neutral
 from spd_lens.runs import (
-    Draws,
     Experiment,
+    Step,
     allow_execution,
     check_data,
     check_model,
     decided_by,
-    left_out,
-    note_model,
-    note_set_up,
+    note_start,
     ready_pair,
+    work,
 )
-from spd_lens.study.config import BASE, StudyConfig, named
-from spd_lens.study.costs import Machine, Unit
-from spd_lens.study.folder import Cell, Study
-from spd_lens.study.plan import Clock, duration, schedule, unit_costs
+from spd_lens.study.config import StudyConfig, named
+from spd_lens.study.costs import Machine
+from spd_lens.study.folder import Study
+from spd_lens.study.plan import duration, remaining, unit_costs
 from spd_lens.study.results import write_tables
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
-from spd_lens.study.stages import Bench, distil, finish, measure, project, score, self_generate
-from spd_lens.subspaces import Subspace
-from spd_lens.training import is_finished
+from spd_lens.study.stages import Bench, finish, step_of
 
 log = logging.getLogger(__name__)
 
@@ -122,115 +117,32 @@ def _check_model(config: StudyConfig, experiments: Mapping[str, Experiment]) -> 
 
 def _note(bench: Bench) -> None:
     """Model, data, set-up and machine of the study; refused where an earlier start saw something else."""
-    study, config, pair, targets = bench.study, bench.config, bench.any.pair, bench.any.targets
-    note_model(study, pair)
-    sources = {key: experiment.task for key, experiment in bench.experiments.items()}
-    data = {name: task.sources() for name, task in {**targets, **sources}.items()}
-    study.note_once("the data", data=data)
-    note_set_up(study, config.shared, pair)
-    draws: Draws = {
-        "calibration": {key: (own.task, own.config.n_calibration) for key, own in bench.experiments.items()},
-        "train": {key: (own.task, own.config.n_train) for key, own in bench.experiments.items()},
-        "test": {
-            # a larger draw begins with a smaller one
-            name: (task, max(config.n_measured(name), config.n_scored(name)))
-            for name, task in targets.items()
-        },
-    }
-    if counts := left_out(pair, config.shared, draws):
-        study.note_once("the choice of texts that fit", left_out=counts)
-    study.note_environment()
+    config, experiments = bench.config, bench.experiments
+    tasks_of = {**bench.any.targets, **{key: experiment.task for key, experiment in experiments.items()}}
+    data = {"the data": {"data": {name: task.sources() for name, task in tasks_of.items()}}}
+    # a larger draw begins with a smaller one
+    note_start(bench.study, experiments, lambda name: max(config.n_measured(name), config.n_scored(name)), data)
 
 
 def _work(bench: Bench, keeps_lens: bool) -> None:
     study, config, pair = bench.study, bench.config, bench.any.pair
-    units = schedule(config)
     shape = shape_of(pair.name, pair.hf.config, sum(p.numel() for p in pair.hf.parameters()))
     costs = unit_costs(config, shape, Machine.assumed(str(pair.device), pair.dtype.itemsize))
-    todo = [unit for unit in units if not _done(bench, unit)]
-    log.info("%d of %d units to do", len(todo), len(units))
-    for place, unit in enumerate(todo):
-        if unit.stage != "extract" and not keeps_lens:
-            pair.drop_lens()  # only extraction looks at the lens model
-        fresh = not _begun(bench, unit)
-        start = time.perf_counter()
-        worked = _do(bench, unit)
+    steps = [step_of(bench, unit) for unit in costs]
+
+    def do(step: Step, place: str, rest: Sequence[Step]) -> None:
+        fresh, start = not step.is_begun(), time.perf_counter()
+        worked = step.do() is not False
         seconds = time.perf_counter() - start
-        if worked and fresh and costs[unit].seconds:
+        if worked and fresh and costs[step.what].seconds:
             # what was copied, or begun by a process that was killed, would make the others look faster than they are
-            study.add_measured(unit.stage, seconds, costs[unit].seconds)
-        clock = Clock(costs, {stage: dict(entry) for stage, entry in study.measured().items()})
-        left = clock.remaining(todo[place + 1 :])
-        log.info("[%d/%d] %s: %s; %s", place + 1, len(todo), unit, duration(seconds), left)
+            study.add_measured(step.stage, seconds, costs[step.what].seconds)
+        left = remaining(costs, study.measured(), [step.what for step in rest])
+        log.info("%s %s: %s; %s", place, step.what, duration(seconds), left)
+
+    work(steps, pair, keeps_lens, do)
     for cell in study.cells(config):
         finish(bench, cell)
-
-
-def _cells(bench: Bench, unit: Unit) -> list[Cell]:
-    """The cells that a unit works on: one, or all methods of a source and seed."""
-    if unit.method == BASE:
-        return [bench.study.base()]
-    assert unit.seed is not None
-    if unit.method:
-        return [bench.study.cell(unit.source, unit.method, unit.seed)]
-    return bench.cells(unit.source, unit.seed)
-
-
-def _done(bench: Bench, unit: Unit) -> bool:
-    cells = _cells(bench, unit)
-
-    def measured(cell: Cell, name: str, *, side: bool = False) -> bool:
-        return is_made(cell.effects_path(name, side=side), read_json)
-
-    checks: dict[str, Callable[[Cell], bool]] = {
-        "extract": lambda cell: (
-            cell.has_projection and (cell.projection is None or is_made(cell.subspace_path, Subspace.load))
-        ),
-        "generate": lambda cell: cell.has_corpus,
-        "finetune": lambda cell: is_finished(cell.adapter),
-        "measure": lambda cell: not bench.items(unit.target) or measured(cell, unit.target),
-        "side effects": lambda cell: all(measured(cell, name, side=True) for name in bench.texts),
-        "score": lambda cell: (
-            is_made(cell.result_path(unit.target, unit.phase), EvalResult.load)
-            or (unit.phase == "projected" and cell.has_projection and cell.projection is None)
-        ),
-    }
-    return all(checks[unit.stage](cell) for cell in cells)
-
-
-def _begun(bench: Bench, unit: Unit) -> bool:
-    """Whether a process that was killed has done a part of it."""
-    cells = _cells(bench, unit)
-    if unit.stage == "generate":
-        return cells[0].corpus_path.exists()
-    if unit.stage == "finetune":
-        return cells[0].adapter.with_name("adapter.training").exists()
-    if unit.stage == "measure":
-        return any(cell.effects_path(unit.target).exists() for cell in cells)
-    if unit.stage == "side effects":
-        return any(cell.effects_path(name, side=True).exists() for cell in cells for name in bench.texts)
-    if unit.stage == "score":
-        return cells[0].result_path(unit.target, unit.phase).with_suffix(".jsonl").exists()
-    return False
-
-
-def _do(bench: Bench, unit: Unit) -> bool:
-    """Returns whether it was real work."""
-    cells = _cells(bench, unit)
-    if unit.stage == "measure":
-        measure(bench, cells, unit.target, bench.items(unit.target))
-    elif unit.stage == "side effects":
-        for name, items in bench.texts.items():
-            measure(bench, cells, name, items, side=True)
-    elif unit.stage == "extract":
-        project(bench, cells[0])
-    elif unit.stage == "generate":
-        return self_generate(bench, cells[0])
-    elif unit.stage == "finetune":
-        distil(bench, cells[0])
-    else:
-        return score(bench, cells[0], unit.target, unit.phase)
-    return True
 
 
 def _report(study: Study) -> None:

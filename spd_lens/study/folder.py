@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import EvalResult
 from spd_lens.files import is_made, occupants, read_json, write_text
-from spd_lens.generation import Corpus
-from spd_lens.runs import Folder, check_whole, read_effects
+from spd_lens.runs import Artefacts, Folder, check_whole
 from spd_lens.study.config import BASE, StudyConfig, named
-from spd_lens.subspaces import Policy, Subspace
-
-Effects = dict[str, list[ForcedItem]]
-"""Teacher-forced items by phase: `trained`, and `projected` where the method projects."""
+from spd_lens.subspaces import Policy
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Artefacts):
     """One method on one source with one seed, or the base model; its files are there once they were made."""
 
     path: Path
@@ -30,18 +26,6 @@ class Cell:
 
     def __str__(self) -> str:
         return self.method if self.seed is None else f"{self.method} on {self.source}, seed {self.seed}"
-
-    @property
-    def corpus_path(self) -> Path:
-        return self.path / "corpus.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def has_corpus(self) -> bool:
-        return Corpus.is_finished(self.corpus_path)
 
     @property
     def has_projection(self) -> bool:
@@ -67,29 +51,13 @@ class Cell:
         """The model that the method leaves."""
         return Policy(self.method, adapter=None if self.method == BASE else self.adapter)
 
-    @property
-    def subspace_path(self) -> Path:
-        return self.path / "subspace.safetensors"
+    def result_path(self, task: str, policy: str = "trained") -> Path:
+        """The file of the scored completions of a target's items; `policy` is `trained` or `projected`."""
+        return self.path / ("eval" if policy == "trained" else "eval-projected") / f"{task}.json"
 
-    @property
-    def subspace(self) -> Subspace:
-        return Subspace.load(self.subspace_path)
-
-    def effects_path(self, name: str, *, side: bool = False) -> Path:
-        """Teacher-forced effects on a target, or on a set of texts that show side effects."""
-        return self.path / ("side_effects" if side else "effects") / f"{name}.json"
-
-    def effects(self, name: str, *, side: bool = False) -> Effects:
-        """What was measured on a target or a set of texts."""
-        return read_effects(self.effects_path(name, side=side))
-
-    def result_path(self, target: str, phase: str = "trained") -> Path:
-        """Scored completions of a target's items."""
-        return self.path / ("eval" if phase == "trained" else "eval-projected") / f"{target}.json"
-
-    def result(self, target: str, phase: str = "trained") -> EvalResult:
+    def result(self, task: str, policy: str = "trained") -> EvalResult:
         """Every item's completion and score."""
-        return EvalResult.load(self.result_path(target, phase))
+        return EvalResult.load(self.result_path(task, policy))
 
     @property
     def done(self) -> bool:
@@ -114,6 +82,7 @@ class Study(Folder):
     | `results.csv`, `corpora.csv` | one row per item and measure; one per corpus |
     """
 
+    kind = "study"
     settings_file = "study.yaml"
     notes_file = "study.json"
 
@@ -124,19 +93,6 @@ class Study(Folder):
         if [place.name for place in there] == [self.notes_file]:
             return set(self.notes) <= _FIRST_NOTES
         return not there
-
-    @classmethod
-    def open(cls, path: str | Path) -> Study:
-        """A study that exists, or `SPDError`."""
-        study = cls(path)
-        if not study.config_path.exists():
-            raise SPDError(f"{path} is not a study: it has no study.yaml")
-        check_whole(study.config_path)
-        return study
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / self.settings_file
 
     @property
     def config(self) -> StudyConfig:
@@ -150,15 +106,15 @@ class Study(Folder):
         """
         if self.is_free:
             return config
-        if self.config_path.exists():
-            earlier = self.config
-            if differ := config.extended(earlier):
-                raise SPDError(
-                    f"{self.path} holds a study with other settings ({'; '.join(differ)}); methods and seeds can be "
-                    "added to it, for anything else choose another --out"
-                )
-            return config.after(earlier)
-        raise SPDError(f"{self.path} exists and is not a study; choose a new directory")
+        if not self.config_path.exists():
+            raise SPDError(f"{self.path} exists and is not a study; choose a new directory")
+        earlier = self.config
+        if differ := config.extended(earlier):
+            raise SPDError(
+                f"{self.path} holds a study with other settings ({'; '.join(differ)}); methods and seeds can be "
+                "added to it, for anything else choose another --out"
+            )
+        return config.after(earlier)
 
     def begin(self, config: StudyConfig) -> None:
         """Write the settings, where they are new."""

@@ -146,22 +146,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-class Clock(NamedTuple):
-    """How long the units that are left will take, from the measured units of the same stage."""
+def remaining(costs: Mapping[Unit, Cost], measured: Measured, units: Iterable[Unit]) -> str:
+    """How long the units that are left will take, from the measured units of the same stage.
 
-    costs: Mapping[Unit, Cost]
-    measured: Measured
-
-    def remaining(self, units: Iterable[Unit]) -> str:
-        """A phrase such as `about 4 min left`; it says `at least` while some stage was never measured."""
-        rates = {stage: rate(entry) for stage, entry in self.measured.items()}
-        left = [unit for unit in units if self.costs[unit].seconds]
-        known = sum(self.costs[unit].seconds * (rates.get(unit.stage) or 0) for unit in left)
-        unmeasured = dict.fromkeys(unit.stage for unit in left if not rates.get(unit.stage))
-        if not unmeasured:
-            return f"about {duration(known)} left"
-        return (
-            f"at least {duration(known)} left ({', '.join(unmeasured)} not yet measured)"
-            if known
-            else "time left unknown"
-        )
+    A phrase such as `about 4 min left`; it says `at least` while some stage was never measured.
+    """
+    rates = {stage: rate(entry) for stage, entry in measured.items()}
+    left = [unit for unit in units if costs[unit].seconds]
+    known = sum(costs[unit].seconds * (rates.get(unit.stage) or 0) for unit in left)
+    unmeasured = dict.fromkeys(unit.stage for unit in left if not rates.get(unit.stage))
+    if not unmeasured:
+        return f"about {duration(known)} left"
+    return (
+        f"at least {duration(known)} left ({', '.join(unmeasured)} not yet measured)" if known else "time left unknown"
+    )

@@ -11,24 +11,17 @@ import pandas as pd
 from spd_lens import methods
 from spd_lens.evaluation import EvalResult, corpus_diagnostics
 from spd_lens.files import write_text
-from spd_lens.generation import Corpus
-from spd_lens.runs import MEASURES
+from spd_lens.runs import FORCED, MEASURES
 from spd_lens.study.config import BASE, named
 from spd_lens.study.folder import Cell, Study
 from spd_lens.study.reporting.evidence import COLUMNS
 from spd_lens.tasks import Task
 
-_FORCED = {
-    "aligned loss": "aligned_loss",
-    "completion loss": "completion_loss",
-    "token accuracy": "token_accuracy",
-    "KL from base": "kl",
-}
 DIAGNOSTICS = (
     "completions", "length", "length sd", "short", "truncated", "duplicates", "repeated 4-grams", "loops", "distinct-2",
     "answered", "after the answer",
 )  # fmt: skip
-"""Rows of `diagnostics.corpus_diagnostics` that a study keeps: shares, counts and lengths."""
+"""Rows of `corpus_diagnostics` that a study keeps: shares, counts and lengths."""
 _SCORED = ("accuracy", "accuracy by likelihood", "tokens")
 
 
@@ -37,7 +30,7 @@ def results_frame(folder: str | Path) -> pd.DataFrame:
 
     `role` is `target` or `side effect`; `phase` is `trained` or `projected` (before any training). The base model's
     rows have neither source nor phase nor seed, and no KL from itself; side effects have no aligned loss. Measures are
-    those of `comparison.MEASURES`, and `format` (1 if the answer stands in the form that was asked for) and `finished`
+    those of `spd-lens compare`, and `format` (1 if the answer stands in the form that was asked for) and `finished`
     (1 if the model ended by itself). Losses and KL are in nats per token.
     """
     study = Study.open(folder)
@@ -68,7 +61,7 @@ def _forced(cell: Cell, name: str, *, side: bool) -> Iterator[tuple[str, str, st
     """Rows `(phase, item, measure, value)` of what was measured teacher-forced."""
     for phase, items in cell.effects(name, side=side).items():
         for item in items:
-            for measure, field in _FORCED.items():
+            for measure, field in FORCED.items():
                 # the base has no KL from itself; a side effect's text is scored on all tokens, so one loss is enough
                 if not (cell.method == BASE and field == "kl") and not (side and field == "aligned_loss"):
                     yield phase, item.id, measure, getattr(item, field)
@@ -92,7 +85,7 @@ def corpora_frame(folder: str | Path) -> pd.DataFrame:
     rows = []
     for cell in study.cells(config):
         if cell.has_corpus:
-            kept = methods.get(cell.method).curated(Corpus.load(cell.corpus_path))
+            kept = methods.get(cell.method).curated(cell.corpus)
             found = corpus_diagnostics(kept, task=sources[cell.source]).set_index("measure")["value"]
             found = found.reindex(list(DIAGNOSTICS))  # a corpus without answers has no row on what stands after them
             rows.append({"source": cell.source, "method": cell.method, "seed": cell.seed, **found})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,19 +60,14 @@ def held_out_texts(task: Task, n: int, seed: int = 42) -> list[Example]:
     return [replace(item, spans=((0, len(item.completion)),)) for item in items if item.completion]
 
 
-@cache
-def _neutral() -> tuple[Example, ...]:
+def neutral_texts() -> list[Example]:
+    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
     lines = resources.files("spd_lens.study").joinpath("neutral.jsonl").read_text(encoding="utf-8").splitlines()
     found = []
     for record in map(json.loads, lines):
         prompt = f"Write a few sentences about {record['topic']}."
         found.append(Example(prompt, record["text"], ((0, len(record["text"])),), record["id"]))
-    return tuple(found)
-
-
-def neutral_texts() -> list[Example]:
-    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
-    return list(_neutral())
+    return found
 
 
 def _at_hand(name: str, data_dir: str | None) -> Task | None:

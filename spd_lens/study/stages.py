@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spd_lens import methods
-from spd_lens.evaluation import EvalResult, ForcedItem
+from spd_lens.evaluation import ForcedItem
 from spd_lens.examples import Example
-from spd_lens.files import is_made, read_json, replacing, write_json
-from spd_lens.generation import Corpus, Header, Sampling, corpus_digest, settings_path
+from spd_lens.files import replacing, write_json
+from spd_lens.generation import Header, Sampling, corpus_digest, settings_path
 from spd_lens.models import adapter_digest
-from spd_lens.runs import Experiment, write_effects
-from spd_lens.study.config import StudyConfig
+from spd_lens.runs import Experiment, Step
+from spd_lens.study.config import BASE, StudyConfig
+from spd_lens.study.costs import Unit
 from spd_lens.study.folder import Cell, Study
 from spd_lens.subspaces import Policy
 
@@ -51,7 +53,30 @@ class Bench:
         return self.any.items(target, self.config.n_measured(target))
 
 
-def project(bench: Bench, cell: Cell) -> None:
+def step_of(bench: Bench, unit: Unit) -> Step:
+    """A unit of the plan as a step, on its cell or on all cells of its source and seed."""
+    if unit.method == BASE:
+        cells = [bench.study.base()]
+    elif unit.method:
+        cells = [cell for cell in bench.cells(unit.source, unit.seed) if cell.method == unit.method]
+    else:
+        cells = bench.cells(unit.source, unit.seed)
+    if unit.stage in ("measure", "side effects"):
+        return _measuring(bench, unit, cells)
+    [cell] = cells
+    if unit.stage == "score":
+        return _scoring(bench, unit, cell)
+    is_done, do, is_begun = {
+        "extract": (
+            lambda: cell.has_projection and (cell.projection is None or cell.has_subspace), _project, lambda: False
+        ),
+        "generate": (lambda: cell.has_corpus, _self_generate, cell.corpus_path.exists),
+        "finetune": (lambda: cell.is_trained, _distil, cell.adapter.with_name("adapter.training").exists),
+    }[unit.stage]  # fmt: skip
+    return Step(unit.stage, unit, is_done, partial(do, bench, cell), is_begun)
+
+
+def _project(bench: Bench, cell: Cell) -> None:
     """The subspace and strength that the method generates under; `projection.json` is written last."""
     found = methods.get(cell.method).projection(bench.of(cell))
     digest = strength = None
@@ -61,14 +86,17 @@ def project(bench: Bench, cell: Cell) -> None:
     write_json(cell.path / "projection.json", {"digest": digest, "strength": strength})
 
 
-def self_generate(bench: Bench, cell: Cell) -> bool:
+def _self_generate(bench: Bench, cell: Cell) -> bool:
     """The corpus (Eq. 13). Returns whether it had to be generated: a method that would write the same is copied."""
     if not cell.has_projection:  # a method without one has no unit of stage `extract`
-        project(bench, cell)
+        _project(bench, cell)
     experiment = bench.of(cell)
     sampling = dict(methods.get(cell.method).sampling(experiment))
     if not cell.corpus_path.exists() and (twin := _same_corpus(bench, cell, sampling)) is not None:
-        _copy_corpus(twin.corpus_path, cell.corpus_path)
+        # the settings first: there is never a corpus of unknown settings
+        for place in (settings_path, Path):
+            with replacing(place(cell.corpus_path)) as scratch:
+                shutil.copyfile(place(twin.corpus_path), scratch)
         return False
     experiment.generate(cell.corpus_path, cell.projected, sampling=sampling)
     return True
@@ -87,44 +115,51 @@ def _same_corpus(bench: Bench, cell: Cell, sampling: Mapping[str, Any]) -> Cell 
     return None
 
 
-def _copy_corpus(there: Path, here: Path) -> None:
-    # the settings first: there is never a corpus of unknown settings
-    for source, target in ((settings_path(there), settings_path(here)), (there, here)):
-        with replacing(target) as scratch:
-            shutil.copyfile(source, scratch)
-
-
-def distil(bench: Bench, cell: Cell) -> None:
+def _distil(bench: Bench, cell: Cell) -> None:
     """The adapter (Eq. 14), trained on what the method keeps of its corpus."""
-    bench.of(cell).finetune(methods.get(cell.method).curated(Corpus.load(cell.corpus_path)), cell.adapter)
+    bench.of(cell).finetune(methods.get(cell.method).curated(cell.corpus), cell.adapter)
 
 
-def measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Example], *, side: bool = False) -> None:
+def _measuring(bench: Bench, unit: Unit, cells: Sequence[Cell]) -> Step:
+    side = unit.stage == "side effects"
+    sets = bench.texts if side else {unit.target: bench.items(unit.target)}
+
+    def missing(name: str) -> list[Cell]:
+        return [cell for cell in cells if sets[name] and not cell.has_effects(name, side=side)]
+
+    def do() -> None:
+        for name, items in sets.items():
+            if own := missing(name):
+                _measure(bench, own, name, items, side)
+
+    return Step(
+        unit.stage, unit, lambda: not any(map(missing, sets)), do,
+        lambda: any(cell.effects_path(name, side=side).exists() for cell in cells for name in sets),
+    )  # fmt: skip
+
+
+def _measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Example], side: bool) -> None:
     """Teacher-forced effects of several cells on the same items, in one pass over the base model.
 
     After training, and under the projection before any training; a projection that several cells have in common (other
     seeds of a method whose subspace no seed changes) is measured once.
     """
-    missing = [cell for cell in cells if not is_made(cell.effects_path(name, side=side), read_json)]
-    if not missing or not items:
-        return
     policies: dict[str, Policy] = {}
     known: dict[str, list[ForcedItem]] = {}
-    for cell in missing:
+    for cell in cells:
         policies[cell.method] = cell.trained
         under = cell.projection
         if under is not None and (key := _name(under)) not in {**known, **policies}:
-            earlier = _measured_projection(bench, cell, name, side)
-            if earlier is not None:
+            if earlier := _measured_projection(bench, cell, name, side):
                 known[key] = earlier
             else:
                 policies[key] = Policy(key, cell.subspace, under[1])
     found = known | bench.any.measure(items, list(policies.values()))
-    for cell in missing:
+    for cell in cells:
         phases = {"trained": found[cell.method]}
         if (under := cell.projection) is not None:
             phases["projected"] = found[_name(under)]
-        write_effects(cell.effects_path(name, side=side), phases)
+        cell.write_effects(name, phases, side=side)
 
 
 def _name(projection: tuple[str, float]) -> str:
@@ -141,27 +176,33 @@ def _same_projection(bench: Bench, cell: Cell) -> Iterator[Cell]:
 
 def _measured_projection(bench: Bench, cell: Cell, name: str, side: bool) -> list[ForcedItem] | None:
     for other in _same_projection(bench, cell):
-        if is_made(other.effects_path(name, side=side), read_json):
+        if other.has_effects(name, side=side):
             return other.effects(name, side=side)["projected"]
     return None
 
 
-def score(bench: Bench, cell: Cell, target: str, phase: str) -> bool:
-    """Greedy completions and their scores. Returns whether there was anything to do."""
+def _scoring(bench: Bench, unit: Unit, cell: Cell) -> Step:
+    target, phase = unit.target, unit.phase
     path = cell.result_path(target, phase)
-    policy: Policy | None = cell.trained
-    if phase == "projected":
-        if cell.projection is None:
+    completions = path.with_suffix(".jsonl")
+
+    def is_done() -> bool:
+        nothing_to_do = phase == "projected" and cell.has_projection and cell.projection is None
+        return nothing_to_do or cell.has_result(target, phase)
+
+    def do() -> bool:
+        policy = cell.trained if phase == "trained" else cell.projected
+        if policy is None:
             return False
-        for other in _same_projection(bench, cell):
-            if is_made(other.result_path(target, phase), EvalResult.load):
+        for other in _same_projection(bench, cell) if phase == "projected" else ():
+            if other.has_result(target, phase):
                 replace(other.result(target, phase), policy=cell.method).save(path)
                 return False
-        policy = cell.projected
-    assert policy is not None
-    forced = cell.effects(target)[phase] if cell.effects_path(target).exists() else []
-    bench.any.score(target, policy, path, completions=path.with_suffix(".jsonl"), forced=forced)
-    return True
+        forced = cell.effects(target)[phase] if cell.effects_path(target).exists() else []
+        bench.any.score(target, policy, path, completions=completions, forced=forced)
+        return True
+
+    return Step(unit.stage, unit, is_done, do, completions.exists)
 
 
 def finish(bench: Bench, cell: Cell) -> None:
@@ -172,7 +213,7 @@ def finish(bench: Bench, cell: Cell) -> None:
     wanted += [cell.result_path(name, phase) for name in bench.any.targets for phase in phases]
     if cell.done or not all(path.exists() for path in wanted):
         return
-    corpus = Corpus.load(cell.corpus_path)
+    corpus = cell.corpus
     kept = methods.get(cell.method).curated(corpus)
     write_json(
         cell.path / "done.json",

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 import spd_lens as spd
 from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.evaluation.teacher_forced import teacher_forced
-from spd_lens.runs.pipeline import note_set_up
+from spd_lens.runs.stages import note_set_up
 from spd_lens.runs.summary import write_summary
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract

@@ -155,6 +155,19 @@ def test_killed_rounds_go_on_and_end_alike(config, tiny_pair, finished, folder, 
     ).read_bytes()
 
 
+def test_a_model_named_by_a_relative_path(config, tiny_llama_dir, tiny_pair, tmp_path, monkeypatch):
+    """Each round is given the pair, whose name is the whole path."""
+    monkeypatch.chdir(tiny_llama_dir.parent)
+    named = config.model_copy(update={"model": f"./{tiny_llama_dir.name}"})
+    options = {"stop": NEVER, "n_held_out": 4, "progress": False}
+    done = run_rounds(named, tmp_path / "r", 1, **options)
+    assert done.run(1).config.model == named.model and done.run(1).summary
+    again = run_rounds(named, tmp_path / "r", 1, pair=tiny_pair, **options)
+    pd.testing.assert_frame_equal(again.table, done.table)
+    with refused("model", "there"):
+        spd_lens.run(done.run(1).config.model_copy(update={"model": "elsewhere"}), done.run(1).path)
+
+
 def test_the_first_models_subspace_throughout(config, tiny_pair, folder):
     shutil.rmtree(folder.path / "round-2")
     shutil.rmtree(folder.path / "after-2")

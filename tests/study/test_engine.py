@@ -29,6 +29,7 @@ MATH = {"synthetic-math": {"max_new_tokens": 8}}
 TASK_OPTIONS = {**MATH, "synthetic-qa": {"max_new_tokens": 4}}
 REPORTS = {"study.json", "report.md", "report.html", "comparisons.csv"}
 """Reports and notes speak of times."""
+LOGGERS = {"spd_lens.runs.stages", "spd_lens.study.engine"}
 TABLES = {*REPORTS, "study.yaml", "results.csv", "corpora.csv"}
 """What every start writes anew."""
 
@@ -374,9 +375,9 @@ def test_two_at_once_are_refused(study_of, tiny_pair, copied_study):
 
 def test_every_unit_says_what_is_left(study_of, tiny_pair, copied_study, caplog):
     shutil.rmtree(copied_study.cell("synthetic-math", "psr", 2).path)
-    with caplog.at_level("INFO", logger="spd_lens.study"):
+    with caplog.at_level("INFO", logger="spd_lens"):
         run_study(study_of(), copied_study.path, pair=tiny_pair)
-    lines = [record.getMessage() for record in caplog.records if record.name == "spd_lens.study.engine"]
+    lines = [record.getMessage() for record in caplog.records if record.name in LOGGERS]
     assert lines[0] == "7 of 33 units to do"
     assert lines[1].startswith("[1/7] generate: psr, from synthetic-math, seed 2: ") and "about" in lines[1]
     assert lines[-1].endswith("about 0 s left")

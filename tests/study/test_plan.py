@@ -18,7 +18,7 @@ from spd_lens.study.costs import (
     Unit,
     bytes_per_weight,
 )
-from spd_lens.study.plan import Clock, duration, make_plan, rate, schedule, unit_costs
+from spd_lens.study.plan import duration, make_plan, rate, remaining, schedule, unit_costs
 from spd_lens.study.shapes import TABLE, Shape, read_shape
 from tests.helpers import refused
 
@@ -184,13 +184,13 @@ def test_measured_seconds_replace_the_assumption(study_of):
 def test_the_clock_says_what_it_knows_and_no_more():
     a, b, c = Unit("generate"), Unit("generate", seed=2), Unit("finetune")
     costs = {a: Cost(1, 2.0), b: Cost(1, 4.0), c: Cost(1, 10.0), Unit("extract"): Cost()}
-    assert Clock(costs, {}).remaining([a, b, c]) == "time left unknown"
+    assert remaining(costs, {}, [a, b, c]) == "time left unknown"
     half = {"generate": {"seconds": 300.0, "work": 2.0}}
-    assert Clock(costs, half).remaining([b, c]) == "at least 10 min left (finetune not yet measured)"
+    assert remaining(costs, half, [b, c]) == "at least 10 min left (finetune not yet measured)"
     both = {**half, "finetune": {"seconds": 5.0, "work": 10.0}}
-    assert Clock(costs, both).remaining([b, c]) == "about 10 min left"
-    assert Clock(costs, both).remaining([c]) == "about 5 s left"
-    assert Clock(costs, {}).remaining([Unit("extract")]) == "about 0 s left"  # nothing that costs anything is left
+    assert remaining(costs, both, [b, c]) == "about 10 min left"
+    assert remaining(costs, both, [c]) == "about 5 s left"
+    assert remaining(costs, {}, [Unit("extract")]) == "about 0 s left"  # nothing that costs anything is left
 
 
 def test_numbers_for_readers():

@@ -15,7 +15,7 @@ from spd_lens.errors import SPDError
 from spd_lens.study import engine
 from spd_lens.study.folder import Study
 from spd_lens.study.reporting import report
-from spd_lens.study.reporting.contrasts import RANDOM, better, differences, estimate_of, means, references
+from spd_lens.study.reporting.differences import RANDOM, better, differences, estimate_of, means, references
 from spd_lens.study.reporting.evidence import Evidence
 from spd_lens.study.reporting.report import Report, write_report
 from spd_lens.study.reporting.setup import backbone, differences_from_paper

@@ -16,7 +16,7 @@ from spd_lens.output import markdown
 from spd_lens.runs import in_words, quoted
 from spd_lens.stats import TOO_FEW, WITHIN_NOISE
 from spd_lens.study.config import BASE
-from spd_lens.study.reporting.contrasts import (
+from spd_lens.study.reporting.differences import (
     ALPHA,
     FLIPS_PER_COMPARISON,
     MIN_FLIPS,
@@ -48,12 +48,12 @@ class Report:
 
     @cached_property
     def means(self) -> pd.DataFrame:
-        """`contrasts.means` of the study."""
+        """The mean of every measure."""
         return means(self.evidence)
 
     @cached_property
     def differences(self) -> pd.DataFrame:
-        """`contrasts.differences` of the study."""
+        """Paired differences, with their intervals and p-values."""
         return differences(self.evidence)
 
     @cached_property

@@ -13,7 +13,7 @@ import pandas as pd
 
 from spd_lens.stats import TOO_FEW
 from spd_lens.study.config import BASE
-from spd_lens.study.reporting.contrasts import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
+from spd_lens.study.reporting.differences import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
 from spd_lens.study.reporting.evidence import Evidence
 
 LOSS, KL = "aligned loss", "KL from base"
