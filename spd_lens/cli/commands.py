@@ -65,11 +65,11 @@ def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
 def study_command(
     file: Annotated[Path | None, typer.Argument(help="YAML file: methods, sources, targets, seeds, settings.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="A ready-made study; the file's lines go over it.")
+        str | None, typer.Option("--preset", help="A ready-made study; settings of the file replace its own.")
     ] = None,
     out: Out = Path("runs/study"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, tokens, memory, time; do nothing.")] = False,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over both, as seeds=[1,2].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its costs, and do nothing.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, over file and preset.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Methods x sources x targets x seeds on one model, with a report. Started again, it continues."""
@@ -85,11 +85,9 @@ def rounds_command(
     config: SPDConfig,
     out: Out = Path("runs/rounds"),
     n_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds at most.")] = 3,
-    reextract: Annotated[str, typer.Option("--reextract", help="Each round's subspace: current or first model's.")] = (
-        "current"
-    ),
+    reextract: Annotated[str, typer.Option(help="Use the subspace of the current model, or of the first.")] = "current",
     kl_budget: Annotated[
-        float, typer.Option("--kl-budget", help="Stop beyond this KL from the first model; 0: any.")
+        float, typer.Option("--kl-budget", help="Stop when KL from the first model exceeds this; 0 for no limit.")
     ] = 1.0,
     stop_on_loss: Annotated[
         bool, typer.Option("--stop-on-loss/--no-stop-on-loss", help="Stop when the held-out loss rises beyond noise.")
@@ -179,7 +177,7 @@ def evaluate_command(
     out: Out = Path("eval.json"),
     subspace: SubspaceFile = None,
     adapter: AdapterDir = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit; else the task's own.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit of an answer; else the task's own.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score the base, projected or fine-tuned model on a task's test items."""

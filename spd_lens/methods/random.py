@@ -53,7 +53,40 @@ class RandomSameKL(SelfPolicyDistillation):
     is_control = True
 
     def projection(self, experiment: Experiment) -> Policy:
-        return matched_in_kl(experiment)
+        """Match KL on the gold completions of a few calibration examples.
+
+        It grows with the strength, so bisection finds the place. Where random directions at full strength move the
+        model less than SPD's, fewer of them are kept.
+
+        Raises:
+            SPDError: no number of random directions moves the model as far (SPD's projection is extreme).
+        """
+        target = experiment.subspace()
+        examples = experiment.calibration[:N_MATCHING]
+
+        def kl(subspace: Subspace, strength: float) -> float:
+            policy = Policy("probe", subspace, strength)
+            found = teacher_forced(experiment.pair, examples, [policy], progress=False)
+            return fmean(item.kl for item in found["probe"])
+
+        wanted = kl(target, experiment.config.strength)
+        random = target.random_like(experiment.config.seed)
+        while kl(random, 1.0) < wanted:
+            largest = max(max(ranks) for ranks in random.ranks.values())
+            if largest == 1:
+                raise SPDError(
+                    f"no random subspace moves the model as far as SPD's (a KL of {wanted:.3g}); leave out "
+                    f"{self.name!r} or lower the strength"
+                )
+            random = random.truncate(max(1, largest * 3 // 4))
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            found = kl(random, middle)
+            if abs(found - wanted) <= KL_TOLERANCE * wanted:
+                break
+            low, high = (middle, high) if found < wanted else (low, middle)
+        return Policy(self.name, random, middle)
 
 
 def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -> Subspace:
@@ -78,39 +111,3 @@ def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -
 def _energy(basis: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """`vᵀ C v` of each direction: `[block, rank]`."""
     return einsum(basis, gram, basis, "block i r, block i j, block j r -> block r")
-
-
-def matched_in_kl(experiment: Experiment) -> Policy:
-    """Random directions of SPD's ranks, and the strength at which their KL from base is SPD's.
-
-    KL is measured on the gold completions of a few calibration examples; it grows with the strength, so bisection finds
-    the place. Where random directions at full strength move the model less than SPD's, fewer of them are kept.
-
-    Raises:
-        SPDError: no number of random directions moves the model as far (SPD's projection is extreme).
-    """
-    target = experiment.subspace()
-    examples = experiment.calibration[:N_MATCHING]
-
-    def kl(subspace: Subspace, strength: float) -> float:
-        policy = Policy("probe", subspace, strength)
-        return fmean(item.kl for item in teacher_forced(experiment.pair, examples, [policy], progress=False)["probe"])
-
-    wanted = kl(target, experiment.config.strength)
-    random = target.random_like(experiment.config.seed)
-    while kl(random, 1.0) < wanted:
-        largest = max(max(ranks) for ranks in random.ranks.values())
-        if largest == 1:
-            raise SPDError(
-                f"no random subspace moves the model as far as SPD's (a KL of {wanted:.3g}); leave out "
-                f"{RandomSameKL.name!r} or lower the strength"
-            )
-        random = random.truncate(max(1, largest * 3 // 4))
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        found = kl(random, middle)
-        if abs(found - wanted) <= KL_TOLERANCE * wanted:
-            break
-        low, high = (middle, high) if found < wanted else (low, middle)
-    return Policy(RandomSameKL.name, random, middle)

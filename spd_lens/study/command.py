@@ -12,21 +12,24 @@ from rich.markdown import Markdown
 
 from spd_lens.errors import SPDError
 from spd_lens.study.config import StudyConfig, preset_names
+from spd_lens.study.engine import run_study
 from spd_lens.study.folder import Study
+from spd_lens.study.plan import make_plan
+from spd_lens.study.shapes import read_shape
 
 
 def study(
     file: Path | None, preset: str | None, out: Path, settings: Sequence[str], *, dry_run: bool, console: Console
 ) -> None:
-    """Run or plan a study of a file, a preset, or a file over a preset."""
+    """Run a study of a file, a preset, or a file over a preset; or print its plan, with seconds measured so far."""
     if file is None and preset is None:
         raise SPDError(f"give a study's YAML file, or --preset with one of {', '.join(preset_names())}")
     config = StudyConfig.read(file, preset=preset, overrides=overrides(settings))
-    if dry_run:
-        console.print(Markdown(_plan(config, out)))
+    if dry_run:  # it needs no weights, and for known models no network
+        config = Study(out).admits(config)
+        plan = make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured())
+        console.print(Markdown(plan.to_markdown()))
         return
-    from spd_lens.study.engine import run_study
-
     done = run_study(config, out)
     console.print(Markdown((done.path / "report.md").read_text(encoding="utf-8")))
     console.print(f"Everything is in {out}; report.html is the page to read.", highlight=False, markup=False)
@@ -51,12 +54,3 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
                 raise SPDError(f"--set {text!r} reaches into {parent!r}, which another --set gives a value")
         place[last] = parsed
     return found
-
-
-def _plan(config: StudyConfig, out: Path) -> str:
-    """The plan, with measured seconds if the study has begun. It needs no weights, and for known models no network."""
-    from spd_lens.study.plan import make_plan
-    from spd_lens.study.shapes import read_shape
-
-    config = Study(out).admits(config)
-    return make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured()).to_markdown()

@@ -150,8 +150,9 @@ def _measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exa
         policies[cell.method] = cell.trained
         under = cell.projection
         if under is not None and (key := _name(under)) not in {**known, **policies}:
-            if earlier := _measured_projection(bench, cell, name, side):
-                known[key] = earlier
+            same = (other for other in _same_projection(bench, cell) if other.has_effects(name, side=side))
+            if (other := next(same, None)) is not None:
+                known[key] = other.effects(name, side=side)["projected"]
             else:
                 policies[key] = Policy(key, cell.subspace, under[1])
     found = known | bench.any.measure(items, list(policies.values()))
@@ -172,13 +173,6 @@ def _same_projection(bench: Bench, cell: Cell) -> Iterator[Cell]:
     for other in bench.cells(cell.source):
         if other.path != cell.path and other.has_projection and other.projection == cell.projection:
             yield other
-
-
-def _measured_projection(bench: Bench, cell: Cell, name: str, side: bool) -> list[ForcedItem] | None:
-    for other in _same_projection(bench, cell):
-        if other.has_effects(name, side=side):
-            return other.effects(name, side=side)["projected"]
-    return None
 
 
 def _scoring(bench: Bench, unit: Unit, cell: Cell) -> Step:

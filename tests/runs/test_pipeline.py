@@ -476,6 +476,6 @@ def test_public_names():
     for name in public:
         assert getattr(spd, name).__doc__, name
         assert name in dir(spd)
-    with pytest.raises(AttributeError, match="'extrakt'"):
+    with pytest.raises(AttributeError, match="extrakt"):
         _ = spd.extrakt
     assert dataclasses.is_dataclass(spd.Example)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-import spd_lens.runs.rounds
+import spd_lens.runs
 from spd_lens.cli.commands import app
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.teacher_forced import teacher_forced
@@ -264,7 +264,7 @@ def test_the_command_hands_everything_on(monkeypatch, finished, tmp_path):
         asked.update(options, config=config, out=out, n_rounds=n_rounds)
         return finished
 
-    monkeypatch.setattr(spd_lens.runs.rounds, "run_rounds", pretended)
+    monkeypatch.setattr(spd_lens.runs, "run_rounds", pretended)
     flags = "rounds --rounds 5 --reextract first --kl-budget 0 --no-stop-on-loss --n-held-out 9 --rank 4 --quiet"
     result = CliRunner().invoke(app, [*flags.split(), "--out", str(tmp_path)])
     assert result.exit_code == 0 and "Round 2: aligned loss" in " ".join(result.output.split())

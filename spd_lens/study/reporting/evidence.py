@@ -78,7 +78,11 @@ class Evidence:
         corpora = _read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
         path = folder / "study.json"
         facts = read_json(path) if path.is_file() else {}
-        return cls.of(results, _read_plan(folder / "study.yaml"), corpora, facts, folder.resolve().name)
+        plan = {}
+        if (path := folder / "study.yaml").is_file():
+            check_whole(path)
+            plan = read_yaml(path)
+        return cls.of(results, plan, corpora, facts, folder.resolve().name)
 
     @classmethod
     def of(
@@ -246,10 +250,3 @@ def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
         return pd.read_csv(path, **options)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SPDError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    check_whole(path)
-    return read_yaml(path)

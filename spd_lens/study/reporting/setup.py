@@ -54,7 +54,8 @@ def differences_from_paper(evidence: Evidence) -> list[tuple[str, str, str]]:
             ]
     for target in evidence.targets:
         known = PRESETS["paper"].get(target)
-        n = _n_eval(settings["n_eval"], target)
+        n_eval = settings["n_eval"]
+        n = n_eval.get(target, "?") if isinstance(n_eval, Mapping) else n_eval
         if known is None:
             rows.append(("target task", "not in the paper", target))
         elif n != known["n_test"]:
@@ -66,10 +67,6 @@ def differences_from_paper(evidence: Evidence) -> list[tuple[str, str, str]]:
     resolved = {**settings, **_resolved(evidence.facts)}
     silent = [*_SILENT, *(name for name in _SILENT_AND_RARE if settings[name] != defaults[name])]
     return rows + [(name, "not stated", _text(resolved[name])) for name in silent]
-
-
-def _n_eval(n_eval: Any, target: str) -> Any:
-    return n_eval.get(target, "?") if isinstance(n_eval, Mapping) else n_eval
 
 
 def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
