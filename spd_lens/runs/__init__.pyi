@@ -6,17 +6,15 @@ from .comparison import compare as compare
 from .comparison import comparison_table as comparison_table
 from .config import DEMO as DEMO
 from .config import SPDConfig as SPDConfig
-from .config import check_whole as check_whole
 from .config import differ as differ
 from .config import named as named
+from .config import read_kept as read_kept
 from .config import read_yaml as read_yaml
 from .config import result_name as result_name
 from .config import to_yaml as to_yaml
 from .config import validated as validated
-from .context_limit import Draws as Draws
 from .context_limit import fitted as fitted
 from .context_limit import in_words as in_words
-from .context_limit import left_out as left_out
 from .experiment import Experiment as Experiment
 from .experiment import allow_execution as allow_execution
 from .experiment import decided_by as decided_by
@@ -42,9 +40,9 @@ from .stages import work as work
 from .summary import quoted as quoted
 
 __all__ = [
-    "Artefacts", "DEMO", "Draws", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig",
-    "Step", "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "check_whole",
-    "compare", "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "left_out", "load_pair",
-    "make_tasks", "named", "note_start", "print_report", "quoted", "read_yaml", "ready_pair", "result_name", "run",
-    "run_rounds", "say", "to_yaml", "validated", "work",
+    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
+    "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
+    "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "load_pair", "make_tasks", "named",
+    "note_start", "print_report", "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_rounds",
+    "say", "to_yaml", "validated", "work",
 ]  # fmt: skip

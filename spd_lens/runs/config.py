@@ -241,22 +241,23 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
 
 
 def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
-    """A whole YAML document: `---` begins it and `...` ends it, by which `check_whole` knows that nothing was lost."""
+    """A whole YAML document: `---` begins it and `...` ends it, by which `read_kept` knows that nothing was lost."""
     return yaml.safe_dump(
         settings.model_dump(mode="json"),
         sort_keys=False, allow_unicode=not ascii, explicit_start=True, explicit_end=True,
     )  # fmt: skip
 
 
-def check_whole(path: Path) -> None:
-    """Raise `SPDError` if a settings file that a run or a study keeps is empty or was cut off."""
+def read_kept(path: Path) -> dict[str, Any]:
+    """The settings file that a run or a study keeps; `SPDError` if it is empty or was cut off."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return  # `read_yaml` says what is wrong
+        return read_yaml(path)  # which says what is wrong
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+    return read_yaml(path)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from spd_lens.files import is_blank, is_free, make_directory, read_json, write_j
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair
 from spd_lens.runs.artefacts import Artefacts
-from spd_lens.runs.config import SPDConfig, check_whole
+from spd_lens.runs.config import SPDConfig, read_kept
 from spd_lens.subspaces import GradientMoments
 
 _LOCK = ".lock"
@@ -47,7 +47,7 @@ class Folder:
         folder = cls(path)
         if not folder.config_path.exists():
             raise SPDError(f"{path} is not a {cls.kind}: it has no {cls.settings_file}")
-        check_whole(folder.config_path)
+        read_kept(folder.config_path)
         return folder
 
     @property
@@ -181,8 +181,7 @@ class Run(Folder, Artefacts):
 
     @property
     def config(self) -> SPDConfig:
-        check_whole(self.config_path)
-        return SPDConfig.read(self.config_path)
+        return SPDConfig.make(read_kept(self.config_path))
 
     @property
     def moments(self) -> GradientMoments:

@@ -9,7 +9,7 @@ from pathlib import Path
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import is_made, occupants, read_json, write_text
-from spd_lens.runs import Artefacts, Folder, check_whole
+from spd_lens.runs import Artefacts, Folder, read_kept
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.subspaces import Policy
 
@@ -96,8 +96,7 @@ class Study(Folder):
 
     @property
     def config(self) -> StudyConfig:
-        check_whole(self.config_path)
-        return StudyConfig.read(self.config_path)
+        return StudyConfig.make(read_kept(self.config_path))
 
     def admits(self, config: StudyConfig) -> StudyConfig:
         """The study's settings if it goes on with `config`; refused unless it is free, the same or a larger study.

@@ -15,7 +15,7 @@ import pandas as pd
 from spd_lens import methods
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json
-from spd_lens.runs import check_whole, read_yaml, result_name
+from spd_lens.runs import read_kept, result_name
 from spd_lens.study.config import BASE, may_project
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
@@ -78,10 +78,8 @@ class Evidence:
         corpora = _read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
         path = folder / "study.json"
         facts = read_json(path) if path.is_file() else {}
-        plan = {}
-        if (path := folder / "study.yaml").is_file():
-            check_whole(path)
-            plan = read_yaml(path)
+        path = folder / "study.yaml"
+        plan = read_kept(path) if path.is_file() else {}
         return cls.of(results, plan, corpora, facts, folder.resolve().name)
 
     @classmethod
