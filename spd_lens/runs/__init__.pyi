@@ -36,6 +36,7 @@ from .run_dir import Run as Run
 from .run_dir import environment as environment
 from .stages import Step as Step
 from .stages import note_start as note_start
+from .stages import score as score
 from .stages import work as work
 from .summary import quoted as quoted
 
@@ -44,5 +45,5 @@ __all__ = [
     "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
     "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "load_pair", "make_tasks", "named",
     "note_start", "print_report", "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_rounds",
-    "say", "to_yaml", "validated", "work",
+    "say", "score", "to_yaml", "validated", "work",
 ]  # fmt: skip

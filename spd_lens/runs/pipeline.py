@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment, decided_by, ready_pair
 from spd_lens.runs.preflight import check_data, check_model
 from spd_lens.runs.run_dir import Run
-from spd_lens.runs.stages import Step, note_start, work
+from spd_lens.runs.stages import Step, note_start, score, work
 from spd_lens.runs.summary import write_summary
 from spd_lens.subspaces import GradientMoments, Policy, folded, projected
 
@@ -112,12 +113,11 @@ def _steps(record: Run, experiment: Experiment) -> Iterator[Step]:
                 "effects", f"measuring aligned loss and KL on {len(items)} held-out solutions of {target}",
                 partial(record.has_effects, target), partial(_measure, record, experiment, target, items),
             )  # fmt: skip
-    for target in experiment.targets:
-        for name in config.policies:
-            yield Step(
-                "evaluate", f"scoring {name} on the test items of {target}",
-                partial(record.has_result, target, name), partial(_score, record, experiment, target, name),
-            )  # fmt: skip
+    for target, name in itertools.product(experiment.targets, config.policies):
+        yield Step(
+            "evaluate", f"scoring {name} on the test items of {target}",
+            partial(record.has_result, target, name), partial(_score, record, experiment, target, name),
+        )  # fmt: skip
 
 
 def _policy(record: Run, name: str) -> Policy:
@@ -160,6 +160,4 @@ def _measure(record: Run, experiment: Experiment, target: str, items: list[Examp
 
 
 def _score(record: Run, experiment: Experiment, target: str, name: str) -> None:
-    path = record.result_path(target, name)
-    forced = record.effects(target)[name] if record.effects_path(target).exists() else None
-    experiment.score(target, _policy(record, name), path, completions=path.with_suffix(".jsonl"), forced=forced)
+    score(experiment, record, target, name, _policy(record, name))

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from spd_lens.generation import NOT_APPLIED, Decoding
 from spd_lens.models import ModelPair, weights_digest
+from spd_lens.runs.artefacts import Artefacts
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import Draws, left_out
 from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.run_dir import Folder
+from spd_lens.subspaces import Policy
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,13 @@ def work(
         if step.stage != "extract" and not keeps_lens:
             pair.drop_lens()
         do(step, f"[{place}/{len(todo)}]", todo[place:])
+
+
+def score(experiment: Experiment, there: Artefacts, target: str, name: str, policy: Policy) -> None:
+    """Score a policy on a target's items; what was measured teacher-forced on them is not measured again."""
+    path = there.result_path(target, name)
+    forced = there.effects(target)[name] if there.effects_path(target).exists() else []
+    experiment.score(target, policy, path, completions=path.with_suffix(".jsonl"), forced=forced)
 
 
 def note_start(

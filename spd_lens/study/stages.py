@@ -15,7 +15,7 @@ from spd_lens.examples import Example
 from spd_lens.files import replacing, write_json
 from spd_lens.generation import Header, Sampling, corpus_digest, settings_path
 from spd_lens.models import adapter_digest
-from spd_lens.runs import Experiment, Step
+from spd_lens.runs import Experiment, Step, score
 from spd_lens.study.config import BASE, StudyConfig
 from spd_lens.study.costs import Unit
 from spd_lens.study.folder import Cell, Study
@@ -178,7 +178,6 @@ def _same_projection(bench: Bench, cell: Cell) -> Iterator[Cell]:
 def _scoring(bench: Bench, unit: Unit, cell: Cell) -> Step:
     target, phase = unit.target, unit.phase
     path = cell.result_path(target, phase)
-    completions = path.with_suffix(".jsonl")
 
     def is_done() -> bool:
         nothing_to_do = phase == "projected" and cell.has_projection and cell.projection is None
@@ -192,11 +191,10 @@ def _scoring(bench: Bench, unit: Unit, cell: Cell) -> Step:
             if other.has_result(target, phase):
                 replace(other.result(target, phase), policy=cell.method).save(path)
                 return False
-        forced = cell.effects(target)[phase] if cell.effects_path(target).exists() else []
-        bench.any.score(target, policy, path, completions=completions, forced=forced)
+        score(bench.any, cell, target, phase, policy)
         return True
 
-    return Step(unit.stage, unit, is_done, do, completions.exists)
+    return Step(unit.stage, unit, is_done, do, path.with_suffix(".jsonl").exists)
 
 
 def finish(bench: Bench, cell: Cell) -> None:
