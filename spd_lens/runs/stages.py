@@ -45,6 +45,8 @@ def work(
         if step.stage != "extract" and not keeps_lens:
             pair.drop_lens()
         do(step, f"[{place}/{len(todo)}]", todo[place:])
+    if not keeps_lens:
+        pair.drop_lens()
 
 
 def score(experiment: Experiment, there: Artefacts, target: str, name: str, policy: Policy) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spd_lens import tasks
 from spd_lens.models import ModelPair, neutral
 from spd_lens.runs import (
     Experiment,
@@ -25,6 +24,7 @@ from spd_lens.study.config import StudyConfig, named
 from spd_lens.study.costs import Machine
 from spd_lens.study.folder import Study
 from spd_lens.study.plan import duration, remaining, unit_costs
+from spd_lens.study.reporting.report import write_report
 from spd_lens.study.results import write_tables
 from spd_lens.study.shapes import shape_of
 from spd_lens.study.side_effects import side_effect_examples
@@ -51,19 +51,17 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
             folder of another study, or a model or data set that is not the one the study was begun with.
     """
     if pair is not None:
-        config = StudyConfig.read(
-            overrides={**config.model_dump(), "settings": {**config.settings, **decided_by(pair)}}
-        )
-    config = Study(out).admits(config)
-    experiments = experiments_of(config, Path(out), progress)
+        config = StudyConfig.make({**config.model_dump(), "settings": {**config.settings, **decided_by(pair)}})
+    study = Study(out)
+    config = study.admits(config)
+    experiments = experiments_of(config, study.path, progress)
     _check(config, experiments)
     side_effect_examples(config)
     keeps_lens = pair is not None and pair.has_lens
-    pair = ready_pair(pair, config.shared, Study(out))
+    pair = ready_pair(pair, config.shared, study)
     for experiment in experiments.values():
         experiment.pair = pair
     _check_model(config, experiments)
-    study = Study(out)
     with study.locked():
         config = study.admits(config)  # another process may have begun a study meanwhile
         texts = side_effect_examples(config, pair)
@@ -84,10 +82,7 @@ def experiments_of(config: StudyConfig, path: Path, progress: bool = False) -> d
     A task that is source and target, or source of one experiment and target of another, is made once.
     """
     shared = config.shared
-    made = {
-        name: tasks.configured(name, shared.data_dir, config.task_options.get(name, {}))
-        for name in dict.fromkeys([*config.sources, *config.targets])
-    }
+    made = {name: config.task(name) for name in dict.fromkeys([*config.sources, *config.targets])}
     allow_execution(shared, made.values())
     targets = {key: made[name] for key, name in shared.targets.items()}
     return {
@@ -147,8 +142,6 @@ def _work(bench: Bench, keeps_lens: bool) -> None:
 
 def _report(study: Study) -> None:
     """Markdown and page. What was measured is safe already: a report that fails is made again by the same command."""
-    from spd_lens.study.reporting.report import write_report
-
     report = write_report(study.path)
     # found by name when it is needed: the library does not depend on its analyses
     importlib.import_module("spd_lens.analysis.paper.study_page").write_page(study.path, report)
