@@ -11,7 +11,7 @@ from spd_lens.subspaces import Policy, Subspace
 
 
 def Projection(subspace: Subspace, strength: float = 1.0) -> Policy:
-    """What methods written for earlier versions return: the policy of a projection."""
+    """The policy of a projection, under the name that methods written for earlier versions use."""
     return Policy("projected", subspace, strength)
 
 
@@ -24,11 +24,11 @@ class Method:
     """
 
     name: ClassVar[str]
-    """What studies and tables call it."""
+    """The name of the method in studies and tables."""
     says: ClassVar[str]
-    """What it is, in a few words, with its source."""
+    """A short description, with its source."""
     is_control: ClassVar[bool] = False
-    """Whether it exists only to be compared with."""
+    """Whether the method exists only as a comparison."""
 
     def projection(self, experiment: Experiment) -> Policy | None:
         """The policy under which completions are generated: a subspace and a strength. None: the model as it is."""

@@ -34,7 +34,7 @@ class Random(SelfPolicyDistillation):
 
 @register
 class RandomSameEnergy(SelfPolicyDistillation):
-    """So many random directions, block by block, that they keep the share of activation energy that SPD's keep."""
+    """Random directions, as many in each block as keep the share of activation energy that SPD's directions keep."""
 
     name = "spd-random-energy"
     says = "control: random directions that keep as much activation energy"

@@ -1,4 +1,4 @@
-"""`Artefacts`: what one training leaves, in a run directory or in a cell of a study, and which of it is there."""
+"""`Artefacts`: the files that one training leaves, in a run directory or in a cell of a study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spd_lens.training import is_finished
 
 
 class Artefacts:
-    """Files by name. A file that is damaged counts as one that is not there, and is made again."""
+    """Where the files are, what they hold, and whether they exist. A damaged file counts as missing."""
 
     path: Path
 

@@ -17,7 +17,7 @@ from spd_lens.tasks import Split, Task
 log = logging.getLogger(__name__)
 
 Draws = Mapping[Split, Mapping[str, tuple[Task, int]]]
-"""By split and by the name of a task: the task, and how many examples are asked of it."""
+"""For each split and each name of a task: the task, and the number of examples that are drawn from it."""
 
 _WORDS: dict[str, str] = {
     "calibration": "calibration examples", "train": "training prompts", "test": "test items",
@@ -67,7 +67,7 @@ def forced_texts(task: Task, item: Example) -> Iterator[Example]:
 
 
 def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]:
-    """How many examples of some draws do not fit, logged, and for a record.
+    """Count the examples that do not fit, write the counts to the log, and return them.
 
     Returns:
         `{"context": 2048, "train": {"gsm8k": {"left_out": 3, "of": 500}}, ...}`; nothing unless `too_long` is `"drop"`.

@@ -55,7 +55,7 @@ class Check:
 
     name: str
     passed: bool | None
-    """None for what is only said."""
+    """None for a line that only informs."""
     says: str
     """What was found, with numbers."""
 
@@ -78,7 +78,7 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
 
 @neutrally
 def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str | Sequence[str]) -> None:
-    """What a run relies on, on the twin alone and in about a second: run before each.
+    """Check what a run relies on, with the twin alone and in about a second. Every run does this first.
 
     Heads are where the table of architectures says, hooks do what folded weights do, and a gradient reaches every
     site. The lens model is compared with the twin whenever it is built.
@@ -112,7 +112,7 @@ def _shape(pair: ModelPair, layers: str) -> tuple[None, str]:
 
 
 def _tokens(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """At most one BOS, with the chat template and without."""
+    """Prompts begin with one BOS or none, with the chat template and without."""
     tokenizer = pair.tokenizer
     named = ", ".join(
         f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})"
@@ -190,14 +190,14 @@ def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
 
 
 def _right(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """Right-padded rows against the same rows alone."""
+    """Compare right-padded rows with the same rows alone."""
     rows = [text_ids(pair.tokenizer, text) for text in CHECK_TEXTS]
     alone = torch.cat([_logits(pair, [row]) for row in rows])
     return _compared(pair, alone, _logits(pair, rows))
 
 
 def _cached(pair: ModelPair, layers: str) -> tuple[bool, str]:
-    """Left-padded, cached generation under the projection against the same tokens alone and without cache."""
+    """Compare left-padded, cached generation under the projection with the same tokens alone and without a cache."""
     rows = [pair.prompt_ids(example) for example in EXAMPLES]
     longest = max(map(len, rows))
     tokens = torch.tensor([[pair.pad_id] * (longest - len(row)) + row for row in rows])

@@ -17,7 +17,7 @@ from spd_lens.subspaces import Subspace
 
 @dataclass(frozen=True)
 class Drift:
-    """Where a round has taken the model, on held-out items. Losses and KL are nats per token."""
+    """How far a round has moved the model, measured on held-out items. Losses and KL are in nats per token."""
 
     round: int
     aligned_loss: Estimate
@@ -30,9 +30,9 @@ class Drift:
     overlap: float
     """Share of the first subspace's directions that the current model's holds: mean of `tr(P₁ P) / r` over blocks."""
     overlap_of_halves: float
-    """The same of two halves of the calibration examples on the first model: what other examples alone change."""
+    """The same measure between two halves of the calibration examples, on the first model."""
     overlap_by_chance: float
-    """The same of random subspaces: `r / width`."""
+    """The same measure between random subspaces: `r / width`."""
 
     @classmethod
     def between(
@@ -42,7 +42,7 @@ class Drift:
         subspaces: Sequence[Subspace],
         halves: Sequence[Subspace],
     ) -> Drift:
-        """After round `number`.
+        """The drift after one round.
 
         Args:
             number: Number of the round, counted from 1.

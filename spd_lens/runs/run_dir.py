@@ -30,7 +30,7 @@ class Folder:
     """A directory that one process at a time works in, with notes on how its content was made."""
 
     kind = "run directory"
-    """What a refusal calls it."""
+    """How error messages name it."""
     settings_file = "config.yaml"
     """Written first: what makes the directory one of this kind."""
     notes_file = "run.json"

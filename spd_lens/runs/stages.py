@@ -1,4 +1,4 @@
-"""How the stages of a run and of a study are done: in order, each step once, with the lens model dropped in time."""
+"""What a run and a study have in common: steps that are done in order and once, and notes on what they began with."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Step(NamedTuple):
 
     stage: str
     what: Any
-    """What the log calls it."""
+    """How the log names it."""
     is_done: Callable[[], bool]
-    """Whether its artefacts are there and whole."""
+    """Whether its artefacts exist and are undamaged."""
     do: Callable[[], object]
-    """Makes them; the result is False where another cell's could be copied."""
+    """Makes its artefacts. It returns False if those of another cell were copied."""
     is_begun: Callable[[], bool] = lambda: False
-    """Whether a process that was killed has done a part of it."""
+    """Whether an earlier process, which was killed, has done a part of it."""
 
 
 def work(

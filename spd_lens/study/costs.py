@@ -141,7 +141,7 @@ class Costs:
 
 
 def _extraction(unit: Unit, cell: Any) -> tuple[Any, ...]:
-    """What decides the extraction that a unit of stage `extract` needs: equal ones are done once.
+    """A key of the extraction that a unit of stage `extract` needs. Extractions with equal keys are done once.
 
     The method is asked for its projection, and stopped where it asks for moments.
     """

@@ -66,7 +66,7 @@ class Cell(Artefacts):
 
 
 _FIRST_NOTES = frozenset({"fingerprint", "weights", "data", "resolved", "left_out", "versions", "machine"})
-"""What earlier versions noted before they wrote the settings."""
+"""Keys that earlier versions noted before they wrote the settings."""
 
 
 class Study(Folder):
@@ -139,7 +139,7 @@ class Study(Folder):
         ]
 
     def measured(self) -> Mapping[str, Mapping[str, float]]:
-        """By stage: `seconds` that were measured, and the seconds that the plan had foreseen for the same (`work`)."""
+        """For each stage, the measured `seconds`, and the estimated seconds of the same units (`work`)."""
         return self.notes.get("measured", {})
 
     def add_measured(self, stage: str, seconds: float, work: float) -> None:

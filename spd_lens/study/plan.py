@@ -16,7 +16,7 @@ from spd_lens.study.shapes import Shape
 
 STAGES = ("extract", "generate", "finetune", "measure", "side effects", "score")
 Measured = Mapping[str, Mapping[str, float]]
-"""By stage: `seconds` that were measured, and the seconds that the plan had foreseen for the same (`work`)."""
+"""For each stage, the measured `seconds`, and the estimated seconds of the same units (`work`)."""
 
 
 def schedule(config: StudyConfig) -> list[Unit]:

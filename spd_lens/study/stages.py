@@ -29,7 +29,7 @@ class Bench:
     study: Study
     config: StudyConfig
     experiments: Mapping[str, Experiment]
-    """By the name of the source's folder."""
+    """Experiments by the name of the source's folder."""
     texts: Mapping[str, list[Example]]
     """Sets of texts on which side effects are measured."""
 

@@ -184,7 +184,7 @@ class Evidence:
             wanted[target] |= measures if phase != "projected" else set()
 
         def lacking(source: str, method: str, seed: str, phase: str) -> dict[str, set[str]]:
-            """What has no results, by target."""
+            """The measures that have no results, by target."""
             return {t: wanted[t] - have.get((source, method, seed, phase, t), set()) for t in wanted}
 
         of_base = {target: lost - {"KL from base"} for target, lost in lacking("", BASE, "", "").items()}

@@ -96,7 +96,7 @@ def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str
 
 
 def _reading(random: Rows, base: Rows) -> str:
-    """What a difference to random directions means beside the difference to the base."""
+    """What a difference to random directions means, given the difference to the base."""
     good, bad = _states(random, "better"), _states(random, "worse")
     above = set(_states(base, "better"))
     gains, saved = [t for t in good if t in above], [t for t in good if t not in above]
