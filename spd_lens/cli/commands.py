@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from spd_lens.files import check_writable
 from spd_lens.output import set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig
 from spd_lens.settings import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from spd_lens.subspaces import Policy
 
 app = typer.Typer(
     help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
@@ -140,12 +143,11 @@ def generate_command(
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
     set_up_logging(quiet)
     from spd_lens.runs import Experiment, check_stage
-    from spd_lens.subspaces import Policy, Subspace
 
-    kept = Subspace.load(subspace) if subspace else None
+    policy = _policy(config, subspace, adapter)
     experiment = Experiment(config, out.parent, progress=not quiet)
     check_stage(experiment, "train", config.n_train)
-    corpus = experiment.generate(out, Policy("", kept, config.strength, adapter), engine=engine)
+    corpus = experiment.generate(out, policy, engine=engine)
     Console().print(f"{corpus}", highlight=False, markup=False)
 
 
@@ -183,15 +185,13 @@ def evaluate_command(
     """Score the base, projected or fine-tuned model on a task's test items."""
     set_up_logging(quiet)
     from spd_lens.runs import Experiment, check_stage
-    from spd_lens.subspaces import Policy, Subspace
 
     check_writable(out)
-    kept = Subspace.load(subspace) if subspace else None
+    policy = _policy(config, subspace, adapter)
     own = config.model_copy(update={"eval_tasks": [config.task]})
     experiment = Experiment(own, out.parent, progress=not quiet, answer_tokens=max_new_tokens)
     n = config.n_test(config.task)
     check_stage(experiment, "test", n)
-    policy = Policy("", kept, config.strength, adapter)
     result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)
     Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
 
@@ -281,6 +281,12 @@ def dashboard_command(
     check_writable(out)
     written = dashboard.write_dashboard(runs, out)
     Console().print(f"written to {written}", highlight=False, markup=False)
+
+
+def _policy(config: SPDConfig, subspace: Path | None, adapter: Path | None) -> Policy:
+    from spd_lens.subspaces import Policy, Subspace
+
+    return Policy("", Subspace.load(subspace) if subspace else None, config.strength, adapter)
 
 
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:

@@ -155,11 +155,7 @@ class SPDConfig(
 
     def n_test(self, task: str) -> int:
         """Test items of one of the tasks to evaluate on."""
-        if isinstance(self.n_eval, int):
-            return self.n_eval
-        if task not in self.n_eval:
-            raise SPDError(f"n_eval names no number of items for {task}; it has {', '.join(self.n_eval)}")
-        return self.n_eval[task]
+        return items_of("n_eval", self.n_eval, task)
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> SPDConfig:
@@ -196,6 +192,15 @@ class SPDConfig(
     def targets(self) -> dict[str, str]:
         """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
         return named(self.eval_tasks or [self.task])
+
+
+def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:
+    """The number of items of a task in a setting that has one number for all tasks, or one for each."""
+    if isinstance(counts, int):
+        return counts
+    if task not in counts:
+        raise SPDError(f"{setting} names no number of items for {task}; it has {', '.join(counts)}")
+    return counts[task]
 
 
 def named(tasks: Iterable[str]) -> dict[str, str]:

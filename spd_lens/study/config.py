@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError
-from spd_lens.runs import SPDConfig, differ, named, read_yaml, to_yaml, validated
+from spd_lens.runs import SPDConfig, differ, items_of, named, read_yaml, to_yaml, validated
 from spd_lens.settings import Settings
 
 if TYPE_CHECKING:
@@ -142,11 +142,7 @@ class StudyConfig(Settings):
         """Number of items of a target measured teacher-forced; a larger draw begins with a smaller one."""
         if self.n_forced is None:
             return self.n_scored(target)
-        if isinstance(self.n_forced, int):
-            return self.n_forced
-        if target not in self.n_forced:
-            raise SPDError(f"n_forced names no number of items for {target}; it has {', '.join(self.n_forced)}")
-        return self.n_forced[target]
+        return items_of("n_forced", self.n_forced, target)
 
     def extended(self, earlier: StudyConfig) -> list[str]:
         """One phrase for each difference from an earlier study, beyond methods and seeds that were added."""

@@ -144,8 +144,6 @@ class Study(Folder):
 
     def add_measured(self, stage: str, seconds: float, work: float) -> None:
         """Count a unit of work that was done from its beginning to its end."""
-        table = {name: dict(entry) for name, entry in self.measured().items()}
-        entry = table.setdefault(stage, {"seconds": 0.0, "work": 0.0})
-        entry["seconds"] = round(entry["seconds"] + seconds, 2)
-        entry["work"] += work
-        self.note(measured=table)
+        known = self.measured().get(stage, {"seconds": 0.0, "work": 0.0})
+        entry = {"seconds": round(known["seconds"] + seconds, 2), "work": known["work"] + work}
+        self.note(measured={**self.measured(), stage: entry})

@@ -42,11 +42,14 @@ def side_effect_examples(config: StudyConfig, pair: ModelPair | None = None) -> 
     settings, n = config.shared, config.n_side_effects
     if not n:
         return {}
-    measured = {*config.sources, *config.targets}
-    sets = {}
-    for name in (*SYNTHETIC, *PUBLISHED):
-        if name not in measured and (task := _at_hand(name, settings.data_dir)) is not None:
-            sets[name] = held_out_texts(task, n, settings.data_seed)
+    places: dict[str, str | None] = dict.fromkeys(SYNTHETIC)
+    if (data_dir := settings.data_dir) is not None:
+        places |= {name: data_dir for name in PUBLISHED if (Path(data_dir).expanduser() / name).is_dir()}
+    sets = {
+        name: held_out_texts(tasks.get(name, place), n, settings.data_seed)
+        for name, place in places.items()
+        if name not in {*config.sources, *config.targets}
+    }
     sets[NEUTRAL] = neutral_texts()[:n]
     if pair is not None:
         sets = {name: [item for item in items if _fits(pair, item)] for name, items in sets.items()}
@@ -68,14 +71,6 @@ def neutral_texts() -> list[Example]:
         prompt = f"Write a few sentences about {record['topic']}."
         found.append(Example(prompt, record["text"], ((0, len(record["text"])),), record["id"]))
     return found
-
-
-def _at_hand(name: str, data_dir: str | None) -> Task | None:
-    if name in SYNTHETIC:
-        return tasks.get(name)
-    if data_dir is None or not (Path(data_dir).expanduser() / name).is_dir():
-        return None
-    return tasks.get(name, data_dir)
 
 
 def _fits(pair: ModelPair, example: Example) -> bool:
