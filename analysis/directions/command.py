@@ -107,8 +107,7 @@ def read_directions(
     nulls = [Tally(site, random, keep=False) for site, random in zip(sites, drawn, strict=True)]
     _fill([*tallies, *nulls], pair, examples, loss=loss, engine=engine, progress=progress)
     texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
-    measures: list[dict[str, Any]] = []
-    tokens: list[dict[str, Any]] = []
+    measures, tokens = list[dict[str, Any]](), list[dict[str, Any]]()
     for site, tally, null in zip(sites, tallies, nulls, strict=True):
         values, chance, signs = tally.measures(), null.measures(), tally.signs
         if unembed is not None and site.kind == "v":
@@ -121,8 +120,8 @@ def read_directions(
                 where = {**place(site, head, per_head=True), "direction": i + 1}
                 sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
                 for name, value in values.items():
-                    row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
-                    measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
+                    found_at = beside_null(value[head, i].item(), chance[name][head])
+                    measures.append({**where, "singular_value": sigma, "sign": sign, "measure": name, **found_at})
                 tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
 
