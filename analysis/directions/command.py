@@ -71,16 +71,16 @@ def read_directions(
 
     Args:
         pair: The model that the moments were taken from.
-        examples: The calibration examples, whose tokens pull and query.
-        moments: The moments of these examples.
+        examples: The calibration examples of the moments, whose tokens pull and query.
+        moments: The moments.
         n: Number of directions per head.
         top: Number of tokens per pole and query head, and of contexts per direction.
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
         layers: Layers whose directions are read; None for all that the moments have.
-        loss: The loss that was differentiated, as in `extract`.
-        engine: The model that is run, as in `extract`.
-        progress: Whether to show a progress bar.
+        loss: The loss that was differentiated.
+        engine: The model that is run. Loss and engine are those of `extract`.
+        progress: Whether to show a bar.
 
     Returns:
         measures: one row per direction (counted from 1) and measure of `MEASURES`: `value`, the random directions'
@@ -96,14 +96,14 @@ def read_directions(
     Raises:
         SPDError: sites of other kinds, or an architecture that the read-out does not know.
     """
+    moments.fingerprint.check(pair.fingerprint, "the moments")
     sites = [s for s in moments.sites if s.kind in ("k", "v") and (layers is None or s.layer in layers)]
     if not sites:
         raise SPDError("only directions of keys and values can be read, and the moments have neither")
-    moments.fingerprint.check(pair.fingerprint, "the moments")
     subspace = moments.subspace(n, per_head=True, sites=sites)
     unembed = Unembedding.of(pair.hf) if any(site.kind == "v" for site in sites) else None
     tallies = [Tally(site, subspace.bases[site]) for site in sites]
-    drawn = [random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies)]
+    drawn = (random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies))
     nulls = [Tally(site, random, keep=False) for site, random in zip(sites, drawn, strict=True)]
     _fill([*tallies, *nulls], pair, examples, loss=loss, engine=engine, progress=progress)
     texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
@@ -115,14 +115,13 @@ def read_directions(
             values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
             chance["vocabulary kurtosis"], random = read(null.directions)
             tokens += read.rows(found, random, subspace.ranks[site])
-        for head, rank in enumerate(subspace.ranks[site]):
-            for i in range(rank):
-                where = {**place(site, head, per_head=True), "direction": i + 1}
-                sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
-                for name, value in values.items():
-                    found_at = beside_null(value[head, i].item(), chance[name][head])
-                    measures.append({**where, "singular_value": sigma, "sign": sign, "measure": name, **found_at})
-                tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
+        for head, i in ((head, i) for head, rank in enumerate(subspace.ranks[site]) for i in range(rank)):
+            where = {**place(site, head, per_head=True), "direction": i + 1}
+            sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
+            for name, value in values.items():
+                row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
+                measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
+            tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
     return pd.DataFrame(measures), pd.DataFrame(tokens)
 
 
