@@ -96,10 +96,10 @@ def read_directions(
     Raises:
         SPDError: sites of other kinds, or an architecture that the read-out does not know.
     """
-    moments.fingerprint.check(pair.fingerprint, "the moments")
     sites = [s for s in moments.sites if s.kind in ("k", "v") and (layers is None or s.layer in layers)]
     if not sites:
         raise SPDError("only directions of keys and values can be read, and the moments have neither")
+    moments.fingerprint.check(pair.fingerprint, "the moments")
     subspace = moments.subspace(n, per_head=True, sites=sites)
     unembed = Unembedding.of(pair.hf) if any(site.kind == "v" for site in sites) else None
     tallies = [Tally(site, subspace.bases[site]) for site in sites]
