@@ -79,8 +79,8 @@ class ModelPair:
         self._lens = ProvenLens(backends, self.hf, tokenizer, self.name)
         for text in parity.CHECK_TEXTS:  # what stands in every text (BOS) comes to light here
             self._check_rows(text_ids(tokenizer, text), f"the text {text[:20]!r}")
-        if not is_known(self.hf):
-            with neutral(self.hf):
+        with neutral(self.hf):  # which refuses layers that are compiled and weights made in inference mode
+            if not is_known(self.hf):
                 probe(self.hf, tokenizer, self.sites())
                 check_causal(self.hf, tokenizer)
 
