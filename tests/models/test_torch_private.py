@@ -174,6 +174,7 @@ def test_transformers_still_has_what_is_needed(tiny_llama_dir):
     made = transformers_private.logits_processors(pair.hf, {"suppress_tokens": [3]}, [0, 1], [2])
     logits = made(torch.tensor([[0, 1]]), torch.zeros(1, pair.hf.vocab_size))
     assert logits[0, 3] == -torch.inf and logits.isfinite().sum() == pair.hf.vocab_size - 1
-    assert transformers_private.attention_implementation(config) == "sdpa" and transformers_private.may_change_attention(pair.hf)
+    assert transformers_private.attention_implementation(config) == "sdpa"
+    assert transformers_private.may_change_attention(pair.hf)
     transformers_private.call_attention(config, "eager")
     assert {layer.self_attn.config._attn_implementation for layer in pair.hf.model.layers} == {"eager"}
