@@ -97,7 +97,7 @@ class Subject:
         try:
             return integer_or_fraction(text) if text else self.run.config.rank
         except ValueError as error:
-            raise SPDError(f"rank {text!r} is neither an integer nor a fraction") from error
+            raise SPDError(f"rank {text!r} is neither an integer nor a fraction; write 16 or 0.5") from error
 
     def save(
         self, name: str, frame: pd.DataFrame, figures: Sequence[go.Figure] = (), *, says: str = "", **facts: Any
