@@ -30,6 +30,8 @@ class Example:
     kept as their text, so that `7` and `"7"` are one id; None is no id."""
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What a task's scorer needs beside the completion: tests, subject, choices."""
+    prompt_spans: tuple[Span, ...] = ()
+    """Character ranges `(start, end)` **in the prompt** that decide correctness as well, such as asserts shown there."""
 
     def __post_init__(self) -> None:
         # the dataclass is frozen; numpy's texts and numbers, and lists from JSON, become Python's own here

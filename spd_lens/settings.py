@@ -128,6 +128,9 @@ class GradientGroup(Settings):
 
     loss: Literal["aligned", "full"] = Field("aligned", description="Score correctness tokens or whole completions.")
     engine: Literal["lens", "twin"] = Field("lens", description="Where gradients are captured.")
+    max_calibration_tokens: int | None = Field(
+        None, ge=2, description="Tokens behind which a calibration text is cut; else it is taken whole."
+    )
 
 
 class ExtractionKeywords(TypedDict, total=False):
@@ -137,6 +140,7 @@ class ExtractionKeywords(TypedDict, total=False):
     kinds: str | Sequence[str]
     loss: Literal["aligned", "full"]
     engine: str
+    max_calibration_tokens: int | None
 
 
 class Extraction(GradientGroup, SiteGroup, CallSettings):
@@ -160,6 +164,9 @@ class CompletionGroup(Settings):
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus mass; else the model's own, else 0.95.")
     top_k: int | None = Field(None, ge=0, description="Tokens kept; else the model's own, else all (0).")
     generation_batch_size: int | None = Field(None, ge=1, description="Completions at once; else what memory holds.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Tokens behind which a prompt is cut; else it is taken whole."
+    )
 
 
 class SamplingKeywords(TypedDict, total=False):
@@ -172,6 +179,7 @@ class SamplingKeywords(TypedDict, total=False):
     batch_size: int | None
     samples_per_prompt: int
     seed: int
+    max_prompt_tokens: int | None
 
 
 class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
@@ -210,6 +218,19 @@ class OptimisationGroup(Settings):
         ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1, description="Modules with LoRA."
     )
     loss_on: Literal["all", "completion"] = Field("all", description="Train on prompt and completion, or completion.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs, or a part of one, of linear warm-up.")
+    early_stop: bool = Field(
+        False, description="Stop after an epoch without a lower training loss, and take the best epoch's weights."
+    )
+    retokenise: bool = Field(
+        False, description="Train on the text of prompt and completion, tokenised again, instead of the sampled ids."
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens behind which a training text is cut, prompt included; else it is taken whole."
+    )
+    loss_on_padding: bool = Field(
+        False, description="Pad every training text to max_length, and train on the padding too."
+    )
 
 
 class TrainingKeywords(TypedDict, total=False):
@@ -227,6 +248,11 @@ class TrainingKeywords(TypedDict, total=False):
     gradient_accumulation: int
     loss_on: str
     seed: int
+    warmup_epochs: float
+    early_stop: bool
+    retokenise: bool
+    max_length: int | None
+    loss_on_padding: bool
 
 
 class TrainingSettings(OptimisationGroup, SeedGroup, CallSettings):

@@ -33,7 +33,7 @@ SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace 
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
-_FORMAT = ("prompt_format", "system", "enable_thinking", "prompt_date")
+_FORMAT = ("prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date")
 _MODEL = ("model", "backend", "dtype", "device", *_FORMAT)
 _DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 

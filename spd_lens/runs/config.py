@@ -38,7 +38,15 @@ class ModelGroup(Settings):
     backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    prompt_format: Literal["auto", "chat", "raw"] = Field("auto", description="Chat template or raw text.")
+    prompt_format: Literal["auto", "chat", "raw", "verbatim"] = Field(
+        "auto", description="Chat template, raw text and a line break (raw), or the text as it is (verbatim)."
+    )
+    add_special_tokens: bool = Field(
+        True, description="Begin raw and verbatim prompts with what the tokenizer adds to any text (such as BOS)."
+    )
+    span_rule: Literal["overlap", "inside"] = Field(
+        "overlap", description="Score tokens that overlap a span, or only those that lie inside one."
+    )
     system: str | None = Field(None, description="System message of chat prompts; else the template's own.")
     enable_thinking: bool | None = Field(
         None, description="Room for thoughts in a thinking model's prompts; else the template's own default."
@@ -92,6 +100,10 @@ class SubspaceGroup(Settings):
 
     rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
     per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="Share of the squared singular values to keep per block, in place of rank."
+    )
+    center_gradients: bool = Field(False, description="Take the mean of all gradient rows off before the SVD.")
     center: bool = Field(False, description="Project around the mean activation instead of the origin.")
     strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
 
