@@ -8,6 +8,7 @@ from .generation import Corpus as Corpus
 from .generation import generate as generate
 from .models import ModelPair as ModelPair
 from .models import load as load
+from .protocols import protocol as protocol
 from .runs import Run as Run
 from .runs import SPDConfig as SPDConfig
 from .runs import run as run
@@ -22,6 +23,6 @@ from .training import finetune as finetune
 
 __all__ = [
     "Corpus", "EvalResult", "Example", "GradientMoments", "ModelPair", "Run", "SPDConfig", "SPDError", "Site",
-    "Subspace", "evaluate", "extract", "finetune", "fold_to", "folded", "generate", "load", "projected", "run",
-    "tasks",
+    "Subspace", "evaluate", "extract", "finetune", "fold_to", "folded", "generate", "load", "projected", "protocol",
+    "run", "tasks",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of
 
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
 _FORMAT = ("prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date")
-_MODEL = ("model", "backend", "dtype", "device", *_FORMAT)
+_MODEL = ("protocol", "model", "backend", "dtype", "device", *_FORMAT)
 _DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 
 
@@ -72,6 +72,9 @@ def study_command(
     ] = None,
     out: Out = Path("runs/study"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its costs, and do nothing.")] = False,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="As --set settings.protocol=NAME: paper, reference or apple-ssd.")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, over file and preset.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -79,7 +82,8 @@ def study_command(
     set_up_logging(quiet)
     from spd_lens.study import study
 
-    study(file, preset, out, setting or [], dry_run=dry_run, console=Console())
+    settings = [*(setting or []), *([f"settings.protocol={protocol}"] if protocol else [])]
+    study(file, preset, out, settings, dry_run=dry_run, console=Console())
 
 
 @app.command("rounds")
@@ -111,7 +115,10 @@ def rounds_command(
 
 
 @app.command("extract")
-@with_settings(*_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "per_head", "center", "loss", "engine")
+@with_settings(
+    *_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "energy", "per_head", "center", "center_gradients",
+    "loss", "engine", "max_calibration_tokens",
+)  # fmt: skip
 def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     set_up_logging(quiet)
@@ -130,7 +137,7 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
 @app.command("generate")
 @with_settings(
     *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
-    "seed",
+    "max_prompt_tokens", "seed",
 )  # fmt: skip
 def generate_command(
     config: SPDConfig,
@@ -154,7 +161,7 @@ def generate_command(
 @app.command("finetune")
 @with_settings(
     *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_targets", "loss_on", "seed",
+    "lora_targets", "loss_on", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding", "seed",
 )  # fmt: skip
 def finetune_command(
     config: SPDConfig,
@@ -197,7 +204,7 @@ def evaluate_command(
 
 
 @app.command("spans")
-@with_settings("data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed")
+@with_settings("protocol", "data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed")
 def spans_command(
     config: SPDConfig,
     task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spd_lens.generation import Corpus
 from spd_lens.runs import Experiment
@@ -38,6 +38,10 @@ class Method:
         """`temperature`, `top_p`, `top_k` of generation; None leaves the model's own."""
         config = experiment.config
         return {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+
+    def training(self, experiment: Experiment) -> Mapping[str, Any]:
+        """Fields of `TrainingSettings` that are not the config's."""
+        return {}
 
     def curated(self, corpus: Corpus) -> Corpus:
         """The completions to train on."""

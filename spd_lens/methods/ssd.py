@@ -23,6 +23,17 @@ class SimpleSelfDistillation(Method):
 
 
 @register
+class SimpleSelfDistillationReference(Method):
+    """The row of that name in the reference code: SPD's own sampling and training, without a projection."""
+
+    name = "ssd-reference"
+    says = '"SSD" of the reference code: temperature 0.7, top-p 0.9, no projection'
+
+    def sampling(self, experiment: Experiment) -> Mapping[str, float | int | None]:
+        return {"temperature": 0.7, "top_p": 0.9, "top_k": experiment.config.top_k}
+
+
+@register
 class SimpleSelfDistillationFile(SimpleSelfDistillation):
     """Sampled as the published configuration file says: temperature 1.5; the shortest tenth is dropped."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.files import refuse_stand_in
+from spd_lens.protocols import Name, departures, with_protocol
+from spd_lens.registry import did_you_mean
 from spd_lens.settings import (
     COMMAS,
     DEFAULT_MODEL,
@@ -29,6 +31,13 @@ from spd_lens.settings import (
 from spd_lens.tasks import PRESETS
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_N_EVAL = 100
+
+
+class ProtocolGroup(Settings):
+    """What every setting is that nobody gives."""
+
+    protocol: Name = Field("paper", description="Settings that belong together: paper, reference or apple-ssd.")
 
 
 class ModelGroup(Settings):
@@ -76,7 +85,7 @@ class DataGroup(Settings):
     )
     n_calibration: int = Field(50, ge=1, description="Calibration examples.")
     n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
-    n_eval: int | dict[str, int] = Field(100, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
+    n_eval: int | dict[str, int] = Field(_N_EVAL, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
     too_long: Literal["error", "drop"] = Field(
         "error", description="Texts beyond the context: refuse them, or leave them out and count them."
     )
@@ -135,18 +144,31 @@ class EvaluationGroup(Settings):
 # Settings are written in the order of the groups from the last to the first, since bases come before their classes.
 class SPDConfig(
     SeedGroup, EvaluationGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup, SiteGroup, DataGroup,
-    ModelGroup,
+    ModelGroup, ProtocolGroup,
 ):  # fmt: skip
-    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md."""
+    """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md.
+
+    A protocol (`spd_lens.protocols`) fills in what is not given.
+    """
 
     model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
 
     lora_alpha: int = Field(8, ge=1, description="LoRA alpha.")  # in files and flags a whole number
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        return with_protocol(given, _N_EVAL) if isinstance(given, dict) else given
+
     @field_validator("model", "data_dir", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @property
+    def departures(self) -> dict[str, tuple[Any, Any]]:
+        """Settings of the protocol that are not as it has them: its value and this config's, by name."""
+        return departures(self, _N_EVAL)
 
     @property
     def extraction(self) -> Extraction:
@@ -176,12 +198,13 @@ class SPDConfig(
     def read(
         cls, path: str | Path | None, overrides: dict[str, Any] | None = None, preset: str | None = None
     ) -> SPDConfig:
-        """A YAML file with some settings over it; then the preset's sizes, then the defaults where none speaks.
+        """A YAML file with some settings over it; then the preset's sizes, then the protocol, then the defaults.
 
         Of `task_options`, file and overrides are joined.
         """
         settings = {} if path is None else read_yaml(path)
         over = dict(overrides or {})
+        one_protocol(settings, over, f"config file {path}")
         if isinstance(options := settings.get("task_options"), dict) and "task_options" in over:
             over["task_options"] = {**options, **over["task_options"]}
         merged = {**settings, **over}
@@ -202,6 +225,16 @@ class SPDConfig(
     def targets(self) -> dict[str, str]:
         """The tasks to evaluate on, by the name that their results are kept under: a file of one's own by its stem."""
         return named(self.eval_tasks or [self.task])
+
+
+def one_protocol(under: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
+    """Refuse another protocol over one that a file names: the file's settings would be taken for the other's."""
+    names = [settings.get("protocol") for settings in (under, over)]
+    if None not in names and names[0] != names[1]:
+        raise SPDError(
+            f"{where} is of protocol {names[0]!r}, not {names[1]!r}, and what it says would go over what that protocol "
+            "sets; take the line 'protocol' out of it, and every line that the protocol should decide"
+        )
 
 
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:
@@ -250,7 +283,9 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(model.model_fields)}") from error
+            known = list(model.model_fields)
+            listed = did_you_mean(place, known) or f"; the settings are {', '.join(known)}"
+            raise SPDError(f"unknown setting {place!r}{listed}") from error
         reason = problem["msg"].removeprefix("Value error, ")
         raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
 

@@ -16,6 +16,7 @@ from spd_lens.examples import Example
 from spd_lens.files import is_made
 from spd_lens.generation import Corpus, generate
 from spd_lens.models import Loss, ModelPair, load, weights_digest
+from spd_lens.protocols import protocol
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.run_dir import Folder, Run
@@ -253,9 +254,16 @@ class Experiment:
             path=path, progress=self.progress,
         )  # fmt: skip
 
-    def finetune(self, corpus: Corpus, out: Path) -> Path:
-        """An adapter, or a whole checkpoint, trained on a corpus (Eq. 14)."""
-        return finetune(self.pair, corpus, settings=self.config.training, out=out, progress=self.progress)
+    def finetune(self, corpus: Corpus, out: Path, *, training: Mapping[str, Any] | None = None) -> Path:
+        """An adapter, or a whole checkpoint, trained on a corpus (Eq. 14).
+
+        Args:
+            corpus: The completions.
+            out: Where the adapter belongs.
+            training: Fields of `TrainingSettings`, where they are not the config's.
+        """
+        settings = self.config.training.model_copy(update=training)
+        return finetune(self.pair, corpus, settings=settings, out=out, progress=self.progress)
 
     def measure(self, items: Sequence[Example], policies: Sequence[Policy]) -> dict[str, list[ForcedItem]]:
         """Teacher-forced effects of policies on held-out items, by the policy's name."""
@@ -314,10 +322,12 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
 
 
 def make_tasks(config: SPDConfig) -> Tasks:
-    """The tasks that a config names; a task that is source and target is made once."""
-    source = all_tasks.configured(config.task, config.data_dir, config.task_options)
+    """The tasks that a config names, as its protocol has them; a task that is source and target is made once."""
+    chosen = protocol(config.protocol)
+    options = {**chosen.options(config.task), **config.task_options}
+    source = all_tasks.configured(config.task, config.data_dir, options)
     targets = {
-        key: source if name == config.task else all_tasks.get(name, config.data_dir)
+        key: source if name == config.task else chosen.task(name, config.data_dir, source=False)
         for key, name in config.targets.items()
     }
     allow_execution(config, [source, *targets.values()])

@@ -11,6 +11,7 @@ from spd_lens import tasks
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import PromptFormat, load_tokenizer
+from spd_lens.protocols import protocol
 from spd_lens.runs import SPDConfig
 from spd_lens.spans.core import audit
 from spd_lens.spans.page import write_page
@@ -24,7 +25,8 @@ def show_spans(
     config: SPDConfig, name: str, split: str, n: int | None, html: Path | None, show: int, console: Console
 ) -> None:
     """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
-    source = tasks.configured(name, config.data_dir, config.task_options)
+    options = {**protocol(config.protocol).options(name), **config.task_options}
+    source = tasks.configured(name, config.data_dir, options)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
         load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date
@@ -35,7 +37,7 @@ def show_spans(
     facts = [
         f"{len(examples)} {split} {plural}", f"seed {config.data_seed}", config.model, f"{format.name} format",
         *(f"{key}={value!r}" for key, value in format.settings.items() if key != "prompt_format" and value is not None),
-        f"{config.loss} loss", *(f"{key}={value}" for key, value in config.task_options.items()),
+        f"{config.loss} loss", *(f"{key}={value}" for key, value in options.items()),
     ]  # fmt: skip
     print_audit(console, found, title=f"{title} · {' · '.join(facts)}", show=show)
     if html is not None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError
-from spd_lens.runs import SPDConfig, differ, items_of, named, read_yaml, to_yaml, validated
+from spd_lens.protocols import Protocol, protocol
+from spd_lens.runs import SPDConfig, differ, items_of, named, one_protocol, read_yaml, to_yaml, validated
 from spd_lens.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ BASE = "base"
 _OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared")
 """Settings of a run that a study decides itself, cell by cell, or has no use for."""
 _ONE_FOR_ALL = (
-    "model", "prompt_format", "system", "enable_thinking", "prompt_date", "too_long", "n_eval", "data_seed", "data_dir",
+    "protocol", "model", "prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking",
+    "prompt_date", "too_long", "n_eval", "data_seed", "data_dir",
 )  # fmt: skip
 """Settings that cannot differ by source: all cells share one model, its prompts and the items."""
 _GROWING = ("methods", "seeds")
@@ -72,14 +74,16 @@ class StudyConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Write out all shared settings, and the targets where none are named."""
+        """Write out all shared settings, the targets where none are named, and what the protocol adds."""
         given = dict(given)
-        if isinstance(settings := given.get("settings", {}), dict):
-            _refuse(settings, "settings")
-            full = SPDConfig.make(settings).model_dump(mode="json")
-            given["settings"] = {key: value for key, value in full.items() if key not in _OURS}
         if not given.get("targets") and isinstance(given.get("sources", []), list):
             given["targets"] = list(given.get("sources") or ["gsm8k"])
+        if isinstance(settings := given.get("settings", {}), dict):
+            _refuse(settings, "settings")
+            tasks = {"task": "gsm8k", "eval_tasks": given.get("targets")}
+            full = SPDConfig.make({**settings, **tasks}).model_dump(mode="json")
+            given["settings"] = {key: value for key, value in full.items() if key not in _OURS}
+            given |= _of_protocol(protocol(full["protocol"]), given, settings)
         return given
 
     @classmethod
@@ -97,9 +101,12 @@ class StudyConfig(Settings):
     ) -> StudyConfig:
         """Read a YAML file over a preset, with some settings over both. Nested settings are joined key by key."""
         merged: dict[str, Any] = {} if preset is None else preset_settings(preset)
+        over = overrides or {}
         if path is not None:
-            merged = _joined(merged, read_yaml(path))
-        return cls.make(_joined(merged, overrides or {}))
+            file = read_yaml(path)
+            one_protocol(*(_settings_of(part) for part in (file, over)), f"study file {path}")
+            merged = _joined(merged, file)
+        return cls.make(_joined(merged, over))
 
     def to_yaml(self) -> str:
         """All settings, as `read` takes them."""
@@ -127,7 +134,8 @@ class StudyConfig(Settings):
         """A source or target by the name in the settings, with its data and options."""
         from spd_lens import tasks
 
-        return tasks.configured(name, self.settings["data_dir"], self.task_options.get(name, {}))
+        options = protocol(self.settings["protocol"]).options(name, source=name in self.sources)
+        return tasks.configured(name, self.settings["data_dir"], {**options, **self.task_options.get(name, {})})
 
     @property
     def trained(self) -> list[str]:
@@ -215,6 +223,26 @@ def _refuse(settings: Mapping[str, Any], where: str) -> None:
             f"setting {ours[0]!r} does not belong under {where}: a study sets it itself, from methods, sources, "
             "targets, seeds and task_options"
         )
+
+
+def _of_protocol(chosen: Protocol, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods and the sizes of each source that a protocol has, where the study's own settings say nothing."""
+    found: dict[str, Any] = {}
+    if chosen.methods and "methods" not in given:
+        found["methods"] = list(chosen.methods)
+    by_source, sources = given.get("source_settings", {}), given.get("sources", ["gsm8k"])
+    if chosen.sizes and isinstance(by_source, dict) and isinstance(sources, list):
+        own = {source: dict(by_source.get(source, {})) for source in map(str, sources)}
+        for source, known in own.items():
+            sizes = chosen.sizes_for(source, [], 0)
+            known |= {name: n for name, n in sizes.items() if name not in known and name not in settings}
+        found["source_settings"] = {**by_source, **{source: known for source, known in own.items() if known}}
+    return found
+
+
+def _settings_of(study: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = study.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

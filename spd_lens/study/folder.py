@@ -117,7 +117,8 @@ class Study(Folder):
 
     def begin(self, config: StudyConfig) -> None:
         """Write the settings, where they are new."""
-        if not self.config_path.exists() or self.config_path.read_text(encoding="utf-8") != config.to_yaml():
+        # a file that an earlier version wrote, without later settings, says the same
+        if not self.config_path.exists() or self.config.to_yaml() != config.to_yaml():
             write_text(self.config_path, config.to_yaml())
 
     def base(self) -> Cell:

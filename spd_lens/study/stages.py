@@ -117,7 +117,8 @@ def _same_corpus(bench: Bench, cell: Cell, sampling: Mapping[str, Any]) -> Cell 
 
 def _distil(bench: Bench, cell: Cell) -> None:
     """The adapter (Eq. 14), trained on what the method keeps of its corpus."""
-    bench.of(cell).finetune(methods.get(cell.method).curated(cell.corpus), cell.adapter)
+    method, experiment = methods.get(cell.method), bench.of(cell)
+    experiment.finetune(method.curated(cell.corpus), cell.adapter, training=method.training(experiment))
 
 
 def _measuring(bench: Bench, unit: Unit, cells: Sequence[Cell]) -> Step:
@@ -206,7 +207,8 @@ def finish(bench: Bench, cell: Cell) -> None:
     if cell.done or not all(path.exists() for path in wanted):
         return
     corpus = cell.corpus
-    kept = methods.get(cell.method).curated(corpus)
+    method = methods.get(cell.method)
+    kept, training = method.curated(corpus), method.training(bench.of(cell))
     write_json(
         cell.path / "done.json",
         {
@@ -218,5 +220,6 @@ def finish(bench: Bench, cell: Cell) -> None:
             "corpus": corpus_digest(corpus),
             "adapter": adapter_digest(cell.adapter),
             "subspace": cell.projection and cell.projection[0],
+            **({"training": dict(training)} if training else {}),
         },
     )

@@ -1,0 +1,160 @@
+"""The three protocols. `docs/protocols.md` is written from here (`python scripts/protocol_table.py`)."""
+
+from __future__ import annotations
+
+from spd_lens.protocols.base import Protocol, Source
+
+POINTS: dict[str, tuple[str, ...]] = {
+    "prompts": ("prompt_format", "prompt_template"),
+    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "loss"),
+    "target layers": ("layers", "kinds"),
+    "centring of the gradients": ("center_gradients",),
+    "projector": ("per_head", "rank", "strength", "center"),
+    "calibration examples": ("n_calibration",),
+    "training prompts": ("n_train", "train_source"),
+    "order of examples": ("order",),
+    "self-generation": ("temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_tokens"),
+    "training text": ("retokenise", "max_length", "loss_on_padding", "loss_on"),
+    "optimiser": ("lr", "weight_decay", "train_batch_size", "warmup_epochs", "epochs", "early_stop"),
+    "what is trained": ("method", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    "precision": ("dtype",),
+    "scores": ("scoring", "test tokens", "subtasks"),
+    "test items": ("n_eval",),
+    "seeds": ("seed", "data_seed"),
+    "methods of a study": ("methods",),
+}
+"""The points of the table, and the settings and options of tasks that decide each of them."""
+
+_CODE = "reference code"
+_OURS = "not in the paper: this project's default, [configuration](configuration.md#where-the-paper-is-silent)"
+_LIKE_PAPER = "no source: as under `paper`"
+_CARDS = "model cards of SimpleSD-4B-instruct and SimpleSD-30B-instruct"
+_ACCOUNT = (
+    "a published account of arXiv 2604.01193's experimental set-up (sesamedisk.com/self-distillation-code-generation)"
+)
+
+PAPER = Protocol(
+    name="paper",
+    says="the paper (arXiv 2605.22675) as this project reads it, and its own defaults where the paper is silent",
+    sources={
+        "prompts": Source("the chat template where there is one; the task's own request", _OURS),
+        "tokens that count as correctness": Source("every token that overlaps a span", "Eq. 6, table 6"),
+        "target layers": Source("{L, ⌊L/2⌋} counted from 1: blocks 23 and 11 of 24", "section 3.1, A.3"),
+        "centring of the gradients": Source("", "Eq. 8-9"),
+        "projector": Source("rank, strength and no centre: Eq. 9-12; a projector per head", f"table 7; head: {_OURS}"),
+        "calibration examples": Source("drawn with `data_seed`", "table 7"),
+        "training prompts": Source("`--preset paper`: 7,473, 464 and 2,000", "table 8; 500 is this project's default"),
+        "order of examples": Source("drawn with `data_seed`", _OURS),
+        "self-generation": Source("what is not set here, the model's generation config decides", f"Eq. 13; {_OURS}"),
+        "training text": Source("the sampled ids of prompt and completion, whole", f"Eq. 14; {_OURS}"),
+        "optimiser": Source("AdamW, cosine", f"A.2, table 7; batch size and warm-up: {_OURS}"),
+        "what is trained": Source("", "A.2, table 7"),
+        "precision": Source("bfloat16 where the hardware has it", _OURS),
+        "scores": Source("the task's own rules and token limits: [tasks](tasks.md)", _OURS),
+        "test items": Source("`--preset paper`: 257 of MBPP, 200 of MMLU, 300 of BBH", "table 8"),
+        "seeds": Source("", "A.3"),
+        "methods of a study": Source("", "section 4.1; `spd-random` is this project's control"),
+    },
+)
+
+REFERENCE = Protocol(
+    name="reference",
+    says="the reference code, github.com/gh540-svg/hahaha, commit e249fec, to the letter",
+    settings={
+        "prompt_format": "verbatim", "span_rule": "inside",
+        "layers": "last_mid_from_0", "center_gradients": True, "per_head": False, "rank": 0.5,
+        "max_calibration_tokens": 256,
+        "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256, "max_prompt_tokens": 384,
+        "retokenise": True, "max_length": 256, "loss_on_padding": True,
+        "train_batch_size": 4, "lr": 1e-5, "weight_decay": 0.01, "warmup_epochs": 0.5, "epochs": 5, "early_stop": True,
+        "method": "lora", "lora_rank": 8, "lora_alpha": 8, "lora_dropout": 0.05,
+        "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "seed": 42,
+    },
+    task_options={
+        task: {"prompt_template": "reference", "order": "file", "scoring": "reference", **own}
+        for task, own in {
+            "gsm8k": {"max_new_tokens": 256},
+            "svamp": {"max_new_tokens": 256},
+            "mbpp": {"max_new_tokens": 512},
+            "codealpaca": {"max_new_tokens": 256},
+            "mmlu": {"max_new_tokens": 5},
+            "bbh": {
+                "max_new_tokens": 16,
+                "subtasks": [
+                    "logical_deduction_three_objects", "date_understanding", "movie_recommendation",
+                    "boolean_expressions", "causal_judgement", "sports_understanding",
+                ],
+            },
+        }.items()
+    },
+    source_options={"mmlu": {"train_source": "auxiliary"}},
+    sizes={
+        "gsm8k": {"n_calibration": 50, "n_train": 7473, "n_eval": 100},
+        "svamp": {"n_eval": 100},
+        "mbpp": {"n_calibration": 50, "n_train": 464, "n_eval": 257},
+        "codealpaca": {"n_eval": 100},
+        "mmlu": {"n_calibration": 50, "n_train": 2000, "n_eval": 200},
+        "bbh": {"n_eval": 300},
+    },
+    methods=("base", "psr-reference", "ssd-reference", "spd", "spd-random"),
+    sources={
+        "prompts": Source("raw text, also for instruct models; the texts are in [tasks](tasks.md)", _CODE),
+        "tokens that count as correctness": Source("tokens wholly inside a span, of a text cut at 256 tokens", _CODE),
+        "target layers": Source("blocks `[n - 1, n // 2]` counted from 0: 23 and 12 of 24", _CODE),
+        "centring of the gradients": Source("over all rows of all examples", _CODE),
+        "projector": Source("one over all KV heads, of rank `kv_dim // 2`", _CODE),
+        "calibration examples": Source("the first ones; they are training prompts, too", _CODE),
+        "training prompts": Source("7,473 of GSM8K, 464 of MBPP (training and validation), 2,000 of MMLU", _CODE),
+        "order of examples": Source("as the files have them; MMLU shuffled with seed 42", _CODE),
+        "self-generation": Source("left padding, batches of 8, one sample", _CODE),
+        "training text": Source("decoded, tokenised again, cut and padded to 256; padding is in the labels", _CODE),
+        "optimiser": Source("AdamW, cosine over all epochs, clip 1; the best epoch's weights come back", _CODE),
+        "what is trained": Source("", _CODE),
+        "precision": Source("the reference code: float16 throughout. Not set here: `--dtype float16`", _CODE),
+        "scores": Source("greedy; the *last* number of a completion, the first letter, the first code block", _CODE),
+        "test items": Source("the first ones; 50 of each of BBH's six subtasks; the last 100 of CodeAlpaca", _CODE),
+        "seeds": Source("one", _CODE),
+        "methods of a study": Source(
+            "self-retraining at top-p 1.0 without early stop; \"SSD\" is the same sampling without a projection",
+            f"{_CODE}; `spd-random` is this project's control",
+        ),
+    },
+)  # fmt: skip
+
+APPLE_SSD = Protocol(
+    name="apple-ssd",
+    says="simple self-distillation (arXiv 2604.01193): own outputs at high temperature, no projection",
+    settings={
+        "temperature": 1.6, "top_p": 0.8, "top_k": 20,
+        "strength": 0.0,
+        "method": "full", "lr": 5e-6, "train_batch_size": 32,
+    },
+    methods=("base", "ssd"),
+    sources={
+        "prompts": Source("", _LIKE_PAPER),
+        "tokens that count as correctness": Source("not used: there is no projection", _LIKE_PAPER),
+        "target layers": Source("not used: there is no projection", _LIKE_PAPER),
+        "centring of the gradients": Source("not used: there is no projection", _LIKE_PAPER),
+        "projector": Source("none: strength 0", "arXiv 2604.01193: raw outputs of the model as it is"),
+        "calibration examples": Source("not used: there is no projection", _LIKE_PAPER),
+        "training prompts": Source(
+            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; number: {_LIKE_PAPER}"
+        ),
+        "order of examples": Source("", _LIKE_PAPER),
+        "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_LIKE_PAPER}"),
+        "training text": Source("", _LIKE_PAPER),
+        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; epochs, weight decay and warm-up: {_LIKE_PAPER}"),
+        "what is trained": Source(
+            "all weights", "the published checkpoints are whole models, and no account mentions an adapter"
+        ),
+        "precision": Source("", _LIKE_PAPER),
+        "scores": Source("greedy here; there sampled at temperature 0.9 or 1.1, by model", f"{_CARDS}; {_LIKE_PAPER}"),
+        "test items": Source("there: LiveCodeBench, which is no task here", _LIKE_PAPER),
+        "seeds": Source("", _LIKE_PAPER),
+        "methods of a study": Source("", "arXiv 2604.01193"),
+    },
+)  # fmt: skip
+
+PROTOCOLS = {found.name: found for found in (PAPER, REFERENCE, APPLE_SSD)}
+"""The protocols by name; `paper` is the default."""
