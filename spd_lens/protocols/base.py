@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
+from spd_lens.errors import SPDError
 from spd_lens.settings import Extraction, SamplingSettings, TrainingSettings
 from spd_lens.tasks import Task, configured
 
@@ -84,9 +85,31 @@ class Protocol:
         own = self.source_options.get(task, _NOTHING) if source else _NOTHING
         return {**self.task_options.get(task, _NOTHING), **own}
 
-    def task(self, name: str, path: str | Path | None = None, /, *, source: bool = True, **options: Any) -> Task:
+    def task(self, name: str, path: str | Path | None = None, /, **options: Any) -> Task:
         """The task as this protocol has it, with some options over its own; see `tasks.get`."""
-        return configured(name, path, {**self.options(name, source=source), **options})
+        return self.task_for(name, path, options)
+
+    def task_for(self, name: str, path: str | Path | None, options: Mapping[str, Any], *, source: bool = True) -> Task:
+        """The task as this protocol has it, for settings that name it.
+
+        Args:
+            name: The task's name.
+            path: The directory with its data; None: the hub.
+            options: What the user says of it, which goes over the protocol.
+            source: Whether calibration examples and training prompts come from it.
+
+        Raises:
+            SPDError: There is no such task, or these data cannot be what the protocol asks for.
+        """
+        own = self.options(name, source=source)
+        try:
+            return configured(name, path, {**own, **options})
+        except SPDError as error:
+            if not (sets := [f"{key} = {value!r}" for key, value in own.items() if key not in options]):
+                raise
+            raise SPDError(
+                f"{error} (protocol {self.name!r} sets {', '.join(sets)}; an option of the task goes over it)"
+            ) from error
 
     def sizes_for(self, source: str, targets: Iterable[str], default: int) -> dict[str, Any]:
         """`n_calibration` and `n_train` of a source and `n_eval` by target, as far as the protocol knows the tasks.

@@ -10,6 +10,7 @@ from .config import differ as differ
 from .config import items_of as items_of
 from .config import named as named
 from .config import one_protocol as one_protocol
+from .config import protocol_in_words as protocol_in_words
 from .config import read_kept as read_kept
 from .config import read_yaml as read_yaml
 from .config import result_name as result_name
@@ -46,6 +47,7 @@ __all__ = [
     "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
     "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
     "comparison_table", "decided_by", "differ", "environment", "fitted", "in_words", "items_of", "load_pair",
-    "make_tasks", "named", "note_start", "one_protocol", "print_report", "quoted", "read_kept", "read_yaml",
-    "ready_pair", "result_name", "run", "run_rounds", "say", "score", "to_yaml", "validated", "work",
+    "make_tasks", "named", "note_start", "one_protocol", "print_report", "protocol_in_words", "quoted",
+    "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_rounds", "say", "score", "to_yaml",
+    "validated", "work",
 ]  # fmt: skip

@@ -237,6 +237,14 @@ def one_protocol(under: Mapping[str, Any], over: Mapping[str, Any], where: str) 
         )
 
 
+def protocol_in_words(config: SPDConfig) -> str:
+    """The protocol, and the settings that were given over it; nothing for the default protocol."""
+    if config.protocol == "paper":
+        return ""
+    other = [f"{name} {now} (there {there})" for name, (there, now) in config.departures.items()]
+    return f"{config.protocol} (docs/protocols.md){', but for ' + ', '.join(other) if other else ''}"
+
+
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:
     """The number of items of a task in a setting that has one number for all tasks, or one for each."""
     if isinstance(counts, int):

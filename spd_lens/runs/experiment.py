@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from spd_lens import tasks as all_tasks
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced
 from spd_lens.examples import Example
@@ -324,10 +323,9 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
 def make_tasks(config: SPDConfig) -> Tasks:
     """The tasks that a config names, as its protocol has them; a task that is source and target is made once."""
     chosen = protocol(config.protocol)
-    options = {**chosen.options(config.task), **config.task_options}
-    source = all_tasks.configured(config.task, config.data_dir, options)
+    source = chosen.task_for(config.task, config.data_dir, config.task_options)
     targets = {
-        key: source if name == config.task else chosen.task(name, config.data_dir, source=False)
+        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, source=False)
         for key, name in config.targets.items()
     }
     allow_execution(config, [source, *targets.values()])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from spd_lens.errors import SPDError
 from spd_lens.generation import Decoding, check_room
 from spd_lens.models import ModelPair, choose_backends, resolve_device, resolve_dtype
+from spd_lens.protocols import protocol
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
 from spd_lens.runs.experiment import Experiment
@@ -12,6 +15,8 @@ from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split
 from spd_lens.training import resolve_targets
+
+log = logging.getLogger(__name__)
 
 
 def check_settings(config: SPDConfig) -> None:
@@ -24,6 +29,7 @@ def check_data(experiment: Experiment) -> None:
     """Refuse wrong settings, sizes that the data sets do not have and tasks that cannot be scored: needs no model."""
     config, (source, targets) = experiment.config, experiment.made
     check_settings(config)
+    say_protocol(experiment)
     source.calibration(config.n_calibration, config.data_seed)
     source.train(config.n_train, config.data_seed)
     for name, task in targets.items():
@@ -31,10 +37,21 @@ def check_data(experiment: Experiment) -> None:
         task.check_scorable()
 
 
+def say_protocol(experiment: Experiment) -> None:
+    """Log the tasks for which the protocol has no prompts and scores, so that their own stand."""
+    chosen, (source, targets) = protocol(experiment.config.protocol), experiment.made
+    names = dict.fromkeys(task.name for task in (source, *targets.values()))
+    if chosen.task_options and (own := [name for name in names if name not in chosen.task_options]):
+        log.warning(
+            "protocol %r has no prompts and no scores for %s: these are as under 'paper'", chosen.name, ", ".join(own)
+        )
+
+
 def check_stage(experiment: Experiment, split: Split, n: int) -> None:
     """Before one stage alone, which takes `n` examples: refuse what is wrong, and count the texts that do not fit."""
     config, source = experiment.config, experiment.made[0]
     check_settings(config)
+    say_protocol(experiment)
     getattr(source, split)(n, config.data_seed)  # refused before the model is read
     if split == "calibration":
         check_subspace(config, experiment.pair)

@@ -11,6 +11,7 @@ from spd_lens.evaluation import EvalResult, ForcedItem, per_item
 from spd_lens.files import write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
+from spd_lens.runs.config import protocol_in_words
 from spd_lens.runs.context_limit import in_words
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import (
@@ -46,6 +47,7 @@ def write_summary(run: Run) -> str:
 
 def _heading(run: Run) -> str:
     config, notes = run.config, run.notes
+    protocol = protocol_in_words(config)
     subspace, resolved = run.subspace, notes["resolved"]
     sampling = ", ".join(f"{key} {value}" for key, value in resolved["sampling"].items() if value is not None)
     if APPLIED in resolved:
@@ -56,6 +58,7 @@ def _heading(run: Run) -> str:
         [
             f"# SPD on {quoted(config.task)} with {quoted(config.model)}",
             "",
+            *([f"- Protocol: {protocol}"] if protocol else []),
             f"- Calibration: {subspace.origin['n_examples']} examples, {subspace.origin['n_scored']} scored of "
             f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
             f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",

@@ -7,7 +7,6 @@ from typing import cast, get_args
 
 from rich.console import Console
 
-from spd_lens import tasks
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import PromptFormat, load_tokenizer
@@ -25,8 +24,9 @@ def show_spans(
     config: SPDConfig, name: str, split: str, n: int | None, html: Path | None, show: int, console: Console
 ) -> None:
     """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
-    options = {**protocol(config.protocol).options(name), **config.task_options}
-    source = tasks.configured(name, config.data_dir, options)
+    chosen = protocol(config.protocol)
+    options = {**chosen.options(name), **config.task_options}
+    source = chosen.task_for(name, config.data_dir, config.task_options)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
         load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date

@@ -132,10 +132,9 @@ class StudyConfig(Settings):
 
     def task(self, name: str) -> Task:
         """A source or target by the name in the settings, with its data and options."""
-        from spd_lens import tasks
-
-        options = protocol(self.settings["protocol"]).options(name, source=name in self.sources)
-        return tasks.configured(name, self.settings["data_dir"], {**options, **self.task_options.get(name, {})})
+        own = self.task_options.get(name, {})
+        chosen = protocol(self.settings["protocol"])
+        return chosen.task_for(name, self.settings["data_dir"], own, source=name in self.sources)
 
     @property
     def trained(self) -> list[str]:

@@ -28,7 +28,7 @@ from spd_lens.study.reporting.differences import (
     means,
 )
 from spd_lens.study.reporting.evidence import PRIMARY, Evidence, in_order
-from spd_lens.study.reporting.setup import differences_from_paper
+from spd_lens.study.reporting.setup import differences_from_paper, protocol_of
 from spd_lens.study.reporting.verdict import answers
 
 PHASES = {"trained": "After training", "projected": "Under the projection, before any training"}
@@ -245,6 +245,7 @@ def _corpora(evidence: Evidence) -> str:
 def _setup(evidence: Evidence) -> str:
     lines = ["## Set-up, and what differs from the paper", ""]
     known = methods.names()
+    lines += [f"- Protocol: {_inert(protocol)}"] if (protocol := protocol_of(evidence)) else []
     lines += [f"- `{m}`: {_inert(methods.get(m).says)}" for m in evidence.methods if m in known]
     lines += [
         "",

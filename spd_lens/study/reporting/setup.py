@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spd_lens.runs import SPDConfig
+from spd_lens.runs import SPDConfig, protocol_in_words
 from spd_lens.study.reporting.evidence import Evidence
 from spd_lens.tasks import PRESETS
 
@@ -18,13 +18,17 @@ _PAPER = {
     "layers": "last_mid", "kinds": ["k", "v"], "rank": 0.5, "loss": "aligned", "strength": 1.0, "center": False,
     "method": "lora", "epochs": 5, "lr": 1e-5, "weight_decay": 0.01, "lora_rank": 8, "lora_alpha": 8,
     "lora_dropout": 0.05, "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "loss_on": "all",
+    "center_gradients": False,
 }  # fmt: skip
 """The paper's tables 7-8 and section A.3, as settings."""
 _SILENT = (
     "prompt_format", "per_head", "temperature", "top_p", "top_k", "max_new_tokens", "train_batch_size", "dtype",
 )  # fmt: skip
 """Settings that the paper does not state."""
-_SILENT_AND_RARE = ("system", "enable_thinking", "prompt_date", "too_long")
+_SILENT_AND_RARE = (
+    "system", "enable_thinking", "prompt_date", "too_long", "add_special_tokens", "span_rule", "max_calibration_tokens",
+    "energy", "max_prompt_tokens", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding",
+)  # fmt: skip
 """Settings that the paper does not state either, listed only where a study sets them."""
 
 
@@ -32,6 +36,14 @@ def backbone(model: str) -> str | None:
     """The paper's backbone that a model's name means, whoever publishes it; None for any other model."""
     name = model.rstrip("/").rpartition("/")[2].lower()
     return next((known for known in BACKBONES if name.startswith(known.lower())), None)
+
+
+def protocol_of(evidence: Evidence) -> str:
+    """The study's protocol, and what its settings have in place of it; nothing for the default protocol."""
+    settings = evidence.plan.get("settings") or {}
+    own = (evidence.plan.get("source_settings") or {}).get(evidence.sources[0], {}) if evidence.sources else {}
+    tasks = {"task": evidence.sources[0], "eval_tasks": list(evidence.targets)} if evidence.sources else {}
+    return protocol_in_words(SPDConfig.make({**settings, **own, **tasks}))
 
 
 def differences_from_paper(evidence: Evidence) -> list[tuple[str, str, str]]:
