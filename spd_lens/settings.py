@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from spd_lens.errors import SPDError, plain, whole
-from spd_lens.sites import KINDS
+from spd_lens.sites import KINDS, LAYER_WORDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
@@ -96,7 +96,9 @@ class SeedGroup(Settings):
 class SiteGroup(Settings):
     """Where gradients are captured, and what is projected."""
 
-    layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
+    layers: str | list[int] = Field(
+        "last_mid", description=f"{', '.join(LAYER_WORDS)}, or block indices such as 14,29."
+    )
     kinds: Annotated[list[str], COMMAS] = Field(
         ["k", "v"], min_length=1, description="Activations to project: k, v, q, z, resid."
     )
@@ -113,13 +115,13 @@ class SiteGroup(Settings):
     @classmethod
     def _one_spelling(cls, value: Any) -> Any:
         """`14`, `"14,29"` and `[14, 29]` are block indices; a run resumed with another spelling is the same run."""
-        if value in ("last_mid", "all"):
+        if isinstance(value, str) and value in LAYER_WORDS:
             return value
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         if not parts or not all(
             type(part) is int or isinstance(part, str) and part.strip().isdigit() for part in parts
         ):
-            raise ValueError("write last_mid, all or block indices such as 14,29")
+            raise ValueError(f"write {', '.join(LAYER_WORDS)} or block indices such as 14,29")
         return sorted({int(part) for part in parts})
 
 

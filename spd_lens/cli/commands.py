@@ -111,7 +111,10 @@ def rounds_command(
 
 
 @app.command("extract")
-@with_settings(*_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "per_head", "center", "loss", "engine")
+@with_settings(
+    *_MODEL, *_DATA, "n_calibration", "max_calibration_tokens", "layers", "kinds", "rank", "energy", "per_head",
+    "center_gradients", "center", "loss", "engine",
+)  # fmt: skip
 def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     set_up_logging(quiet)

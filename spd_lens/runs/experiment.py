@@ -221,10 +221,11 @@ class Experiment:
         return (self.path / "analysis" if extra else self.path) / f"moments{extra}.safetensors"
 
     def subspace(self, moments: GradientMoments | None = None, *, of: str = "gradient") -> Subspace:
-        """The config's rank, blocks and centring, from the plain moments or from others (Eq. 9-11)."""
+        """The config's rank or energy, blocks and centring, from the plain moments or from others (Eq. 9-11)."""
         config = self.config
         return (moments or self.moments()).subspace(
-            config.rank, per_head=config.per_head, center=config.center, of=of
+            config.rank, energy=config.energy, per_head=config.per_head, center_gradients=config.center_gradients,
+            center=config.center, of=of,
         )  # fmt: skip
 
     def generate(
