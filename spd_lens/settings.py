@@ -152,7 +152,8 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
     (table 5). The engine `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the
     Hugging Face model, which saves holding the weights twice. Both give the same moments: the lens model is compared
     with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
-    twin, which is logged, and any other backend is an error.
+    twin, which is logged, and any other backend is an error. With `max_calibration_tokens` a text ends behind so many
+    tokens, prompt included: rows of `G`, scored tokens and loss are those of what is left.
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}

@@ -38,9 +38,10 @@ class Encoded:
         """The first `max_tokens` tokens, and what is scored among them; `name` is what a message calls the example."""
         scored = [position for position in self.scored if position < max_tokens]
         if not scored:
-            raise SPDError(
+            raise TooLong(
                 f"{name} has no scored token among its first {max_tokens} tokens (the first one is token "
-                f"{self.scored[0]}, counted from 0); allow more tokens, or leave the example out"
+                f"{self.scored[0]}, counted from 0); allow more tokens, or leave the example out (--too-long drop "
+                "does, and counts)"
             )
         ids = self.ids[:max_tokens]
         return Encoded(ids, min(self.completion_start, len(ids)), scored)
