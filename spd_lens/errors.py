@@ -33,7 +33,8 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 class TooLong(SPDError):
-    """A text is so much longer than the model's context that it was not even tokenised to its end."""
+    """A text does not fit: so much longer than the model's context that it was not even tokenised to its end, or cut
+    where nothing of it is left to score."""
 
 
 def plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """What a task's scorer needs beside the completion: tests, subject, choices."""
     prompt_spans: tuple[Span, ...] = ()
-    """Character ranges `(start, end)` **in the prompt** that decide correctness, too, such as asserts there."""
+    """Character ranges `(start, end)` **in the prompt** that decide correctness too, such as asserts it shows."""
 
     def __post_init__(self) -> None:
         # the dataclass is frozen; numpy's texts and numbers, and lists from JSON, become Python's own here

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from spd_lens.errors import SPDError, plain, whole
-from spd_lens.sites import KINDS
+from spd_lens.sites import KINDS, LAYER_WORDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough for a laptop, Apache-2.0, Llama architecture with grouped-query attention."""
@@ -96,7 +96,9 @@ class SeedGroup(Settings):
 class SiteGroup(Settings):
     """Where gradients are captured, and what is projected."""
 
-    layers: str | list[int] = Field("last_mid", description="last_mid, all, or block indices such as 14,29.")
+    layers: str | list[int] = Field(
+        "last_mid", description=f"{', '.join(LAYER_WORDS)}, or block indices such as 14,29."
+    )
     kinds: Annotated[list[str], COMMAS] = Field(
         ["k", "v"], min_length=1, description="Activations to project: k, v, q, z, resid."
     )
@@ -113,13 +115,13 @@ class SiteGroup(Settings):
     @classmethod
     def _one_spelling(cls, value: Any) -> Any:
         """`14`, `"14,29"` and `[14, 29]` are block indices; a run resumed with another spelling is the same run."""
-        if value in ("last_mid", "all"):
+        if isinstance(value, str) and value in LAYER_WORDS:
             return value
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         if not parts or not all(
             type(part) is int or isinstance(part, str) and part.strip().isdigit() for part in parts
         ):
-            raise ValueError("write last_mid, all or block indices such as 14,29")
+            raise ValueError(f"write {', '.join(LAYER_WORDS)} or block indices such as 14,29")
         return sorted({int(part) for part in parts})
 
 
@@ -150,7 +152,8 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
     (table 5). The engine `"lens"` captures at `hook_k`/`hook_v` of the lens model, `"twin"` at the projections of the
     Hugging Face model, which saves holding the weights twice. Both give the same moments: the lens model is compared
     with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
-    twin, which is logged, and any other backend is an error.
+    twin, which is logged, and any other backend is an error. With `max_calibration_tokens` a text ends behind so many
+    tokens, prompt included: rows of `G`, scored tokens and loss are those of what is left.
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}

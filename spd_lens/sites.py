@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,13 @@ from spd_lens.errors import SPDError, plain
 KINDS: tuple[str, ...] = ("k", "v", "q", "z", "resid")
 """The activations that can be captured and projected. The paper uses keys and values (Eq. 7, 12); queries, the heads'
 outputs before `W_O` and the residual stream behind a block are for comparison."""
+
+LAYER_WORDS: Mapping[str, Callable[[int], list[int]]] = {
+    "last_mid": lambda n_layers: [max(n_layers // 2 - 1, 0), n_layers - 1],
+    "last_mid_from_0": lambda n_layers: [n_layers // 2, n_layers - 1],
+    "all": lambda n_layers: list(range(n_layers)),
+}
+"""Choices of layers by name, as block indices of a model with so many blocks: see `resolve_layers`."""
 
 
 @dataclass(frozen=True, order=True)
@@ -55,25 +62,28 @@ def resolve_layers(layers: str | int | Iterable[int], n_layers: int) -> list[int
     """Block indices, counted from 0, in ascending order.
 
     `"last_mid"` is the paper's default {L, ⌊L/2⌋} counted from 1, which are the blocks `n_layers - 1` and
-    `n_layers // 2 - 1`; `"all"` is every block; otherwise block indices as given.
+    `n_layers // 2 - 1`. `"last_mid_from_0"` takes {L, ⌊L/2⌋} as the reference code does (github.com/gh540-svg/hahaha,
+    commit e249fec), whose middle block is `n_layers // 2` counted from 0: one block further. `"all"` is every block;
+    otherwise block indices as given.
     """
     if isinstance(layers, str):
-        if layers == "last_mid":
-            return sorted({max(n_layers // 2 - 1, 0), n_layers - 1})
-        if layers == "all":
-            return list(range(n_layers))
+        if layers in LAYER_WORDS:
+            return sorted(set(LAYER_WORDS[layers](n_layers)))
         parts = [part.strip() for part in layers.split(",")]
         if not all(part.isdigit() for part in parts):
-            raise SPDError(f"unknown layers {layers!r}; write 'last_mid', 'all' or block indices such as '14,29'")
+            raise SPDError(f"unknown layers {layers!r}; write {_WORDS} or block indices such as '14,29'")
         layers = [int(part) for part in parts]
     chosen: Any = plain(list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else layers)
     chosen = chosen if isinstance(chosen, list) else [chosen]
     if not chosen:
-        raise SPDError("no layer was chosen; write 'last_mid', 'all' or at least one block index")
+        raise SPDError(f"no layer was chosen; write {_WORDS} or at least one block index")
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
             raise SPDError(f"layer {layer!r} does not exist: the model has blocks 0 to {n_layers - 1} (counted from 0)")
     return sorted(set(chosen))
+
+
+_WORDS = ", ".join(map(repr, LAYER_WORDS))
 
 
 def resolve_sites(layers: str | int | Iterable[int], kinds: str | Sequence[str], n_layers: int) -> list[Site]:

@@ -25,7 +25,8 @@ CALLS = {
 FUNCTIONS = pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
 
 CHANGED = {
-    "layers": [1], "kinds": ["v"], "loss": "full", "engine": "twin", "max_new_tokens": 5, "temperature": 0.5,
+    "layers": [1], "kinds": ["v"], "loss": "full", "engine": "twin", "max_calibration_tokens": 7, "max_new_tokens": 5,
+    "temperature": 0.5,
     "top_p": 0.5, "top_k": 3, "generation_batch_size": 2, "seed": 7, "method": "full", "epochs": 2, "lr": 0.5,
     "weight_decay": 0.25, "train_batch_size": 3, "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.5,
     "lora_targets": ["q_proj"], "loss_on": "completion",

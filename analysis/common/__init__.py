@@ -13,7 +13,6 @@ from spd_lens.analysis.common.angles import (
     participation_ratio,
     principal_angles,
     random_bases,
-    rank_holding,
     stable_rank,
 )
 from spd_lens.analysis.common.command import Findings, Quiet, analysis
@@ -51,6 +50,6 @@ __all__ = [
     "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
     "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",
-    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases", "rank_holding", "sets",
+    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases", "sets",
     "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of", "word_diff",
 ]  # fmt: skip

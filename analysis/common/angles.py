@@ -104,13 +104,6 @@ def stable_rank(energies: Float[Tensor, "*n width"]) -> Float[Tensor, "*n"]:
     return energies.sum(dim=-1) / energies.amax(dim=-1)
 
 
-def rank_holding(energies: Float[Tensor, "*n width"], share: float) -> Float[Tensor, "*n"]:
-    """The smallest number of leading directions that hold at least `share` of the energy; energies descending."""
-    cumulative = energies.cumsum(dim=-1) / energies.sum(dim=-1, keepdim=True)
-    # rounding: the sum over all directions may miss 1 by a hair
-    return 1 + (cumulative < share - 1e-12).sum(dim=-1).double()
-
-
 def _check(a: Tensor, b: Tensor) -> None:
     if a.shape[-2] != b.shape[-2]:
         raise SPDError(

@@ -27,7 +27,6 @@ from spd_lens.analysis.common import (
     participation_ratio,
     place,
     random_bases,
-    rank_holding,
     sets,
     shard_grams,
     stable_rank,
@@ -36,7 +35,7 @@ from spd_lens.analysis.common import (
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
 from spd_lens.stats import Estimate
-from spd_lens.subspaces import BlockSpectrum, GradientMoments
+from spd_lens.subspaces import BlockSpectrum, GradientMoments, rank_holding
 
 GRADIENTS, SHUFFLED = "gradients", "gradients of shuffled answers"
 ACTIVATIONS, CENTRED = "activations", "activations, centred"
@@ -45,8 +44,8 @@ NULLS = SOURCES[1:]
 
 ENERGY, HELD_OUT, SINGULAR = "energy share", "energy share, held out", "singular value"
 RANKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "rank of 90 % energy": lambda energies: rank_holding(energies, 0.90),
-    "rank of 99 % energy": lambda energies: rank_holding(energies, 0.99),
+    "rank of 90 % energy": lambda energies: rank_holding(energies, 0.90).double(),
+    "rank of 99 % energy": lambda energies: rank_holding(energies, 0.99).double(),
     "participation ratio": participation_ratio,
     "entropy rank": entropy_rank,
     "stable rank": stable_rank,

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from spd_lens.errors import SPDError
 from spd_lens.runs import read_yaml, validated
 from spd_lens.settings import Settings
-from spd_lens.sites import KINDS, Site, resolve_layers
+from spd_lens.sites import KINDS, LAYER_WORDS, Site, resolve_layers
 from spd_lens.subspaces import GradientMoments, Subspace, resolve_rank
 
 PROJECTORS = ("per_head", "joint")
@@ -33,7 +33,7 @@ class Grid(Settings):
     layers: list[str] = Field(
         ["each/4", "last_mid", "all"],
         min_length=1,
-        description="last_mid, all, first_third, middle_third, last_third, block indices such as 14,29; "
+        description=f"{', '.join((*LAYER_WORDS, *THIRDS))}, block indices such as 14,29; "
         "each is every layer by itself, each/4 every fourth, counted back from the last.",
     )
     kinds: list[str] = Field(["kv"], min_length=1, description="Kinds projected together: kv, k, v.")

@@ -20,6 +20,7 @@ _SWITCHES = {
     "enable_thinking": "--enable-thinking/--no-enable-thinking",
     "allow_code_execution": "--allow-code-execution",
     "per_head": "--per-head/--joint",
+    "center_gradients": "--center-gradients/--no-center-gradients",
     "center": "--center/--no-center",
     "center_gradients": "--center-gradients/--no-center-gradients",
     "add_special_tokens": "--add-special-tokens/--no-add-special-tokens",

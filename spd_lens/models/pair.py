@@ -202,9 +202,14 @@ class ModelPair:
         """The sites of some layers and kinds of this model."""
         return resolve_sites(layers, kinds, self.n_layers)
 
-    def encode(self, example: Example, loss: Loss = "aligned", engine: str = "twin") -> Encoded:
-        """Token ids, completion start and scored positions of an example; refused beyond the engine's context."""
-        encoded = self.format.encode(example, loss)
+    def encode(
+        self, example: Example, loss: Loss = "aligned", engine: str = "twin", max_tokens: int | None = None
+    ) -> Encoded:
+        """Token ids, completion start and scored positions of an example; refused beyond the engine's context.
+
+        `max_tokens` cuts the text behind that many tokens; None keeps all.
+        """
+        encoded = self.format.encode(example, loss, max_tokens)
         self._check_ids(encoded.ids, example, self.context(engine))
         return encoded
 

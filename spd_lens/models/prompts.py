@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from spd_lens.errors import SPDError, TooLong, one_line
+from spd_lens.errors import SPDError, TooLong, one_line, whole
 from spd_lens.examples import Example, whole_characters
 from spd_lens.models.templates import Message, asks_for_the_date, ending, render
 from spd_lens.models.tokenizer import Tokens, tokenised
@@ -30,9 +30,21 @@ class Encoded:
     ids: list[int]
     """Token ids of prompt and completion, tokenised jointly."""
     completion_start: int
-    """Position of the first token that overlaps the completion."""
+    """Position of the first token that overlaps the completion; the number of tokens where all of it was cut off."""
     scored: list[int]
     """Positions `t` in `S`, each predicted from position `t - 1`, in ascending order."""
+
+    def cut(self, max_tokens: int, name: str) -> Encoded:
+        """The first `max_tokens` tokens, and what is scored among them; `name` is what a message calls the example."""
+        scored = [position for position in self.scored if position < max_tokens]
+        if not scored:
+            raise TooLong(
+                f"{name} has no scored token among its first {max_tokens} tokens (the first one is token "
+                f"{self.scored[0]}, counted from 0); allow more tokens, or leave the example out (--too-long drop "
+                "does, and counts)"
+            )
+        ids = self.ids[:max_tokens]
+        return Encoded(ids, min(self.completion_start, len(ids)), scored)
 
 
 @dataclass(frozen=True)
@@ -237,10 +249,14 @@ class PromptFormat:
         Raises:
             SPDError: the text is no Unicode text, or far longer than the context (`TooLong`).
         """
-        return self._tokens(self.text(prompt), f"prompt {prompt[:40]!r}").ids
+        return self._tokens(self.text(prompt), f"prompt {prompt[:40]!r}", self.longest or _LONGEST).ids
 
-    def joint(self, example: Example) -> JointText:
+    def joint(self, example: Example, *, any_length: bool = False) -> JointText:
         """Tokenises prompt and completion as one text, so that a token may span both.
+
+        Args:
+            example: Prompt and completion.
+            any_length: Whether the text may be far longer than the context, because it is cut afterwards.
 
         Raises:
             SPDError: the text is no Unicode text (JSON can spell half a character), or far longer than the context
@@ -249,33 +265,38 @@ class PromptFormat:
         whole_characters(example.completion, example.name)
         head = self.text(whole_characters(example.prompt, example.name))
         text = head + example.completion
-        tokens = self._tokens(text, example.name)
+        tokens = self._tokens(text, example.name, None if any_length else self.longest or _LONGEST)
         return JointText(text, len(head), tokens.ids, tokens.offsets)
 
-    def _tokens(self, text: str, name: str) -> Tokens:
+    def _tokens(self, text: str, name: str, most: int | None) -> Tokens:
         try:
-            return tokenised(
-                self.tokenizer, whole_characters(text, name), specials=not self.chat, most=self.longest or _LONGEST
-            )
+            return tokenised(self.tokenizer, whole_characters(text, name), specials=not self.chat, most=most)
         except TooLong as error:
             raise TooLong(f"{name} {error}; shorten it or leave it out (--too-long drop does, and counts)") from error
 
-    def encode(self, example: Example, loss: Loss = "aligned") -> Encoded:
+    def encode(self, example: Example, loss: Loss = "aligned", max_tokens: int | None = None) -> Encoded:
         """Joint tokenisation (Eq. 6). `loss="full"` scores every token of the completion (paper table 5).
 
         A token that overlaps a span counts, also when it begins before it.
 
+        Args:
+            example: Prompt, completion and spans.
+            loss: Which tokens are scored.
+            max_tokens: Keep this many tokens of prompt and completion, from the beginning, and score what is scored
+                among them; None keeps all.
+
         Raises:
-            SPDError: the example has no completion or no span, or a span covers no token.
+            SPDError: the example has no completion or no span, a span covers no token, or no scored token is kept.
         """
         if loss not in ("aligned", "full"):
             raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
+        max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, least=2)
         name = example.name
         if not example.completion:
             raise SPDError(f"{name} has no completion, so it has no loss; give it a gold answer")
         if loss == "aligned" and not example.spans:
             raise SPDError(f"{name} has no correctness span; give it one or use loss='full'")
-        joint = self.joint(example)
+        joint = self.joint(example, any_length=max_tokens is not None)
         ids, offsets, start = joint.ids, joint.offsets, joint.completion_at
         spans = example.spans if loss == "aligned" else ((0, len(example.completion)),)
         scored: set[int] = set()
@@ -288,7 +309,8 @@ class PromptFormat:
         in_completion = _overlapping(offsets, start, start + len(example.completion))
         if not scored or not in_completion:
             raise SPDError(f"{name} scores no token that the model predicts; give it a longer prompt or another span")
-        return Encoded(ids, max(in_completion[0], 1), sorted(scored))
+        encoded = Encoded(ids, max(in_completion[0], 1), sorted(scored))
+        return encoded if max_tokens is None else encoded.cut(max_tokens, name)
 
 
 def _overlapping(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:

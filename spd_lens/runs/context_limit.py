@@ -27,20 +27,23 @@ _WORDS: dict[str, str] = {
 def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int | None = None) -> Task:
     """The task as it is; or, with `too_long="drop"`, one that draws the same examples without those that do not fit.
 
-    No text is ever cut, since what a cut takes first is the end, where correctness spans are.
+    No text is cut but a calibration text at `config.max_calibration_tokens`: what a cut takes first is the end, where
+    correctness spans are.
 
     Args:
         task: The task.
         pair: The model. A calibration example fits with its completion, in the context of the engine that captures; a
             training prompt with `config.max_new_tokens` more; a test item with the answer's token limit, and with
-            everything that is measured teacher-forced on it.
-        config: `too_long`, `engine` and `max_new_tokens` count.
+            everything that is measured teacher-forced on it. A calibration example that is cut fits if a scored token
+            is left.
+        config: `too_long`, `engine`, `loss`, `max_calibration_tokens` and `max_new_tokens` count.
         max_new_tokens: The limit of an answer in evaluation; None: the task's own.
     """
     if config.too_long == "error":
         return task
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     room: dict[Split, int] = {"train": config.max_new_tokens, "test": limit}  # tokens that may follow a prompt
+    most = config.max_calibration_tokens
 
     def length(example: Example) -> int:
         return len(pair.format.joint(example).ids)
@@ -49,7 +52,8 @@ def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int |
     def fits(split: Split, example: Example) -> bool:
         try:
             if split == "calibration":
-                return length(example) <= pair.context(config.engine)
+                n = length(example) if most is None else len(pair.format.encode(example, config.loss, most).ids)
+                return n <= pair.context(config.engine)
             if len(pair.format.prompt_ids(example.prompt)) + room[split] > pair.n_ctx:
                 return False
             return split == "train" or all(length(text) <= pair.n_ctx for text in forced_texts(task, example))
@@ -77,6 +81,8 @@ def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]
     counts: dict[str, Any] = {"context": pair.n_ctx}
     if "calibration" in draws and (own := pair.context(config.engine)) != pair.n_ctx:
         counts["context_of_lens"] = own
+    if "calibration" in draws and config.max_calibration_tokens is not None:
+        counts["max_calibration_tokens"] = config.max_calibration_tokens
     for split, tasks in draws.items():
         counts[split] = {}
         for name, (task, n) in tasks.items():
@@ -90,6 +96,8 @@ def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]
 def in_words(counts: Mapping[str, Any]) -> str:
     """What `left_out` counted: "beyond the context of 2048 tokens: 2 of 50 calibration examples, ..."."""
     lens = f" ({counts['context_of_lens']} in the lens model)" if "context_of_lens" in counts else ""
+    most = counts.get("max_calibration_tokens")
+    cut = "" if most is None else f", or with no scored token among the first {most} of a calibration text"
     parts = []
     for split, words in _WORDS.items():
         tasks = counts.get(split, {})
@@ -97,4 +105,4 @@ def in_words(counts: Mapping[str, Any]) -> str:
             # a run has one source, which its summary names; it may have several tasks to test on
             whose = f" of {name}" if split == "test" or len(tasks) > 1 else ""
             parts.append(f"{n['left_out']} of {n['of']} {words}{whose}")
-    return f"beyond the context of {counts['context']} tokens{lens}: {', '.join(parts)}"
+    return f"beyond the context of {counts['context']} tokens{lens}{cut}: {', '.join(parts)}"

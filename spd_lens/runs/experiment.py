@@ -20,7 +20,7 @@ from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.run_dir import Folder, Run
 from spd_lens.sandbox import passes_tests
-from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
+from spd_lens.subspaces import GradientMoments, Policy, Subspace, check_texts, extract, shuffled_answers
 from spd_lens.tasks import CodeTask, Task
 from spd_lens.training import finetune
 
@@ -180,7 +180,8 @@ class Experiment:
             seed: Seed of the permutation; None: the config's.
 
         Raises:
-            SPDError: the folder holds an extraction of another model, of other sites or of another number of examples.
+            SPDError: the folder holds an extraction of another model, of other sites, of another number of examples or
+                of texts that were written, scored or cut in another way.
         """
         seed = self.config.seed if seed is None else seed
         path = self._place(loss or self.config.loss, layers, seed if shuffled else None)
@@ -211,6 +212,7 @@ class Experiment:
                 f"{path} holds an extraction of {n_examples} examples at {', '.join(map(str, moments.sites))}, not of "
                 f"{n_wanted} at {', '.join(map(str, wanted))}; give the experiment another folder"
             )
+        check_texts(moments, self.pair, self.config.extraction, str(path))
 
     def _place(self, loss: Loss, layers: Layers, shuffle: int | None) -> Path:
         extra = (f"-{layers}-layers" if layers else "") + ("" if shuffle is None else f"-shuffled-{shuffle}")
@@ -221,10 +223,11 @@ class Experiment:
         return (self.path / "analysis" if extra else self.path) / f"moments{extra}.safetensors"
 
     def subspace(self, moments: GradientMoments | None = None, *, of: str = "gradient") -> Subspace:
-        """The config's rank, blocks and centring, from the plain moments or from others (Eq. 9-11)."""
+        """The config's rank or energy, blocks and centring, from the plain moments or from others (Eq. 9-11)."""
         config = self.config
         return (moments or self.moments()).subspace(
-            config.rank, per_head=config.per_head, center=config.center, of=of
+            config.rank, energy=config.energy, per_head=config.per_head, center_gradients=config.center_gradients,
+            center=config.center, of=of,
         )  # fmt: skip
 
     def generate(

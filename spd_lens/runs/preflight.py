@@ -63,7 +63,8 @@ def check_subspace(config: SPDConfig, pair: ModelPair) -> None:
     shape = pair.fingerprint
     for site in pair.sites(config.layers, config.kinds):
         n_heads, d_head = shape.heads_at(site)
-        resolve_rank(config.rank, d_head * (1 if config.per_head else n_heads))
+        if config.energy is None:
+            resolve_rank(config.rank, d_head * (1 if config.per_head else n_heads))
 
 
 def check_model(experiment: Experiment, *, targets: bool = True) -> None:
@@ -82,7 +83,8 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
-    longest = max(len(pair.encode(example, config.loss, config.engine).ids) for example in experiment.calibration)
+    most = config.max_calibration_tokens
+    longest = max(len(pair.encode(e, config.loss, config.engine, most).ids) for e in experiment.calibration)
     if config.engine == "lens":
         pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
     check_room(pair, experiment.prompts, config.max_new_tokens)

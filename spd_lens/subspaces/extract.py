@@ -74,11 +74,12 @@ def extract(
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Whether to show a progress bar.
-        **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine.
-            `spd_lens.settings.Extraction` says what they mean.
+        **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine,
+            max_calibration_tokens. `spd_lens.settings.Extraction` says what they mean.
 
     Raises:
-        SPDError: No examples, an example without span or completion or beyond the context, an unknown layer or kind.
+        SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
+            are all behind `max_calibration_tokens`, an unknown layer or kind.
     """
     shards = whole("shards", shards)
     settings = Extraction.given(settings, keywords, "extract")
@@ -86,6 +87,7 @@ def extract(
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype)}
     if pair.format.prompt_date is not None:
         recorded["prompt_date"] = pair.format.prompt_date
+    recorded |= _unusual(pair, settings)
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
         shard = rows.index % shards
@@ -96,6 +98,33 @@ def extract(
         moments.n_scored[shard] += len(rows.encoded.scored)
         moments.loss_sum[shard] += rows.loss
     return moments
+
+
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "prompt_format": ("chat", "raw"), "add_special_tokens": (True,), "span_rule": ("overlap",),
+    "max_calibration_tokens": (None,),
+}  # fmt: skip
+"""Settings that decide which text is read and what of it is scored, with the values that moments do not record."""
+
+
+def _unusual(pair: ModelPair, settings: Extraction) -> dict[str, Any]:
+    values = {**pair.format.settings, "max_calibration_tokens": settings.max_calibration_tokens}
+    return {name: values[name] for name, usual in _USUAL.items() if values.get(name, usual[0]) not in usual}
+
+
+def check_texts(moments: GradientMoments, pair: ModelPair, settings: Extraction, what: str) -> None:
+    """Raise `SPDError` if these settings would write, score or cut texts in another way than the moments' were.
+
+    `what` is what a message calls the moments.
+    """
+    asked = _unusual(pair, settings)
+    for name in _USUAL:
+        found, wanted = (one.get(name, "its usual value") for one in (moments.settings, asked))
+        if found != wanted:
+            raise SPDError(
+                f"{what} holds an extraction whose {name} was {found}, and not {wanted}; give the experiment another "
+                "folder, or remove the file to extract again"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,7 +164,9 @@ def token_gradients(
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
     sites = pair.sites(settings.layers, settings.kinds)
-    encoded = [pair.encode(example, settings.loss, engine) for example in examples]
+    most = settings.max_calibration_tokens
+    most = None if most is None else whole("max_calibration_tokens", most, least=2)
+    encoded = [pair.encode(example, settings.loss, engine, max_tokens=most) for example in examples]
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))

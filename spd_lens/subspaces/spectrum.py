@@ -23,6 +23,13 @@ def energies_of(gram: Float[Tensor, "*n width width"]) -> Float[Tensor, "*n widt
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
 
 
+def rank_holding(energies: Float[Tensor, "*n width"], share: float) -> Int[Tensor, "*n"]:
+    """The smallest number of leading directions that hold at least `share` of the energy; energies descending."""
+    cumulative = energies.cumsum(dim=-1) / energies.sum(dim=-1, keepdim=True)
+    # rounding: the sum over all directions may miss 1 by a hair
+    return 1 + (cumulative < share - 1e-12).sum(dim=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSpectrum:
     """Spectra of blocks: of one site's heads, or of one joint block, also for several sets of examples at once.
@@ -37,13 +44,15 @@ class BlockSpectrum:
     """Its eigenvalues `σ²`, descending: the squared singular values of the stacked rows."""
     vectors: Float[Tensor, "*n width width"]
     """Its eigenvectors as columns, in the same order: the right singular vectors of the stacked rows."""
+    size: Float[Tensor, "*n"] | None = None
+    """The norm `‖G‖` of the rows as they were rounded, where their mean was taken off since; else they are the rows."""
 
     @classmethod
-    def of(cls, gram: Float[Tensor, "*n width width"]) -> BlockSpectrum:
+    def of(cls, gram: Float[Tensor, "*n width width"], size: Float[Tensor, "*n"] | None = None) -> BlockSpectrum:
         """Decompose Gram matrices, which must be exactly symmetric."""
         values, vectors = torch.linalg.eigh(gram)
         # rounding leaves eigenvalues of -1e-20 where there is none
-        return cls(gram, values.flip(-1).clamp_min(0), vectors.flip(-1))
+        return cls(gram, values.flip(-1).clamp_min(0), vectors.flip(-1), size)
 
     @property
     def singular_values(self) -> Float[Tensor, "*n width"]:
@@ -55,11 +64,14 @@ class BlockSpectrum:
 
         Rounding each entry of `G` to a relative `eps` adds noise of norm about `eps ‖G‖` spread over `width`
         directions, so each noise singular value is about `eps ‖G‖ / √width`; the Gram matrix adds a floor of its own.
+        Both go by the rows before a mean was taken off: what is left may be much smaller, and its rounding is not.
         """
         values = self.singular_values
         width = values.shape[-1]
-        noise = torch.finfo(getattr(torch, dtype)).eps * values.norm(dim=-1, keepdim=True) / width**0.5
-        gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * values[..., :1]
+        size = values.norm(dim=-1, keepdim=True) if self.size is None else self.size[..., None]
+        noise = torch.finfo(getattr(torch, dtype)).eps * size / width**0.5
+        largest = values[..., :1] if self.size is None else size
+        gram_floor = (width * torch.finfo(torch.float64).eps) ** 0.5 * largest
         return (values > torch.maximum(noise, gram_floor)).sum(dim=-1)
 
     def known(self, dtype: str) -> tuple[Float[Tensor, "*n width"], Float[Tensor, "*n width width"]]:
@@ -67,7 +79,11 @@ class BlockSpectrum:
         known = torch.arange(self.energies.shape[-1]) < self.n_known(dtype)[..., None]
         return self.energies * known, self.vectors * known[..., None, :]
 
-    def leading(self, rank: int, dtype: str) -> list[Basis]:
+    def holding(self, share: float) -> Int[Tensor, "*n"]:
+        """How many leading directions of each block hold at least that share of its energy; 1 where there is none."""
+        return rank_holding(self.energies, share)
+
+    def leading(self, rank: int | Int[Tensor, " block"], dtype: str) -> list[Basis]:
         """The leading `rank` directions of each block, or as many as stand above rounding.
 
         Singular vectors are defined up to sign: each one's largest entry is positive, so that files compare.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from spd_lens.analysis.common.angles import entropy_rank, participation_ratio, rank_holding, stable_rank
+from spd_lens.analysis.common.angles import entropy_rank, participation_ratio, stable_rank
 from spd_lens.analysis.common.jackknife import filled, half_width, halves, sets, shard_grams
 from spd_lens.analysis.index import analyze
 from spd_lens.analysis.spectra import command as spectra
@@ -24,7 +24,7 @@ from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.runs.run_dir import Run
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
-from spd_lens.subspaces.spectrum import BlockSpectrum
+from spd_lens.subspaces.spectrum import BlockSpectrum, rank_holding
 
 SHAPE = Fingerprint(n_layers=4, d_model=32, n_heads=4, n_kv_heads=2, d_head=8, sample=(1.0,))
 SITES = [Site(1, "k"), Site(3, "v")]

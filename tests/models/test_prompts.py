@@ -224,3 +224,33 @@ def test_a_tokenizer_without_offsets_is_refused():
 
     with refused("Slow", "fast tokenizer"):
         PromptFormat.choose(Slow())
+
+
+@pytest.mark.parametrize("loss", ["aligned", "full"])
+@pytest.mark.parametrize("max_tokens", [2, 4, 6, 7, 8, 100])
+def test_a_cut_keeps_the_first_tokens_and_what_is_scored_among_them(loss, max_tokens):
+    form = PromptFormat.choose(known_tokenizer())
+    example = Example("q", "x=42.", [(0, 1), (2, 4)], "cut")  # <bos> q \n x = 42 .
+    uncut = form.encode(example, loss)
+    expected = [t for t in uncut.scored if t < max_tokens]
+    if not expected:
+        with refused("'cut'", "no scored token among its first 2 tokens", "token 3"):
+            form.encode(example, loss, max_tokens)
+        return
+    found = form.encode(example, loss, max_tokens)
+    assert found.ids == uncut.ids[:max_tokens]
+    assert found.scored == expected
+    assert found.completion_start == 3
+
+
+def test_a_cut_takes_texts_that_are_far_beyond_the_context(tiny_pair):
+    long = Example("q", "21 " * 30_000, [(0, 2)], "long")
+    with refused("'long'", "context"):
+        tiny_pair.encode(long)
+    found = tiny_pair.encode(long, max_tokens=16)
+    assert len(found.ids) == 16
+    assert found.ids == tiny_pair.encode(Example("q", "21 " * 30, [(0, 2)])).ids[:16]
+    with refused("max_tokens", "at least 2"):
+        tiny_pair.encode(long, max_tokens=1)
+    with refused("'long'", "context"):
+        tiny_pair.encode(long, max_tokens=1000)

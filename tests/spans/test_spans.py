@@ -78,8 +78,8 @@ def test_a_character_split_over_tokens_stands_once_and_all_its_tokens_are_marked
 def test_characters_that_the_tokenizer_drops_are_shown_too(chat, monkeypatch):
     joint = PromptFormat.joint
 
-    def without_blanks(self, example):  # as tokenizers do whose offsets leave out the blanks
-        found = joint(self, example)
+    def without_blanks(self, example, **options):  # as tokenizers do whose offsets leave out the blanks
+        found = joint(self, example, **options)
         trimmed = [(low + (found.text[low:high][:1] == " "), high) for low, high in found.offsets]
         return type(found)(found.text, found.completion_at, found.ids, trimmed)
 
