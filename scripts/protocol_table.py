@@ -58,7 +58,9 @@ def text(found: Any) -> str:
     """A value as a reader writes it."""
     if found is None or isinstance(found, bool):
         return {None: "not set", True: "on", False: "off"}[found]
-    return ", ".join(map(str, found)) if isinstance(found, list) else f"{found:g}" if isinstance(found, float) else str(found)
+    if isinstance(found, list):
+        return ", ".join(map(str, found))
+    return f"{found:g}" if isinstance(found, float) else str(found)
 
 
 def written(document: str) -> str:

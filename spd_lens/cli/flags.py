@@ -23,8 +23,6 @@ _SWITCHES = {
     "per_head": "--per-head/--joint",
     "center_gradients": "--center-gradients/--no-center-gradients",
     "center": "--center/--no-center",
-    "center_gradients": "--center-gradients/--no-center-gradients",
-    "add_special_tokens": "--add-special-tokens/--no-add-special-tokens",
     "early_stop": "--early-stop/--no-early-stop",
     "retokenise": "--retokenise/--no-retokenise",
     "loss_on_padding": "--loss-on-padding/--no-loss-on-padding",
