@@ -26,7 +26,13 @@ def table() -> str:
 
 def cell(chosen: Protocol, point: str, names: tuple[str, ...]) -> str:
     """The values of one point under one protocol."""
-    values = [f"`{name}` {shown}" for name in names if (shown := value(chosen, name))]
+    if chosen.name == "apple-ssd":  # which changes little: what it leaves is said once
+        rest = [name for name in names if name not in (*chosen.settings, "methods")]
+        names = tuple(name for name in names if name not in rest)
+        values = ["as `paper`" if not names else "the rest as `paper`"] if rest else []
+    else:
+        values = []
+    values = [f"`{name}` {shown}" for name in names if (shown := value(chosen, name))] + values
     source = chosen.sources[point]
     return "; ".join(part for part in (", ".join(values), source.value) if part) + f" *[{source.where}]*"
 
@@ -34,7 +40,7 @@ def cell(chosen: Protocol, point: str, names: tuple[str, ...]) -> str:
 def value(chosen: Protocol, name: str) -> str:
     """A setting, an option of tasks or a size under a protocol, in words; nothing for an option that it leaves."""
     if name == "methods":
-        return ", ".join(StudyConfig.make({"settings": {"protocol": chosen.name}}).methods)
+        return ", ".join(chosen.methods or StudyConfig.model_fields["methods"].default)
     if name in ("n_train", "n_eval", "n_calibration") and chosen.sizes:
         by_task = {task: size[name] for task, size in chosen.sizes.items() if name in size}
         return _by_task(by_task)

@@ -122,7 +122,9 @@ class Protocol:
         found: dict[str, Any] = {k: v for k, v in self.sizes.get(source, _NOTHING).items() if k != "n_eval"}
         known = {target: self.sizes.get(target, _NOTHING).get("n_eval") for target in targets}
         if any(n is not None for n in known.values()):
-            found["n_eval"] = {target: default if n is None else n for target, n in known.items()}
+            # results of a file of one's own are kept under its stem
+            names = {task: Path(task).stem if task.endswith(".jsonl") else task for task in known}
+            found["n_eval"] = {names[task]: default if n is None else n for task, n in known.items()}
         return found
 
     def _of(self, names: Collection[str]) -> dict[str, Any]:

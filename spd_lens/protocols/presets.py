@@ -26,8 +26,8 @@ POINTS: dict[str, tuple[str, ...]] = {
 """The points of the table, and the settings and options of tasks that decide each of them."""
 
 _CODE = "reference code"
-_OURS = "not in the paper: this project's default, [configuration](configuration.md#where-the-paper-is-silent)"
-_LIKE_PAPER = "no source: as under `paper`"
+_OURS = "this project's default"
+_LIKE_PAPER = "no source"
 _CARDS = "model cards of SimpleSD-4B-instruct and SimpleSD-30B-instruct"
 _ACCOUNT = (
     "a published account of arXiv 2604.01193's experimental set-up (sesamedisk.com/self-distillation-code-generation)"
@@ -105,8 +105,8 @@ REFERENCE = Protocol(
         "centring of the gradients": Source("over all rows of all examples", _CODE),
         "projector": Source("one over all KV heads, of rank `kv_dim // 2`", _CODE),
         "calibration examples": Source("the first ones; they are training prompts, too", _CODE),
-        "training prompts": Source("7,473 of GSM8K, 464 of MBPP (training and validation), 2,000 of MMLU", _CODE),
-        "order of examples": Source("as the files have them; MMLU shuffled with seed 42", _CODE),
+        "training prompts": Source("of MBPP those of training and validation", _CODE),
+        "order of examples": Source("MMLU shuffled with seed 42", _CODE),
         "self-generation": Source("left padding, batches of 8, one sample", _CODE),
         "training text": Source("decoded, tokenised again, cut and padded to 256; padding is in the labels", _CODE),
         "optimiser": Source("AdamW, cosine over all epochs, clip 1; the best epoch's weights come back", _CODE),
@@ -139,17 +139,17 @@ APPLE_SSD = Protocol(
         "projector": Source("none: strength 0", "arXiv 2604.01193: raw outputs of the model as it is"),
         "calibration examples": Source("not used: there is no projection", _LIKE_PAPER),
         "training prompts": Source(
-            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; number: {_LIKE_PAPER}"
+            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; the number here: {_LIKE_PAPER}"
         ),
         "order of examples": Source("", _LIKE_PAPER),
         "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_LIKE_PAPER}"),
         "training text": Source("", _LIKE_PAPER),
-        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; epochs, weight decay and warm-up: {_LIKE_PAPER}"),
+        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; the others: {_LIKE_PAPER}"),
         "what is trained": Source(
             "all weights", "the published checkpoints are whole models, and no account mentions an adapter"
         ),
         "precision": Source("", _LIKE_PAPER),
-        "scores": Source("greedy here; there sampled at temperature 0.9 or 1.1, by model", f"{_CARDS}; {_LIKE_PAPER}"),
+        "scores": Source("greedy here; there sampled at temperature 0.9 or 1.1, by model", _CARDS),
         "test items": Source("there: LiveCodeBench, which is no task here", _LIKE_PAPER),
         "seeds": Source("", _LIKE_PAPER),
         "methods of a study": Source("", "arXiv 2604.01193"),

@@ -157,13 +157,13 @@ def test_every_preset_has_a_plan(name):
     plan = make_plan(config, read_shape(config.settings["model"]))
     assert [row.stage for row in plan.rows] == ["extract", "generate", "finetune", "measure", "side effects", "score"]
     assert all(row.cost.tokens > 0 and row.cost.seconds > 0 and not row.measured for row in plan.rows)
-    assert plan.machine in ([A100] if name.startswith("paper") else [TWO_CORES, TWO_CORES_FLOAT32])
+    assert plan.machine in ([A100] if name.startswith(("paper", "reference")) else [TWO_CORES, TWO_CORES_FLOAT32])
     assert plan.memory < 80e9
     text = plan.to_markdown()
     assert config.settings["model"] in text
     assert "| finetune |" in text and "| memory in GB |" in text
     assert "Assumed: " in text and "TFLOP/s" in text
-    if name.startswith("paper"):
+    if name.startswith(("paper", "reference")):
         assert plan.memory > 2 * PUBLISHED[config.settings["model"]]  # bfloat16
 
 
