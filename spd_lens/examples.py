@@ -38,7 +38,13 @@ class Example:
         object.__setattr__(self, "id", id_text(self.id))
         for name in ("prompt", "completion"):
             object.__setattr__(self, name, self._text(name))
-        object.__setattr__(self, "spans", tuple(self._span(span) for span in self._spans()))
+        for name, of in (("spans", "completion"), ("prompt_spans", "prompt")):
+            object.__setattr__(self, name, tuple(self._span(span, name, of) for span in self._spans(name)))
+
+    @property
+    def measurable(self) -> bool:
+        """Whether it has an aligned loss: a completion, and spans in the completion or in the prompt."""
+        return bool(self.completion and (self.spans or self.prompt_spans))
 
     @property
     def name(self) -> str:
@@ -53,22 +59,26 @@ class Example:
             )
         return str(value)
 
-    def _spans(self) -> Sequence[Any]:
-        spans: Any = plain(self.spans)
+    def _spans(self, name: str) -> Sequence[Any]:
+        spans: Any = plain(getattr(self, name))
         if not isinstance(spans, list | tuple):
-            raise SPDError(f"the spans of {self.name} are {_shown(spans)}; give pairs, as in spans=[(6, 7)]")
+            raise SPDError(f"the {name} of {self.name} are {_shown(spans)}; give pairs, as in {name}=[(6, 7)]")
         if len(spans) == 2 and all(type(end) is int for end in spans):
-            raise SPDError(f"the spans of {self.name} are {tuple(spans)}; one span is written spans=[{tuple(spans)}]")
+            raise SPDError(f"the {name} of {self.name} are {tuple(spans)}; one span is written {name}=[{tuple(spans)}]")
         return spans
 
-    def _span(self, span: Any) -> Span:
+    def _span(self, span: Any, name: str, of: str) -> Span:
+        what = name.replace("_", " ").removesuffix("s")
         if not isinstance(span, list | tuple) or len(span) != 2 or any(type(end) is not int for end in span):
-            raise SPDError(f"{self.name} has the span {_shown(span)}; a span is a pair of whole numbers, as in (6, 7)")
-        start, end = span
-        if not 0 <= start < end <= len(self.completion):
             raise SPDError(
-                f"span ({start}, {end}) of {self.name} does not lie in its completion "
-                f"of {len(self.completion)} characters; give character positions 0 <= start < end <= length"
+                f"{self.name} has the {what} {_shown(span)}; a span is a pair of whole numbers, as in (6, 7)"
+            )
+        start, end = span
+        length = len(getattr(self, of))
+        if not 0 <= start < end <= length:
+            raise SPDError(
+                f"{what} ({start}, {end}) of {self.name} does not lie in its {of} of {length} characters; "
+                "give character positions 0 <= start < end <= length"
             )
         return start, end
 

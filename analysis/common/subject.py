@@ -63,7 +63,7 @@ class Subject:
     def held_out(self, n: int, task: str | None = None) -> list[Example]:
         """Test items with gold completions and spans: of the source task, or of one of the targets."""
         source = self.task if task is None else self.targets[task]
-        items = [item for item in source.test(n, self.run.config.data_seed) if item.spans]
+        items = [item for item in source.test(n, self.run.config.data_seed) if item.measurable]
         if not items:
             raise SPDError(f"task {task or self.run.config.task} has no test items with correctness spans")
         return items

@@ -77,7 +77,7 @@ def absorption(
                     logits = forced_logits(pair, model, batch)
                 to_base, to_tuned = kl_divergence(logits, base), kl_divergence(logits, tuned)
                 for i, index in enumerate(indices):
-                    mine = batch.row == i
+                    mine = batch.of_completion(i)
                     kl = {"kl_base": to_base[mine].mean().item(), "kl_tuned": to_tuned[mine].mean().item()}
                     rows.append({"item": items[index].id or str(index), "of": policy.name, **kl})
             bar.update(len(indices))

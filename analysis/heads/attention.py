@@ -95,7 +95,7 @@ def attention_of(
     example = min(named, key=lambda one: len(pair.encode(one, loss).ids))
     encoded = pair.encode(example, loss)
     pattern = attention_patterns(pair, encoded.ids, range(pair.n_layers))
-    first = max(encoded.completion_start - 1, 0)
+    first = max(min(encoded.completion_start, encoded.scored[0]) - 1, 0)
     last = max(encoded.scored)  # the last prediction is made right before it
     room = max(1, _MAX_BYTES // (pattern.shape[0] * pattern.shape[1] * pattern.shape[3]))
     rows = list(range(max(first, last - room), last))

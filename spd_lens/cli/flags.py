@@ -17,6 +17,7 @@ from spd_lens.runs import SPDConfig
 
 # What may be said with a pair of flags instead of a value.
 _SWITCHES = {
+    "add_special_tokens": "--add-special-tokens/--no-add-special-tokens",
     "enable_thinking": "--enable-thinking/--no-enable-thinking",
     "allow_code_execution": "--allow-code-execution",
     "per_head": "--per-head/--joint",

@@ -73,7 +73,7 @@ def evaluate(
     check_room(pair, items, limit)
     if forced is None:
         # items without spans (prompts of one's own) have no gold tokens to measure on
-        with_spans = [item for item in items if item.spans]
+        with_spans = [item for item in items if item.measurable]
         found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {}
         forced = found.get(policy.name, [])
     choices = {item.id: allowed for item in items if (allowed := task.choices(item))}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -55,7 +55,7 @@ def per_item(group: Mapping[str, Sequence[ForcedItem]], measure: str) -> list[fl
 
 @dataclass(frozen=True)
 class ForcedBatch:
-    """Right-padded rows, and the positions that predict completion tokens."""
+    """Right-padded rows, and the positions that predict completion tokens, and scored tokens of the prompt."""
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
@@ -64,15 +64,24 @@ class ForcedBatch:
     target: Int[Tensor, " n"]
     scored: list[list[int]]
     """For each row, which of the `n` predictions are of a token in `S`."""
+    in_completion: Bool[Tensor, " n"]
+    """Which of the predictions are of a token of the completion."""
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> ForcedBatch:
         tokens, mask = right_pad([e.ids for e in encoded], pair.pad_id, pair.device)
-        places = [(i, t) for i, e in enumerate(encoded) for t in range(e.completion_start, len(e.ids))]
+        places = [
+            (i, t) for i, e in enumerate(encoded) for t in sorted({*e.scored, *range(e.completion_start, len(e.ids))})
+        ]
         index = {place: n for n, place in enumerate(places)}
         row, target = torch.tensor(places, device=pair.device).T
         scored = [[index[i, t] for t in e.scored] for i, e in enumerate(encoded)]
-        return cls(tokens, mask, row, target - 1, tokens[row, target], scored)
+        starts = torch.tensor([e.completion_start for e in encoded], device=pair.device)
+        return cls(tokens, mask, row, target - 1, tokens[row, target], scored, target >= starts[row])
+
+    def of_completion(self, row: int) -> Bool[Tensor, " n"]:
+        """Which of the predictions are of a token of the completion in this row."""
+        return (self.row == row) & self.in_completion
 
 
 @neutrally
@@ -119,7 +128,7 @@ def teacher_forced(
                         logits = forced_logits(pair, model, batch)
                 losses, kl, right = _compare(base, logits, batch.target)
                 for i, index in enumerate(indices):
-                    mine = batch.row == i
+                    mine = batch.of_completion(i)
                     items[policy.name][index] = ForcedItem(
                         id=examples[index].id,
                         aligned_loss=losses[batch.scored[i]].mean().item(),

@@ -26,7 +26,7 @@ from spd_lens.models.pair import ModelPair
 from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence, relative_error
 from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
-from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat
+from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat, SpanRule, overlapping
 from spd_lens.models.tokenizer import load_tokenizer, text_ids
 from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory
 from spd_lens.models.transformers_private import (
@@ -41,12 +41,12 @@ from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_
 __all__ = [
     "ARCHITECTURES", "Architecture",
     "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
-    "PromptFormat", "SiteLayer", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond", "architecture",
+    "PromptFormat", "SiteLayer", "SpanRule", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond", "architecture",
     "attention_implementation", "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
     "default_generation_settings", "dtype_name", "fast_products", "fastest_attention", "free_memory", "kl_divergence",
     "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads", "named_outputs",
     "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product", "ordinary_buffers",
-    "out_of_memory", "own_memory", "packed", "positionwise_in_last_block", "probe", "random_kept", "recomputed_alike",
+    "out_of_memory", "overlapping", "own_memory", "packed", "positionwise_in_last_block", "probe", "random_kept", "recomputed_alike",
     "refuse_compiled", "refuse_processed", "relative_error", "resolve_device", "resolve_dtype", "right_pad",
     "run_only", "run_twin", "single_process", "site_layer", "takes_slots", "text_ids", "token_losses", "twin_hook",
     "unembed_only", "untouched", "weights_digest", "without_autocast",

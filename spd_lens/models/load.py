@@ -25,6 +25,8 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     prompt_format: str = "auto",
+    add_special_tokens: bool = True,
+    span_rule: str = "overlap",
     system: str | None = None,
     enable_thinking: bool | None = None,
     prompt_date: str | date | None = None,
@@ -42,7 +44,11 @@ def load(
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware multiplies it, else
             float32. Exact identities (hook = fold, batched = single) are promised in float32.
         device: `"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
-        prompt_format: `"chat"`, `"raw"` or `"auto"` (chat where the tokenizer has a template).
+        prompt_format: `"chat"`, `"raw"` (the prompt and a line break), `"verbatim"` (the prompt as it is) or `"auto"`
+            (chat where the tokenizer has a template, else raw).
+        add_special_tokens: Whether raw and verbatim prompts begin with what the tokenizer adds before any text, such as
+            BOS.
+        span_rule: `"overlap"`: a token counts if it overlaps a span. `"inside"`: only if it lies wholly inside one.
         system: System message of the chat format; None leaves the template's own.
         enable_thinking: Whether the prompts of a thinking model (such as Qwen3) leave room for thoughts; None leaves
             the chat template's own default.
@@ -54,7 +60,8 @@ def load(
 
     Raises:
         SPDError: the model does not exist or cannot be converted, the device or dtype is not available, or the
-            tokenizer has no chat template that takes `system`, `enable_thinking` or `prompt_date`.
+            tokenizer has no chat template that takes `system`, `enable_thinking` or `prompt_date`, or has one where
+            `add_special_tokens` would do nothing.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -67,5 +74,6 @@ def load(
     twin.config._name_or_path = twin.name_or_path = name
     return ModelPair(
         twin.to(place), tokenizer, name=name, backend=backend, prompt_format=prompt_format, system=system,
-        enable_thinking=enable_thinking, prompt_date=prompt_date,
+        enable_thinking=enable_thinking, prompt_date=prompt_date, add_special_tokens=add_special_tokens,
+        span_rule=span_rule,
     )  # fmt: skip

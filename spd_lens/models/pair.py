@@ -28,7 +28,7 @@ from spd_lens.models.lens import ProvenLens
 from spd_lens.models.multimodal import text_part
 from spd_lens.models.neutral import neutral, neutrally
 from spd_lens.models.probe import probe
-from spd_lens.models.prompts import Encoded, Loss, PromptFormat
+from spd_lens.models.prompts import Encoded, Loss, PromptFormat, SpanRule
 from spd_lens.models.tokenizer import text_ids
 from spd_lens.models.torch_private import before_compile
 from spd_lens.sites import Site, resolve_sites
@@ -54,6 +54,8 @@ class ModelPair:
         system: str | None = None,
         enable_thinking: bool | None = None,
         prompt_date: str | date | None = None,
+        add_special_tokens: bool = True,
+        span_rule: str = "overlap",
     ) -> None:
         """Make a pair of a transformers model in memory, for instance one that was just edited or fine-tuned.
 
@@ -67,12 +69,15 @@ class ModelPair:
         hf = text_part(hf)
         check_decoder(hf)
         backends = choose_backends(backend)
-        format = PromptFormat.choose(tokenizer, prompt_format, system, enable_thinking, prompt_date)
+        format = PromptFormat.choose(
+            tokenizer, prompt_format, system, enable_thinking, prompt_date, add_special_tokens=add_special_tokens,
+            span_rule=span_rule,
+        )  # fmt: skip
         self.hf: PreTrainedModel = hf.eval().requires_grad_(False)
         """The Hugging Face twin. It changes only inside `folded`, `finetune` and `sync(to="twin")`."""
         self.tokenizer = tokenizer
         self.format = replace(format, longest=self.n_ctx)
-        """How a prompt becomes tokens: chat template or raw."""
+        """How a prompt becomes tokens: chat template, raw or verbatim; and which tokens a span means."""
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         self.asked_backend = backend
         """The backend as it was given: `"auto"` may stand for either."""
@@ -185,7 +190,13 @@ class ModelPair:
     def dated(self, day: str | None) -> ModelPair:
         """The same models with prompts of a recorded day. The pair itself where its prompts show no date, that day, or
         one that was asked for."""
-        format = self.format.on(day)
+        return self._formatted(self.format.on(day))
+
+    def with_span_rule(self, rule: SpanRule) -> ModelPair:
+        """The same models with another rule for the tokens that a span means; the pair itself where it is its own."""
+        return self._formatted(replace(self.format, span_rule=rule))
+
+    def _formatted(self, format: PromptFormat) -> ModelPair:
         if format == self.format:
             return self
         other = copy.copy(self)

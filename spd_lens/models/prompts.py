@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from spd_lens.errors import SPDError, TooLong, one_line, whole
-from spd_lens.examples import Example, whole_characters
+from spd_lens.errors import SPDError, TooLong, one_line, shortened, whole
+from spd_lens.examples import Example, Span, whole_characters
 from spd_lens.models.templates import Message, asks_for_the_date, ending, render
 from spd_lens.models.tokenizer import Tokens, tokenised
 
 Loss = Literal["aligned", "full"]
+FormatName = Literal["chat", "raw", "verbatim"]
+SpanRule = Literal["overlap", "inside"]
 
 _SAMPLES = tuple("\n".join(f"{word} {n}: how many are {n} and {n + 1}?" for n in range(40)) for word in ("Line", "Row"))
 _A_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
@@ -33,6 +35,9 @@ class Encoded:
     """Position of the first token that overlaps the completion; the number of tokens where all of it was cut off."""
     scored: list[int]
     """Positions `t` in `S`, each predicted from position `t - 1`, in ascending order."""
+    shared: str = ""
+    """Text of the token that begins in the prompt and ends in the completion, if there is one: it counts as the
+    completion's, and generation from the prompt cannot produce it."""
 
     def cut(self, max_tokens: int, name: str) -> Encoded:
         """The first `max_tokens` tokens, and what is scored among them; `name` is what a message calls the example."""
@@ -44,7 +49,7 @@ class Encoded:
                 "does, and counts)"
             )
         ids = self.ids[:max_tokens]
-        return Encoded(ids, min(self.completion_start, len(ids)), scored)
+        return replace(self, ids=ids, completion_start=min(self.completion_start, len(ids)), scored=scored)
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,25 @@ class JointText:
     """Characters `[low, high)` of each token: empty for a special token that the tokenizer added, and shared by tokens
     that hold parts of one character."""
 
+    @property
+    def shared(self) -> int | None:
+        """Position of the token that begins in the prompt and ends in the completion; None if there is none."""
+        border = self.completion_at
+        return next((i for i, (low, high) in enumerate(self.offsets) if low < border < high), None)
+
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a prompt becomes text. The paper does not say; both forms are common.
+    """How a prompt becomes text, and which of its tokens a span of characters means. The paper does not say.
 
     `chat`: the tokenizer's chat template with one user turn and the generation prompt; the template brings its own
-    BOS, so the tokenizer adds no special tokens. `raw`: the prompt and a line break; the tokenizer adds what it adds
-    before any text. What it adds behind a text (EOS) is left out: the completion begins there.
+    BOS, so the tokenizer adds no special tokens. `raw`: the prompt and a line break. `verbatim`: the prompt as it is.
+    Before the text of the last two, the tokenizer adds what it adds before any text, unless it is told not to. What it
+    adds behind a text (EOS) is left out: the completion begins there.
     """
 
     tokenizer: Any
-    chat: bool
+    name: FormatName
     system: str | None = None
     """System message of the chat form; None leaves the template's own."""
     enable_thinking: bool | None = None
@@ -86,6 +98,10 @@ class PromptFormat:
     of multimodal models do."""
     longest: int | None = None
     """The model's context in tokens, if there is a model: no text is tokenised far beyond it."""
+    add_special_tokens: bool = True
+    """Whether raw and verbatim prompts begin with what the tokenizer adds before any text, such as BOS."""
+    span_rule: SpanRule = "overlap"
+    """Which tokens a span of characters means: those that overlap it, or only those that lie wholly `inside` it."""
 
     @classmethod
     def choose(
@@ -95,37 +111,65 @@ class PromptFormat:
         system: str | None = None,
         enable_thinking: bool | None = None,
         prompt_date: str | date | None = None,
+        *,
+        add_special_tokens: bool = True,
+        span_rule: str = "overlap",
     ) -> PromptFormat:
         """`"auto"` is `chat` where the tokenizer has a template, else `raw`.
 
         Raises:
-            SPDError: an unknown format; a chat without a template, or with one that makes no prompt or does not show
-                what the user writes; a system message, `enable_thinking` or `prompt_date` that would do nothing; a
-                tokenizer that gives no character offsets.
+            SPDError: an unknown format or span rule; a chat without a template, or with one that makes no prompt or
+                does not show what the user writes; a system message, `enable_thinking`, `prompt_date` or
+                `add_special_tokens` that would do nothing; a tokenizer that gives no character offsets.
         """
-        if name not in ("auto", "chat", "raw"):
-            raise SPDError(f"unknown prompt format {name!r}; choose 'auto', 'chat' or 'raw'")
+        formats, rules = get_args(FormatName), get_args(SpanRule)
+        if name not in ("auto", *formats):
+            raise SPDError(f"unknown prompt format {name!r}; choose 'auto', 'chat', 'raw' or 'verbatim'")
+        if span_rule not in rules:
+            raise SPDError(f"unknown span rule {span_rule!r}; choose 'overlap' or 'inside'")
+        if not isinstance(add_special_tokens, bool):
+            raise SPDError(f"add_special_tokens is {add_special_tokens!r}; write True or False")
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if name == "chat" and not has_template:
-            raise SPDError("the tokenizer has no chat template; use the prompt format 'raw'")
+            raise SPDError("the tokenizer has no chat template; use the prompt format 'raw' or 'verbatim'")
         if not getattr(tokenizer, "is_fast", False):
             raise SPDError(
                 f"{type(tokenizer).__name__} gives no character offsets, which spans need; "
                 "use a model with a fast tokenizer (tokenizer.json)"
             )
-        chat = has_template if name == "auto" else name == "chat"
-        form = cls(tokenizer, chat, system, enable_thinking, date_text(prompt_date), prompt_date is not None)
+        if name == "auto":
+            name = "chat" if has_template else "raw"
+        form = cls(
+            tokenizer, cast(FormatName, name), system, enable_thinking, date_text(prompt_date), prompt_date is not None,
+            add_special_tokens=add_special_tokens, span_rule=cast(SpanRule, span_rule),
+        )  # fmt: skip
         return form._checked()
 
     @property
-    def name(self) -> str:
-        return "chat" if self.chat else "raw"
+    def chat(self) -> bool:
+        """Whether prompts stand in the tokenizer's chat template."""
+        return self.name == "chat"
+
+    @property
+    def specials(self) -> bool:
+        """Whether the tokenizer adds its special tokens before a text; a chat template brings its own."""
+        return self.add_special_tokens and not self.chat
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides a prompt's text beside the tokenizer, as it is recorded."""
-        shown = {} if self.prompt_date is None else {"prompt_date": self.prompt_date}
-        return {"prompt_format": self.name, "system": self.system, "enable_thinking": self.enable_thinking, **shown}
+        """What decides a prompt's text and its scored tokens beside the tokenizer, as it is recorded."""
+        shown = {"prompt_format": self.name, "system": self.system, "enable_thinking": self.enable_thinking}
+        return {**shown, **self.departures}
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The settings that are recorded only where they are not at their default, or do something."""
+        found: dict[str, Any] = {} if self.prompt_date is None else {"prompt_date": self.prompt_date}
+        if not self.add_special_tokens:
+            found["add_special_tokens"] = False
+        if self.span_rule != "overlap":
+            found["span_rule"] = self.span_rule
+        return found
 
     def on(self, day: str | None) -> PromptFormat:
         """The same format on a day that was recorded; as it is where it shows no date, or one that was asked for."""
@@ -140,7 +184,7 @@ class PromptFormat:
             SPDError: the chat template fails at this prompt.
         """
         if not self.chat:
-            return f"{prompt}\n"
+            return prompt if self.name == "verbatim" else f"{prompt}\n"
         try:
             return self.render([("user", prompt)])
         except Exception as error:  # a template is a program: its expressions raise more than jinja2's own errors
@@ -163,10 +207,15 @@ class PromptFormat:
         if not self.chat:
             if given:
                 raise SPDError(
-                    f"raw prompts have no chat template, so {given} would do nothing; leave it out, or use the prompt "
-                    "format 'chat' and a model with a template"
+                    f"{self.name} prompts have no chat template, so {given} would do nothing; leave it out, or use the "
+                    "prompt format 'chat' and a model with a template"
                 )
             return self
+        if not self.add_special_tokens:
+            raise SPDError(
+                "a chat template brings its own special tokens, so add_special_tokens=False would do nothing; leave it "
+                "out, or use the prompt format 'raw' or 'verbatim'"
+            )
         form = self._with_content()
         if form.enable_thinking is not None:
             both = [replace(form, enable_thinking=value).text("Hi") for value in (True, False)]
@@ -270,23 +319,24 @@ class PromptFormat:
 
     def _tokens(self, text: str, name: str, most: int | None) -> Tokens:
         try:
-            return tokenised(self.tokenizer, whole_characters(text, name), specials=not self.chat, most=most)
+            return tokenised(self.tokenizer, whole_characters(text, name), specials=self.specials, most=most)
         except TooLong as error:
             raise TooLong(f"{name} {error}; shorten it or leave it out (--too-long drop does, and counts)") from error
 
     def encode(self, example: Example, loss: Loss = "aligned", max_tokens: int | None = None) -> Encoded:
         """Joint tokenisation (Eq. 6). `loss="full"` scores every token of the completion (paper table 5).
 
-        A token that overlaps a span counts, also when it begins before it.
+        Which tokens a span means is the `span_rule`. A token that prompt and completion share is the completion's.
 
         Args:
             example: Prompt, completion and spans.
-            loss: Which tokens are scored.
+            loss: Which tokens are scored: those of all spans, or all of the completion.
             max_tokens: Keep this many tokens of prompt and completion, from the beginning, and score what is scored
                 among them; None keeps all.
 
         Raises:
-            SPDError: the example has no completion or no span, a span covers no token, or no scored token is kept.
+            SPDError: the example has no completion or no span, a span means no token, the chat template does not show
+                a prompt that has spans, or no scored token is kept.
         """
         if loss not in ("aligned", "full"):
             raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
@@ -294,26 +344,74 @@ class PromptFormat:
         name = example.name
         if not example.completion:
             raise SPDError(f"{name} has no completion, so it has no loss; give it a gold answer")
-        if loss == "aligned" and not example.spans:
+        if loss == "aligned" and not example.measurable:
             raise SPDError(f"{name} has no correctness span; give it one or use loss='full'")
         joint = self.joint(example, any_length=max_tokens is not None)
-        ids, offsets, start = joint.ids, joint.offsets, joint.completion_at
-        spans = example.spans if loss == "aligned" else ((0, len(example.completion)),)
-        scored: set[int] = set()
-        for low, high in spans:
-            covered = _overlapping(offsets, start + low, start + high)
-            if not covered:
-                raise SPDError(f"span ({low}, {high}) of {name} covers no token; check its character positions")
-            scored.update(covered)
+        in_completion = overlapping(joint.offsets, joint.completion_at, len(joint.text))
+        scored = set(self._aligned(example, joint) if loss == "aligned" else in_completion)
         scored.discard(0)  # nothing predicts the first token
-        in_completion = _overlapping(offsets, start, start + len(example.completion))
         if not scored or not in_completion:
-            raise SPDError(f"{name} scores no token that the model predicts; give it a longer prompt or another span")
-        encoded = Encoded(ids, max(in_completion[0], 1), sorted(scored))
+            instead = "" if self.chat or self.add_special_tokens else ", or leave add_special_tokens on"
+            raise SPDError(
+                f"{name} scores no token that the model predicts; give it a longer prompt or another span{instead}"
+            )
+        shared = "" if joint.shared is None else joint.text[slice(*joint.offsets[joint.shared])]
+        encoded = Encoded(joint.ids, max(in_completion[0], 1), sorted(scored), shared)
         return encoded if max_tokens is None else encoded.cut(max_tokens, name)
 
+    def _aligned(self, example: Example, joint: JointText) -> Iterator[int]:
+        """The tokens that an example's spans mean; `SPDError` for a span that means none."""
+        for what, span, low, high in self.places(example, joint):
+            found = overlapping(joint.offsets, low, high)
+            inside = [i for i in found if low <= joint.offsets[i][0] and joint.offsets[i][1] <= high]
+            if not found:
+                raise SPDError(f"{what} {span} of {example.name} covers no token; check its character positions")
+            if self.span_rule == "inside" and not inside:
+                shown = ", ".join(f"{i} {shortened(joint.text[slice(*joint.offsets[i])], 20)!r}" for i in found[:4])
+                raise SPDError(
+                    f"no token lies inside the {what} {span} of {example.name}, which overlaps "
+                    f"{'token' if len(found) == 1 else 'tokens'} {shown}; use span_rule='overlap', or move the span to "
+                    "where tokens begin and end"
+                )
+            yield from inside if self.span_rule == "inside" else found
 
-def _overlapping(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
+    def places(self, example: Example, joint: JointText) -> Iterator[tuple[str, Span, int, int]]:
+        """Where an example's spans stand in its joint text: the kind of span, the span, and characters `[low, high)`.
+
+        Raises:
+            SPDError: the chat template does not show the prompt as it is, and it has spans.
+        """
+        if example.prompt_spans:
+            at, cut = self._prompt_at(example, joint)
+            for low, high in example.prompt_spans:
+                if cut[1] <= low or high <= cut[0]:
+                    raise SPDError(
+                        f"prompt span {low, high} of {example.name} holds nothing but white space that the chat "
+                        "template leaves out; leave out the span, or use the prompt format 'verbatim' or 'raw'"
+                    )
+                yield "prompt span", (low, high), at + max(low, cut[0]), at + min(high, cut[1])
+        for low, high in example.spans:
+            yield "span", (low, high), joint.completion_at + low, joint.completion_at + high
+
+    def _prompt_at(self, example: Example, joint: JointText) -> tuple[int, Span]:
+        """Where in the joint text the prompt's first character would stand, and which of its characters are there: a
+        template may take white space off both ends."""
+        prompt = example.prompt
+        if not self.chat:
+            return 0, (0, len(prompt))
+        # what stands before any prompt tells the prompt from the same words elsewhere in the template
+        before = self.text(_QUESTION).rpartition(_QUESTION)[0]
+        for shown in (prompt, prompt.rstrip(), prompt.lstrip(), prompt.strip()):
+            if shown and joint.text.startswith(before + shown):
+                start = prompt.index(shown)
+                return len(before) - start, (start, start + len(shown))
+        raise SPDError(
+            f"the chat template rewrites the prompt of {example.name}, so that its prompt_spans have no place in the "
+            "text; use the prompt format 'verbatim' or 'raw'"
+        )
+
+
+def overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
     """Tokens whose characters overlap `[start, end)`; special tokens have empty offsets and never do."""
     return [position for position, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
 

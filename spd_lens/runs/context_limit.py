@@ -65,7 +65,7 @@ def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int |
 
 def forced_texts(task: Task, item: Example) -> Iterator[Example]:
     """What is measured teacher-forced on a test item: its gold completion, and each answer that may stand in it."""
-    if item.spans:
+    if item.measurable:
         yield item
         yield from (with_answers(item, [choice]) for choice in task.choices(item))
 

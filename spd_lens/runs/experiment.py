@@ -33,7 +33,8 @@ Layers = Literal["all"] | None
 """Layers of an extraction: all, or None for the config's."""
 
 _OF_THE_PAIR = (
-    "model", "backend", "dtype", "device", "prompt_format", "system", "enable_thinking", "prompt_date",
+    "model", "backend", "dtype", "device", "prompt_format", "add_special_tokens", "span_rule", "system",
+    "enable_thinking", "prompt_date",
 )  # fmt: skip
 """The settings that decide which pair is loaded."""
 
@@ -147,7 +148,7 @@ class Experiment:
     def items(self, target: str, n: int | None = None) -> list[Example]:
         """Test items of a target that can be measured teacher-forced: those with spans, of `n` that are drawn."""
         drawn = self.targets[target].test(n or self.config.n_test(target), self.config.data_seed)
-        return [item for item in drawn if item.spans]
+        return [item for item in drawn if item.measurable]
 
     def extract(
         self,
@@ -313,7 +314,10 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
     """The settings that a pair which is loaded already has decided, whatever a config says."""
     form = pair.format
     day = form.prompt_date if form.date_given else None
-    return {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
+    decided = {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
+    if form.name == "verbatim":  # which no tokenizer stands for, as it does for the other two
+        decided["prompt_format"] = form.name
+    return {**decided, "add_special_tokens": form.add_special_tokens, "span_rule": form.span_rule}
 
 
 def make_tasks(config: SPDConfig) -> Tasks:

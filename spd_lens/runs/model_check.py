@@ -66,6 +66,7 @@ def check_model(pair: ModelPair, layers: str = "last_mid") -> list[Check]:
 
     The projections are onto random half-rank subspaces per head at the given layers, so nothing needs data.
     """
+    pair = pair.with_span_rule("overlap")  # for which the spans of the examples are written
     found = []
     for name, check in _CHECKS.items():
         try:

@@ -175,7 +175,7 @@ def held_out_items(config: SPDConfig, source: Task, n: int) -> list[Example]:
     """`n` test items of the source task behind those that the runs are evaluated on."""
     evaluated = config.n_test(config.task) if config.task in config.targets.values() else 0
     drawn = source.draw("test", evaluated + n, config.data_seed)[evaluated:]
-    items = [item for item in source.kept("test", drawn) if item.spans]
+    items = [item for item in source.kept("test", drawn) if item.measurable]
     if len(items) < 2:
         raise SPDError(f"{len(items)} of {n} held-out items have spans, and drift needs two or more; raise n_held_out")
     return items

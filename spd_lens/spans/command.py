@@ -27,8 +27,9 @@ def show_spans(
     source = tasks.configured(name, config.data_dir, config.task_options)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
-        load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date
-    )
+        load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date,
+        add_special_tokens=config.add_special_tokens, span_rule=config.span_rule,
+    )  # fmt: skip
     found = audit(examples, format, config.loss, task=source.name)
     title = f"Span audit: {Path(name).name}"
     plural = "example" if len(examples) == 1 else "examples"

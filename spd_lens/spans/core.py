@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any, Literal
 
 from spd_lens.errors import SPDError, shortened
-from spd_lens.examples import Example, worked_examples
-from spd_lens.models import JointText, Loss, PromptFormat
+from spd_lens.examples import Example, Span, worked_examples
+from spd_lens.models import JointText, Loss, PromptFormat, SpanRule, overlapping
 
 FlagKind = Literal["unusable", "empty", "whole", "begins-inside", "ends-inside", "in-prompt", "shared"]
 
@@ -105,6 +105,7 @@ class Audit:
     examples: tuple[AuditedExample, ...]
     loss: Loss
     task: str = ""
+    span_rule: SpanRule = "overlap"
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -144,12 +145,16 @@ class Audit:
         return tuple(Bin(first, last, sum(first <= size <= last for size in self.sizes)) for first, last in bars)
 
     def place_bins(self, n_bins: int = 10) -> tuple[Bin, ...]:
-        """Where in the completion the loss looks: every example weighs 1, spread over its scored tokens (Eq. 6)."""
+        """Where in the completion the loss looks: every example weighs 1, spread over its scored tokens (Eq. 6).
+
+        Those in prompts are left out here; there are no bars where all of them are.
+        """
         weights = [0.0] * n_bins
         for item in self.examples:
             for place in item.places:
                 weights[int(place * n_bins)] += 1 / item.size
-        return tuple(Bin(i / n_bins, (i + 1) / n_bins, weight) for i, weight in enumerate(weights))
+        bars = (Bin(i / n_bins, (i + 1) / n_bins, weight) for i, weight in enumerate(weights))
+        return tuple(bars) if any(weights) else ()
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, for a report or a data card."""
@@ -176,7 +181,8 @@ def audit(examples: Iterable[Example], format: PromptFormat, loss: Loss = "align
     """
     if loss not in ("aligned", "full"):
         raise SPDError(f"unknown loss {loss!r}; choose 'aligned' or 'full'")
-    return Audit(tuple(_audited(example, format, loss) for example in worked_examples(examples)), loss, task)
+    found = tuple(_audited(example, format, loss) for example in worked_examples(examples))
+    return Audit(found, loss, task, format.span_rule)
 
 
 def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExample:
@@ -187,7 +193,7 @@ def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExamp
     flags: list[Flag] = []
     start = next((i for i, (low, high) in enumerate(joint.offsets) if low < high > joint.completion_at), len(joint.ids))
     scored: list[int] = []
-    if loss == "aligned" and example.completion and not example.spans:
+    if loss == "aligned" and example.completion and not example.measurable:
         flags.append(Flag("empty", "no span says which characters decide correctness"))
     else:
         try:
@@ -197,9 +203,10 @@ def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExamp
             flags.append(Flag("unusable", str(error)))
     pieces = tuple(_pieces(joint, start, set(scored), format.tokenizer))
     if scored:
-        flags += _shared(joint, start)
+        flags += _shared(joint)
     if scored and loss == "aligned":
-        flags += [*_blank(example), *_whole(pieces), *_cut_tokens(example, joint), *_in_prompt(example)]
+        spans = [(low, high) for _, _, low, high in format.places(example, joint)]
+        flags += [*_blank(example), *_whole(pieces), *_cut_tokens(spans, joint, format.span_rule), *_in_prompt(example)]
     return AuditedExample(example, pieces, tuple(flags))
 
 
@@ -218,35 +225,42 @@ def _pieces(joint: JointText, start: int, scored: set[int], tokenizer: Any) -> I
         yield Piece(joint.text[at:], None, "", None, at >= joint.completion_at, False)
 
 
-def _shared(joint: JointText, start: int) -> Iterable[Flag]:
-    low, high = joint.offsets[start]
-    if low < joint.completion_at < high:
-        yield Flag(
-            "shared",
-            f"token {start} {joint.text[low:high]!r} begins in the prompt and ends in the completion, "
-            "which generation from the prompt cannot produce",
-        )
+def _shared(joint: JointText) -> Iterable[Flag]:
+    if joint.shared is None:
+        return
+    low, high = joint.offsets[joint.shared]
+    border = joint.completion_at
+    yield Flag(
+        "shared",
+        f"token {joint.shared} {joint.text[low:high]!r} begins in the prompt with {joint.text[low:border]!r} and ends "
+        f"in the completion with {joint.text[border:high]!r}, which generation from the prompt cannot produce; it "
+        "counts as the completion's",
+    )
 
 
 def _blank(example: Example) -> Iterable[Flag]:
-    for low, high in example.spans:
-        if example.completion[low:high].isspace():
-            yield Flag("empty", f"span ({low}, {high}) holds nothing but white space")
+    for what, spans, text in (
+        ("span", example.spans, example.completion),
+        ("prompt span", example.prompt_spans, example.prompt),
+    ):
+        for low, high in spans:
+            if text[low:high].isspace():
+                yield Flag("empty", f"{what} ({low}, {high}) holds nothing but white space")
 
 
 def _whole(pieces: Sequence[Piece]) -> Iterable[Flag]:
-    wanted = [piece for piece in pieces if piece.in_completion and piece.text.strip()]
-    if all(piece.scored for piece in wanted):
-        n = sum(piece.scored for piece in pieces)
+    completion = [piece for piece in pieces if piece.in_completion]
+    n = sum(piece.scored for piece in completion)
+    if n and all(piece.scored for piece in completion if piece.text.strip()):
         yield Flag("whole", f"the span is the whole completion, {n} token{'s' if n > 1 else ''}")
 
 
-def _cut_tokens(example: Example, joint: JointText) -> Iterable[Flag]:
+def _cut_tokens(spans: Sequence[Span], joint: JointText, rule: SpanRule) -> Iterable[Flag]:
+    """Tokens that lie in a span only in part; `spans` are characters of the joint text."""
     blanks: dict[FlagKind, list[str]] = {"begins-inside": [], "ends-inside": []}
-    for low, high in example.spans:
-        value = _short(example.completion[low:high])
-        low, high = low + joint.completion_at, high + joint.completion_at
-        covered = [i for i, (begin, end) in enumerate(joint.offsets) if begin < end and begin < high and end > low]
+    for low, high in spans:
+        value = _short(joint.text[low:high])
+        covered = overlapping(joint.offsets, low, high)
         first, last = joint.offsets[covered[0]], joint.offsets[covered[-1]]
         extras: tuple[tuple[FlagKind, int, str], ...] = (
             ("begins-inside", covered[0], joint.text[first[0] : low]),
@@ -254,10 +268,12 @@ def _cut_tokens(example: Example, joint: JointText) -> Iterable[Flag]:
         )
         for kind, token, extra in extras:
             shown = f"token {token} {_short(joint.text[slice(*joint.offsets[token])])}"
-            if extra.isspace():
+            how = kind.replace("-", " ")
+            if extra and rule == "inside":
+                yield Flag(kind, f"span {value} {how} {shown}, which is not scored: it does not lie inside the span")
+            elif extra.isspace():
                 blanks[kind].append(shown)
             elif extra:
-                how = kind.replace("-", " ")
                 yield Flag(kind, f"span {value} {how} {shown}: {_short(extra)} is scored too")
     # most tokenizers put the blank before a word into its token: one remark is enough
     for kind, tokens in blanks.items():

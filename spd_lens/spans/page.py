@@ -13,8 +13,10 @@ from spd_lens.spans.core import KINDS, Audit, Bin
 from spd_lens.spans.terminal import amount, between, bin_name, inside, place_name
 
 _RULES = {
-    "aligned": "Scored tokens are those that the loss looks at: the tokens that overlap a span of characters which "
+    "overlap": "Scored tokens are those that the loss looks at: the tokens that overlap a span of characters which "
     "decide correctness. Numbers above bars are examples; one with several scored tokens is spread over them.",
+    "inside": "Scored tokens are those that the loss looks at: the tokens that lie wholly inside a span of characters "
+    "which decide correctness. Numbers above bars are examples; one with several scored tokens is spread over them.",
     "full": "The full loss scores every token of the completion. Spans are not looked at.",
 }
 
@@ -26,8 +28,9 @@ def write_page(path: str | Path, found: Audit, *, title: str, facts: Sequence[st
 
 def page(found: Audit, *, title: str, facts: Sequence[str] = ()) -> str:
     """The page as HTML. `facts` stand under the title: model, split, seed."""
+    rule = found.span_rule if found.loss == "aligned" else found.loss
     return render(
-        "spans.html", title=title, facts=facts, says=_RULES[found.loss], tiles=list(_tiles(found)),
+        "spans.html", title=title, facts=facts, says=_RULES[rule], tiles=list(_tiles(found)),
         charts=_charts(found), flags=[(KINDS[kind], *counts) for kind, counts in found.flag_counts().items()],
         suspicious=len(found.suspicious), examples=found.examples, place_name=place_name,
     )  # fmt: skip
@@ -51,10 +54,10 @@ def _charts(found: Audit) -> list[dict[str, Any]]:
         return []
     paper = found.paper_sizes
     band = f" (shaded: table 6, {between(paper)})" if paper else ""
-    return [
-        _chart(f"Scored tokens per example, |S|{band}", found.size_bins(), paper),
-        _chart("Where in the completion they lie, in % of its tokens", found.place_bins(), None),
-    ]
+    charts = [_chart(f"Scored tokens per example, |S|{band}", found.size_bins(), paper)]
+    if bins := found.place_bins():
+        charts.append(_chart("Where in the completion they lie, in % of its tokens", bins, None))
+    return charts
 
 
 def _chart(title: str, bins: Sequence[Bin], paper: tuple[int, int] | None) -> dict[str, Any]:

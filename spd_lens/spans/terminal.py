@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from statistics import median
 
 from rich.console import Console, Group, RenderableType
@@ -33,7 +33,8 @@ def print_audit(console: Console, found: Audit, *, title: str, show: int = 3) ->
         console.print(_flags(found))
     if found.sizes:
         console.print(_bars("Scored tokens per example, |S|", found.size_bins(), found.paper_sizes))
-        console.print(_bars("Where in the completion they lie", found.place_bins(), None))
+        if bins := found.place_bins():
+            console.print(_bars("Where in the completion they lie", bins, None))
     console.print(Text(headline(found), style="bold"))
 
 
@@ -101,14 +102,15 @@ def _flag_line(text: str, suspicious: bool) -> Text:
 
 def _tokens(pieces: Sequence[Piece]) -> Text:
     text = Text()
-    prompt = visible("".join(piece.text for piece in pieces if not piece.in_completion))
+    # of a long prompt, what stands before its first scored token is shown from its end
+    before = list(takewhile(lambda piece: not piece.in_completion and not piece.scored, pieces))
+    prompt = visible("".join(piece.text for piece in before))
     if len(prompt) > _PROMPT_CHARACTERS:
         prompt = "[...] " + prompt[-_PROMPT_CHARACTERS:]
     text.append(prompt, style="dim")
-    completion = [piece for piece in pieces if piece.in_completion]
-    for scored, run in groupby(completion, key=lambda piece: piece.scored):
+    for (scored, in_completion), run in groupby(pieces[len(before) :], key=lambda one: (one.scored, one.in_completion)):
         if not scored:
-            text.append("".join(visible(piece.text) for piece in run))
+            text.append("".join(visible(piece.text) for piece in run), style=None if in_completion else "dim")
             continue
         # a token without text is the rest of the character in the token before
         marked = "│".join(visible(piece.text).replace("\n", "↵\n") or "⋯" for piece in run)

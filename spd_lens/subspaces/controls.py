@@ -14,7 +14,8 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
     """Every example with the correctness spans of another one: same prompts and formats, answers at random.
 
     The characters of the spans are exchanged between examples, the rest of the completions stays; an example never
-    gets the answer it had. Where two examples have different numbers of spans, the donor's are taken in turn.
+    gets the answer it had. Where two examples have different numbers of spans, the donor's are taken in turn. Spans of
+    prompts stay as they are, with their prompts.
 
     Raises:
         SPDError: fewer than two examples, an example without spans, or one answer that more than half of them share,
@@ -23,7 +24,9 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
     examples = worked_examples(examples)
     answers = [tuple(e.completion[start:end] for start, end in e.spans) for e in examples]
     if not all(answers):
-        raise SPDError("answers can be shuffled only between examples that all have correctness spans")
+        raise SPDError(
+            "answers can be shuffled only between examples that all have correctness spans in their completions"
+        )
     if len(examples) < 2:
         raise SPDError("answers can be shuffled only between two examples or more")
     most = max(answers.count(answer) for answer in set(answers))

@@ -84,9 +84,7 @@ def extract(
     shards = whole("shards", shards)
     settings = Extraction.given(settings, keywords, "extract")
     sites = pair.sites(settings.layers, settings.kinds)
-    recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype)}
-    if pair.format.prompt_date is not None:
-        recorded["prompt_date"] = pair.format.prompt_date
+    recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
     recorded |= _unusual(pair, settings)
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
@@ -167,6 +165,7 @@ def token_gradients(
     most = settings.max_calibration_tokens
     most = None if most is None else whole("max_calibration_tokens", most, least=2)
     encoded = [pair.encode(example, settings.loss, engine, max_tokens=most) for example in examples]
+    _say_shared(examples, encoded)
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
@@ -174,6 +173,17 @@ def token_gradients(
         for batch in pair.batches(encoded, batch_tokens):
             yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
             bar.update(len(batch))
+
+
+def _say_shared(examples: Sequence[Example], encoded: Sequence[Encoded]) -> None:
+    """One warning for all examples whose prompt and completion share a token."""
+    found = [(example.name, e.shared) for example, e in zip(examples, encoded, strict=True) if e.shared]
+    if found:
+        log.warning(
+            "%d of %d calibration examples have a token that prompt and completion share, such as %r of %s: it counts "
+            "as the completion's, and generation from the prompt cannot produce it (spd-lens spans shows where)",
+            len(found), len(examples), found[0][1], found[0][0],
+        )  # fmt: skip
 
 
 def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> Tap:
