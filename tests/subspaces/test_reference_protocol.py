@@ -106,7 +106,7 @@ EXAMPLES = [
             " def add(a, b):\n    return a + b", ask=["assert add(2, 3) == 5", "assert add(0, 1) == 1"]),
     example("assert f(7) == 21\nCode:", " def f(n):\n    return 3 * n", ask=["assert f(7) == 21"], answer=["3 * n"]),
     example("Question: Which planet is the largest?\nA. Mars\nB. Jupiter\nAnswer:", " B", answer=[" B"]),
-    example("Question: Count.\nAnswer:", " It is 21. " + "One more is 🍎, and 7 * 3 is 21. " * 30, answer=["21"]),
+    example("Question: Count.\nAnswer:", " It is 21. " + "One more is 🍎, and 7 * 3 is 21. " * 30, answer=[" 21"]),
     example("Question: été €\nAnswer:", " 15 * 4 = 60 €\n#### 60", answer=["60 €", "#### 60"]),
 ]  # fmt: skip
 """Characters of several tokens, spans that begin inside a token, several spans, spans in the prompt (one at the very
