@@ -130,7 +130,7 @@ def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Q
 @app.command("generate")
 @with_settings(
     *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
-    "seed",
+    "max_prompt_tokens", "seed",
 )  # fmt: skip
 def generate_command(
     config: SPDConfig,
@@ -154,7 +154,7 @@ def generate_command(
 @app.command("finetune")
 @with_settings(
     *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_targets", "loss_on", "seed",
+    "lora_targets", "loss_on", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding", "seed",
 )  # fmt: skip
 def finetune_command(
     config: SPDConfig,

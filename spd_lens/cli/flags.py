@@ -21,6 +21,9 @@ _SWITCHES = {
     "allow_code_execution": "--allow-code-execution",
     "per_head": "--per-head/--joint",
     "center": "--center/--no-center",
+    "early_stop": "--early-stop/--no-early-stop",
+    "retokenise": "--retokenise/--no-retokenise",
+    "loss_on_padding": "--loss-on-padding/--no-loss-on-padding",
 }
 
 
