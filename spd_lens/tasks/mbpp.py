@@ -42,6 +42,16 @@ class MBPP(CodeTask, PaperTask):
         test_form = "sanitized" if self.version == "paper" else self.version
         return Pools(train=self._side(train_form, testing=False), test=self._side(test_form, testing=True))
 
+    def extract(self, text: str) -> str | None:
+        return super().extract(self._code_in(text))
+
+    def score(self, item: Example, text: str) -> float:
+        return super().score(item, self._code_in(text))
+
+    def _code_in(self, text: str) -> str:
+        """The completion without the space that the reference template begins it with, which would indent a line."""
+        return text.removeprefix(" ") if self.bare else text
+
     def _side(self, form: str, testing: bool) -> list[Example]:
         splits = ("test",) if testing else ("train", "validation")
         if self.path:

@@ -68,8 +68,8 @@ class PaperTask(TwoScorings, PublishedTask):
         return card if self.order == "seeded" else {**card, "repeats_kept": self.repeats_kept}
 
 
-def bare_example(id: str, prompt: str, answer: str, *, begin: int = 0, **meta: object) -> Example:
-    """An example of the reference template: the answer after one space. Its span begins at the character `begin` of the
-    completion, where 0 is the space, and goes to the end."""
-    completion = f" {answer}"
+def bare_example(id: str, prompt: str, text: str, /, *, begin: int = 0, **meta: object) -> Example:
+    """An example of the reference template: the published text after one space. Its span goes from the character
+    `begin` of the completion, where 0 is the space, to the end."""
+    completion = f" {text}"
     return Example(prompt, completion, ((begin, len(completion)),), id, meta)
