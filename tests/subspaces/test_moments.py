@@ -316,7 +316,7 @@ def test_what_the_subtraction_costs_is_what_it_says(tiny_pair, shift):
 
 
 def test_rounding_is_that_of_the_rows_before_their_mean_was_taken_off(tiny_pair):
-    rows = drawn_rows(shift=1e2)
+    rows = drawn_rows(shift=20.0)
     values, _ = right_vectors(rows)
     limit = torch.finfo(torch.bfloat16).eps * rows.norm() / 16**0.5
     site, moments = of_rows(tiny_pair, rows, "bfloat16")
