@@ -322,9 +322,9 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
 
 def make_tasks(config: SPDConfig) -> Tasks:
     """The tasks that a config names; a task that is source and target is made once."""
-    source = all_tasks.configured(config.task, config.data_dir, config.task_options)
+    source = all_tasks.configured(config.task, config.data_dir, config.task_options, config.prompt_format)
     targets = {
-        key: source if name == config.task else all_tasks.get(name, config.data_dir)
+        key: source if name == config.task else all_tasks.configured(name, config.data_dir, {}, config.prompt_format)
         for key, name in config.targets.items()
     }
     allow_execution(config, [source, *targets.values()])

@@ -24,7 +24,7 @@ def show_spans(
     config: SPDConfig, name: str, split: str, n: int | None, html: Path | None, show: int, console: Console
 ) -> None:
     """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
-    source = tasks.configured(name, config.data_dir, config.task_options)
+    source = tasks.configured(name, config.data_dir, config.task_options, config.prompt_format)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
         load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date,

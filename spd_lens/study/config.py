@@ -128,7 +128,8 @@ class StudyConfig(Settings):
         """A source or target by the name in the settings, with its data and options."""
         from spd_lens import tasks
 
-        return tasks.configured(name, self.settings["data_dir"], self.task_options.get(name, {}))
+        settings, options = self.settings, self.task_options.get(name, {})
+        return tasks.configured(name, settings["data_dir"], options, settings.get("prompt_format", "auto"))
 
     @property
     def trained(self) -> list[str]:
