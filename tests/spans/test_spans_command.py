@@ -125,4 +125,4 @@ def test_own_data_verbatim_with_spans_in_prompts(spans, tmp_path):
         code == 0 and "no token lies inside the span (4, 6)" in out.replace("\n", " ") and "span_rule='inside'" in out
     )
     code, out, _ = spans(*common, "--task-option", "prompt_template=Question: {prompt}?\nAnswer:")
-    assert "Question: Sum: ⟦" in out and "\nAnswer:?" not in out
+    assert "Question: Sum: ⟦" in out and "Answer:?\nAnswer: It⟦" in out
