@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 
 import spd_lens as spd
 from spd_lens.evaluation.teacher_forced import teacher_forced
@@ -97,6 +98,18 @@ def test_what_the_tokenizer_adds_can_be_left_out(tiny_llama_dir):
     )
     with refused("is empty", "no token to continue from"):
         pair.prompt_ids(spd.Example(""))
+
+
+def test_what_the_tokenizer_puts_behind_a_text_is_left_out():
+    tokenizer = known_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", BOS), ("<|eos|>", 1)]
+    )
+    form = PromptFormat.choose(tokenizer, "verbatim")
+    example = spd.Example("q", "42", [(0, 2)])
+    assert tokenizer("q42")["input_ids"] == [*form.encode(example).ids, 1]
+    assert form.encode(example, "full").scored == [2]
+    assert form.prompt_ids("q") == form.encode(example).ids[:2]
 
 
 @pytest.mark.parametrize("name", ["auto", "chat"])
