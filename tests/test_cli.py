@@ -257,6 +257,23 @@ def test_extraction_checks_ranks_before_it_extracts(call, in_tmp, model_flags, m
     assert not any(in_tmp.iterdir())
 
 
+def test_extraction_as_the_reference_code_does_it(call, in_tmp, model_flags):
+    asked = ["--layers", "last_mid_from_0", "--max-calibration-tokens", "200", "--center-gradients", "--joint"]
+    flags = [*model_flags, "--task", "synthetic-math", "--n-calibration", "6", "--quiet", *asked]
+    code, _, err = call("extract", *flags, "--energy", "0.9", "--out", "x")
+    assert code == 0, err
+    moments, subspace = (spd.GradientMoments.load("x/moments.safetensors"), spd.Subspace.load("x/subspace.safetensors"))
+    assert {site.layer for site in subspace.sites} == {2, 3}
+    assert moments.settings["max_calibration_tokens"] == 200
+    wanted = moments.subspace(energy=0.9, per_head=False, center_gradients=True)
+    assert (subspace.digest(), subspace.origin) == (wanted.digest(), wanted.origin)
+    for energy in ("0", "1.5", "nan"):
+        one_error(call("extract", *flags, "--energy", energy, "--out", "y"), "energy", energy)
+    one_error(call("extract", *flags, "--max-calibration-tokens", "1", "--out", "y"), "max_calibration_tokens = 1")
+    one_error(call("extract", *flags, "--max-calibration-tokens", "3", "--out", "y"), "no scored token", "first 3")
+    assert not (in_tmp / "y").exists()
+
+
 def test_settings_of_another_run(call, finished_run, flags):
     before = (finished_run.path / "config.yaml").read_bytes()
     one_error(call("run", *flags, "--out", finished_run.path, "--lr", "0.5"), "lr: 0.01 there, 0.5 now", "--out")

@@ -160,8 +160,8 @@ def test_prompt_and_completion_are_texts(fields):
      torch.tensor([[2, 4]])],
 )  # fmt: skip
 def test_spans_of_every_kind_of_number(spans):
-    found = Example("q", "x=42", spans).spans
-    assert found == ((2, 4),) and all(type(end) is int for end in found[0])
+    for found in (Example("q", "x=42", spans).spans, Example("x=42", "q", prompt_spans=spans).prompt_spans):
+        assert found == ((2, 4),) and all(type(end) is int for end in found[0])
 
 
 @pytest.mark.parametrize(
@@ -194,3 +194,5 @@ def test_spans_of_every_kind_of_number(spans):
 def test_what_is_no_span(spans, words):
     with refused("'mine'", *words):
         Example("q", "x=42", spans, "mine")
+    with refused("'mine'", *[word.replace("spans=", "prompt_spans=") for word in words]):
+        Example("x=42", "q", id="mine", prompt_spans=spans)

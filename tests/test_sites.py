@@ -19,6 +19,12 @@ def test_the_papers_layers_are_the_last_and_the_middle_one(n_layers, blocks):
     assert resolve_layers("last_mid", n_layers) == blocks
 
 
+@pytest.mark.parametrize(("n_layers", "blocks"), [(30, [15, 29]), (24, [12, 23]), (7, [3, 6]), (2, [1]), (1, [0])])
+def test_the_reference_code_counts_the_middle_one_from_0(n_layers, blocks):
+    """Blocks n - 1 and n // 2, counted from 0: 23 and 12 of 24."""
+    assert resolve_layers("last_mid_from_0", n_layers) == blocks
+
+
 @pytest.mark.parametrize(
     ("layers", "blocks"),
     [("all", [0, 1, 2, 3]), (2, [2]), ([3, 1, 3], [1, 3]), ("3,0", [0, 3]), ("2", [2]), (range(2), [0, 1])],
@@ -36,8 +42,10 @@ def test_layers_that_do_not_exist(layers):
 def test_what_is_said_of_wrong_layers_and_kinds():
     with refused("layer 4", "0 to 3"):
         resolve_layers([0, 4], 4)
-    with refused("'middle'", "last_mid"):
+    with refused("'middle'", "last_mid", "last_mid_from_0", "all"):
         resolve_layers("middle", 4)
+    with refused("no layer", "last_mid_from_0"):
+        resolve_layers([], 4)
     with refused("'x'", "k, v, q"):
         resolve_sites("all", ("k", "x"), 4)
     with refused("kind"):

@@ -172,7 +172,7 @@ def main(
     config, console = subject.run.config, Console()
     examples, possible = _drawn(subject, _sizes(sizes), console)
     settings: dict[str, Any] = {
-        "layers": config.layers, "kinds": config.kinds, "loss": config.loss, "engine": config.engine,
+        "settings": config.extraction,
         "shards": _shards(subject, len(examples), math.gcd(*possible)), "progress": subject.progress,
     }  # fmt: skip
     how: dict[str, Any] = {"rank": subject.rank(rank), "per_head": config.per_head, "draws": draws, "seed": seed}

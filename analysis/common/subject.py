@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import pandas as pd
@@ -93,7 +94,18 @@ class Subject:
             return None
 
     def rank(self, text: str) -> Rank:
-        """A rank as it is written on a command line; the run's own if the text is empty."""
+        """A rank as it is written on a command line; the run's own if the text is empty.
+
+        Where the run kept a share of energy, the median rank of its blocks stands for it, and the log says so.
+        """
+        if not text and self.run.config.energy is not None:
+            ranks = [rank for of_site in self.subspace.ranks.values() for rank in of_site]
+            middle = max(1, round(median(ranks)))
+            log.warning(
+                "%s keeps ranks of %d to %d by their share of energy; rank %d, their median, stands for them here",
+                self.name, min(ranks), max(ranks), middle,
+            )  # fmt: skip
+            return middle
         try:
             return integer_or_fraction(text) if text else self.run.config.rank
         except ValueError as error:

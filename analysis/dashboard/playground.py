@@ -114,8 +114,10 @@ class Playground:
         sites = [site for layer in layers for kind in kinds if (site := Site(layer, kind)) in self.moments.sites]
         if not sites:
             raise SPDError("none of the chosen layers has one of the chosen kinds; choose others")
-        center = self.subject.run.config.center
-        return self.moments.subspace(ask.rank, per_head=ask.per_head, sites=sites, center=center)
+        config = self.subject.run.config
+        return self.moments.subspace(
+            ask.rank, per_head=ask.per_head, sites=sites, center_gradients=config.center_gradients, center=config.center
+        )
 
     def answer(self, ask: Ask) -> Answer:
         """Generate under every policy with the same noise, one after the other.

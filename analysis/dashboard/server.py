@@ -105,7 +105,7 @@ def offered(playgrounds: Mapping[str, Playground]) -> dict[str, Any]:
         "used_kinds": {site.kind for site in used.sites}, "form": form,
         "widths": {name: min(playground.width(per_head) for playground in playgrounds.values())
                    for name, per_head in (("head", True), ("joint", False))},
-        "rank": resolve_rank(config.rank, first.width(config.per_head)), "strength": config.strength,
+        "rank": resolve_rank(first.subject.rank(""), first.width(config.per_head)), "strength": config.strength,
         "tokens": min(96, config.max_new_tokens), "seed": config.seed,
         "also": also if any(playground.adapter for playground in playgrounds.values()) else also[:1],
     }  # fmt: skip

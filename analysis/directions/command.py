@@ -65,6 +65,7 @@ def read_directions(
     layers: Sequence[int] | None = None,
     loss: Loss = "aligned",
     engine: str = "lens",
+    max_calibration_tokens: int | None = None,
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the leading `n` directions of every head, of keys and of values.
@@ -79,7 +80,8 @@ def read_directions(
         seed: Seed of the random directions.
         layers: Layers whose directions are read; None for all that the moments have.
         loss: The loss that was differentiated.
-        engine: The model that is run. Loss and engine are those of `extract`.
+        engine: The model that is run.
+        max_calibration_tokens: Tokens behind which a text is cut. It, loss and engine are those of `extract`.
         progress: Whether to show a bar.
 
     Returns:
@@ -105,7 +107,10 @@ def read_directions(
     tallies = [Tally(site, subspace.bases[site]) for site in sites]
     drawn = (random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies))
     nulls = [Tally(site, random, keep=False) for site, random in zip(sites, drawn, strict=True)]
-    _fill([*tallies, *nulls], pair, examples, loss=loss, engine=engine, progress=progress)
+    _fill(
+        [*tallies, *nulls], pair, examples, loss=loss, engine=engine, max_calibration_tokens=max_calibration_tokens,
+        progress=progress,
+    )  # fmt: skip
     texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     measures, tokens = list[dict[str, Any]](), list[dict[str, Any]]()
     for site, tally, null in zip(sites, tallies, nulls, strict=True):
@@ -217,7 +222,7 @@ def main(
         moments = subject.moments_everywhere()
     measures, tokens = read_directions(
         pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, layers=chosen, loss=config.loss,
-        engine=config.engine, progress=subject.progress,
+        engine=config.engine, max_calibration_tokens=config.max_calibration_tokens, progress=subject.progress,
     )  # fmt: skip
     says = say(measures)
     facts: dict[str, Any] = {"examples": len(examples), "n_random": n_random, "seed": seed, "loss": config.loss}

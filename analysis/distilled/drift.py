@@ -245,7 +245,8 @@ def main(
     before = extract(subject.pair, examples, engine="twin", **settings)
     after = moments_after(subject.pair, adapter, examples, **settings)
     how: dict[str, Any] = {"per_head": config.per_head, "seed": seed}
-    frame = drift(before, after, rank=config.rank, **how)
+    rank = subject.rank("")
+    frame = drift(before, after, rank=rank, **how)
     spectra = spectra_before_after(before, after, per_head=config.per_head)
     kls = absorption(
         subject.pair, held_out, subject.subspace, adapter, strength=config.strength, n_random=n_random, seed=seed,
@@ -253,7 +254,7 @@ def main(
     )  # fmt: skip
     estimates = absorbed(kls, seed=seed)
     says = f"{drift_sentence(frame)} {absorption_sentence(estimates)}"
-    facts = {"rank": config.rank, "n_examples": len(examples), "n_items": len(held_out), **how}
+    facts = {"rank": rank, "n_examples": len(examples), "n_items": len(held_out), **how}
     figures = [drift_figure(frame, measure) for measure in MEASURES]
     figures += [spectra_figure(spectra), absorption_figure(kls)]
     subject.save("drift-spectra", spectra, **facts)

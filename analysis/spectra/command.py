@@ -52,7 +52,7 @@ def main(
         change = rank_difference(sources[GRADIENTS], sources[SHUFFLED])
         measure = "Entropy rank of gradients of right and of shuffled answers"
         says.append(difference_sentence(change, measure=measure, first="shuffled", second="right"))
-    says.append(draw.kept_sentence(kept, subject.run.config.rank))
+    says.append(draw.kept_sentence(kept, subject.rank("")))
     text = " ".join(says)
     facts: dict[str, Any] = {
         "shards": moments.n_shards, "examples": int(moments.n_examples.sum()), "seed": seed, "draws": draws,

@@ -38,7 +38,8 @@ def measure_chosen(
 ) -> pd.DataFrame:
     """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items."""
     config = subject.run.config
-    chosen = {cell.name: cell.subspace(moments, center=config.center) for cell in cells}
+    centring = {"center": config.center, "center_gradients": config.center_gradients}
+    chosen = {cell.name: cell.subspace(moments, **centring) for cell in cells}
     used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
     fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
     log.info("measuring the chosen cells on %d fresh items", len(fresh))

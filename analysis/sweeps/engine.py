@@ -101,6 +101,7 @@ def sweep(
     folder: str | Path | None = None,
     strength: float = 1.0,
     center: bool = False,
+    center_gradients: bool = False,
     chunk: int | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -118,6 +119,7 @@ def sweep(
         folder: Folder that keeps finished chunks of cells: a sweep that was killed continues, a larger grid adds cells.
         strength: Strength of the projections.
         center: Project around the mean activation.
+        center_gradients: Take the subspaces from the gradients around their mean.
         chunk: Number of cells measured together. A larger number needs fewer passes of the base model, and loses more
             when killed. None: as many as make 24 subspaces.
         progress: Show a progress bar.
@@ -129,14 +131,18 @@ def sweep(
     cells = grid.cells(moments)
     store = Store(None if folder is None else Path(folder), len(items))
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
-        store.check(_settings(pair, moments, items, grid, float(strength), center))
+        settings = _settings(pair, moments, items, grid, float(strength), center)
+        store.check(settings | ({"center_gradients": True} if center_gradients else {}))
         todo = [cell for cell in cells if cell.name not in store]
         prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
         done = len(cells) - len(todo)
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
             for start in range(0, len(todo), chunk):
-                chosen = {cell: cell.subspace(moments, center=center) for cell in todo[start : start + chunk]}
+                chosen = {
+                    cell: cell.subspace(moments, center=center, center_gradients=center_gradients)
+                    for cell in todo[start : start + chunk]
+                }
                 named = {cell.name: subspace for cell, subspace in chosen.items()}
                 policies = beside_controls(named, grid.n_random, grid.seed, strength)
                 found = measure(pair, items, policies, prefix=prefix, batch_tokens=grid.batch_tokens)

@@ -188,9 +188,12 @@ class GridCell:
         """What it shares with the cells that differ from it in rank alone."""
         return self.layers, self.kinds, self.head, self.projector
 
-    def subspace(self, moments: GradientMoments, *, center: bool = False) -> Subspace:
+    def subspace(self, moments: GradientMoments, *, center: bool = False, center_gradients: bool = False) -> Subspace:
         """Its subspace; where one head alone is projected, all directions of the others are kept."""
-        full = moments.subspace(self.rank, per_head=self.projector == "per_head", sites=self.sites, center=center)
+        full = moments.subspace(
+            self.rank, per_head=self.projector == "per_head", sites=self.sites, center_gradients=center_gradients,
+            center=center,
+        )  # fmt: skip
         if self.head == "all":
             return full
         blocks = {}

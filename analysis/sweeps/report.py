@@ -57,7 +57,7 @@ def report(
     items = subject.held_out(grid.n_items, grid.task)
     found = sweep(
         subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,
-        center=config.center, progress=subject.progress,
+        center=config.center, center_gradients=config.center_gradients, progress=subject.progress,
     )  # fmt: skip
     table = found.table()
     cells = {measured.cell.name: measured.cell for measured in found.cells}
@@ -86,7 +86,7 @@ def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
     own = {
         "layers": [config.layers],
         "kinds": ["+".join(config.kinds)],
-        "ranks": [config.rank],
+        "ranks": [subject.rank("")],
         "projectors": ["per_head" if config.per_head else "joint"],
     }
     try:

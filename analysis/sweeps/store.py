@@ -57,9 +57,11 @@ class Store:
             write_json(path, dict(settings))
             return
         known = read_json(path)
-        differ = [key for key in settings if known.get(key) != settings[key]]
+        differ = [key for key in {**settings, **known} if known.get(key) != settings.get(key)]
         if differ:
-            shown = "; ".join(f"{key}: {_short(known.get(key))} there, {_short(settings[key])} now" for key in differ)
+            shown = "; ".join(
+                f"{key}: {_short(known.get(key))} there, {_short(settings.get(key))} now" for key in differ
+            )
             raise SPDError(
                 f"{self._folder} holds a sweep with other settings ({shown}); move it away or use the same settings"
             )

@@ -44,6 +44,7 @@ def token_energy(
     *,
     loss: Loss = "aligned",
     engine: str = "lens",
+    max_calibration_tokens: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Squared gradient norm of every token at every site of the subspace, and the part of it inside the subspace.
@@ -54,6 +55,7 @@ def token_energy(
         subspace: The subspace whose sites are looked at, joint or per head.
         loss: The loss that is differentiated, as in `extract`.
         engine: The model that is run, as in `extract`.
+        max_calibration_tokens: Tokens behind which a text is cut, as in `extract`; None: it is taken whole.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -66,9 +68,9 @@ def token_energy(
     frames = []
     for rows in token_gradients(
         pair, examples, layers=sorted({s.layer for s in sites}), kinds=sorted({s.kind for s in sites}), loss=loss,
-        engine=engine, progress=progress,
+        engine=engine, max_calibration_tokens=max_calibration_tokens, progress=progress,
     ):  # fmt: skip
-        _, names = read[rows.index]
+        names = read[rows.index][1][: len(rows.encoded.ids)]
         scored, last = set(rows.encoded.scored), max(rows.encoded.scored)
         common = {
             "example": rows.index,
@@ -216,7 +218,7 @@ def main(
     config, examples = subject.run.config, subject.calibration(n)
     measure = partial(
         token_energy, subject.pair, subspace=subject.subspace, loss=config.loss, engine=config.engine,
-        progress=subject.progress,
+        max_calibration_tokens=config.max_calibration_tokens, progress=subject.progress,
     )  # fmt: skip
     energy = measure(examples)
     null, without = None, ""
@@ -236,7 +238,8 @@ def main(
     figures = [share_figure(shares), share_figure(shares, skip_first=True)]
     figures += [share_figure(shares, str(site), skip_first=True) for site in subject.subspace.sites]
     written = subject.save("tokens", shares, figures, says=says, **facts)
-    read = [tokens for tokens, _ in categories(examples, subject.pair.format, config.loss)]
+    most = config.max_calibration_tokens
+    read = [tokens[:most] for tokens, _ in categories(examples, subject.pair.format, config.loss)]
     page = text_page(subject.name, read, examples, energy, shares, says=says, model=config.model)
     written.append(write_text(subject.folder / "tokens-text.html", page))
     return Findings(_table(subject.name, shares), says, written)

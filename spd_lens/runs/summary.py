@@ -11,7 +11,7 @@ from spd_lens.evaluation import EvalResult, ForcedItem, per_item
 from spd_lens.files import write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
-from spd_lens.runs.config import protocol_in_words
+from spd_lens.runs.config import SPDConfig, protocol_in_words
 from spd_lens.runs.context_limit import in_words
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import (
@@ -63,7 +63,7 @@ def _heading(run: Run) -> str:
             f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
             f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",
             f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
-            f"strength {config.strength:g}",
+            f"{_taken(config)}strength {config.strength:g}",
             f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
             f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
             *([f"- Left out, {in_words(notes['left_out'])}."] if "left_out" in notes else []),
@@ -77,6 +77,12 @@ def _heading(run: Run) -> str:
 def _rounding(run: Run) -> float | None:
     """KL between hooks and folded weights, which differ by rounding alone; None where no lens model was built."""
     return run.notes["hooks"]["fold_parity"]["kl"] if "hooks" in run.notes else None
+
+
+def _taken(config: SPDConfig) -> str:
+    """How the directions were chosen, where that is not by a rank and from the gradients as they are."""
+    share = "" if config.energy is None else f"the fewest with {config.energy:g} of the squared singular values; "
+    return share + ("of the gradients less their mean; " if config.center_gradients else "")
 
 
 def _scores(run: Run, task: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def test_moments_everywhere_are_extracted_once_and_hold_the_runs_own(
         torch.testing.assert_close(moments.gradient[site], subject.moments.gradient[site], rtol=1e-4, atol=1e-12)
     again = Subject(subject.run.path, progress=False)  # would load the model if it had to extract
     assert again.moments_everywhere().sites == moments.sites and not again.experiment.models
+
+
+def test_where_a_share_of_energy_was_kept_its_median_rank_stands_for_a_rank(
+    copied: Callable[[str], Path], tiny_pair: ModelPair, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = Subject(copied("mine"), pair=tiny_pair, progress=False)
+    assert subject.rank("") == subject.run.config.rank and not caplog.records
+    subspace = subject.moments.subspace(energy=0.9)
+    subspace.save(subject.run.subspace_path)
+    changed = subject.run.config.model_copy(update={"energy": 0.9})
+    (subject.run.path / "config.yaml").write_text(changed.to_yaml())
+    subject = Subject(subject.run.path, pair=tiny_pair, progress=False)
+    assert subject.run.config.energy == 0.9
+    ranks = [rank for site in subspace.sites for rank in subspace.ranks[site]]
+    assert len(set(ranks)) > 1
+    assert subject.rank("") == round(statistics.median(ranks))
+    assert f"ranks of {min(ranks)} to {max(ranks)}" in caplog.text and "their median" in caplog.text
+    assert subject.rank("3") == 3 and subject.rank("0.5") == 0.5
 
 
 def test_another_models_weights_are_refused(copied: Callable[[str], Path], tiny_qwen2_pair: ModelPair) -> None:

@@ -21,7 +21,7 @@ from spd_lens.errors import SPDError
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.sites import Site
 from spd_lens.subspaces.policy import Policy
-from tests.helpers import EXAMPLES, hook_at
+from tests.helpers import EXAMPLES, hook_at, refused
 
 sweep_figures = importlib.import_module("spd_lens.analysis.sweeps.figures")
 
@@ -76,6 +76,21 @@ def test_a_cell_is_the_projection_it_names(tiny_pair, moments, undisturbed):
         base_loss, _ = reference(tiny_pair, example, {})
         assert undisturbed.base["aligned_loss"][i] == pytest.approx(base_loss, rel=1e-4, abs=1e-4)
     assert cell.ranks == (2,) * 8
+
+
+def test_cells_of_centred_gradients_are_another_sweep(tiny_pair, moments, tmp_path):
+    grid = Grid(ranks=[2], layers=["last_mid_from_0"], n_random=3)
+    how = {"folder": tmp_path / "kept", "progress": False}
+    (found,) = sweep(tiny_pair, moments, EXAMPLES, grid, center_gradients=True, **how).cells
+    assert {site.layer for site in found.cell.sites} == {2, 3}
+    wanted = moments.subspace(2, sites=found.cell.sites, center_gradients=True)
+    assert found.cell.subspace(moments, center_gradients=True).digest() == wanted.digest()
+    projectors = {site: torch.block_diag(*wanted.projector(site)) for site in wanted.sites}
+    for i, example in enumerate(EXAMPLES):
+        loss, _ = reference(tiny_pair, example, projectors)
+        assert found.own["aligned_loss"][i] == pytest.approx(loss, rel=1e-4, abs=1e-4)
+    with refused("center_gradients"):
+        sweep(tiny_pair, moments, EXAMPLES, grid, **how)
 
 
 def test_controls_are_random_subspaces_of_the_same_shape(tiny_pair, moments, undisturbed):

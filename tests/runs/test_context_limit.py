@@ -113,6 +113,29 @@ def test_a_text_as_long_as_the_context_stays_and_one_token_more_goes(task, tiny_
     assert [e.id for e in fitting.test(None, 3)] == [id for id in order if id in ids(fitting.test(None))]
 
 
+def test_a_calibration_text_that_is_cut_stays_where_a_scored_token_is_left(task, tiny_pair):
+    over = next(e for e in task.calibration(None) if e.id == "calibration-over")
+    first = tiny_pair.format.encode(over).scored[0]
+    for most, stays in ((first, False), (first + 1, True), (N_CTX, True), (10 * N_CTX, False)):
+        config = DROP.model_copy(update={"max_calibration_tokens": most})
+        fitting = fitted(task, tiny_pair, config)
+        assert ("calibration-over" in ids(fitting.calibration(None))) == stays, most
+        assert ids(fitting.train(None)) == ids(fitted(task, tiny_pair, DROP).train(None))
+    most = min(max(tiny_pair.format.encode(e).scored) + 1 for e in task.calibration(None))
+    kept = fitted(task, tiny_pair, config := DROP.model_copy(update={"max_calibration_tokens": most})).calibration(None)
+    moments = extract(tiny_pair, kept, settings=config.extraction, progress=False)
+    assert int(moments.n_tokens.sum()) == sum(min(most, len(tiny_pair.encode(e).ids)) for e in kept)
+    counts = left_out(tiny_pair, config, {"calibration": {"own": (fitted(task, tiny_pair, config), 7)}})
+    lost = 7 - len(kept)
+    assert lost and counts == {
+        "context": N_CTX, "max_calibration_tokens": most, "calibration": {"own": {"left_out": lost, "of": 7}},
+    }  # fmt: skip
+    assert in_words(counts) == (
+        f"beyond the context of {N_CTX} tokens, or with no scored token among the first {most} of a calibration text: "
+        f"{lost} of 7 calibration examples"
+    )
+
+
 def test_a_span_that_truncation_would_cut_is_never_half_there(task, tiny_pair):
     """The examples that stay are measured whole: every token counted, every span found."""
     kept = fitted(task, tiny_pair, DROP).calibration(None)

@@ -47,6 +47,39 @@ def test_an_extraction_of_something_else_is_refused_though_it_is_in_memory(own, 
         own.varied(config=own.config.model_copy(update={"kinds": ["k"]})).moments()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_calibration_tokens": 200}, ["max_calibration_tokens", "200"]),
+        ({"span_rule": "inside"}, ["span_rule", "inside"]),
+        ({"prompt_format": "verbatim"}, ["prompt_format", "verbatim"]),
+        ({"add_special_tokens": False}, ["add_special_tokens", "False"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", ["usual", "other"])
+def test_an_extraction_of_texts_that_were_read_in_another_way_is_refused(config, tmp_path, changes, said, first):
+    usual = Experiment(config.model_copy(update={"loss": "full"}), tmp_path)  # no span of these need lie on tokens
+    other = usual.varied(config=usual.config.model_copy(update=changes), _loaded={})
+    vars(other).pop("pair", None)
+    begun, later = (usual, other) if first == "usual" else (other, usual)
+    begun.moments()
+    with refused("moments.safetensors", *said, "another folder"):
+        later.moments()
+    with refused("moments.safetensors", *said, "another folder"):
+        later.varied(_loaded={}).moments()
+    assert begun.moments().sites
+
+
+def test_the_subspace_is_taken_as_the_settings_say(own):
+    moments = own.moments()
+    changes = {"energy": 0.9, "center_gradients": True, "per_head": False}
+    asked = own.varied(config=own.config.model_copy(update=changes)).subspace()
+    wanted = moments.subspace(energy=0.9, center_gradients=True, per_head=False)
+    assert (asked.digest(), asked.origin) == (wanted.digest(), wanted.origin)
+    assert asked.digest() != own.subspace().digest()
+
+
 def test_a_policy_is_generated_under_whole(own, tmp_path):
     policy = Policy("projected", own.subspace(), 0.5)
     corpus = own.generate(tmp_path / "a.jsonl", policy, own.prompts[:3], sampling={"temperature": 1.2})

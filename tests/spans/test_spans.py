@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -369,3 +370,67 @@ def test_a_browser_shows_the_page_without_error_or_request(chat, tmp_path, serve
     _, console = browse(path, tmp_path / "profile")
     assert not any("ran" in line and "Refused" not in line and "policy" not in line.lower() for line in console)
     assert server.seen == []
+
+
+# --- prompts verbatim, spans of prompts, tokens inside a span only
+
+
+@pytest.fixture(scope="module")
+def verbatim(tiny_llama_dir):
+    return PromptFormat.choose(load_tokenizer(str(tiny_llama_dir)), "verbatim")
+
+
+def test_a_shared_token_is_shown_with_the_border_in_it(verbatim):
+    example = Example("1=a", "n-9", ((2, 3),))  # <bos> 1 = an - 9
+    item = one(example, verbatim)
+    assert verbatim.encode(example).shared == "an"
+    (flag,) = [flag for flag in item.flags if flag.kind == "shared"]
+    assert "token 3 'an'" in flag.text and flag.suspicious
+    assert "in the prompt with 'a' and ends in the completion with 'n'" in flag.text
+    assert "shared" not in kinds(one(Example("1=", "an-9", ((3, 4),)), verbatim))
+
+
+def test_spans_of_prompts_are_shown_and_checked(form, tmp_path):
+    example = Example("Is 42 even?", "It is.", prompt_spans=((2, 5), (10, 11), (2, 3)), id="even")
+    item = one(example, form)
+    assert not [piece for piece in item.pieces if piece.scored and piece.in_completion]
+    scored = "".join(piece.text for piece in item.pieces if piece.scored)
+    assert scored.replace(" ", "") == "42?"
+    assert item.size == len(form.encode(example).scored) and item.places == ()
+    assert [flag.text for flag in item.flags if flag.kind == "empty"] == [
+        "prompt span (2, 3) holds nothing but white space"
+    ]
+    found = audit([example], form)
+    assert found.place_bins() == () and found.size_bins()
+    out = printed(found)
+    assert "⟦" in out.split("Scored tokens")[0] and "Where in the completion" not in out
+    text = page(found, title="t")
+    prompt = text.split('<pre class="prompt"')[1].split("</pre>")[0]
+    assert 'class="s"' in prompt and "of the completion" not in text.split("<article")[1].split("</header>")[0]
+    assert write_page(tmp_path / "spans.html", found, title="t").exists()
+
+
+def test_a_long_prompt_is_cut_before_its_first_scored_token(verbatim):
+    prompt = "word " * 300 + "42 and " + "more " * 200
+    example = Example(prompt, "yes", prompt_spans=((1500, 1502),))
+    out = printed(audit([example], verbatim)).replace("\n", "")
+    assert "[...]" in out and "⟦" in out.split("Scored tokens")[0]
+    assert out.count("more") == 200 and 0 < out.count("word") < 300
+
+
+def test_tokens_that_the_inside_rule_leaves_out_are_named(tiny_llama_dir):
+    form = PromptFormat.choose(load_tokenizer(str(tiny_llama_dir)), "verbatim", span_rule="inside")
+    example = Example("q=", "It is 42.", ((4, 9),))  # I t _is _42 .
+    item = one(example, form)
+    assert [piece.text for piece in item.pieces if piece.scored] == [" 42", "."]
+    (flag,) = [flag for flag in item.flags if flag.kind == "begins-inside"]
+    assert "' is'" in flag.text and "not scored" in flag.text and flag.suspicious
+    found = audit([example], form)
+    assert "wholly inside a span" in page(found, title="t")
+    other = audit([example], replace(form, span_rule="overlap"))
+    assert "overlap a span" in page(other, title="t")
+    assert [flag.text for flag in other.examples[0].flags if flag.kind == "begins-inside"] == [
+        "span 's 42.' begins inside token 5 ' is': ' i' is scored too"
+    ]
+    (flag,) = one(Example("q=", "It is 42.", ((4, 5),)), form).flags
+    assert flag.kind == "unusable" and "no token lies inside the span (4, 5)" in flag.text and "5 ' is'" in flag.text

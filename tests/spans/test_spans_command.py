@@ -108,3 +108,21 @@ def test_a_damaged_tokenizer(spans, tiny_qwen2_dir, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes() if file.name != "tokenizer.json" else b"{")
     code, _, err = spans("synthetic-math", model=str(tmp_path))
     assert code == 2 and "the tokenizer in" in err and "cannot be loaded" in err
+
+
+def test_own_data_verbatim_with_spans_in_prompts(spans, tmp_path):
+    records = [{"prompt": "Sum: 1 + 1\nAnswer:", "completion": " It is 42", "answer": "is", "prompt_spans": [[5, 10]]}]
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(records[0]) + "\n")
+    common = (path, "--task-option", "test_share=0", "--prompt-format", "verbatim", "--no-add-special-tokens")
+    code, out, _ = spans(*common, "--span-rule", "overlap")
+    assert code == 0
+    shown = out.split("Scored tokens")[0]
+    assert shown.count("⟦") == 2 and "Answer: It⟦" in shown, "the blank before the completion is the data's own"
+    assert "verbatim format" in out and "add_special_tokens=False" in out
+    code, out, _ = spans(*common, "--span-rule", "inside")
+    assert (
+        code == 0 and "no token lies inside the span (4, 6)" in out.replace("\n", " ") and "span_rule='inside'" in out
+    )
+    code, out, _ = spans(*common, "--task-option", "prompt_template=Question: {prompt}?\nAnswer:")
+    assert "Question: Sum: ⟦" in out and "Answer:?\nAnswer: It⟦" in out

@@ -7,6 +7,7 @@ import torch
 
 from spd_lens.examples import Example
 from spd_lens.models.batches import batches_by_length
+from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
 from spd_lens.models.pair import ModelPair
 from spd_lens.sites import Site
@@ -306,3 +307,62 @@ def test_a_lens_model_of_a_smaller_context_is_not_asked_for_more(pair_of, backen
     extract(any_lens, [example], progress=False)
     assert any_lens.backend == "bridge"
     assert f"takes {n_tokens - 1} tokens, not {n_tokens}" in caplog.text or "captured on the twin" in caplog.text
+
+
+# texts that are cut
+
+
+@pytest.mark.parametrize("path", ["twin", "lens"])
+def test_a_cut_text_gives_the_rows_of_the_text_that_is_left(pair_of, family, path):
+    """No token attends to what follows it, so a cut only takes rows and scored tokens away."""
+    pair = pair_of(family)
+    example = EXAMPLES[2]  # two spans
+    whole = pair.encode(example)
+    most = whole.scored[-1] - 1
+    assert whole.scored[0] < most < whole.scored[-1] < len(whole.ids)
+    ids, scored = whole.ids[:most], [t for t in whole.scored if t < most]
+    cut = type(whole)(ids, whole.completion_start, scored)
+    sites = pair.sites("all", ALL_KINDS)
+    gradients, activations, losses = reference_rows(pair.hf, [cut], sites)
+    moments = taken(pair, path, [example], layers="all", kinds=ALL_KINDS, max_calibration_tokens=most)
+    for site in sites:
+        g, x = gradients[site], activations[site]
+        assert relative_error(moments.gradient[site].sum(0), g.T @ g) < 1e-4, site
+        assert relative_error(moments.activation_sum[site].sum(0), x.sum(0)) < 1e-4, site
+    assert (int(moments.n_tokens.sum()), int(moments.n_scored.sum())) == (most, len(scored))
+    assert moments.mean_loss == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_text_beyond_the_context_can_be_cut_to_fit(tiny_pair):
+    long = Example("7 * 3", "It is 21. " + "one more is 22. " * 400, [(6, 8)], "long")
+    with refused("'long'", "context"):
+        taken(tiny_pair, examples=[long])
+    with refused("'long'", "context"):
+        taken(tiny_pair, examples=[long], max_calibration_tokens=10_000)
+    moments = taken(tiny_pair, examples=[long], max_calibration_tokens=40)
+    assert int(moments.n_tokens.sum()) == 40
+
+
+def test_a_cut_that_leaves_nothing_to_score_is_refused(tiny_pair):
+    with refused("'apples'", "no scored token among its first 5 tokens", "--too-long drop"):
+        taken(tiny_pair, max_calibration_tokens=5)
+    for wrong in (1, 0, 2.5, "9", True):
+        with refused("max_calibration_tokens", "at least 2"):
+            taken(tiny_pair, max_calibration_tokens=wrong)
+
+
+def test_moments_say_that_their_texts_were_cut_or_scored_in_another_way(tiny_llama_dir, tiny_pair):
+    usual = taken(tiny_pair)
+    assert set(usual.settings) == {"loss", "dtype"}
+    cut = taken(tiny_pair, max_calibration_tokens=200)
+    assert cut.settings == usual.settings | {"max_calibration_tokens": 200}
+    other = load(str(tiny_llama_dir), dtype="float32", device="cpu", prompt_format="verbatim", span_rule="inside",
+                 add_special_tokens=False)  # fmt: skip
+    inside = [Example("7 * 3 =", " 21", [(0, 3)])]
+    found = taken(other, examples=inside).settings
+    assert found == usual.settings | {
+        "prompt_format": "verbatim", "span_rule": "inside", "add_special_tokens": False,
+    }  # fmt: skip
+    for unlike in (cut, taken(other, examples=inside)):
+        with refused("settings", "do not add"):
+            usual + unlike

@@ -1,5 +1,8 @@
 """Moments: they add, split, keep, and know how many directions they hold."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +10,10 @@ from spd_lens.examples import Example
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.subspace import Subspace
 from tests.helpers import EXAMPLES, reference_rows, refused, relative_error, sine
 
-PER_SITE = ("gradient", "activation", "activation_sum")
+PER_SITE = ("gradient", "activation", "activation_sum", "gradient_sum")
 PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")
 ONE_TOKEN = Example(EXAMPLES[2].prompt, "C", [(0, 1)])
 
@@ -231,3 +235,167 @@ def test_shards_that_do_not_exist(tiny_pair, moments):
 def test_moments_of_nothing_have_no_subspace(tiny_pair):
     with refused("no examples"):
         GradientMoments.empty(tiny_pair.fingerprint, [Site(1, "k")], 2, {}).subspace()
+
+
+# gradients around their mean
+
+
+def of_rows(pair, rows, dtype="float64"):
+    """Moments of given rows of one site, in two shards."""
+    site = Site(1, "k")
+    made = GradientMoments.empty(pair.fingerprint, [site], 2, {"dtype": dtype})
+    for shard, part in enumerate(rows.tensor_split(2)):
+        made.add_tokens(site, shard, part, torch.zeros_like(part))
+        made.n_tokens[shard] += len(part)
+        made.n_examples[shard] += 1
+    return site, made
+
+
+def right_vectors(rows):
+    """Singular values and right singular vectors, as columns, of rows around their mean, in plain float64."""
+    _, values, right = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    return values, right.T
+
+
+def drawn_rows(seed=0, shift=1.0, n=40):
+    generator = torch.Generator().manual_seed(seed)
+    spread = (
+        torch.randn(n, 16, generator=generator, dtype=torch.float64) @ torch.diag(0.7 ** torch.arange(16.0)).double()
+    )
+    return spread + shift * torch.randn(16, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per_head", [True, False], ids=["per head", "joint"])
+def test_centred_moments_are_those_of_the_rows_without_their_mean(tiny_qwen2_pair, moments, per_head):
+    pair = tiny_qwen2_pair
+    gradients, _, _ = reference_rows(pair.hf, [pair.encode(e) for e in EXAMPLES], moments.sites)
+    subspace = moments.subspace(3, per_head=per_head, center_gradients=True)
+    for site, g in gradients.items():
+        found = moments.blocks(site, per_head, center_gradients=True)
+        for block, rows in enumerate(g.split(8 if per_head else 16, dim=1)):
+            around = rows - rows.mean(dim=0)
+            assert relative_error(found[block], around.T @ around) < 1e-5
+            assert relative_error(rows.T @ rows, around.T @ around) > 1e-4, "the mean makes no difference here"
+            values, right = right_vectors(rows)
+            assert torch.allclose(subspace.singular_values[site][block], values, rtol=1e-3, atol=1e-4 * values[0])
+            assert torch.equal(
+                moments.singular_values(site, per_head, center_gradients=True), subspace.singular_values[site]
+            )
+            assert sine(subspace.bases[site][block], right[:, :3]) < 1e-4
+
+
+def test_the_mean_is_that_of_all_chosen_shards(tiny_pair):
+    rows = drawn_rows(n=41)
+    site, moments = of_rows(tiny_pair, rows)
+    first, second = rows.tensor_split(2)
+    for chosen, expected in (([0], first), ([1, 0, 1], torch.cat([second, first, second]))):
+        around = expected - expected.mean(dim=0)
+        found = moments.shards(chosen).blocks(site, False, center_gradients=True)[0]
+        assert relative_error(found, around.T @ around) < 1e-12
+    halves = [half.blocks(site, False, center_gradients=True) for half in moments.halves()]
+    assert relative_error(sum(halves), moments.blocks(site, False, center_gradients=True)) > 0.01, "two means, not one"
+    total = (moments + moments).blocks(site, False, center_gradients=True)
+    assert relative_error(total, 2 * moments.blocks(site, False, center_gradients=True)) < 1e-12
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e2, 1e6])
+def test_what_the_subtraction_costs_is_what_it_says(tiny_pair, shift):
+    """The moments are off by some 2⁻⁵² of those of the rows before centring: what stands above that is right."""
+    rows = drawn_rows(shift=shift)
+    site, moments = of_rows(tiny_pair, rows)
+    values, right = right_vectors(rows)
+    size = rows.norm()
+    error = (moments.blocks(site, False, center_gradients=True)[0] - right * values.square() @ right.T).norm()
+    assert error < 16 * 2**-52 * size**2
+    subspace = moments.subspace(1.0, per_head=False, center_gradients=True)
+    kept = subspace.ranks[site][0]
+    assert kept == int((values > (16 * 2**-52) ** 0.5 * size).sum())
+    assert kept == 16 if shift <= 1e2 else 3 < kept < 16
+    gap = values[2] ** 2 - values[3] ** 2
+    assert sine(subspace.blocks(site)[0][:, :3], right[:, :3]) < 2 * error / gap + 1e-12  # Davis-Kahan
+
+
+def test_rounding_is_that_of_the_rows_before_their_mean_was_taken_off(tiny_pair):
+    rows = drawn_rows(shift=20.0)
+    values, _ = right_vectors(rows)
+    limit = torch.finfo(torch.bfloat16).eps * rows.norm() / 16**0.5
+    site, moments = of_rows(tiny_pair, rows, "bfloat16")
+    expected = int((values > limit).sum())
+    assert 3 < expected < 16
+    assert moments.subspace(1.0, per_head=False, center_gradients=True).ranks[site] == (expected,)
+
+
+def test_rows_that_are_all_alike_leave_nothing(tiny_pair):
+    site, moments = of_rows(tiny_pair, drawn_rows()[:1].expand(6, 16))
+    assert moments.subspace(4, per_head=False).ranks[site] == (1,)
+    with refused("1.k", "without their mean"):
+        moments.subspace(4, per_head=False, center_gradients=True)
+
+
+def test_moments_of_an_earlier_version_load_and_add_but_are_not_centred(moments, tmp_path):
+    old = GradientMoments.load(Path(__file__).parents[1] / "fixtures/artefacts/moments.safetensors")
+    assert not old.gradient_sum
+    again = GradientMoments.load(old.save(tmp_path / "again.safetensors"))
+    for one in (old, again, old + old, *old.halves(), old.shards([0])):
+        assert one.subspace(1).sites == old.sites
+        with refused("sums of gradients", "extract them again"):
+            one.subspace(1, center_gradients=True)
+    before = replace(moments, gradient_sum={}, _spectra={})
+    for mixed in (before + moments, moments + before):
+        assert not mixed.gradient_sum
+        site = mixed.sites[0]
+        assert torch.equal(mixed.blocks(site), 2 * moments.blocks(site))
+        with refused("sums of gradients"):
+            mixed.singular_values(site, center_gradients=True)
+
+
+def test_centring_is_recorded_where_it_was_done(moments):
+    assert "center_gradients" not in moments.subspace().origin
+    assert moments.subspace(center_gradients=True).origin["center_gradients"] is True
+    plain, asked = (moments.subspace(of="activation", center_gradients=value) for value in (False, True))
+    assert asked.origin == plain.origin and asked.digest() == plain.digest()
+    assert moments.subspace(center_gradients=True).digest() != moments.subspace().digest()
+    assert moments.subspace().digest() == replace(moments, gradient_sum={}, _spectra={}).subspace().digest()
+
+
+# a share of energy in the place of a rank
+
+
+@pytest.mark.parametrize("per_head", [True, False], ids=["per head", "joint"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.95, 0.999])
+def test_a_share_of_energy_takes_the_fewest_directions_that_hold_it(moments, per_head, share):
+    subspace = moments.subspace(energy=share, per_head=per_head)
+    for site in moments.sites:
+        for block, values in enumerate(moments.singular_values(site, per_head).tolist()):
+            total, reached, rank = sum(value**2 for value in values), 0.0, 0
+            while reached < share * total:
+                reached += values[rank] ** 2
+                rank += 1
+            assert subspace.ranks[site][block] == rank
+            of_rank = moments.subspace(rank, per_head=per_head).blocks(site)[block]
+            assert torch.equal(subspace.blocks(site)[block], of_rank)
+
+
+def test_ranks_differ_from_block_to_block_and_the_file_keeps_what_was_asked_for(moments, tmp_path):
+    subspace = moments.subspace(energy=0.95)
+    assert len({rank for ranks in subspace.ranks.values() for rank in ranks}) > 1
+    assert subspace.rank is None and subspace.origin["energy"] == 0.95
+    back = Subspace.load(subspace.save(tmp_path / "s.safetensors"))
+    assert (back.ranks, back.rank, back.origin) == (subspace.ranks, None, subspace.origin)
+    assert back.digest() == subspace.digest()
+    assert "energy" not in moments.subspace().origin and moments.subspace().rank == 0.5
+    assert moments.subspace(2, energy=0.95).digest() == subspace.digest(), "the energy takes the rank's place"
+
+
+def test_a_share_of_all_energy_is_capped_where_rounding_begins(tiny_pair):
+    moments = taken(tiny_pair, [ONE_TOKEN], layers=[3], kinds="v")
+    assert moments.subspace(energy=1.0).ranks == moments.subspace(1.0).ranks == {Site(3, "v"): (2, 2)}
+    moments.gradient[Site(3, "v")][:, 8:, 8:] = 0  # the second head is not used
+    assert moments.subspace(energy=0.5).ranks[Site(3, "v")][1] == 0
+
+
+@pytest.mark.parametrize("energy", [0, 0.0, -0.5, 1.5, 2, float("nan"), True, "0.95", [0.5]])
+def test_a_share_that_is_none_is_refused(moments, energy):
+    with refused("energy", "(0, 1]", "0.95"):
+        moments.subspace(energy=energy)
+    assert moments.subspace(energy=1).origin["energy"] == 1.0

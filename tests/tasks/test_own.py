@@ -222,3 +222,90 @@ def test_bad_options(write, tmp_path):
         load(write, SPANS, pattern="(")
     with pytest.raises(SPDError, match="neither a .jsonl file nor a directory with train.jsonl"):
         tasks.get("nowhere.jsonl").train(1)
+
+
+# --- templates, and spans in prompts
+
+BOTH = {"prompt": "What is 1 + 1?  ", "completion": " It is 2.", "answer": "2", "prompt_spans": [[8, 9], [12, 16]]}
+
+
+def in_prompt(example):
+    return [example.prompt[start:end] for start, end in example.prompt_spans]
+
+
+def test_spans_of_prompts_stand_beside_the_three_or_alone(write):
+    (example,) = load(write, BOTH, test_share=0).pool("train")
+    assert (example.prompt, in_prompt(example), covered(example)) == ("What is 1 + 1?", ["1", "1?"], ["2"])
+    alone = {key: value for key, value in BOTH.items() if key != "answer"}
+    (example,) = load(write, alone, test_share=0).pool("train")
+    assert (example.spans, in_prompt(example), example.completion) == ((), ["1", "1?"], "It is 2.")
+    (example,) = load(write, alone, test_share=0, pattern=r"is (?P<n>\d)").pool("train")
+    assert (covered(example), in_prompt(example)) == (["2"], ["1", "1?"])
+    (example,) = load(write, {"prompt": "What is 1?", "prompt_spans": [[8, 9]]}).pool("train")
+    assert in_prompt(example) == ["1"] and not example.completion
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{prompt}", "What is 1 + 1?  "),
+        ("Question: {prompt}\nAnswer:", "Question: What is 1 + 1?  \nAnswer:"),
+        ("{} {x} {{prompt}}", "{} {x} {What is 1 + 1?  }"),
+    ],
+)
+def test_a_template_takes_texts_as_they_are_written(write, template, prompt):
+    (example,) = (task := load(write, BOTH, test_share=0, prompt_template=template)).pool("train")
+    assert (example.prompt, example.completion) == (prompt, " It is 2.")
+    assert (in_prompt(example), covered(example)) == (["1", "1?  "], ["2"])
+    assert task.options()["prompt_template"] == template
+    assert "prompt_template" not in load(write, BOTH).options()
+    assert task.score(example, "It is 2.") == task.score(example, " It is 2.") == 1.0
+    assert task.score(example, " It is 3.") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("Question:", "holds {prompt} once"),
+        ("{prompt} or {prompt}", "holds {prompt} once"),
+        (3, "holds {prompt} once"),
+        ("Q: {prompt}\\nA:", "a backslash and an n"),
+    ],
+)
+def test_what_is_no_template(write, template, words):
+    with pytest.raises(SPDError, match="prompt_template") as refusal:
+        load(write, BOTH, prompt_template=template)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([[12, 17]], r"prompt span \[12, 17\] does not lie in the prompt of 16 characters"),
+        ([], "the field 'prompt_spans' must be a list"),
+        ("8-9", "the field 'prompt_spans' must be a list"),
+        ([8, 9], "prompt span 8 does not lie"),
+        ([[14, 16]], "nothing but the white space behind the prompt"),
+    ],
+)
+def test_bad_spans_of_prompts_name_file_and_line(write, spans, message):
+    with pytest.raises(SPDError, match=f"mine.jsonl, line 2: .*{message}"):
+        load(write, SPANS, {**BOTH, "prompt_spans": spans}).train(1)
+
+
+def test_what_has_spans_in_its_prompt_only_cannot_be_scored(write):
+    alone = {"prompt": "What is 1?", "completion": "It is 1.", "prompt_spans": [[8, 9]], "split": "test"}
+    task = load(write, {**ANSWER, "split": "train"}, alone)
+    with pytest.raises(SPDError, match="mine-2 has spans in its prompt only.*give it spans, answer or pattern"):
+        task.check_scorable()
+    load(write, ANSWER, {**alone, "split": "train"}).check_scorable()
+
+
+def test_verbatim_settings_take_own_data_as_it_is_written(write):
+    path = str(write("mine.jsonl", [BOTH]) / "mine.jsonl")
+    made = lambda **given: tasks.configured(path, None, {"test_share": 0, **given}, "verbatim").pool("train")[0].prompt  # noqa: E731
+    assert made() == "What is 1 + 1?  "
+    assert made(prompt_template="Q: {prompt}") == "Q: What is 1 + 1?  "
+    for other in ("auto", "raw", "chat"):
+        assert tasks.configured(path, None, {"test_share": 0}, other).pool("train")[0].prompt == "What is 1 + 1?"
+    assert tasks.configured("synthetic-math", None, {}, "verbatim").options()
