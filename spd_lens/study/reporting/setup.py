@@ -24,7 +24,10 @@ _SILENT = (
     "prompt_format", "per_head", "temperature", "top_p", "top_k", "max_new_tokens", "train_batch_size", "dtype",
 )  # fmt: skip
 """Settings that the paper does not state."""
-_SILENT_AND_RARE = ("system", "enable_thinking", "prompt_date", "too_long")
+_SILENT_AND_RARE = (
+    "system", "enable_thinking", "prompt_date", "too_long", "max_prompt_tokens", "warmup_epochs", "early_stop",
+    "retokenise", "max_length", "loss_on_padding",
+)  # fmt: skip
 """Settings that the paper does not state either, listed only where a study sets them."""
 
 
