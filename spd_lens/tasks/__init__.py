@@ -4,12 +4,13 @@
 sizes. Nothing in here knows of models.
 """
 
-from spd_lens.tasks.base import Pools, PublishedTask, Split, Task
+from spd_lens.tasks.base import Pools, PublishedTask, Scoring, Split, Task
+from spd_lens.tasks.bbh import REFERENCE_SUBTASKS
 from spd_lens.tasks.code import CodeTask
 from spd_lens.tasks.forms import ChosenLetter, FinalNumber
 from spd_lens.tasks.registry import PRESETS, configured, get, names, register
 
 __all__ = [
-    "ChosenLetter", "CodeTask", "FinalNumber", "PRESETS", "Pools", "PublishedTask", "Split", "Task", "configured",
-    "get", "names", "register",
+    "ChosenLetter", "CodeTask", "FinalNumber", "PRESETS", "Pools", "PublishedTask", "REFERENCE_SUBTASKS", "Scoring",
+    "Split", "Task", "configured", "get", "names", "register",
 ]  # fmt: skip
