@@ -201,8 +201,9 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
         """Raise `SPDError` if a count or the seed is no such number. `Sampling.resolve` checks the others."""
         whole("max_new_tokens", self.max_new_tokens)
         whole("samples_per_prompt", self.samples_per_prompt)
-        if self.generation_batch_size is not None:
-            whole("batch_size", self.generation_batch_size)
+        for name, value in (("batch_size", self.generation_batch_size), ("max_prompt_tokens", self.max_prompt_tokens)):
+            if value is not None:
+                whole(name, value)
         whole("seed", self.seed, least=None)
 
 
@@ -266,6 +267,13 @@ class TrainingSettings(OptimisationGroup, SeedGroup, CallSettings):
     default targets stand for the attention's projections under whatever names the architecture has for them. With
     gradient accumulation, `train_batch_size` sequences go through each forward pass, and the tokens of all passes of a
     step count as one batch. The seed decides LoRA's first weights, the order of the sequences and dropout.
+
+    Warm-up takes `warmup_epochs` times the steps of an epoch, rounded down; the learning rate rises from 0 to `lr` over
+    them, and falls to 0 over the rest of all epochs. With `early_stop` the loss of an epoch is the mean of its steps'
+    losses; training ends with the first epoch that is not below the best so far, and the result is the weights at the
+    end of the best. `retokenise` decodes a prompt as the model was given it, and of the completion everything but
+    special tokens; the tokenizer then adds what it adds to any text. With `loss_on_padding` every text is padded on the
+    right with the tokenizer's own padding token, which is masked in the attention and scored like any other.
     """
 
     keywords = {name: name for name in TrainingKeywords.__annotations__} | {
@@ -277,6 +285,10 @@ class TrainingSettings(OptimisationGroup, SeedGroup, CallSettings):
     }
 
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per step.")
+
+    def recorded(self) -> dict[str, Any]:
+        """The values by keyword, as `training.json` has them: of `LATER` only those that are not at their default."""
+        return {name: value for name, value in self.by_keyword().items() if name not in LATER or value != LATER[name]}
 
     @property
     def full(self) -> bool:
@@ -294,9 +306,22 @@ class TrainingSettings(OptimisationGroup, SeedGroup, CallSettings):
             if problem["type"] in ("int_type", "float_type", "value_error"):
                 rule = {"seed": "a whole number"}.get(name, "a number" if name in _REAL else rule)
             raise SPDError(f"{name} is {problem['input']!r}; it must be {rule}") from error
+        if self.loss_on_padding and self.max_length is None:
+            raise SPDError("loss_on_padding has no length to pad to; set max_length, in tokens, too")
+        if self.warmup_epochs > self.epochs:
+            raise SPDError(
+                f"warmup_epochs is {self.warmup_epochs:g}, more than the {self.epochs} epochs that there are; lower it"
+            )
 
 
-_REAL = ("alpha", "dropout", "lr", "weight_decay")
+LATER: Mapping[str, Any] = {
+    name: TrainingSettings.model_fields[name].default
+    for name in ("warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding")
+}
+"""Keywords of `finetune` that the first version did not have, with their defaults: what is trained without them has the
+same `training.json` in every version."""
+
+_REAL = ("alpha", "dropout", "lr", "weight_decay", "warmup_epochs")
 _RULES = {
     "method": "'lora' or 'full'",
     "loss_on": "'all' (prompt and completion) or 'completion'",
@@ -305,5 +330,8 @@ _RULES = {
     "dropout": "at least 0 and below 1",
     "lr": "a number above 0",
     "weight_decay": "at least 0",
+    "warmup_epochs": "at least 0",
+    "max_length": "a whole number of at least 2, or None",
+    **dict.fromkeys(("early_stop", "retokenise", "loss_on_padding"), "True or False"),
 }
 """What `finetune` says of a value that is out of range."""

@@ -6,6 +6,7 @@ import pytest
 
 import spd_lens as spd
 from spd_lens.settings import (
+    LATER,
     CallSettings,
     Extraction,
     ExtractionKeywords,
@@ -29,7 +30,8 @@ CHANGED = {
     "temperature": 0.5,
     "top_p": 0.5, "top_k": 3, "generation_batch_size": 2, "seed": 7, "method": "full", "epochs": 2, "lr": 0.5,
     "weight_decay": 0.25, "train_batch_size": 3, "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.5,
-    "lora_targets": ["q_proj"], "loss_on": "completion",
+    "lora_targets": ["q_proj"], "loss_on": "completion", "warmup_epochs": 0.5, "early_stop": True, "retokenise": True,
+    "max_length": 16, "loss_on_padding": True, "max_prompt_tokens": 12,
 }  # fmt: skip
 """A value other than the default for every setting that a function takes."""
 
@@ -76,12 +78,17 @@ def test_settings_are_declared_once():
 
 
 def test_training_json_records_settings_by_keyword_and_in_its_old_order():
-    assert TrainingSettings().by_keyword() == {
+    assert TrainingSettings().recorded() == {
         "method": "lora", "rank": 8, "alpha": 8, "dropout": 0.05, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "lr": 1e-5, "weight_decay": 0.01, "epochs": 5, "batch_size": 8, "gradient_accumulation": 1, "loss_on": "all",
         "seed": 42,
     }  # fmt: skip
     assert list(TrainingSettings().by_keyword()) == list(TrainingKeywords.__annotations__)
+    for name, value in CHANGED.items():
+        if name in LATER:
+            changed = TrainingSettings(**{name: value}).recorded()
+            assert changed == TrainingSettings().recorded() | {name: value}
+    assert LATER.keys() <= CHANGED.keys()
 
 
 @FUNCTIONS

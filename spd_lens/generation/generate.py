@@ -65,7 +65,8 @@ def generate(
             prompts than before (with a choice by prompt: with the same ones).
         progress: Whether to show a progress bar.
         **keywords: Single settings, which take precedence over `settings`: max_new_tokens, temperature, top_p, top_k,
-            batch_size, samples_per_prompt, seed. `spd_lens.settings.SamplingSettings` says what they mean.
+            batch_size, samples_per_prompt, seed, max_prompt_tokens. `spd_lens.settings.SamplingSettings` says what they
+            mean.
 
     Returns:
         The completions in prompt order.
@@ -81,7 +82,9 @@ def generate(
     earlier = recorded_settings(path)
     pair = pair.dated((earlier or {}).get("prompt_date"))
     decoding = Decoding.of(pair, settings)
-    jobs = _jobs(pair, prompts, settings.samples_per_prompt, settings.max_new_tokens, engine)
+    jobs = _jobs(
+        pair, prompts, settings.samples_per_prompt, settings.max_new_tokens, engine, settings.max_prompt_tokens
+    )  # fmt: skip
     if engine == "lens":  # before its weights are recorded
         pair.lens_at(max(len(job.prompt_ids) for job in jobs) + settings.max_new_tokens)
     groups = _groups(pair, jobs, policy)
@@ -142,9 +145,11 @@ def _complete(
     return done
 
 
-def check_room(pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int) -> None:
+def check_room(
+    pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int, max_prompt_tokens: int | None = None
+) -> None:
     """Raise `SPDError` where `generate` would: a prompt that leaves no room for `max_new_tokens` in the context."""
-    _jobs(pair, prompts, 1, whole("max_new_tokens", max_new_tokens), "twin")
+    _jobs(pair, prompts, 1, whole("max_new_tokens", max_new_tokens), "twin", max_prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ def _recorded(
         "strength": float(policy.strength) if any(group.digest for group in groups) else None,
         "adapter": None if policy.adapter is None else adapter_digest(policy.adapter),
         "max_new_tokens": decoding.max_new_tokens,
+        **({} if decoding.max_prompt_tokens is None else {"max_prompt_tokens": decoding.max_prompt_tokens}),
         **decoding.sampling.to_dict(),
         **decoding.own.settings,
         "stop_ids": list(decoding.stop_ids),
@@ -223,7 +229,12 @@ def _recorded(
 
 
 def _jobs(
-    pair: ModelPair, prompts: Iterable[str | Example], samples: int, max_new_tokens: int, engine: str
+    pair: ModelPair,
+    prompts: Iterable[str | Example],
+    samples: int,
+    max_new_tokens: int,
+    engine: str,
+    max_prompt_tokens: int | None,
 ) -> list[Job]:
     examples = as_examples(prompts)
     if not examples:
@@ -231,7 +242,7 @@ def _jobs(
     limit = pair.context(engine)
     jobs = []
     for example in examples:
-        ids = pair.prompt_ids(example)
+        ids = pair.prompt_ids(example, max_prompt_tokens)
         if len(ids) + max_new_tokens > limit:
             raise SPDError(
                 f"prompt {example.id!r} has {len(ids)} tokens, which leaves room for {limit - len(ids)} new ones in "

@@ -64,6 +64,8 @@ class Decoding:
     stop_ids: tuple[int, ...]
     own: ModelSettings = ModelSettings()
     """What the model's generation config asks for beside `sampling`."""
+    max_prompt_tokens: int | None = None
+    """How many of a prompt's first tokens the model is given; None: all."""
 
     @classmethod
     def of(cls, pair: ModelPair, settings: SamplingSettings) -> Decoding:
@@ -71,7 +73,7 @@ class Decoding:
         sampling = Sampling.resolve(pair, settings.temperature, settings.top_p, settings.top_k)
         stop_ids = stop_tokens(pair)
         own = ModelSettings.of(pair, sampling, stop_ids)
-        return cls(sampling, settings.seed, settings.max_new_tokens, stop_ids, own)
+        return cls(sampling, settings.seed, settings.max_new_tokens, stop_ids, own, settings.max_prompt_tokens)
 
     def row(self, job: Job) -> Row:
         """A completion without a token."""

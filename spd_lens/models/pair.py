@@ -228,9 +228,12 @@ class ModelPair:
         """Which texts share a pass, by their indices: see `batches_by_length`."""
         return batches_by_length([len(e.ids) for e in encoded], batch_tokens, angles_change_beyond(self.hf.config))
 
-    def prompt_ids(self, example: Example) -> list[int]:
-        """Token ids of an example's prompt; refused if there are none, or they leave no room in the context."""
-        ids = self.format.prompt_ids(example.prompt)
+    def prompt_ids(self, example: Example, most: int | None = None) -> list[int]:
+        """Token ids of an example's prompt, at most the first `most` (None: all).
+
+        Refused if there are none, or they leave no room in the context.
+        """
+        ids = self.format.prompt_ids(example.prompt)[:most]
         if not ids:
             raise SPDError(f"prompt {example.id!r} is empty: it has no token to continue from; write something")
         self._check_ids([*ids, 0], example, self.n_ctx)

@@ -27,16 +27,16 @@ _WORDS: dict[str, str] = {
 def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int | None = None) -> Task:
     """The task as it is; or, with `too_long="drop"`, one that draws the same examples without those that do not fit.
 
-    No text is cut but a calibration text at `config.max_calibration_tokens`: what a cut takes first is the end, where
-    correctness spans are.
+    No text is cut for this but a calibration text at `config.max_calibration_tokens` and a training prompt at
+    `config.max_prompt_tokens`: what a cut takes first is the end, where correctness spans are.
 
     Args:
         task: The task.
         pair: The model. A calibration example fits with its completion, in the context of the engine that captures; a
-            training prompt with `config.max_new_tokens` more; a test item with the answer's token limit, and with
-            everything that is measured teacher-forced on it. A calibration example that is cut fits if a scored token
-            is left.
-        config: `too_long`, `engine`, `loss`, `max_calibration_tokens` and `max_new_tokens` count.
+            training prompt, cut where the config says so, with `config.max_new_tokens` more; a test item with the
+            answer's token limit, and with everything that is measured teacher-forced on it. A calibration example that
+            is cut fits if a scored token is left.
+        config: `too_long`, `engine`, `loss`, `max_calibration_tokens`, `max_new_tokens` and `max_prompt_tokens` count.
         max_new_tokens: The limit of an answer in evaluation; None: the task's own.
     """
     if config.too_long == "error":
@@ -54,7 +54,8 @@ def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int |
             if split == "calibration":
                 n = length(example) if most is None else len(pair.format.encode(example, config.loss, most).ids)
                 return n <= pair.context(config.engine)
-            if len(pair.format.prompt_ids(example.prompt)) + room[split] > pair.n_ctx:
+            prompt = pair.format.prompt_ids(example.prompt)[: config.max_prompt_tokens if split == "train" else None]
+            if len(prompt) + room[split] > pair.n_ctx:
                 return False
             return split == "train" or all(length(text) <= pair.n_ctx for text in forced_texts(task, example))
         except TooLong:

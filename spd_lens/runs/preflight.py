@@ -14,7 +14,7 @@ from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split
-from spd_lens.training import resolve_targets
+from spd_lens.training import resolve_targets, scored_padding
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ def check_settings(config: SPDConfig) -> None:
     """Refuse what is wrong whatever the model: needs no model."""
     choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
+    config.training.check()
 
 
 def check_data(experiment: Experiment) -> None:
@@ -80,6 +81,7 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
     config, pair = experiment.config, experiment.pair
     check_subspace(config, pair)
     Decoding.of(pair, config.sampling)
+    scored_padding(pair, config.training)
     if config.method == "lora":
         resolve_targets(pair.hf, config.lora_targets)
     require_core(pair, config.layers, config.kinds)  # before a lens model is built, which would fail and say less
@@ -87,7 +89,7 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
     longest = max(len(pair.encode(e, config.loss, config.engine, most).ids) for e in experiment.calibration)
     if config.engine == "lens":
         pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
-    check_room(pair, experiment.prompts, config.max_new_tokens)
+    check_room(pair, experiment.prompts, config.max_new_tokens, config.max_prompt_tokens)
     for name, task in experiment.targets.items() if targets else ():
         items = task.test(config.n_test(name), config.data_seed)
         try:

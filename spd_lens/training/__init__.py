@@ -3,5 +3,6 @@
 from spd_lens.training.checkpoint_dir import is_finished
 from spd_lens.training.finetune import finetune
 from spd_lens.training.lora_targets import ATTENTION, resolve_targets
+from spd_lens.training.rows import scored_padding
 
-__all__ = ["ATTENTION", "finetune", "is_finished", "resolve_targets"]
+__all__ = ["ATTENTION", "finetune", "is_finished", "resolve_targets", "scored_padding"]

@@ -25,13 +25,14 @@ from spd_lens.files import (
     write_json,
 )
 from spd_lens.generation import disk_errors_explained, refuse_other_settings
+from spd_lens.settings import LATER
 
 log = logging.getLogger(__name__)
 
 LOG = "training.json"
 COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
-_EARLIER = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 """What a checkpoint holds beside the weights."""
 
 
@@ -43,6 +44,8 @@ class TrainingPlace:
         self.directory = directory
         self.scratch = directory.with_name(f"{directory.name}.training")
         self.checkpoints = self.scratch / "checkpoints"
+        self.epochs = self.scratch / "epochs"
+        """The weights at the end of the last two epochs, where the result may be those of an earlier one."""
         self.result = self.scratch / "result"
         """Filled, then renamed to `directory`."""
         if not is_free(directory) and not (directory / LOG).is_file():
@@ -57,13 +60,13 @@ class TrainingPlace:
             earlier = dict(read_json(noted)["settings"])
         except (SPDError, *UNREADABLE) as error:
             raise SPDError(f"{noted} cannot be read ({error}); remove its directory and train again") from error
-        refuse_other_settings(f"the adapter in {self.directory} was trained", earlier, settings)
+        _refuse_other_settings(f"the adapter in {self.directory} was trained", earlier, settings)
         return is_finished(self.directory)
 
     @contextlib.contextmanager
     def working(self, settings: dict[str, Any], resume: bool) -> Iterator[None]:
         """Hold the scratch directory, alone, with what an interrupted training with these settings left there."""
-        for place in (self.directory, self.scratch, self.checkpoints, self.result):
+        for place in (self.directory, self.scratch, self.checkpoints, self.epochs, self.result):
             if place.is_symlink():  # what is in them will be deleted
                 raise SPDError(f"{place} is a link, and its content would be replaced; give another directory as out")
         failed = f"the training directory {self.scratch} cannot be written"
@@ -85,23 +88,50 @@ class TrainingPlace:
         noted = self.scratch / "settings.json"
         earlier = _settings(noted) if resume else None
         if earlier is not None:
-            refuse_other_settings(f"the training in {self.scratch} was begun", earlier, settings)
-        elif self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
+            _refuse_other_settings(f"the training in {self.scratch} was begun", earlier, settings)
+        else:
+            for left in (self.checkpoints, self.epochs):
+                if left.exists():
+                    shutil.rmtree(left)
         shutil.rmtree(self.result, ignore_errors=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_json(noted, settings)
 
-    def latest_checkpoint(self) -> str | None:
-        """The newest checkpoint that is whole; others, which a killed process or a power failure left, are deleted."""
+    def latest_checkpoint(self, steps_per_epoch: int | None = None) -> str | None:
+        """The newest checkpoint that is whole; others, which a killed process or a power failure left, are deleted.
+
+        `steps_per_epoch`: given where the training kept the weights of its epochs, which must be whole then, too.
+        """
         found = [place for place in self.checkpoints.glob("checkpoint-*") if place.name[11:].isdigit()]
         for checkpoint in sorted(found, key=lambda place: int(place.name[11:]), reverse=True):
             problem = _checkpoint_damage(checkpoint)
+            if problem is None and steps_per_epoch is not None:
+                problem = self._epoch_damage(int(checkpoint.name[11:]) // steps_per_epoch)
             if problem is None:
                 return str(checkpoint)
             log.info("%s: going on from before it", problem)
             shutil.rmtree(checkpoint)
         return None
+
+    def _epoch_damage(self, n_epochs: int) -> str | None:
+        """What is wrong with the weights of the last two of so many epochs: one of them may be the result."""
+        kept = [self.epochs / str(epoch) for epoch in (n_epochs, n_epochs - 1) if epoch >= 1]
+        return next((problem for place in kept if (problem := _checkpoint_damage(place))), None)
+
+    def keep_epoch(self, epoch: int, checkpoint: Path) -> None:
+        """Keep the weights of the checkpoint at an epoch's end (counted from 1), before the checkpoint is marked.
+
+        Those of two epochs ago go: were they the best, the training would have stopped by now.
+        """
+        kept = self.epochs / str(epoch)
+        shutil.rmtree(kept, ignore_errors=True)  # of a process that was killed here, or of a checkpoint that was lost
+        shutil.copytree(checkpoint, kept, ignore=shutil.ignore_patterns(*_BESIDE_WEIGHTS, COMPLETE))
+        complete_checkpoint(kept)
+        shutil.rmtree(self.epochs / str(epoch - 2), ignore_errors=True)
+
+    def take_epoch(self, epoch: int) -> None:
+        """Make the weights of an epoch the result."""
+        shutil.copytree(self.epochs / str(epoch), self.result, ignore=shutil.ignore_patterns(COMPLETE))
 
     def publish(self, summary: dict[str, Any]) -> None:
         """Give the finished result its name, in one step, and delete the checkpoints."""
@@ -161,7 +191,7 @@ def _checkpoint_damage(checkpoint: Path) -> str | None:
 
 def _earlier_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint of an earlier version, which noted no digests; torch's files have their own."""
-    for name in _EARLIER:
+    for name in _BESIDE_WEIGHTS:
         if name.endswith(".json"):
             read_json(checkpoint / name)
             continue
@@ -188,3 +218,8 @@ def _settings(noted: Path) -> dict[str, Any] | None:
         log.warning("%s: training from the first step on", error)
         return None
     return record if isinstance(record, dict) and record else None
+
+
+def _refuse_other_settings(what: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Settings that are not recorded are at their defaults."""
+    refuse_other_settings(what, {**LATER, **earlier}, {**LATER, **now})

@@ -36,10 +36,12 @@ from spd_lens.models import (
 )
 from spd_lens.settings import TrainingKeywords, TrainingSettings
 from spd_lens.training.checkpoint_dir import TrainingPlace
+from spd_lens.training.early_stop import EarlyStop
 from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
 from spd_lens.training.loss import IGNORED
-from spd_lens.training.trainer import CorpusTrainer, Row, save_weights, token_rows
+from spd_lens.training.rows import Row, corpus_rows
+from spd_lens.training.trainer import CorpusTrainer, save_weights
 
 
 @neutrally
@@ -58,9 +60,9 @@ def finetune(
 ) -> Path:
     """Train on the corpus' own tokens with next-token loss (Eq. 14), and leave the model as it was, bit for bit.
 
-    AdamW with a cosine schedule from `lr` to 0, no warm-up, gradients clipped to norm 1. A step's loss is the mean over
-    all scored tokens of its sequences. LoRA weights are float32 whatever the model's dtype. On the CPU in float32 a
-    seed names one adapter, interrupted or not.
+    AdamW with a cosine schedule from `lr` to 0, by default without warm-up, gradients clipped to norm 1. A step's loss
+    is the mean over all scored tokens of its sequences. LoRA weights are float32 whatever the model's dtype. On the CPU
+    in float32 a seed names one adapter, interrupted or not.
 
     Args:
         pair: The model pair. If its lens model was built already, lens and twin are first checked to agree.
@@ -77,20 +79,24 @@ def finetune(
             every 100 steps. They are deleted at the end.
         progress: Whether to show a progress bar.
         **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout,
-            targets, lr, weight_decay, epochs, batch_size, gradient_accumulation, loss_on, seed.
+            targets, lr, weight_decay, epochs, batch_size, gradient_accumulation, loss_on, seed, warmup_epochs,
+            early_stop, retokenise, max_length, loss_on_padding.
             `spd_lens.settings.TrainingSettings` says what they mean.
 
     Returns:
-        `out`, with the adapter or checkpoint and `training.json` (settings, loss per step).
+        `out`, with the adapter or checkpoint and `training.json` (settings, loss per step; with `early_stop` also the
+        loss per epoch, and which epoch's weights these are).
 
     Raises:
-        SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a target that the model
-            does not have; other settings in `out`; a loss that is no number; memory or disk full.
+        SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a text of which nothing is
+            left to train on; padding to train on that the tokenizer does not have; a target that the model does not
+            have; other settings in `out`; a loss that is no number; memory or disk full.
     """
     save_steps = None if save_steps is None else whole("save_steps", save_steps)
     settings = TrainingSettings.given(settings, keywords, "finetune")
     settings.check()
-    rows = _rows(pair, corpus, settings.loss_on)
+    _check_corpus(pair, corpus)
+    rows = corpus_rows(pair, corpus, settings)
     if pair.has_lens:
         pair.check()
     settings = _for_model(settings, pair)
@@ -99,7 +105,7 @@ def finetune(
         "weights": weights_digest(pair.hf),
         "dtype": dtype_name(pair.dtype),
         "corpus": corpus_digest(corpus),
-        **settings.by_keyword(),
+        **settings.recorded(),
     }
     if out is None:
         out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
@@ -145,11 +151,12 @@ def _train(
             gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * longest, n_trained)
         if gradient_checkpointing:
             _checkpoint_gradients(model)
-        args = _arguments(pair, settings, len(rows), place, save_steps)
-        trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress)
+        per_epoch = _steps_per_epoch(settings, len(rows))
+        args = _arguments(pair, settings, per_epoch, place, save_steps)
+        stop = EarlyStop(place, per_epoch) if settings.early_stop else None
+        trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress, [stop] if stop else [])
         with _explained(place), fast_products(pair.device, pair.dtype):
-            trainer.train(resume_from_checkpoint=place.latest_checkpoint())
-            save_weights(model, place.result)
+            noted = _fit(trainer, place, stop, per_epoch, settings.epochs)
             if settings.full:
                 pair.tokenizer.save_pretrained(place.result)
     return {
@@ -157,12 +164,31 @@ def _train(
         "n_scored_tokens": sum(label != IGNORED for row in rows for label in row["labels"]),
         "n_steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
+        **noted,
         "log": trainer.loss_log,
     }
 
 
-def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> list[Row]:
-    """The corpus as training sees it, or `SPDError` if it is not one for this model."""
+def _fit(
+    trainer: CorpusTrainer, place: TrainingPlace, stop: EarlyStop | None, per_epoch: int, n_epochs: int
+) -> dict[str, Any]:
+    """Train from the latest checkpoint on, write the weights to `place.result`, and say what `training.json` notes."""
+    if stop is None:
+        trainer.train(resume_from_checkpoint=place.latest_checkpoint())
+        save_weights(trainer.model, place.result)
+        return {}
+    checkpoint = place.latest_checkpoint(per_epoch)
+    if ended := stop.ended(checkpoint):  # killed at the very end: Trainer would go on
+        trainer.state = ended
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    report = stop.report(trainer.state, n_epochs)
+    place.take_epoch(report["epoch"])
+    return {"early_stop": report}
+
+
+def _check_corpus(pair: ModelPair, corpus: Corpus) -> None:
+    """Raise `SPDError` if a corpus is not one for this model."""
     if not isinstance(corpus, Corpus):
         raise SPDError(
             f"finetune takes a Corpus, which generate makes and Corpus.load(path) reads, not a {type(corpus).__name__}"
@@ -188,13 +214,15 @@ def _rows(pair: ModelPair, corpus: Corpus, loss_on: str) -> list[Row]:
                 f"the completion of prompt {record.id!r} does not fit the model: {len(ids)} tokens (context "
                 f"{pair.n_ctx}), largest id {max(ids)} (vocabulary {d_vocab}); was it generated by another model?"
             )
-    return token_rows(corpus, loss_on)
+
+
+def _steps_per_epoch(settings: TrainingSettings, n_rows: int) -> int:
+    return math.ceil(math.ceil(n_rows / settings.train_batch_size) / settings.gradient_accumulation)
 
 
 def _arguments(
-    pair: ModelPair, settings: TrainingSettings, n_rows: int, place: TrainingPlace, save_steps: int | None
+    pair: ModelPair, settings: TrainingSettings, per_epoch: int, place: TrainingPlace, save_steps: int | None
 ) -> TrainingArguments:
-    per_epoch = math.ceil(math.ceil(n_rows / settings.train_batch_size) / settings.gradient_accumulation)
     every = save_steps or (per_epoch if settings.full else min(per_epoch, 100))
     args = TrainingArguments(
         output_dir=str(place.checkpoints),
@@ -205,7 +233,7 @@ def _arguments(
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         lr_scheduler_type="cosine",
-        warmup_steps=0,
+        warmup_steps=int(settings.warmup_epochs * per_epoch),
         max_grad_norm=1.0,
         # full training keeps float32 weights and computes in the model's own precision, as LoRA on it does
         bf16=settings.full and pair.dtype == torch.bfloat16,

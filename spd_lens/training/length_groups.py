@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from spd_lens.models import ModelPair, free_memory
+from spd_lens.training.loss import IGNORED
 
 _PASS_COSTS = {"cpu": 48, "cuda": 16_384}
 """Tokens that take as long as starting one more pass: a GPU is not busy with fewer."""
@@ -32,11 +33,11 @@ def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
 
 
 def passes(batch: dict[str, Tensor], apart: int | None = None) -> list[dict[str, Tensor]]:
-    """A padded batch as several, each cut to its longest row.
+    """A padded batch as several, each cut to its longest row; padding that is scored belongs to its row.
 
     Rows of more than `apart` tokens (`angles_change_beyond`) never share a pass with shorter rows.
     """
-    lengths: list[int] = batch["attention_mask"].sum(1).tolist()
+    lengths: list[int] = (batch["attention_mask"].bool() | (batch["labels"] != IGNORED)).sum(1).tolist()
     groups = split_by_length(lengths, _PASS_COSTS.get(batch["input_ids"].device.type, 0))
     if apart is not None:
         sides = [[[i for i in group if (lengths[i] > apart) == long] for long in (True, False)] for group in groups]

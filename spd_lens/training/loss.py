@@ -39,22 +39,27 @@ class NextTokenLoss:
         self._tail_is_known = self._check_tail(inner)
 
     def __call__(
-        self, model: nn.Module, tokens: Int[Tensor, "row pos"], labels: Int[Tensor, "row pos"]
+        self,
+        model: nn.Module,
+        tokens: Int[Tensor, "row pos"],
+        labels: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Rows are padded on the right, where nothing is scored.
+        """Rows are padded on the right.
 
-        No mask is needed: padding is behind all that a real token attends to.
+        `mask` is 1 on real tokens and 0 on padding. It is needed only where padding is scored, which then attends to
+        real tokens alone: padding is behind all that a real token attends to.
         """
         row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets = labels[row, position + 1]
         if not self._tail_is_known:
             with unembed_only(self._head, row, position):
-                return _cross_entropy(run_twin(model, tokens, use_cache=False).logits[0], targets)
-        hidden = self._hidden(model, tokens)[row, position]
+                return _cross_entropy(_run(model, tokens, mask).logits[0], targets)
+        hidden = self._hidden(model, tokens, mask)[row, position]
         trained = [weight for weight in self._head.parameters() if weight.requires_grad]
         return _HeadLoss.apply(hidden, targets, self._head, self._tail, *trained)
 
-    def _hidden(self, model: nn.Module, tokens: Tensor) -> Float[Tensor, "row pos d_model"]:
+    def _hidden(self, model: nn.Module, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "row pos d_model"]:
         """What reaches the unembedding, which itself sees no position."""
         kept: list[Tensor] = []
 
@@ -63,7 +68,7 @@ class NextTokenLoss:
             return (args[0][:, :0], *args[1:])
 
         with self._head.register_forward_pre_hook(take):
-            run_twin(model, tokens, use_cache=False)
+            _run(model, tokens, mask)
         return kept[0]
 
     @torch.no_grad()
@@ -78,6 +83,11 @@ class NextTokenLoss:
         return logits.shape == ours.shape and torch.allclose(
             ours.float(), logits.float(), rtol=tolerance, atol=0.0, equal_nan=True
         )
+
+
+def _run(model: nn.Module, tokens: Tensor, mask: Tensor | None) -> Any:
+    masked = {} if mask is None else {"attention_mask": mask}
+    return run_twin(model, tokens, use_cache=False, **masked)
 
 
 def tail_of(config: Any) -> Tail:

@@ -1,16 +1,15 @@
-"""What `finetune` gives to `transformers.Trainer`: token rows, batches of them, checkpoints and the loss log."""
+"""What `finetune` gives to `transformers.Trainer`: batches in passes, checkpoints and the loss log."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -18,49 +17,36 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json, write_text
-from spd_lens.generation import Record
-from spd_lens.models import angles_change_beyond, fastest_attention, right_pad
+from spd_lens.models import angles_change_beyond, fastest_attention
 from spd_lens.training.checkpoint_dir import complete_checkpoint
 from spd_lens.training.length_groups import passes
-from spd_lens.training.loss import IGNORED, NextTokenLoss
-
-Row = dict[str, list[int]]
-"""The `input_ids` and `labels` of one completion."""
-
-
-def token_rows(records: Iterable[Record], loss_on: str) -> list[Row]:
-    """The corpus' own token ids, never tokenised again: EOS is there only where the model ended by itself.
-
-    `loss_on`: `"all"` scores prompt and completion (Eq. 14), `"completion"` the completion alone.
-    """
-    rows = []
-    for record in records:
-        ids = [*record.prompt_ids, *record.completion_ids]
-        # nothing predicts the first token: the sum of Eq. 14 starts at t = 2
-        start = max(1, len(record.prompt_ids)) if loss_on == "completion" else 1
-        rows.append({"input_ids": ids, "labels": [IGNORED] * start + ids[start:]})
-    return rows
-
-
-def collated(rows: Sequence[Row], pad_id: int) -> dict[str, Int[Tensor, "row pos"]]:
-    """Rows of unequal length as one batch, padded on the right; padding is masked and has no loss."""
-    tokens, mask = right_pad([row["input_ids"] for row in rows], pad_id, "cpu")
-    labels, _ = right_pad([row["labels"] for row in rows], IGNORED, "cpu")
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+from spd_lens.training.loss import NextTokenLoss
+from spd_lens.training.rows import Row, collated
 
 
 class CorpusTrainer(Trainer):
     """`Trainer` that runs batches in passes of similar length, writes safetensors alone, shows one bar or nothing."""
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, rows: list[Row], pad_id: int, progress: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: list[Row],
+        pad_id: int,
+        progress: bool,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=partial(collated, pad_id=pad_id))
         for callback in (PrinterCallback, ProgressCallback):  # they print every loss
             self.remove_callback(callback)
+        for callback in callbacks:  # before a checkpoint is marked as finished
+            self.add_callback(callback)
         self.add_callback(_Guard())
         self.add_callback(_Bar(progress))
         self.model_accepts_loss_kwargs = True  # that is: count the scored tokens of a step, and do not scale again
         self._inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._next_token_loss = NextTokenLoss(self._inner)
+        self._padding_is_scored = any("attention_mask" in row for row in rows)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -81,7 +67,8 @@ class CorpusTrainer(Trainer):
     ) -> Any:
         """What a pass adds to the step's mean over all of its scored tokens."""
         assert num_items_in_batch is not None
-        return self._next_token_loss(model, inputs["input_ids"], inputs["labels"]) / num_items_in_batch
+        mask = inputs["attention_mask"] if self._padding_is_scored else None
+        return self._next_token_loss(model, inputs["input_ids"], inputs["labels"], mask) / num_items_in_batch
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         save_weights(self.model, Path(output_dir or self.args.output_dir))

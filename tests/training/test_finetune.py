@@ -23,7 +23,8 @@ from spd_lens.generation.generate import generate
 from spd_lens.models.load import load
 from spd_lens.models.pair import ModelPair
 from spd_lens.training.finetune import finetune
-from spd_lens.training.trainer import CorpusTrainer, collated, token_rows
+from spd_lens.training.rows import collated, token_rows
+from spd_lens.training.trainer import CorpusTrainer
 from tests.helpers import assert_same_bits, refused
 
 QUICK = {"lr": 1e-3, "epochs": 2, "batch_size": 2, "progress": False}

@@ -10,7 +10,7 @@ from spd_lens.generation.corpus import Corpus, Record
 from spd_lens.training import length_groups as passes_module
 from spd_lens.training.finetune import finetune
 from spd_lens.training.length_groups import needs_checkpointing, passes, split_by_length
-from spd_lens.training.trainer import collated, token_rows
+from spd_lens.training.rows import collated, token_rows
 
 LENGTHS = [(5, 80, 7, 81, 40, 6), (3,), (9, 9, 9, 9), (1, 2, 3, 4, 5, 6), (100, 10, 55, 54, 11, 99)]
 
