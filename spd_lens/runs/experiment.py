@@ -329,10 +329,10 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
 
 def make_tasks(config: SPDConfig) -> Tasks:
     """The tasks that a config names, as its protocol has them; a task that is source and target is made once."""
-    chosen = protocol(config.protocol)
-    source = chosen.task_for(config.task, config.data_dir, config.task_options)
+    chosen, form = protocol(config.protocol), config.prompt_format
+    source = chosen.task_for(config.task, config.data_dir, config.task_options, form)
     targets = {
-        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, source=False)
+        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, form, source=False)
         for key, name in config.targets.items()
     }
     allow_execution(config, [source, *targets.values()])

@@ -22,7 +22,9 @@ from spd_lens.tasks.scoring.words import same_text, short_answer
 from spd_lens.tasks.sources import Row, read_rows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "train", "test")
-_KNOWN = ("id", "split", "prompt", "completion", "spans", "answer", "pattern")
+_KNOWN = ("id", "split", "prompt", "completion", "spans", "prompt_spans", "answer", "pattern")
+_PLACE = "{prompt}"
+"""Where the prompt of a record stands in a template."""
 _SECONDS = 2.0
 """Time that one search for a pattern may take."""
 _SECONDS_IN_ALL = 60.0
@@ -38,7 +40,8 @@ class OwnData(Task):
 
     Every record has a `prompt`; one with a `completion` also has `spans` (a list of `[start, end]` in characters of
     the completion), `answer` (a text that stands in the completion; its last occurrence counts) or `pattern` (a
-    regular expression with a named group, which is the span; its last match counts). `id` and `split` are optional.
+    regular expression with a named group, which is the span; its last match counts), or `prompt_spans` (a list of
+    `[start, end]` in characters of the prompt), alone or beside one of the three. `id` and `split` are optional.
 
     Records without a completion are prompts: they serve for training, since the model answers those itself. Scored by
     normalised exact match of the answer, which is the text of the last span. Where a completion's line (or the whole of
@@ -51,6 +54,9 @@ class OwnData(Task):
     """Pattern for records that have none of the three, and for reading the answer out of a completion."""
     test_share: float = 0.3
     """Part of the records with completions that is held out, always the same, where the data names no test set."""
+    prompt_template: str | None = None
+    """The text of every prompt, with `{prompt}` where the record's own stands. Prompt and completion are then taken as
+    they are written. None: white space is taken off the end of the prompt and the beginning of the completion."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _seconds_left: float = field(default=_SECONDS_IN_ALL, init=False, repr=False, compare=False)
 
@@ -66,6 +72,8 @@ class OwnData(Task):
             if not isinstance(self.pattern, str):
                 raise SPDError(f"the option pattern must be a regular expression, not {self.pattern!r}")
             compiled(self.pattern, "the option pattern")
+        if self.prompt_template is not None:
+            check_template(self.prompt_template)
 
     @property
     def label(self) -> str:
@@ -105,6 +113,16 @@ class OwnData(Task):
         drawn = super().draw(split, len(pool), seed)
         return [example for example in drawn if example.completion][:n]
 
+    def options(self) -> dict[str, Any]:
+        found = super().options()
+        if self.prompt_template is None:
+            del found["prompt_template"]
+        return found
+
+    def check_scorable(self) -> None:
+        for item in self.pool("test"):
+            self._gold(item)
+
     def sources(self) -> dict[str, str]:
         self.pool("train")
         return dict(self._digests)
@@ -122,9 +140,7 @@ class OwnData(Task):
         return (blocks[-1].strip() or None) if blocks else short_answer(part, unmarked="last")
 
     def score(self, item: Example, text: str) -> float:
-        if not item.spans:
-            raise SPDError(f"{item.id} is a prompt without an answer, so that completions cannot be scored")
-        start, end = item.spans[-1]
+        start, end = self._gold(item)
         gold = item.completion[start:end].strip()
         if pattern := item.meta.get("pattern") or self.pattern:
             found = self._last_match(pattern, text, item.id)
@@ -138,6 +154,18 @@ class OwnData(Task):
         if is_number(gold):
             return float(same_number(gold, said if pattern else final_number(said)))
         return float(same_text(gold, said))
+
+    @staticmethod
+    def _gold(item: Example) -> Span:
+        """Where in an item's completion its answer stands."""
+        if item.spans:
+            return item.spans[-1]
+        if item.completion:
+            raise SPDError(
+                f"{item.id} has spans in its prompt only, so that completions cannot be scored; give it spans, answer "
+                "or pattern as well"
+            )
+        raise SPDError(f"{item.id} is a prompt without an answer, so that completions cannot be scored")
 
     def _last_match(self, pattern: str, text: str, where: str) -> Span | None:
         """`last_match`, with the time that all of the data's patterns have left."""
@@ -174,25 +202,41 @@ class OwnData(Task):
             if name not in _KNOWN:
                 raise SPDError(f"{row.where}: unknown field {name!r}; there are {', '.join(_KNOWN)}")
         id = row.text("id") if "id" in row.data else id
-        prompt = row.text("prompt").rstrip()
+        prompt, prompt_spans = self._prompt(row)
         if "completion" not in row.data:
-            return Example(prompt, id=id)
+            return Example(prompt, id=id, prompt_spans=prompt_spans)
         completion = row.text("completion")
         spans = self._spans(row, completion)
-        # leading white space would be doubled where the completion is joined to the prompt
-        cut = len(completion) - len(completion.lstrip())
-        moved = tuple((max(0, start - cut), end - cut) for start, end in spans)
-        if any(end <= 0 for _, end in moved):
+        if self.prompt_template is None:
+            # leading white space would be doubled where the completion is joined to the prompt
+            cut = len(completion) - len(completion.lstrip())
+            completion, spans = completion[cut:], [(max(0, start - cut), end - cut) for start, end in spans]
+        if any(end <= 0 for _, end in spans):
             raise SPDError(f"{row.where}: a span covers nothing but the white space before the completion")
-        return Example(prompt, completion[cut:], moved, id, {"pattern": row.data.get("pattern")})
+        return Example(prompt, completion, tuple(spans), id, {"pattern": row.data.get("pattern")}, prompt_spans)
+
+    def _prompt(self, row: Row) -> tuple[str, tuple[Span, ...]]:
+        """The prompt as the model is asked it, and the spans in it."""
+        prompt = row.text("prompt")
+        spans = spans_of(row, "prompt_spans", prompt, "prompt") if "prompt_spans" in row.data else []
+        if self.prompt_template is not None:
+            before, _, after = self.prompt_template.partition(_PLACE)
+            n = len(before)
+            return f"{before}{prompt}{after}", tuple((start + n, end + n) for start, end in spans)
+        prompt = prompt.rstrip()
+        if any(start >= len(prompt) for start, _ in spans):
+            raise SPDError(f"{row.where}: a prompt span covers nothing but the white space behind the prompt")
+        return prompt, tuple((start, min(end, len(prompt))) for start, end in spans)
 
     def _spans(self, row: Row, completion: str) -> list[Span]:
         given = [name for name in ("spans", "answer", "pattern") if name in row.data]
+        if not (given or self.pattern) and "prompt_spans" in row.data:
+            return []
         if len(given) > 1 or not (given or self.pattern):
             has = f"has {' and '.join(given)}" if given else "has none"
             raise SPDError(f"{row.where}: a record with a completion needs one of spans, answer and pattern, and {has}")
         if given == ["spans"]:
-            return spans_of(row, completion)
+            return spans_of(row, "spans", completion, "completion")
         if given == ["answer"]:
             answer = row.text("answer")
             start = completion.rfind(answer)
@@ -207,17 +251,30 @@ class OwnData(Task):
         return [found]
 
 
-def spans_of(row: Row, completion: str) -> list[Span]:
-    """The field `spans`, checked."""
-    value: Any = row.data["spans"]
+def check_template(template: Any) -> None:
+    """`SPDError` for a template that is no text, does not show the prompt once, or spells out its line breaks."""
+    if not isinstance(template, str) or template.count(_PLACE) != 1:
+        raise SPDError(
+            f"prompt_template is {template!r}; write a text that holds {_PLACE} once, as in 'Question: {_PLACE}'"
+        )
+    if "\\n" in template:
+        raise SPDError(
+            f"prompt_template {template!r} holds a backslash and an n where a line break may be meant; in a shell "
+            "write --task-option $'prompt_template=...\\n...', or put the option into a file for --config"
+        )
+
+
+def spans_of(row: Row, field: str, text: str, what: str) -> list[Span]:
+    """A field with spans, checked against the text that they lie in; `what` is what a message calls that."""
+    value: Any = row.data[field]
     if not isinstance(value, list) or not value:
-        raise SPDError(f"{row.where}: the field 'spans' must be a list of [start, end] that is not empty")
+        raise SPDError(f"{row.where}: the field {field!r} must be a list of [start, end] that is not empty")
     for span in value:
         numbers = isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
-        if not numbers or not 0 <= span[0] < span[1] <= len(completion):
+        if not numbers or not 0 <= span[0] < span[1] <= len(text):
             raise SPDError(
-                f"{row.where}: the span {str(span)[:60]} does not lie in the completion of {len(completion)} "
-                "characters; give [start, end] with 0 <= start < end"
+                f"{row.where}: the {field.replace('_', ' ').removesuffix('s')} {str(span)[:60]} does not lie in the "
+                f"{what} of {len(text)} characters; give [start, end] with 0 <= start < end"
             )
     return [(start, end) for start, end in value]
 

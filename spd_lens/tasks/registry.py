@@ -72,12 +72,18 @@ def get(name: str, path: str | Path | None = None, **options: Any) -> Task:
     return make(path=path, **options)
 
 
-def configured(name: str, data_dir: str | Path | None, options: Mapping[str, Any]) -> Task:
-    """The task that settings describe; options that only Python can give are refused."""
+def configured(name: str, data_dir: str | Path | None, options: Mapping[str, Any], prompt_format: str = "auto") -> Task:
+    """The task that settings describe; options that only Python can give are refused.
+
+    With `prompt_format="verbatim"`, own data is taken as it is written: its option `prompt_template` is `"{prompt}"`
+    where the settings do not say another.
+    """
     for option, setting in _SETTINGS.items():
         if option in options:
             raise SPDError(f"{name} takes no option {option!r} from settings; the setting {setting} says it")
-    _known(OwnData.name if name.endswith(".jsonl") else name, options, hidden=tuple(_SETTINGS))
+    task = _known(OwnData.name if name.endswith(".jsonl") else name, options, hidden=tuple(_SETTINGS))
+    if prompt_format == "verbatim" and issubclass(task, OwnData):
+        options = {"prompt_template": "{prompt}", **options}
     return get(name, data_dir, **options)
 
 
