@@ -6,7 +6,7 @@ from spd_lens.protocols.base import Protocol, Source
 
 POINTS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt_format", "prompt_template"),
-    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "loss"),
+    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "too_long", "loss"),
     "target layers": ("layers", "kinds"),
     "centring of the gradients": ("center_gradients",),
     "projector": ("per_head", "rank", "strength", "center"),
@@ -63,7 +63,7 @@ REFERENCE = Protocol(
     settings={
         "prompt_format": "verbatim", "span_rule": "inside",
         "layers": "last_mid_from_0", "center_gradients": True, "per_head": False, "rank": 0.5,
-        "max_calibration_tokens": 256,
+        "max_calibration_tokens": 256, "too_long": "drop",
         "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256, "max_prompt_tokens": 384,
         "retokenise": True, "max_length": 256, "loss_on_padding": True,
         "train_batch_size": 4, "lr": 1e-5, "weight_decay": 0.01, "warmup_epochs": 0.5, "epochs": 5, "early_stop": True,
@@ -78,7 +78,7 @@ REFERENCE = Protocol(
             "svamp": {"max_new_tokens": 256},
             "mbpp": {"max_new_tokens": 512},
             "codealpaca": {"max_new_tokens": 256},
-            "mmlu": {"max_new_tokens": 5},
+            "mmlu": {"max_new_tokens": 5, "train_source": "dev+val"},  # as a target alone: see below
             "bbh": {
                 "max_new_tokens": 16,
                 "subtasks": [
@@ -88,6 +88,7 @@ REFERENCE = Protocol(
             },
         }.items()
     },
+    # on the hub only, and not needed where MMLU is only evaluated on
     source_options={"mmlu": {"train_source": "auxiliary"}},
     sizes={
         "gsm8k": {"n_calibration": 50, "n_train": 7473, "n_eval": 100},
@@ -100,7 +101,10 @@ REFERENCE = Protocol(
     methods=("base", "psr-reference", "ssd-reference", "spd", "spd-random"),
     sources={
         "prompts": Source("raw text, also for instruct models; the texts are in [tasks](tasks.md)", _CODE),
-        "tokens that count as correctness": Source("tokens wholly inside a span, of a text cut at 256 tokens", _CODE),
+        "tokens that count as correctness": Source(
+            "tokens wholly inside a span, of a text cut at 256 tokens; an example that has none left is left out here",
+            f"{_CODE}; what it does with such an example is not known",
+        ),
         "target layers": Source("blocks `[n - 1, n // 2]` counted from 0: 23 and 12 of 24", _CODE),
         "centring of the gradients": Source("over all rows of all examples", _CODE),
         "projector": Source("one over all KV heads, of rank `kv_dim // 2`", _CODE),

@@ -99,7 +99,8 @@ def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str 
             f"hooks and folded weights disagree for {pair.name} (logits by {found.logits:.2g} of their spread); "
             "use dtype='float32', or report this architecture"
         )
-    moments = extract(pair, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False)
+    plain = pair.with_span_rule("overlap")  # for which the spans of the examples are written
+    moments = extract(plain, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False)
     if silent := _silent(moments):
         raise SPDError(f"no gradient reaches {', '.join(silent)} in {pair.name}; choose other layers or kinds")
 
