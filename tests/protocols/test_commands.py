@@ -12,6 +12,8 @@ import yaml
 
 import spd_lens as spd
 from spd_lens.cli.commands import main
+from spd_lens.runs.experiment import load_pair
+from spd_lens.study.config import StudyConfig
 from spd_lens.study.folder import Study
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -131,3 +133,28 @@ def test_an_unknown_protocol(call, capfd, tmp_path):
         err = capfd.readouterr().err
         assert err.startswith("error: setting protocol = 'refrence'") and "apple-ssd" in err
     assert not any(tmp_path.iterdir())
+
+
+def test_simple_self_distillation_without_a_projection(call, model, tmp_path):
+    flags = ["--task", "synthetic-math", "--n-calibration", "2", "--n-train", "4", "--n-eval", "2", "--epochs", "1"]
+    own = ["--protocol", "apple-ssd", "--model", model, "--dtype", "float32", "--device", "cpu", "--n-random", "1"]
+    assert call("run", *flags, *SHORT, "--method", "lora", "--out", "run", common=own, data=False) == 0
+    run = spd.Run.open(tmp_path / "run")
+    assert [record.completion_ids for record in run.corpus] == [record.completion_ids for record in run.unprojected]
+    assert (run.corpus.settings["temperature"], run.corpus.settings["top_k"]) == (1.6, 20)
+    assert "Protocol: apple-ssd" in run.summary and "method lora (there full)" in run.summary
+
+
+def test_the_reference_prompts_in_a_chat_template(tiny_qwen2_dir):
+    settings = {"protocol": "reference", "prompt_format": "chat", "loss_on_padding": False, "data_dir": str(DATA)}
+    if not DATA.exists():
+        pytest.skip("the published benchmark files are not at ../shared/data")
+    config = StudyConfig.make({"sources": ["gsm8k"], "settings": {**settings, "model": str(tiny_qwen2_dir)}})
+    cell = config.cell("gsm8k", 42)
+    assert (cell.prompt_format, cell.loss_on_padding, cell.retokenise) == ("chat", False, True)
+    assert set(cell.departures) == {"prompt_format", "loss_on_padding"}
+    pair = load_pair(cell.model_copy(update={"device": "cpu", "dtype": "float32"}))
+    [example] = config.task("gsm8k").train(1)
+    text = pair.tokenizer.decode(pair.prompt_ids(example))
+    assert f"<|start|>user\n{example.prompt}<|end|>" in text and example.prompt.startswith("Question: ")
+    assert example.prompt.endswith("\nAnswer:")
