@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spd_lens.protocols.base import Protocol, Source
 
 POINTS: dict[str, tuple[str, ...]] = {
@@ -57,6 +59,8 @@ PAPER = Protocol(
     },
 )
 
+_REFERENCE_TASK: dict[str, Any] = {"prompt_template": "reference", "order": "file", "scoring": "reference"}
+
 REFERENCE = Protocol(
     name="reference",
     says="the reference code, github.com/gh540-svg/hahaha, commit e249fec, to the letter",
@@ -72,23 +76,21 @@ REFERENCE = Protocol(
         "seed": 42,
     },
     task_options={
-        task: {"prompt_template": "reference", "order": "file", "scoring": "reference", **own}
-        for task, own in {
-            "gsm8k": {"max_new_tokens": 256},
-            "svamp": {"max_new_tokens": 256},
-            "mbpp": {"max_new_tokens": 512},
-            "codealpaca": {"max_new_tokens": 256},
-            "mmlu": {"max_new_tokens": 5, "train_source": "dev+val"},  # as a target alone: see below
-            "bbh": {
-                "max_new_tokens": 16,
-                "subtasks": [
-                    "logical_deduction_three_objects", "date_understanding", "movie_recommendation",
-                    "boolean_expressions", "causal_judgement", "sports_understanding",
-                ],
-            },
-        }.items()
+        "gsm8k": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        "svamp": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        "mbpp": {**_REFERENCE_TASK, "max_new_tokens": 512},
+        "codealpaca": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        # the training side of a target is not read: see `source_options`
+        "mmlu": {**_REFERENCE_TASK, "max_new_tokens": 5, "train_source": "dev+val"},
+        "bbh": {
+            **_REFERENCE_TASK, "max_new_tokens": 16,
+            "subtasks": [
+                "logical_deduction_three_objects", "date_understanding", "movie_recommendation",
+                "boolean_expressions", "causal_judgement", "sports_understanding",
+            ],
+        },
     },
-    # on the hub only, and not needed where MMLU is only evaluated on
+    # on the hub only
     source_options={"mmlu": {"train_source": "auxiliary"}},
     sizes={
         "gsm8k": {"n_calibration": 50, "n_train": 7473, "n_eval": 100},

@@ -104,7 +104,7 @@ class StudyConfig(Settings):
         over = overrides or {}
         if path is not None:
             file = read_yaml(path)
-            one_protocol(*(_settings_of(part) for part in (file, over)), f"study file {path}")
+            one_protocol(_settings_of(file), _settings_of(over), f"study file {path}")
             merged = _joined(merged, file)
         return cls.make(_joined(merged, over))
 

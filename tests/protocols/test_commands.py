@@ -84,6 +84,17 @@ def test_every_stage_alone(call, tmp_path):
     assert result.settings["task_options"]["scoring"] == "reference"
 
 
+def test_mmlu_is_evaluated_from_files_that_have_no_training_questions(call, tmp_path, capfd):
+    evaluate = ["--task", "mmlu", "--n-eval", "2", "--max-new-tokens", "3", "--quiet"]
+    assert call("evaluate", *evaluate) == 0
+    settings = spd.EvalResult.load(tmp_path / "eval.json").settings
+    assert (settings["task_options"]["scoring"], settings["task_options"]["order"]) == ("reference", "file")
+    capfd.readouterr()
+    assert call("generate", "--task", "mmlu", *FEW[2:], *SHORT) == 2
+    err = capfd.readouterr().err
+    assert "auxiliary" in err and "protocol 'reference' sets" in err and "train_source" in err
+
+
 def test_the_audit_of_spans(call, model, capfd):
     assert call("spans", "gsm8k", "--n", "2", common=["--protocol", "reference", "--model", model]) == 0
     out = capfd.readouterr().out
