@@ -104,7 +104,8 @@ def _steps(record: Run, experiment: Experiment) -> Iterator[Step]:
         lambda: experiment.generate(record.unprojected_path, None, compared),
     )  # fmt: skip
     yield Step(
-        "finetune", f"fine-tuning on {len(prompts)} completions, {config.epochs} epochs",
+        "finetune",
+        f"fine-tuning on {len(prompts)} completions, {'at most ' * config.early_stop}{config.epochs} epochs",
         lambda: record.is_trained, lambda: experiment.finetune(record.corpus, record.path / "adapter"),
     )  # fmt: skip
     for target in experiment.targets:

@@ -65,7 +65,8 @@ def _heading(run: Run) -> str:
             f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
             f"strength {config.strength:g}",
             f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
-            f"- Training: {config.method}, {config.epochs} epochs, learning rate {config.lr:g}, seed {config.seed}",
+            f"- Training: {config.method}, {'at most ' * config.early_stop}{config.epochs} epochs, "
+            f"learning rate {config.lr:g}, seed {config.seed}",
             *([f"- Left out, {in_words(notes['left_out'])}."] if "left_out" in notes else []),
             "- Intervals are 95 %. Teacher-forced measures are on the gold completions of the test items: `aligned "
             "loss` on the tokens that decide correctness, `completion loss` and `KL` (base || policy) on all tokens, "

@@ -92,7 +92,7 @@ class Plan(NamedTuple):
             cell = config.cell(name, config.seeds[0])
             lines.append(
                 f"- source {name}: {cell.n_calibration} calibration examples, {cell.n_train} prompts of up to "
-                f"{cell.max_new_tokens} new tokens, {cell.epochs} epochs at {cell.lr:g}"
+                f"{cell.max_new_tokens} new tokens, {'at most ' * cell.early_stop}{cell.epochs} epochs at {cell.lr:g}"
             )
         for name in config.shared.targets:
             n_measured, n_scored = config.n_measured(name), config.n_scored(name)

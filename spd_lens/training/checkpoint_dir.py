@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +97,22 @@ class TrainingPlace:
         self.checkpoints.mkdir(exist_ok=True)
         write_json(noted, settings)
 
-    def latest_checkpoint(self, steps_per_epoch: int | None = None) -> str | None:
+    def latest_checkpoint(self, best_epoch: Callable[[str], int] | None = None) -> str | None:
         """The newest checkpoint that is whole; others, which a killed process or a power failure left, are deleted.
 
-        `steps_per_epoch`: given where the training kept the weights of its epochs, which must be whole then, too.
+        `best_epoch`: the epoch, counted from 1, whose weights a checkpoint says are the best so far, or 0 for none.
+        Given where they are kept: they must be whole then, too.
         """
         found = [place for place in self.checkpoints.glob("checkpoint-*") if place.name[11:].isdigit()]
         for checkpoint in sorted(found, key=lambda place: int(place.name[11:]), reverse=True):
             problem = _checkpoint_damage(checkpoint)
-            if problem is None and steps_per_epoch is not None:
-                problem = self._epoch_damage(int(checkpoint.name[11:]) // steps_per_epoch)
+            if problem is None and best_epoch is not None and (epoch := best_epoch(str(checkpoint))):
+                problem = _checkpoint_damage(self.epochs / str(epoch))
             if problem is None:
                 return str(checkpoint)
             log.info("%s: going on from before it", problem)
             shutil.rmtree(checkpoint)
         return None
-
-    def _epoch_damage(self, n_epochs: int) -> str | None:
-        """What is wrong with the weights of the last two of so many epochs: one of them may be the result."""
-        kept = [self.epochs / str(epoch) for epoch in (n_epochs, n_epochs - 1) if epoch >= 1]
-        return next((problem for place in kept if (problem := _checkpoint_damage(place))), None)
 
     def keep_epoch(self, epoch: int, checkpoint: Path) -> None:
         """Keep the weights of the checkpoint at an epoch's end (counted from 1), before the checkpoint is marked.

@@ -43,11 +43,13 @@ class EarlyStop(TrainerCallback):
             for start in range(0, state.global_step - n + 1, n)
         ]
 
-    def ended(self, checkpoint: str | None) -> TrainerState | None:
-        """The state of a training whose last step was the last before it stopped; None if there is more to do."""
-        if checkpoint is None:
-            return None
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    def best_epoch(self, checkpoint: str) -> int:
+        """The best epoch that a checkpoint knows of, counted from 1; 0 for none."""
+        return best_epoch(self.losses(_state(checkpoint)))
+
+    def ended(self, checkpoint: str) -> TrainerState | None:
+        """The state of a training that stopped at this checkpoint; None if there is more to do."""
+        state = _state(checkpoint)
         return state if is_over(self.losses(state)) else None
 
     def report(self, state: Any, n_epochs: int) -> dict[str, Any]:
@@ -58,10 +60,14 @@ class EarlyStop(TrainerCallback):
 
 
 def best_epoch(losses: Sequence[float]) -> int:
-    """The epoch of the lowest loss, counted from 1; of equal ones the first."""
-    return 1 + losses.index(min(losses))
+    """The epoch of the lowest loss, counted from 1; of equal ones the first. 0 where there is none."""
+    return 1 + losses.index(min(losses)) if losses else 0
 
 
 def is_over(losses: Sequence[float]) -> bool:
     """Whether the last of these epochs is not better than all before it."""
-    return bool(losses) and best_epoch(losses) < len(losses)
+    return best_epoch(losses) < len(losses)
+
+
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))

@@ -156,7 +156,7 @@ def _train(
         stop = EarlyStop(place, per_epoch) if settings.early_stop else None
         trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress, [stop] if stop else [])
         with _explained(place), fast_products(pair.device, pair.dtype):
-            noted = _fit(trainer, place, stop, per_epoch, settings.epochs)
+            noted = _fit(trainer, place, stop, settings.epochs)
             if settings.full:
                 pair.tokenizer.save_pretrained(place.result)
     return {
@@ -169,16 +169,14 @@ def _train(
     }
 
 
-def _fit(
-    trainer: CorpusTrainer, place: TrainingPlace, stop: EarlyStop | None, per_epoch: int, n_epochs: int
-) -> dict[str, Any]:
+def _fit(trainer: CorpusTrainer, place: TrainingPlace, stop: EarlyStop | None, n_epochs: int) -> dict[str, Any]:
     """Train from the latest checkpoint on, write the weights to `place.result`, and say what `training.json` notes."""
     if stop is None:
         trainer.train(resume_from_checkpoint=place.latest_checkpoint())
         save_weights(trainer.model, place.result)
         return {}
-    checkpoint = place.latest_checkpoint(per_epoch)
-    if ended := stop.ended(checkpoint):  # killed at the very end: Trainer would go on
+    checkpoint = place.latest_checkpoint(stop.best_epoch)
+    if checkpoint is not None and (ended := stop.ended(checkpoint)):  # killed at the very end: Trainer would go on
         trainer.state = ended
     else:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -113,6 +113,14 @@ def test_a_text_as_long_as_the_context_stays_and_one_token_more_goes(task, tiny_
     assert [e.id for e in fitting.test(None, 3)] == [id for id in order if id in ids(fitting.test(None))]
 
 
+def test_training_prompts_that_are_cut_fit_and_test_items_are_not_cut(task, tiny_pair):
+    cut = fitted(task, tiny_pair, DROP.model_copy(update={"max_prompt_tokens": N_CTX - NEW}))
+    assert ids(cut.train(None)) == ids(task.train(None))
+    assert ids(task.test(None)) - ids(cut.test(None)) == {"test-over", "gold-over"}
+    one_more = fitted(task, tiny_pair, DROP.model_copy(update={"max_prompt_tokens": N_CTX - NEW + 1}))
+    assert ids(task.train(None)) - ids(one_more.train(None)) == {"train-over"}
+
+
 def test_a_span_that_truncation_would_cut_is_never_half_there(task, tiny_pair):
     """The examples that stay are measured whole: every token counted, every span found."""
     kept = fitted(task, tiny_pair, DROP).calibration(None)
