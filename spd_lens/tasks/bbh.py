@@ -90,7 +90,7 @@ class BBH(AnswerLine, PaperTask):
         id = f"bbh-{subtask}-{index}"
         if self.bare:
             target, meta = row.text("target"), {"subtask": subtask, "answer": row.text("target").strip()}
-            return bare_example(id, f"{row.text('input')}\nAnswer:", target, **meta)
+            return bare_example(id, f"{row.text('input')}\nAnswer:", target, meta)
         return answer_example(
             id,
             f"{row.text('input').strip()}\n\n{REQUEST}",

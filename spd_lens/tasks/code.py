@@ -116,11 +116,12 @@ class CodeTask(TwoScorings):
 
 def _hasty(executor: Executor) -> Executor:
     """The executor with the reference code's time limit, if it takes one (as `timeout_s`); else as it is."""
+    run: Callable[..., bool] = executor
     try:
-        limited = "timeout_s" in inspect.signature(executor).parameters
+        limited = "timeout_s" in inspect.signature(run).parameters
     except (TypeError, ValueError):  # a callable without a signature, such as some builtins
         limited = False
-    return functools.partial(executor, timeout_s=reference.CODE_SECONDS) if limited else executor
+    return functools.partial(run, timeout_s=reference.CODE_SECONDS) if limited else run
 
 
 def signature(solution: str, tests: Sequence[str]) -> tuple[str, set[str]]:

@@ -65,7 +65,7 @@ class CodeAlpaca(PaperTask):
         if not output:
             return None  # two records of the 2k file have no output, and so nothing to learn or to measure
         if self.bare:
-            return bare_example(id, f"Instruction: {row.text('instruction')}\nCode:", row.text("output"))
+            return bare_example(id, f"Instruction: {row.text('instruction')}\nCode:", row.text("output"), {})
         prompt = f"{instruction}\n\nInput:\n{given}" if given else instruction
         spans = [(0, len(output))]
         if self.span == "code":

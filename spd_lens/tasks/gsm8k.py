@@ -39,6 +39,6 @@ class GSM8K(FinalNumber, PaperTask):
         if self.bare:
             published, prompt = row.text("answer"), f"Question: {row.text('question')}\nAnswer:"
             begin = 1 + len(published) - len(answer.removeprefix(" "))
-            return bare_example(id, prompt, published, begin=begin, answer=answer.strip())
+            return bare_example(id, prompt, published, {"answer": answer.strip()}, begin=begin)
         working = re.sub(r"<<[^<>]*>>", "", solution)  # "48/2 = <<48/2=24>>24": the calculator's mark, then its result
         return self.example(id, row.text("question"), working, answer.strip())

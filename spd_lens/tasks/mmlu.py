@@ -111,10 +111,14 @@ class MMLU(ChosenLetter, PaperTask):
 
     def _question(self, id: str, question: str, choices: list[str], answer: int, subject: str) -> Example:
         if self.bare:
-            listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
-            meta = {"question": question.strip(), "choices": [choice.strip() for choice in choices], "subject": subject}
             letter = "ABCD"[answer]
-            return bare_example(id, f"Question: {question}\n{listed}\nAnswer:", letter, answer=letter, **meta)
+            listed = "\n".join(f"{name}. {choice}" for name, choice in zip("ABCD", choices, strict=True))
+            known = {
+                "question": question.strip(),
+                "choices": [choice.strip() for choice in choices],
+                "subject": subject,
+            }
+            return bare_example(id, f"Question: {question}\n{listed}\nAnswer:", letter, {"answer": letter, **known})
         intro = f"The following is a multiple choice question about {subject.replace('_', ' ')}.\n\n" if subject else ""
         return self.example(id, question, choices, answer, intro=intro, subject=subject)
 

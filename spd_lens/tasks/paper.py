@@ -6,6 +6,7 @@ read where that code leaves it open.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class PaperTask(TwoScorings, PublishedTask):
         return card if self.order == "seeded" else {**card, "repeats_kept": self.repeats_kept}
 
 
-def bare_example(id: str, prompt: str, text: str, /, *, begin: int = 0, **meta: object) -> Example:
+def bare_example(id: str, prompt: str, text: str, meta: Mapping[str, object], *, begin: int = 0) -> Example:
     """An example of the reference template: the published text after one space. Its span goes from the character
     `begin` of the completion, where 0 is the space, to the end."""
     completion = f" {text}"

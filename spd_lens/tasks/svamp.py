@@ -61,8 +61,8 @@ class SVAMP(FinalNumber, PaperTask):
     def _bare_example(self, row: Row) -> Example:
         row.number("Answer")  # refuses what is none
         prompt, answer = f"Question: {row.text('Body')} {row.text('Question')}\nAnswer:", str(row.data["Answer"])
-        id, type = f"svamp-{row.text('ID')}", row.data.get("Type")
-        return bare_example(id, prompt, answer, begin=1, answer=answer.strip(), type=type)
+        meta = {"answer": answer.strip(), "type": row.data.get("Type")}
+        return bare_example(f"svamp-{row.text('ID')}", prompt, answer, meta, begin=1)
 
 
 def worked_line(equation: str, answer: float) -> str:
