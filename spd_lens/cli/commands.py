@@ -191,12 +191,13 @@ def evaluate_command(
 ) -> None:
     """Score the base, projected or fine-tuned model on a task's test items."""
     set_up_logging(quiet)
-    from spd_lens.runs import Experiment, check_stage
+    from spd_lens.runs import Experiment, check_stage, make_tasks
 
     check_writable(out)
     policy = _policy(config, subspace, adapter)
     own = config.model_copy(update={"eval_tasks": [config.task]})
-    experiment = Experiment(own, out.parent, progress=not quiet, answer_tokens=max_new_tokens)
+    tasks = make_tasks(own, trains=False)
+    experiment = Experiment(own, out.parent, tasks=tasks, progress=not quiet, answer_tokens=max_new_tokens)
     n = config.n_test(config.task)
     check_stage(experiment, "test", n)
     result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)

@@ -88,11 +88,12 @@ class Decoding:
         """
         steps = [len(row.new_ids) for row in rows]
         noise = torch.from_numpy(np.array([row.uniforms[step] for row, step in zip(rows, steps, strict=True)]))
+        names = [row.job.example.name for row in rows]
         processors = [(row.process, row.ids) for row in rows if row.process is not None]
         if processors:  # either all rows have one or none
-            require_finite(logits.amax(dim=-1), steps)
+            require_finite(logits.amax(dim=-1), steps, names)
             logits = self.own.processed(logits, processors)
-        chosen = choose(logits, self.own.sampling or self.sampling, noise, steps)
+        chosen = choose(logits, self.own.sampling or self.sampling, noise, steps, names)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             row.new_ids.append(token)
 

@@ -95,7 +95,11 @@ def row_uniforms(seed: int, prompt_id: str, sample: int, n_steps: int) -> Float[
 
 
 def choose(
-    logits: Float[Tensor, "row d_vocab"], sampling: Sampling, uniforms: Float[Tensor, " row"], steps: Sequence[int]
+    logits: Float[Tensor, "row d_vocab"],
+    sampling: Sampling,
+    uniforms: Float[Tensor, " row"],
+    steps: Sequence[int],
+    examples: Sequence[str] = (),
 ) -> Int[Tensor, " row"]:
     """The next token of every row.
 
@@ -104,24 +108,27 @@ def choose(
         sampling: What to draw from.
         uniforms: Each row's noise at its step, from `row_uniforms`.
         steps: Each row's step (0 for the first new token), to name it where something is wrong.
+        examples: What a message calls each row's example.
 
     Raises:
         SPDError: the logits hold NaN, from which nothing can be drawn.
     """
     best, greedy = logits.max(dim=-1)
-    require_finite(best, steps)
+    require_finite(best, steps, examples)
     if sampling.greedy:
         return greedy
     ids, weights = truncated(logits, sampling)
     return draw(ids, weights, uniforms.to(logits.device))
 
 
-def require_finite(best: Float[Tensor, " row"], steps: Sequence[int]) -> None:
+def require_finite(best: Float[Tensor, " row"], steps: Sequence[int], examples: Sequence[str] = ()) -> None:
     """Raise `SPDError` where nothing can be drawn from a row's logits, of which `best` is the largest."""
     finite = torch.isfinite(best)  # NaN and +inf win every maximum; all -inf leaves -inf
     if not finite.all():
+        row = int(finite.int().argmin())
+        which = f" for {examples[row]}" if examples else ""
         raise SPDError(
-            f"the model's logits are not finite at new token {steps[int(finite.int().argmin())] + 1}; load it with "
+            f"the model's logits are not finite at new token {steps[row] + 1}{which}; load it with "
             "dtype='float32' (float16 overflows in many models) or check its weights"
         )
 

@@ -87,15 +87,24 @@ class Protocol:
 
     def task(self, name: str, path: str | Path | None = None, /, **options: Any) -> Task:
         """The task as this protocol has it, with some options over its own; see `tasks.get`."""
-        return self.task_for(name, path, options)
+        return self.task_for(name, path, options, self.settings.get("prompt_format", "auto"))
 
-    def task_for(self, name: str, path: str | Path | None, options: Mapping[str, Any], *, source: bool = True) -> Task:
+    def task_for(
+        self,
+        name: str,
+        path: str | Path | None,
+        options: Mapping[str, Any],
+        prompt_format: str = "auto",
+        *,
+        source: bool = True,
+    ) -> Task:
         """The task as this protocol has it, for settings that name it.
 
         Args:
             name: The task's name.
             path: The directory with its data; None: the hub.
             options: What the user says of it, which goes over the protocol.
+            prompt_format: The setting; with `"verbatim"`, own data is taken as it is written.
             source: Whether calibration examples and training prompts come from it.
 
         Raises:
@@ -103,7 +112,7 @@ class Protocol:
         """
         own = self.options(name, source=source)
         try:
-            return configured(name, path, {**own, **options})
+            return configured(name, path, {**own, **options}, prompt_format)
         except SPDError as error:
             if not (sets := [f"{key} = {value!r}" for key, value in own.items() if key not in options]):
                 raise

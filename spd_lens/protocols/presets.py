@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spd_lens.protocols.base import Protocol, Source
 
 POINTS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt_format", "prompt_template"),
-    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "loss"),
+    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "too_long", "loss"),
     "target layers": ("layers", "kinds"),
     "centring of the gradients": ("center_gradients",),
     "projector": ("per_head", "rank", "strength", "center"),
@@ -57,13 +59,15 @@ PAPER = Protocol(
     },
 )
 
+_REFERENCE_TASK: dict[str, Any] = {"prompt_template": "reference", "order": "file", "scoring": "reference"}
+
 REFERENCE = Protocol(
     name="reference",
     says="the reference code, github.com/gh540-svg/hahaha, commit e249fec, to the letter",
     settings={
         "prompt_format": "verbatim", "span_rule": "inside",
         "layers": "last_mid_from_0", "center_gradients": True, "per_head": False, "rank": 0.5,
-        "max_calibration_tokens": 256, "too_long": "drop",  # some GSM8K solutions have their answer behind token 256
+        "max_calibration_tokens": 256, "too_long": "drop",
         "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256, "max_prompt_tokens": 384,
         "retokenise": True, "max_length": 256, "loss_on_padding": True,
         "train_batch_size": 4, "lr": 1e-5, "weight_decay": 0.01, "warmup_epochs": 0.5, "epochs": 5, "early_stop": True,
@@ -72,22 +76,21 @@ REFERENCE = Protocol(
         "seed": 42,
     },
     task_options={
-        task: {"prompt_template": "reference", "order": "file", "scoring": "reference", **own}
-        for task, own in {
-            "gsm8k": {"max_new_tokens": 256},
-            "svamp": {"max_new_tokens": 256},
-            "mbpp": {"max_new_tokens": 512},
-            "codealpaca": {"max_new_tokens": 256},
-            "mmlu": {"max_new_tokens": 5},
-            "bbh": {
-                "max_new_tokens": 16,
-                "subtasks": [
-                    "logical_deduction_three_objects", "date_understanding", "movie_recommendation",
-                    "boolean_expressions", "causal_judgement", "sports_understanding",
-                ],
-            },
-        }.items()
+        "gsm8k": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        "svamp": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        "mbpp": {**_REFERENCE_TASK, "max_new_tokens": 512},
+        "codealpaca": {**_REFERENCE_TASK, "max_new_tokens": 256},
+        # the training side of a target is not read: see `source_options`
+        "mmlu": {**_REFERENCE_TASK, "max_new_tokens": 5, "train_source": "dev+val"},
+        "bbh": {
+            **_REFERENCE_TASK, "max_new_tokens": 16,
+            "subtasks": [
+                "logical_deduction_three_objects", "date_understanding", "movie_recommendation",
+                "boolean_expressions", "causal_judgement", "sports_understanding",
+            ],
+        },
     },
+    # on the hub only
     source_options={"mmlu": {"train_source": "auxiliary"}},
     sizes={
         "gsm8k": {"n_calibration": 50, "n_train": 7473, "n_eval": 100},
@@ -100,7 +103,10 @@ REFERENCE = Protocol(
     methods=("base", "psr-reference", "ssd-reference", "spd", "spd-random"),
     sources={
         "prompts": Source("raw text, also for instruct models; the texts are in [tasks](tasks.md)", _CODE),
-        "tokens that count as correctness": Source("tokens wholly inside a span, of a text cut at 256 tokens", _CODE),
+        "tokens that count as correctness": Source(
+            "tokens wholly inside a span, of a text cut at 256 tokens; an example that has none left is left out here",
+            f"{_CODE}; what it does with such an example is not known",
+        ),
         "target layers": Source("blocks `[n - 1, n // 2]` counted from 0: 23 and 12 of 24", _CODE),
         "centring of the gradients": Source("over all rows of all examples", _CODE),
         "projector": Source("one over all KV heads, of rank `kv_dim // 2`", _CODE),

@@ -27,8 +27,8 @@ _WORDS: dict[str, str] = {
 def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int | None = None) -> Task:
     """The task as it is; or, with `too_long="drop"`, one that draws the same examples without those that do not fit.
 
-    No text is cut for this, since what a cut takes first is the end, where correctness spans are. Cuts that the config
-    asks for count.
+    No text is cut for this but a calibration text at `config.max_calibration_tokens` and a training prompt at
+    `config.max_prompt_tokens`: what a cut takes first is the end, where correctness spans are.
 
     Args:
         task: The task.

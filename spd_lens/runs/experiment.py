@@ -327,12 +327,18 @@ def decided_by(pair: ModelPair) -> dict[str, Any]:
     return {**decided, "add_special_tokens": form.add_special_tokens, "span_rule": form.span_rule}
 
 
-def make_tasks(config: SPDConfig) -> Tasks:
-    """The tasks that a config names, as its protocol has them; a task that is source and target is made once."""
-    chosen = protocol(config.protocol)
-    source = chosen.task_for(config.task, config.data_dir, config.task_options)
+def make_tasks(config: SPDConfig, *, trains: bool = True) -> Tasks:
+    """The tasks that a config names, as its protocol has them; a task that is source and target is made once.
+
+    Args:
+        config: The settings.
+        trains: Whether calibration examples or training prompts will be drawn: a protocol may ask for others than those
+            that the data hold beside the test items.
+    """
+    chosen, form = protocol(config.protocol), config.prompt_format
+    source = chosen.task_for(config.task, config.data_dir, config.task_options, form, source=trains)
     targets = {
-        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, source=False)
+        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, form, source=False)
         for key, name in config.targets.items()
     }
     allow_execution(config, [source, *targets.values()])

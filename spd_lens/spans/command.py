@@ -26,7 +26,7 @@ def show_spans(
     """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
     chosen = protocol(config.protocol)
     options = {**chosen.options(name), **config.task_options}
-    source = chosen.task_for(name, config.data_dir, config.task_options)
+    source = chosen.task_for(name, config.data_dir, config.task_options, config.prompt_format)
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
         load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date,

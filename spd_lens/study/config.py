@@ -104,7 +104,7 @@ class StudyConfig(Settings):
         over = overrides or {}
         if path is not None:
             file = read_yaml(path)
-            one_protocol(*(_settings_of(part) for part in (file, over)), f"study file {path}")
+            one_protocol(_settings_of(file), _settings_of(over), f"study file {path}")
             merged = _joined(merged, file)
         return cls.make(_joined(merged, over))
 
@@ -132,9 +132,9 @@ class StudyConfig(Settings):
 
     def task(self, name: str) -> Task:
         """A source or target by the name in the settings, with its data and options."""
-        own = self.task_options.get(name, {})
-        chosen = protocol(self.settings["protocol"])
-        return chosen.task_for(name, self.settings["data_dir"], own, source=name in self.sources)
+        settings, options = self.settings, self.task_options.get(name, {})
+        chosen, form = protocol(settings["protocol"]), settings["prompt_format"]
+        return chosen.task_for(name, settings["data_dir"], options, form, source=name in self.sources)
 
     @property
     def trained(self) -> list[str]:

@@ -104,7 +104,8 @@ class Costs:
             return self._generation(config.n_scored(unit.target), prompt, config.task(name).max_new_tokens, 32)
         cell = config.cell(name, unit.seed or 0)
         if unit.stage == "generate":
-            return self._generation(cell.n_train, prompt, cell.max_new_tokens, cell.generation_batch_size or 32)
+            read = _cut(prompt, cell.max_prompt_tokens)
+            return self._generation(cell.n_train, read, cell.max_new_tokens, cell.generation_batch_size or 32)
         if unit.stage == "extract":
             if (extraction := _extraction(unit, cell)) in self.extracted:
                 return Cost()
@@ -112,8 +113,10 @@ class Costs:
             lens = shape.n_params * self.n_bytes * (cell.engine == "lens")
             first = min(site.layer for site in resolve_sites(cell.layers, cell.kinds, shape.n_layers))
             kept = self._kept(_BATCH_TOKENS, shape.n_layers - first)  # the graph begins at the first site
-            return self._cost(cell.n_calibration * (prompt + gold), 4, lens + kept)
-        length, full = prompt + cell.max_new_tokens, cell.method == "full"
+            return self._cost(cell.n_calibration * _cut(prompt + gold, cell.max_calibration_tokens), 4, lens + kept)
+        length, full = _cut(prompt + cell.max_new_tokens, cell.max_length), cell.method == "full"
+        if cell.loss_on_padding and cell.max_length is not None:
+            length = cell.max_length  # every text is as long as that
         batch = cell.train_batch_size * length
         # a GPU keeps one layer's activations and those between layers, and computes the others once more
         kept = self._kept(batch, 1 + shape.n_layers / _KEPT if self.on_gpu else shape.n_layers)
@@ -138,6 +141,11 @@ class Costs:
     def _kept(self, tokens: int, n_layers: float) -> float:
         """Bytes of activations that the backward pass through some layers needs."""
         return n_layers * tokens * self.shape.d_model * self.n_bytes * _KEPT
+
+
+def _cut(n_tokens: int, most: int | None) -> int:
+    """Tokens of a text that is cut behind `most` of them, or not at all."""
+    return n_tokens if most is None else min(n_tokens, most)
 
 
 def _extraction(unit: Unit, cell: Any) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,11 +14,12 @@ import torch
 from spd_lens.examples import Example
 from spd_lens.generation.corpus import Corpus, CorpusWriter
 from spd_lens.generation.generate import generate
-from spd_lens.generation.jobs import stop_tokens
+from spd_lens.generation.jobs import Decoding, Job, stop_tokens
 from spd_lens.generation.slots import Slots
 from spd_lens.models.pair import ModelPair
+from spd_lens.settings import SamplingSettings
 from spd_lens.subspaces.subspace import Subspace
-from tests.helpers import assert_same_bits, greedy, make_adapter, refused
+from tests.helpers import EXAMPLES, assert_same_bits, greedy, make_adapter, refused
 
 N = 16
 HOT = {"temperature": 1.2, "top_p": 0.9}
@@ -367,3 +369,12 @@ def test_the_writer_is_released_after_an_exception(tiny_pair, tiny_prompts, tmp_
         patch.setattr(CorpusWriter, "append", lambda *_: 1 / 0)
         made(tiny_pair, tiny_prompts, path=path)
     assert made(tiny_pair, tiny_prompts, path=path).complete
+
+
+def test_logits_that_overflow_name_the_example(tiny_pair):
+    decoding = Decoding.of(tiny_pair, SamplingSettings(temperature=0.7, top_p=0.9, top_k=0, max_new_tokens=4))
+    rows = [decoding.row(Job(example, 0, [5, 6])) for example in EXAMPLES[:2]]
+    logits = torch.zeros(2, tiny_pair.hf.config.vocab_size)
+    logits[1, 3] = math.inf  # what float16 makes of a number above 65,504
+    with refused("not finite at new token 1 for", repr(EXAMPLES[1].id), "dtype='float32'"):
+        decoding.extend(rows, logits)

@@ -31,7 +31,7 @@ REFERENCE = {
     "max_calibration_tokens": 256, "span_rule": "inside", "loss": "aligned",
     "center_gradients": True, "per_head": False, "rank": 0.5, "energy": None, "center": False, "strength": 1.0,
     "n_calibration": 50, "n_train": 7473, "n_eval": {"gsm8k": 100},
-    "dtype": "auto",
+    "dtype": "auto", "too_long": "drop",
     "temperature": 0.7, "top_p": 0.9, "top_k": None, "max_new_tokens": 256, "max_prompt_tokens": 384,
     "retokenise": True, "max_length": 256, "loss_on_padding": True, "loss_on": "all",
     "lr": 1e-5, "weight_decay": 0.01, "train_batch_size": 4, "warmup_epochs": 0.5, "epochs": 5, "early_stop": True,
@@ -59,7 +59,8 @@ def test_the_reference_tasks_are_the_reference_codes(task):
     assert options.items() >= {**expected, "max_new_tokens": TEST_TOKENS[task]}.items()
     assert set(options.get("subtasks", [])) == (SUBTASKS if task == "bbh" else set())
     assert options.get("train_source") == ("auxiliary" if task == "mmlu" else None)
-    assert "train_source" not in spd.protocol("reference").options(task, source=False)
+    target = spd.protocol("reference").options(task, source=False)
+    assert target.get("train_source") == ("dev+val" if task == "mmlu" else None)
     made = spd.protocol("reference").task_for(task, None, {}, source=False)
     shown = {name: value for name, value in options.items() if name not in ("train_source", "subtasks")}
     assert {name: getattr(made, name) for name in shown} == shown
@@ -256,4 +257,8 @@ def test_the_ready_made_study_is_at_full_size():
     config = StudyConfig.read(preset="reference-qwen2.5-0.5b")
     assert {source: config.cell(source, 42).n_train for source in config.sources} == N_TRAIN
     assert not config.cell("gsm8k", 42).departures
-    assert len(make_plan(config, read_shape(config.settings["model"])).rows) == 6
+    short = StudyConfig.read(preset="reference-qwen2.5-0.5b", overrides={"settings": {"max_new_tokens": 8}})
+    rows = {row.stage: row for row in make_plan(short, read_shape(config.settings["model"])).rows}
+    assert len(rows) == 6
+    n_prompts = sum(N_TRAIN.values()) * (len(config.methods) - 1)
+    assert rows["finetune"].cost.tokens == 5 * 256 * n_prompts  # every text is padded to 256 tokens

@@ -6,7 +6,8 @@ import torch
 from typer.testing import CliRunner
 
 from spd_lens.cli.commands import app
-from spd_lens.runs.model_check import check_model, tokens_of
+from spd_lens.runs.model_check import EXAMPLES, check_model, require_core, tokens_of
+from tests.helpers import refused
 
 
 def failed(pair):
@@ -49,3 +50,11 @@ def test_the_command_prints_every_line_and_the_tokens(tiny_qwen2_dir):
 def test_tokens_are_those_that_generation_starts_from(tiny_qwen2_pair):
     ids = [id for _, id, _ in tokens_of(tiny_qwen2_pair, "Tom")]
     assert ids == tiny_qwen2_pair.format.prompt_ids("Tom")
+
+
+def test_the_check_of_a_run_has_spans_for_the_rule_overlap(tiny_pair):
+    """Where a tokenizer joins numbers to the space before them, none of its examples has a token inside its span."""
+    inside = tiny_pair.with_span_rule("inside")
+    with refused("no token lies inside", "'sum'"):
+        inside.encode(EXAMPLES[0])
+    require_core(inside, "last_mid", ["k", "v"])
