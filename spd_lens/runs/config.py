@@ -55,6 +55,10 @@ class ModelGroup(Settings):
         None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
     )
 
+    published_name: str | None = Field(
+        None, description="The name under which results of a local model were published; else what its files say."
+    )
+
     @field_validator("prompt_date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:

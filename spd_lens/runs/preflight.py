@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import known_as, models_published
 from spd_lens.generation import Decoding, check_room
 from spd_lens.models import ModelPair, choose_backends, resolve_device, resolve_dtype
 from spd_lens.runs.config import SPDConfig
@@ -16,6 +17,11 @@ from spd_lens.training import resolve_targets
 
 def check_settings(config: SPDConfig) -> None:
     """Refuse what is wrong whatever the model: needs no model."""
+    if config.published_name is not None and known_as(config.published_name) is None:
+        raise SPDError(
+            f"no published results are known here of {config.published_name!r}; leave published_name out, or choose "
+            f"from {', '.join(models_published())}"
+        )
     choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
 

@@ -22,7 +22,8 @@ BASE = "base"
 _OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared")
 """Settings of a run that a study decides itself, cell by cell, or has no use for."""
 _ONE_FOR_ALL = (
-    "model", "prompt_format", "system", "enable_thinking", "prompt_date", "too_long", "n_eval", "data_seed", "data_dir",
+    "model", "prompt_format", "system", "enable_thinking", "prompt_date", "published_name", "too_long", "n_eval",
+    "data_seed", "data_dir",
 )  # fmt: skip
 """Settings that cannot differ by source: all cells share one model, its prompts and the items."""
 _GROWING = ("methods", "seeds")
