@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.files import refuse_stand_in
+from spd_lens.registry import did_you_mean
 from spd_lens.settings import (
     COMMAS,
     DEFAULT_MODEL,
@@ -254,7 +255,9 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            raise SPDError(f"unknown setting {place!r}; the settings are {', '.join(model.model_fields)}") from error
+            known = list(model.model_fields)
+            hint = did_you_mean(place, known) or f"; the settings are {', '.join(known)}"
+            raise SPDError(f"unknown setting {place!r}{hint}") from error
         reason = problem["msg"].removeprefix("Value error, ")
         raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
 
