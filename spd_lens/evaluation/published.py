@@ -146,6 +146,12 @@ class Subject:
         name = None if given else known_as(noted)
         return None if name is None else cls(name, by_its_files=True)
 
+    @property
+    def caveat(self) -> str:
+        """What has to be said once beside its numbers; empty where its name is certain."""
+        says = f"That the model is {self.name} is what its own files say; one that was trained since is another."
+        return says if self.by_its_files else ""
+
     def beside(self, task: str, measured: Measured) -> list[str]:
         """Markdown lines: the measured base and what is published of it on a task, each with its format, and a warning
         if there is one. Numbers of the same format come first. Empty where nothing is published."""
@@ -161,8 +167,6 @@ class Subject:
         says = "" if alike else ", none of it in the format used here"
         lines = [f"The base model's {what} on {task}, and what is published of {self.name}{says}:", ""]
         lines += markdown(["base model", "format", "source"], rows)
-        if self.by_its_files:
-            lines += ["", f"That it is {self.name} is what its own files say; one that was trained since is another."]
         if (text := warning(found, measured)) is not None:
             lines += ["", f"**{text}**"]
         return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -446,6 +447,8 @@ def test_a_study_of_an_unknown_model_shows_nothing(monkeypatch: pytest.MonkeyPat
         assert base_and_published(evidence) == "" and base_warnings(evidence) == []
         assert "published" not in Report(evidence).text
     assert "published of Known" in base_and_published(_of_a_known_model(model="some/dir", published_name="known"))
+    by_files = replace(_of_a_known_model(model="some/dir"), facts={"published_name": "Known"})
+    assert base_and_published(by_files).count("what its own files say") == 1
 
 
 # bad input

@@ -15,8 +15,8 @@ def base_and_published(evidence: Evidence) -> str:
     subject = subject_of(evidence)
     if subject is None:
         return ""
-    parts = [subject.beside(task, measured) for task, measured in measured_base(evidence).items()]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+    parts = ["\n".join(subject.beside(task, measured)) for task, measured in measured_base(evidence).items()]
+    return "\n\n".join(part for part in (*parts, subject.caveat) if part) if any(parts) else ""
 
 
 def base_warnings(evidence: Evidence) -> list[str]:
