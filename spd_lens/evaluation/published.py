@@ -200,10 +200,10 @@ def warning(found: Sequence[Baseline], measured: Measured) -> str | None:
     the items are too few for an interval.
     """
     scores = [row for row in found if row.task not in LOSS_TASKS]
-    if not scores or not measured.value.bounded:
+    if not scores:
         return None
     best = max(scores, key=lambda row: row.value)
-    below = best.value - 100 * measured.value.high
+    below = best.value - 100 * measured.value.high  # -inf without an interval
     if not below > max(FAR_POINTS, FAR_SHARE * best.value):
         return None
     return (

@@ -200,7 +200,7 @@ def test_the_highest_published_number_counts_in_whatever_format() -> None:
 def test_no_warning_without_an_interval_or_on_a_loss() -> None:
     assert warning([REPORT], accuracy(0.0, -math.inf, math.inf)) is None
     assert warning([], accuracy(0.0, 0.0, 0.0)) is None
-    loss = Baseline(QWEN, "codealpaca", 0.683, Format(0, "reference", "reference"), "x")
+    loss = Baseline(QWEN, "codealpaca", 30.0, Format(0, "reference", "reference"), "x")
     assert warning([loss], Measured(Estimate(0.001, 0.0, 0.002, 100, ""), CHAT)) is None
 
 
