@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,13 @@ def greedy(logits_of, ids, n):
             logits = logits_of(tokens)
         tokens = torch.cat([tokens, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
     return tokens[0, len(ids) :].tolist()
+
+
+def publish(monkeypatch, numbers):
+    """Let nothing be published but `numbers`: by model and task, the values and the format of each."""
+    module = sys.modules["spd_lens.evaluation.published"]  # the face has the function of this name
+    rows = {
+        key: [module.Baseline(*key, value, form, f"source {i}") for i, (value, form) in enumerate(values)]
+        for key, values in numbers.items()
+    }
+    monkeypatch.setattr(module, "_table", lambda: (rows, {module._plain(model): model for model, _ in rows}))

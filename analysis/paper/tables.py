@@ -32,7 +32,7 @@ from spd_lens.files import write_text
 from spd_lens.output import markdown, set_up_logging, terminal
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
-from spd_lens.study import Evidence, Outcome, backbone, differences_from_paper
+from spd_lens.study import Evidence, Outcome, backbone, base_and_published, base_warnings, differences_from_paper
 
 NOT_RUN = "not run"
 _TABLE_3 = (
@@ -111,6 +111,8 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
     for study in studies:
         lines += ["", f"## What differs from the paper in `{study.name}`", ""]
         lines += markdown(["setting", "paper", "here"], differences_from_paper(study))
+        if text := base_and_published(study):
+            lines += ["", f"## What is published of the base model of `{study.name}`", "", text]
         missing = study.missing()
         lines += ["", f"The study is not complete: {'; '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"
@@ -147,6 +149,8 @@ def main(
     write_text(folder / f"table{name}.csv", cells.to_csv(index=False))
     write_text(folder / f"table{name}.md", to_markdown(cells, read))
     console.print(_rich(cells))
+    for text in (text for study in read for text in base_warnings(study)):
+        console.print(text, highlight=False, markup=False)
     console.print(
         f"{int(cells.ours.notna().sum())} of {len(cells)} cells were run; written to {folder / f'table{name}.md'} "
         "and .csv, with what differs from the paper",

@@ -8,13 +8,26 @@ from spd_lens.evaluation.corpus_diagnostics import (
     share_after_answer,
 )
 from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.published import (
+    LOSS_TASKS,
+    Baseline,
+    Format,
+    Measured,
+    Subject,
+    known_as,
+    models_published,
+    own_names,
+    published,
+    warning,
+)
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, per_item, teacher_forced
 from spd_lens.subspaces import Policy
 
 __all__ = [
-    "EvalResult", "ForcedBatch", "ForcedItem", "ItemResult", "OF_COMPLETIONS", "Policy", "Prefix",
-    "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits", "per_item", "repeated_ngrams",
-    "settled_at", "share_after_answer", "teacher_forced",
+    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "LOSS_TASKS", "Measured",
+    "OF_COMPLETIONS", "Policy", "Prefix", "Subject", "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits",
+    "known_as", "models_published", "own_names", "per_item", "published", "repeated_ngrams", "settled_at",
+    "share_after_answer", "teacher_forced", "warning",
 ]  # fmt: skip

@@ -64,6 +64,10 @@ class ModelGroup(Settings):
         None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
     )
 
+    published_name: str | None = Field(
+        None, description="The name under which results of a local model were published; else what its files say."
+    )
+
     @field_validator("prompt_date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
@@ -267,7 +271,10 @@ def differ(key: str, one: Any, other: Any) -> bool:
     """Whether two values of a setting are not the same.
 
     `1 == 1.0` in Python, but rank 1 is one direction and 1.0 is all. A model's directory has more than one spelling.
+    Whose published numbers a report shows beside the results changes none of them.
     """
+    if key == "published_name":
+        return False
     if key == "model" and isinstance(one, str) and isinstance(other, str):
         one, other = (str(Path(model).resolve()) if Path(model).exists() else model for model in (one, other))
     return json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)

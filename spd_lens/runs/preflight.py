@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import known_as, models_published
 from spd_lens.generation import Decoding, check_room
 from spd_lens.models import ModelPair, choose_backends, resolve_device, resolve_dtype
 from spd_lens.protocols import protocol
+from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
 from spd_lens.runs.experiment import Experiment
@@ -21,6 +23,13 @@ log = logging.getLogger(__name__)
 
 def check_settings(config: SPDConfig) -> None:
     """Refuse what is wrong whatever the model: needs no model."""
+    if config.published_name is not None and known_as(config.published_name) is None:
+        known = models_published()
+        hint = did_you_mean(config.published_name, known) or f"; they are known of {', '.join(known)}"
+        raise SPDError(
+            f"no published results are known here of {config.published_name!r}{hint}; leave published_name out for a "
+            "model that is none of these"
+        )
     choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
     config.training.check()

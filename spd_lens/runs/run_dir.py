@@ -165,6 +165,10 @@ class Run(Folder, Artefacts):
             with run.locked():
                 run.check(config)  # another process may have begun a run meanwhile
                 write_text(run.config_path, config.to_yaml())
+        elif config.published_name != (earlier := run.config).published_name:
+            with run.locked():
+                named = earlier.model_copy(update={"published_name": config.published_name})
+                write_text(run.config_path, named.to_yaml())
         return run
 
     def check(self, config: SPDConfig) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from spd_lens.evaluation import known_as, own_names
 from spd_lens.generation import NOT_APPLIED, Decoding
 from spd_lens.models import ModelPair, weights_digest
 from spd_lens.runs.artefacts import Artefacts
@@ -100,4 +101,7 @@ def note_set_up(folder: Folder, config: SPDConfig, pair: ModelPair) -> None:
         **own,
     }
     folder.note_once("the set-up", resolved=resolved)
+    # what the model's files say is at hand now, and perhaps no more when the report is read
+    if known_as(config.model) is None and (name := known_as(*own_names(config.model, pair.hf.config))):
+        folder.note(published_name=name)
     folder.note_date(pair)

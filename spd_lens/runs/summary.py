@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from spd_lens.evaluation import EvalResult, ForcedItem, per_item
+from spd_lens.evaluation import LOSS_TASKS, EvalResult, ForcedItem, Format, Measured, Subject, per_item
 from spd_lens.files import write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
@@ -34,9 +34,11 @@ STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
 def write_summary(run: Run) -> str:
     """Write and return `summary.md`."""
     targets = list(run.config.targets)
-    parts = [_heading(run)]
+    parts, subject = [_heading(run)], _subject(run)
     for task in targets:
         parts.append(_scores(run, task))
+        if subject is not None and (beside := _published(run, task, subject)):
+            parts += [beside, subject.caveat if subject.caveat not in parts else ""]
         if (run.path / "effects" / f"{task}.json").exists():
             parts.append(effects_section(run.effects(task), task, _rounding(run)))
     parts += [_proof(run), _completions(run, targets[0]), _times(run)]
@@ -111,6 +113,27 @@ def _gain(base: EvalResult, result: EvalResult) -> str:
     return difference_sentence(
         result.accuracy_gain(base), measure="Accuracy", first=base.policy, second=result.policy, test=test
     )
+
+
+def _published(run: Run, task: str, subject: Subject) -> str:
+    """The base beside what is published of it; empty where nothing is."""
+    base, named = run.result(task, "base"), run.config.targets[task]
+    value = base.completion_loss if named in LOSS_TASKS else base.accuracy
+    if value is None:
+        return ""
+    asked = base.settings.get("prompt_format", run.notes["resolved"]["format"])
+    here = Format.here(asked, base.settings.get("task_options", {}))
+    return "\n".join(subject.beside(named, Measured(value, here)))
+
+
+def _subject(run: Run) -> Subject | None:
+    """The published model that the run's base is; None where that is not known, or no base was scored."""
+    config = run.config
+    # the base of a later round was trained by the rounds before it
+    trained = run.path.name != "round-1" and (run.path.parent / "rounds.json").exists()
+    if trained or "base" not in config.policies:
+        return None
+    return Subject.of(config.model, config.published_name, run.notes.get("published_name"))
 
 
 def effects_section(effects: Forced, task: str, rounding: float | None = None) -> str:

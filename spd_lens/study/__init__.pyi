@@ -11,6 +11,8 @@ from .reporting.differences import FOCUS as FOCUS
 from .reporting.differences import RANDOM as RANDOM
 from .reporting.evidence import Evidence as Evidence
 from .reporting.evidence import Outcome as Outcome
+from .reporting.published import base_and_published as base_and_published
+from .reporting.published import base_warnings as base_warnings
 from .reporting.report import PHASES as PHASES
 from .reporting.report import Report as Report
 from .reporting.setup import BACKBONES as BACKBONES
@@ -21,6 +23,6 @@ from .results import results_frame as results_frame
 
 __all__ = [
     "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig",
-    "backbone", "corpora_frame", "differences_from_paper", "make_plan", "preset_names", "results_frame", "run_study",
-    "study",
+    "backbone", "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "make_plan",
+    "preset_names", "results_frame", "run_study", "study",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ _OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "
 """Settings of a run that a study decides itself, cell by cell, or has no use for."""
 _ONE_FOR_ALL = (
     "protocol", "model", "prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking",
-    "prompt_date", "too_long", "n_eval", "data_seed", "data_dir",
+    "prompt_date", "published_name", "too_long", "n_eval", "data_seed", "data_dir",
 )  # fmt: skip
 """Settings that cannot differ by source: all cells share one model, its prompts and the items."""
 _GROWING = ("methods", "seeds")

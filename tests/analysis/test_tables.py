@@ -14,6 +14,7 @@ from spd_lens.analysis.paper.figure_4 import figure_4, points, points_sentence
 from spd_lens.analysis.paper.printed import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
 from spd_lens.analysis.paper.tables import NOT_RUN, fill, main, model_of, to_markdown
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import published
 from spd_lens.study.reporting.differences import differences, means
 from spd_lens.study.reporting.evidence import Evidence
 from spd_lens.study.reporting.setup import BACKBONES
@@ -76,7 +77,32 @@ def test_numbers_agree_with_each_other() -> None:
     assert outside == ["bbh"]  # as the comment in paper_numbers says
 
 
+def test_the_base_rows_are_those_that_a_measured_base_is_compared_with() -> None:
+    for row in TABLES[1].rows:
+        if row.method == "base":
+            ours = [published(row.backbone, task)[0] for task in CODE_MATH_QA]
+            assert tuple(number.value for number in ours) == row.values
+            assert all("2605.22675, table 1" in number.source for number in ours)
+
+
 # tables
+
+
+def test_what_is_published_of_the_base_stands_under_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _paper_study(tmp_path / "study", n_items=40).name
+    results = pd.read_csv(tmp_path / folder / "results.csv", dtype={"seed": str})
+    base = (results.method == "base") & (results.measure == "accuracy")
+    results.loc[base, "value"] = (np.arange(base.sum()) % 40 < 4).astype(float)
+    results.to_csv(tmp_path / folder / "results.csv", index=False)
+    monkeypatch.setenv("COLUMNS", "400")
+    main("1", [tmp_path / folder], quiet=True)
+    text = (tmp_path / folder / "tables" / "table1.md").read_text(encoding="utf-8")
+    under = text.partition(f"## What is published of the base model of `{folder}`")[2]
+    assert "| 49.6 | shots and prompt not stated |" in under and "| 0.683 |" in under
+    assert "**The base scores 10.0 [" in under
+    assert "gsm8k: The base scores 10.0 [" in capsys.readouterr().out
 
 
 def test_table_1_has_the_papers_rows_and_ours_beside_them(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import spd_lens as spd
+from spd_lens.evaluation import Format
 from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.runs.stages import note_set_up
@@ -21,7 +22,7 @@ from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.policy import Policy
 from tests.conftest import N_CTX
-from tests.helpers import assert_same_bits, killed_once_there, refused
+from tests.helpers import assert_same_bits, killed_once_there, publish, refused
 
 SITES = [Site(1, "k"), Site(1, "v"), Site(3, "k"), Site(3, "v")]
 NOTES = ("run.json", "data_card.json", "summary.md", ".lock")
@@ -479,3 +480,15 @@ def test_public_names():
     with pytest.raises(AttributeError, match="extrakt"):
         _ = spd.extrakt
     assert dataclasses.is_dataclass(spd.Example)
+
+
+def test_a_finished_run_takes_another_published_name(finished_run, tiny_settings, tmp_path, monkeypatch):
+    publish(monkeypatch, {("Known", "synthetic-math"): [(77.0, Format(4, "chat"))]})
+    out = shutil.copytree(finished_run.path, tmp_path / "run")
+    before = {path: content for path, content in files_of(out).items() if path not in (*NOTES, "config.yaml")}
+    again = spd.run(config_of(tiny_settings, published_name="known"), out, progress=False)
+    assert again.config == finished_run.config.model_copy(update={"published_name": "known"})
+    assert "published of Known" in again.summary
+    made = files_of(out)
+    assert {path: made[path] for path in made if path not in (*NOTES, "config.yaml")} == before
+    assert "published" not in spd.run(config_of(tiny_settings), out, progress=False).summary

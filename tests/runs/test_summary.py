@@ -12,11 +12,13 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 import spd_lens as spd
+from spd_lens.evaluation import Format
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem
 from spd_lens.files.contents import write_json
 from spd_lens.runs import summary as report
 from spd_lens.runs.summary import changed, effects_section, quoted, write_summary
+from tests.helpers import publish
 
 TASK = "synthetic-math"
 
@@ -221,6 +223,56 @@ def test_answers_by_likelihood_have_a_column_where_there_are_some(run):
     rewrite(run, "base", choice=lambda i, item: "A", choice_score=lambda i, item: float(i < 3))
     rows = table(write_summary(run), f"## {TASK}")
     assert_estimate(rows["base"]["accuracy by likelihood"], 3 / 12, *wilson(3, 12), 12)
+
+
+# what is published of the base
+
+
+def named(run, **settings):
+    """The run with settings that name its model."""
+    config = spd.SPDConfig.make({**run.config.model_dump(), **settings})
+    run.config_path.write_text(config.to_yaml())
+
+
+def test_what_is_published_stands_beside_the_base(run, monkeypatch):
+    asked = run.result(TASK, "base").settings["prompt_format"]
+    publish(monkeypatch, {("Known", TASK): [(77.0, Format(4, "chat")), (30.0, Format(0, asked))]})
+    rewrite(run, "base", score=lambda i, item: float(i < 2))
+    rewrite(run, "spd", score=lambda i, item: float(i < 9))
+    before = write_summary(run)
+    assert "published" not in before  # the model is a directory that says nothing of itself
+    named(run, model="someone/known")
+    text = write_summary(run)
+    low, high = (100 * end for end in wilson(2, 12))
+    rows = table(text, f"accuracy (%) on {TASK}, and what is published of Known:")
+    assert list(rows) == [f"**16.7 [{low:.1f}, {high:.1f}]**", "30", "77"]
+    assert rows["30"]["format"] == f"zero-shot, {asked} prompt (**the same format**)"
+    assert rows["77"] == {"base model": "77", "format": "4-shot, chat prompt", "source": "source 0"}
+    assert f"**The base scores 16.7 [{low:.1f}, {high:.1f}] % here (zero-shot, {asked} prompt" in text
+    section = text[text.index("The base model's accuracy") : text.index("### Teacher-forced")]
+    head = {line for line in text.splitlines() if line.startswith("# SPD on")}
+    assert set(text.replace(section, "").splitlines()) - head <= set(before.splitlines())  # and nothing else changes
+
+
+def test_a_name_of_ones_own_for_a_local_model(run, monkeypatch):
+    publish(monkeypatch, {("Known", TASK): [(77.0, Format(4, "chat"))]})
+    named(run, published_name="known")
+    assert "published of Known" in write_summary(run)
+    named(run, published_name=None)
+    assert "published" not in write_summary(run)
+    run.note(published_name="Known")
+    assert write_summary(run).count("is what its own files say") == 1
+    named(run, policies=["spd"])
+    assert "published" not in write_summary(run)
+
+
+def test_the_model_of_a_later_round_is_not_the_published_one(run, monkeypatch):
+    publish(monkeypatch, {("Known", TASK): [(77.0, Format(4, "chat"))]})
+    named(run, model="someone/known")
+    write_json(run.path.parent / "rounds.json", {})
+    for number, shown in ((1, True), (2, False)):
+        copy = shutil.copytree(run.path, run.path.parent / f"round-{number}")
+        assert ("published of Known" in write_summary(spd.Run(copy))) is shown
 
 
 # completions

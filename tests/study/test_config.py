@@ -62,6 +62,7 @@ def test_a_cell_has_its_sources_settings_and_its_seed():
         ({"source_settings": {"gsm8k": {"system": "Hi"}}}, ("setting 'system' is the same for all sources",)),
         ({"source_settings": {"gsm8k": {"span_rule": "inside"}}}, ("setting 'span_rule' is the same for all sources",)),
         ({"source_settings": {"gsm8k": {"add_special_tokens": False}}}, ("'add_special_tokens' is the same for all",)),
+        ({"source_settings": {"gsm8k": {"published_name": "x"}}}, ("setting 'published_name' is the same for all",)),
         ({"task_options": {"mbpp": {}}}, ("task_options names 'mbpp'",)),
         ({"task_options": {"gsm8k": {"colour": 1}}}, ("gsm8k has no option 'colour'",)),
         ({"task_options": {"gsm8k": {"path": "x"}}}, ("gsm8k takes no option 'path'", "data_dir")),

@@ -381,3 +381,11 @@ def test_every_unit_says_what_is_left(study_of, tiny_pair, copied_study, caplog)
     assert lines[0] == "7 of 33 units to do"
     assert lines[1].startswith("[1/7] generate: psr, from synthetic-math, seed 2: ") and "about" in lines[1]
     assert lines[-1].endswith("about 0 s left")
+
+
+def test_a_study_takes_another_published_name(copied_study, study_of):
+    named = study_of(settings={"published_name": "Qwen2.5-0.5B-Instruct"})
+    copied_study.begin(copied_study.admits(named))
+    assert copied_study.config == named
+    copied_study.begin(copied_study.admits(study_of()))
+    assert copied_study.config == study_of()

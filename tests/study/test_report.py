@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ import pytest
 from scipy import stats
 
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import Format
 from spd_lens.study import engine
 from spd_lens.study.folder import Study
 from spd_lens.study.reporting import report
 from spd_lens.study.reporting.differences import RANDOM, better, differences, estimate_of, means, references
 from spd_lens.study.reporting.evidence import Evidence
+from spd_lens.study.reporting.published import base_and_published, base_warnings
 from spd_lens.study.reporting.report import Report, write_report
 from spd_lens.study.reporting.setup import backbone, differences_from_paper
 from spd_lens.study.reporting.verdict import Answer, answers
+from tests.helpers import publish
 from tests.studies import planted, write_study
 
 MATH = "synthetic-math"
@@ -395,6 +399,56 @@ def test_backbones_by_name() -> None:
     assert backbone("unsloth/Qwen2.5-7B-Instruct") == "Qwen2.5-7B-Instruct"
     assert backbone("Qwen/Qwen3-4B-Instruct-2507") == "Qwen3-4B-Instruct"
     assert backbone("meta-llama/Llama-3.1-8B") is None
+
+
+# what is published of the base
+
+
+def _of_a_known_model(**settings: object) -> Evidence:
+    results = planted(targets=("gsm8k", "svamp", "codealpaca"), n_items=40, measures=("accuracy", "completion loss"))
+    base = (results.method == "base") & (results.measure == "accuracy")
+    results.loc[base, "value"] = (np.arange(base.sum()) % 40 < 4).astype(float)  # 4 of 40 on every target
+    plan = {
+        "settings": {"model": "x/known", "prompt_format": "auto", **settings},
+        "targets": ["gsm8k", "own/svamp.jsonl"],
+        "task_options": {"gsm8k": {"scoring": "reference", "prompt_template": "reference"}},
+    }
+    return Evidence.of(results, plan, facts={"resolved": {"format": "verbatim"}})
+
+
+def test_a_study_shows_its_base_beside_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Format(0, "reference", "reference")
+    publish(monkeypatch, {
+        ("Known", "gsm8k"): [(49.6, Format(4, "chat")), (11.0, reference)], ("Known", "svamp"): [(90.0, reference)],
+        ("Known", "codealpaca"): [(0.683, reference)],
+    })  # fmt: skip
+    evidence = _of_a_known_model()
+    text = Report(evidence).text
+    section = text[text.index("## The base model, and what is published of it") :].partition("\n## ")[0]
+    assert text.index("## What it says") < text.index(section) < text.index("## After training")
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    first = next(line for line in rows if "**here**" in line)
+    assert first.startswith("| **10.0 [")
+    assert "zero-shot, the reference code's prompt, the reference code's scoring" in first
+    assert rows[3].startswith("| 11 | ") and "the same format" in rows[3]  # before 49.6
+    assert rows[4].startswith("| 49.6 | 4-shot, chat prompt |")
+    assert "on codealpaca" in section and "| 0.683 |" in section
+    assert "svamp" not in section  # a file of one's own, whatever its name
+    [sentence] = base_warnings(evidence)
+    assert (
+        sentence.startswith("gsm8k: The base scores 10.0 [") and "49.6 % is published (4-shot, chat prompt)" in sentence
+    )
+    assert sentence.removeprefix("gsm8k: ") in section
+
+
+def test_a_study_of_an_unknown_model_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(monkeypatch, {("Known", "gsm8k"): [(49.6, Format(4, "chat"))]})
+    for evidence in (_of_a_known_model(model="some/dir"), Evidence.of(planted(targets=("gsm8k",), n_items=4))):
+        assert base_and_published(evidence) == "" and base_warnings(evidence) == []
+        assert "published" not in Report(evidence).text
+    assert "published of Known" in base_and_published(_of_a_known_model(model="some/dir", published_name="known"))
+    by_files = replace(_of_a_known_model(model="some/dir"), facts={"published_name": "Known"})
+    assert base_and_published(by_files).count("what its own files say") == 1
 
 
 # bad input

@@ -28,6 +28,7 @@ from spd_lens.study.reporting.differences import (
     means,
 )
 from spd_lens.study.reporting.evidence import PRIMARY, Evidence, in_order
+from spd_lens.study.reporting.published import base_and_published
 from spd_lens.study.reporting.setup import differences_from_paper, protocol_of
 from spd_lens.study.reporting.verdict import answers
 
@@ -60,7 +61,7 @@ class Report:
     def text(self) -> str:
         """The report in Markdown."""
         evidence, table = self.evidence, self.differences
-        parts = [f"# Study: {_code(evidence.name)}", _gaps(evidence), _answers(evidence, table)]
+        parts = [f"# Study: {_code(evidence.name)}", _gaps(evidence), _answers(evidence, table), _published(evidence)]
         for source in evidence.sources:
             for phase, title in PHASES.items():
                 rows, changes = (t[(t.source == source) & (t.phase == phase)] for t in (self.means, table))
@@ -106,6 +107,11 @@ def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
     if len(evidence.seeds) < 2:
         lines += ["", "One seed: how much of this another seed would change is not known."]
     return "\n".join(lines)
+
+
+def _published(evidence: Evidence) -> str:
+    text = base_and_published(evidence)
+    return f"## The base model, and what is published of it\n\n{text}" if text else ""
 
 
 def overview(rows: pd.DataFrame, changes: pd.DataFrame) -> str:
