@@ -87,9 +87,9 @@ def run_python(
         return trial.run(program, tests, setup, asked, modules)
 
 
-def passes_tests(code: str, tests: Sequence[str], setup: str) -> bool:
+def passes_tests(code: str, tests: Sequence[str], setup: str, timeout_s: float = 15.0) -> bool:
     """Whether hostile `code` passes trusted `tests`; what `CodeTask.executor` is set to with --allow-code-execution."""
-    return run_python(code, tests, setup=setup).ok
+    return run_python(code, tests, setup=setup, timeout_s=timeout_s).ok
 
 
 def available() -> str | None:

@@ -25,6 +25,10 @@ from spd_lens.examples import Example
 from spd_lens.tasks.sources import Source
 
 Split = Literal["calibration", "train", "test"]
+Scoring = Literal["final", "reference"]
+
+_WHERE_SET = ("prompt_template", "order", "scoring")
+"""Options that a record holds only where they are set, as records that were written before these options lack them."""
 
 
 @dataclass
@@ -71,6 +75,22 @@ class Task(ABC):
     @abstractmethod
     def score(self, item: Example, text: str) -> float:
         """How right the completion `text` is for `item`, in [0, 1]."""
+
+    def scored_by(self, scoring: Scoring) -> Self:
+        """A copy of the task that reads and scores completions by other rules, for tasks with two sets of them. It
+        shares what has been read of the data, so that the same completions can be scored in two ways.
+
+        Raises:
+            SPDError: The task has no such rules.
+        """
+        if scoring != "final":
+            raise SPDError(f"{self.name} has no scoring {scoring!r}; it has one set of rules, 'final'")
+        return self
+
+    @property
+    def asks_form(self) -> bool:
+        """Whether the prompts say what form the answer must have."""
+        return True
 
     def in_asked_form(self, text: str) -> bool:
         """Whether the completion `text` gives an answer in the form that its prompt asks for, if in any.
@@ -136,18 +156,21 @@ class Task(ABC):
     def pool(self, split: Split) -> list[Example]:
         """Everything that `split` can be drawn from, in the source's order."""
         if self._pools is None:
-            pools = self.load()
-            # the test side stays as published; what it repeats leaves the training side
-            held_out = {self.problem(example) for example in pools.test}
-            for side in ("train", "calibration"):
-                if given := getattr(pools, side):
-                    left = without_repeats(given, held_out, self.problem)
-                    self.duplicates_removed += len(given) - len(left)
-                    setattr(pools, side, left)
-            self._pools = pools
+            self._pools = self.apart(self.load())
         if split == "calibration" and self._pools.calibration is None:
             return self._pools.train
         return getattr(self._pools, split)
+
+    def apart(self, pools: Pools) -> Pools:
+        """What was loaded, without the training examples that repeat another one or a test problem."""
+        # the test side stays as published; what it repeats leaves the training side
+        held_out = {self.problem(example) for example in pools.test}
+        for side in ("train", "calibration"):
+            if given := getattr(pools, side):
+                left = without_repeats(given, held_out, self.problem)
+                self.duplicates_removed += len(given) - len(left)
+                setattr(pools, side, left)
+        return pools
 
     def problem(self, example: Example) -> str:
         """What makes two examples the same problem: the normalised prompt, unless a task knows better."""
@@ -155,16 +178,17 @@ class Task(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options as they are in force, for a run's record, without the path to the data and what runs code."""
-        return {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.init and item.name not in ("path", "executor")
+        options = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        unset = {
+            item.name for item in fields(self) if item.name in _WHERE_SET and options.get(item.name) == item.default
         }
+        return {name: value for name, value in options.items() if name not in {"path", "executor", *unset}}
 
     def card(self) -> dict[str, Any]:
         """A data set card: counts, duplicates removed, lengths of the spans in characters, sha256 of the sources."""
         pools = {split: self.pool(split) for split in ("calibration", "train", "test")}
-        lengths = [sum(end - start for start, end in example.spans) for example in pools["test"] if example.spans]
+        spans = [(*example.prompt_spans, *example.spans) for example in pools["test"]]
+        lengths = [sum(end - start for start, end in marked) for marked in spans if marked]
         return {
             "task": self.name,
             "options": self.options(),
@@ -191,6 +215,24 @@ class Task(ABC):
         if not wanted:
             raise SPDError(f"{self.name} needs at least one {what}; there are {', '.join(known)}")
         return tuple(name for name in known if name in wanted)
+
+
+@dataclass(kw_only=True)
+class TwoScorings(Task):
+    """A task that can also read and score completions as the paper's reference code does (`scoring.reference`)."""
+
+    scoring: Scoring = "final"
+    """`final`: the answer that a careful reader finds; `reference`: the reference code's plain rules."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_option("scoring", ("final", "reference"))
+
+    def scored_by(self, scoring: Scoring) -> Self:
+        other = copy.copy(self)
+        other.scoring = scoring
+        other.check_option("scoring", ("final", "reference"))
+        return other
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from spd_lens.examples import Example
 from spd_lens.tasks.base import Pools, PublishedTask, split_off
 from spd_lens.tasks.forms import ANSWER_MARK, AnswerLine, answer_example
+from spd_lens.tasks.scoring import reference
 from spd_lens.tasks.scoring.letters import same_choice
 from spd_lens.tasks.scoring.short_answers import same_short_answer
 from spd_lens.tasks.scoring.words import short_answer
@@ -80,10 +81,12 @@ class BBH(AnswerLine, PublishedTask):
         )
 
     def extract(self, text: str) -> str | None:
-        return short_answer(text)
+        return reference.first_line(text) if self.scoring == "reference" else short_answer(text)
 
     def score(self, item: Example, text: str) -> float:
         gold = item.meta["answer"]
+        if self.scoring == "reference":
+            return float(reference.same_line(gold, text))
         listed = _OPTION.findall(item.prompt)
         if gold in [letter for letter, _ in listed]:
             return float(same_choice(gold.strip("()"), [choice for _, choice in listed], text))

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
-from spd_lens.tasks.base import Task, normalised
+from spd_lens.tasks.base import TwoScorings, normalised
 from spd_lens.tasks.code_blocks import extract_code
 from spd_lens.tasks.code_names import DEFINITION, UNPARSABLE, compiled, parse, syntax_tree
+from spd_lens.tasks.scoring import reference
 
 Executor = Callable[[str, Sequence[str], str], bool]
 """`(code, tests, setup) -> passed`: `code` is a model's and not trusted; `tests` are asserts, `setup` statements before
-them that may use the code's classes. Both come from the data set."""
+them that may use the code's classes. Both come from the data set. One that also takes `timeout_s` is told the limit of
+`scoring="reference"`."""
 
 
 @dataclass(kw_only=True)
-class CodeTask(Task):
+class CodeTask(TwoScorings):
     """Completion: the reference solution, then asserts (paper table 6: the span is assertion-relevant, 5-20 tokens).
 
     Whether a completion is right is found out by running it against the asserts.
@@ -80,12 +84,12 @@ class CodeTask(Task):
         return normalised(example.meta["problem"])
 
     def extract(self, text: str) -> str | None:
-        return extract_code(text)
+        return reference.program(text) if self.scoring == "reference" else extract_code(text)
 
     def in_asked_form(self, text: str) -> bool:
         """Whether there is Python that parses and defines something."""
         try:
-            tree = syntax_tree(extract_code(text) or "")
+            tree = syntax_tree(self.extract(text) or "")
         except UNPARSABLE:
             return False
         return any(isinstance(node, DEFINITION) for node in tree.body)
@@ -94,10 +98,13 @@ class CodeTask(Task):
         """1.0 if the completion's code passes the item's asserts (pass@1 of one sample), else 0.0."""
         self.check_scorable()
         assert self.executor is not None
-        tests = item.meta["tests"]
+        tests, setup = item.meta["tests"], item.meta["setup"]
+        if self.scoring == "reference":
+            code = reference.program(text)
+            return float(code is not None and _hasty(self.executor)(code, tests, setup))
         header, functions = signature(item.completion, tests)
         code = extract_code(text, functions, header)
-        return float(code is not None and self.executor(without_asserts(code), tests, item.meta["setup"]))
+        return float(code is not None and self.executor(without_asserts(code), tests, setup))
 
     def check_scorable(self) -> None:
         if self.executor is None:
@@ -105,6 +112,15 @@ class CodeTask(Task):
                 f"scoring {self.name} means running code that a model wrote; say --allow-code-execution "
                 "(in Python: set the task's executor), or leave the task out"
             )
+
+
+def _hasty(executor: Executor) -> Executor:
+    """The executor with the reference code's time limit, if it takes one (as `timeout_s`); else as it is."""
+    try:
+        limited = "timeout_s" in inspect.signature(executor).parameters
+    except (TypeError, ValueError):  # a callable without a signature, such as some builtins
+        limited = False
+    return functools.partial(executor, timeout_s=reference.CODE_SECONDS) if limited else executor
 
 
 def signature(solution: str, tests: Sequence[str]) -> tuple[str, set[str]]:

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Pools, PublishedTask, split_off
+from spd_lens.tasks.base import Pools, PublishedTask, TwoScorings, split_off
+from spd_lens.tasks.scoring import reference
 from spd_lens.tasks.sources import Row
 from spd_lens.tasks.thoughts import without_thoughts
 
@@ -17,7 +18,7 @@ _FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
 
 @dataclass(kw_only=True)
-class CodeAlpaca(PublishedTask):
+class CodeAlpaca(TwoScorings, PublishedTask):
     """Instruction, perhaps with an input, and an output. No split at the source: a tenth, always the same, is held out.
 
     The paper uses the 20k set and measures the likelihood of the outputs. `sources()` names the file that was used.
@@ -65,12 +66,17 @@ class CodeAlpaca(PublishedTask):
 
     def extract(self, text: str) -> str | None:
         """The fenced block, if there is one, or the whole text, without thoughts."""
+        if self.scoring == "reference":
+            return text.strip() or None
         text = without_thoughts(text).replace("\r\n", "\n")
         match = _FENCED.search(text)
         return (match[1] if match else text).strip() or None
 
     def score(self, item: Example, text: str) -> float:
         """1.0 if the code equals the reference but for white space: strict, and near 0 for every model. The likelihood
-        of the reference outputs is this benchmark's measure."""
+        of the reference outputs is this benchmark's measure. With the reference code's scoring: 1.0 if the completion
+        parses as Python."""
+        if self.scoring == "reference":
+            return float(reference.parses(text))
         said, gold = self.extract(text), self.extract(item.completion)
         return float(said is not None and gold is not None and said.split() == gold.split())

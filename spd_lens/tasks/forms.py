@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Task, normalised
+from spd_lens.tasks.base import TwoScorings, normalised
+from spd_lens.tasks.scoring import reference
 from spd_lens.tasks.scoring.letters import answer_letter, same_choice
 from spd_lens.tasks.scoring.numbers import final_number, hash_lines
 from spd_lens.tasks.scoring.reading import answer_part
@@ -18,7 +19,7 @@ NUMBER_REQUEST = "Solve the problem step by step. End with a line that says '###
 
 
 @dataclass(kw_only=True)
-class FinalNumber(Task):
+class FinalNumber(TwoScorings):
     """Worked solutions that end on `#### N` (paper table 6: the span is the final numeric answer, 1-3 tokens)."""
 
     span: Literal["number", "line", "completion"] = "number"
@@ -48,13 +49,16 @@ class FinalNumber(Task):
         return normalised(example.prompt.removesuffix(self.request))
 
     def extract(self, text: str) -> str | None:
-        return final_number(text)
+        return reference.last_number(text) if self.scoring == "reference" else final_number(text)
 
     def in_asked_form(self, text: str) -> bool:
         """Whether there is a line of `####` and a number."""
-        return super().in_asked_form(text) and bool(hash_lines(answer_part(text), line_start=True))
+        asked = not self.asks_form or bool(hash_lines(answer_part(text), line_start=True))
+        return asked and super().in_asked_form(text)
 
     def score(self, item: Example, text: str) -> float:
+        if self.scoring == "reference":
+            return float(reference.same_number(item.meta["answer"], text))
         return float(same_number(item.meta["answer"], final_number(text)))
 
 
@@ -71,12 +75,13 @@ def answer_example(id: str, prompt: str, answer: str, *, whole_line: bool, meta:
 
 
 @dataclass(kw_only=True)
-class AnswerLine(Task):
+class AnswerLine(TwoScorings):
     """Answers on a line `Answer: ...`: a letter or a few words."""
 
     def in_asked_form(self, text: str) -> bool:
         """Whether there is a line `Answer: ...` from which the answer can be taken."""
-        return super().in_asked_form(text) and _ANSWER_LINE.search(answer_part(text)) is not None
+        asked = not self.asks_form or _ANSWER_LINE.search(answer_part(text)) is not None
+        return asked and super().in_asked_form(text)
 
 
 @dataclass(kw_only=True)
@@ -109,7 +114,9 @@ class ChosenLetter(AnswerLine):
         return tuple(f"{mark}{chr(65 + index)}" for index in range(len(item.meta["choices"])))
 
     def extract(self, text: str) -> str | None:
-        return answer_letter(text)
+        return reference.first_letter(text) if self.scoring == "reference" else answer_letter(text)
 
     def score(self, item: Example, text: str) -> float:
+        if self.scoring == "reference":
+            return float(reference.first_letter(text) == item.meta["answer"])
         return float(same_choice(item.meta["answer"], item.meta["choices"], text))
