@@ -18,7 +18,7 @@ from spd_lens.stats import Estimate, clustered_mean
 from spd_lens.study import FOCUS, RANDOM
 
 FACTORS: dict[str, tuple[str, ...]] = {
-    "padding": ("out of the loss", "in the loss"),
+    "padding": ("off", "on"),
     "format": ("verbatim", "raw", "chat"),
     "scorer": tuple(SCORERS),
     "projection": ("none", "random", "spd"),
@@ -102,8 +102,8 @@ def grid(studies: Sequence[Opened]) -> pd.DataFrame:
         first, second = twice[twice.source == twice.source.iloc[0]].study.unique()[:2]
         row = twice.iloc[0]
         raise SPDError(
-            f"{first} and {second} have the same prompt format ({row.format}) and the padding {row.padding} in both, so "
-            "that they are one point of the factorial; leave one of them out"
+            f"{first} and {second} are one point of the factorial (source {row.source}, prompt format {row.format}, "
+            f"padding in the loss {row.padding}, {row.method}); leave one of them out"
         )
     return points
 
@@ -119,7 +119,7 @@ def cells(frame: pd.DataFrame, points: pd.DataFrame) -> dict[tuple[str, str], di
         By `(source, target)` and by levels, a table `[item, outcome]`; `attrs` has study, method and number of seeds.
     """
     found: dict[tuple[str, str], dict[Levels, pd.DataFrame]] = {}
-    base = frame[frame.source == ""].set_index(["study", "target", "scorer", "item"]).score
+    base = frame[frame.source == ""].set_index(["study", "target", "scorer", "item"]).score.sort_index()
     for row in points.itertuples():
         own = frame[(frame.study == row.study) & (frame.source == row.source) & (frame.method == row.method)]
         for (target, scorer), part in own.groupby(["target", "scorer"], sort=False):
@@ -142,7 +142,8 @@ def cell_table(found: Mapping[tuple[str, str], Mapping[Levels, pd.DataFrame]]) -
         for levels, table in tables.items():
             place = {"source": source, "target": target, **dict(zip(FACTORS, levels, strict=True)), **table.attrs}
             for outcome in OUTCOMES:
-                estimate = clustered_mean([table[outcome].to_numpy()], n_resamples=N_RESAMPLES)
+                values = table[outcome].to_numpy()
+                estimate = _estimate(values) if outcome == "gain" else clustered_mean([values], n_resamples=N_RESAMPLES)
                 rows.append({**place, "outcome": outcome, **estimate.to_row()})
     return pd.DataFrame(rows, columns=CELLS)
 
@@ -170,7 +171,9 @@ def effects(by_item: Mapping[Levels, np.ndarray], *, without: Sequence[str] = ()
         place = names.index(factor)
         first = min((levels[place] for levels in by_item), key=FACTORS[factor].index, default="")
         by_item = {levels: values for levels, values in by_item.items() if levels[place] == first}
-    present = [[v for v in values if any(v == x[place] for x in by_item)] for place, values in enumerate(FACTORS.values())]
+    present = [
+        [v for v in values if any(v == x[place] for x in by_item)] for place, values in enumerate(FACTORS.values())
+    ]
     varying = [place for place, values in enumerate(present) if len(values) > 1]
     for places in (*itertools.combinations(varying, 1), *itertools.combinations(varying, 2)):
         others = [values if place not in places else [""] for place, values in enumerate(present)]
