@@ -31,6 +31,9 @@ UNPROJECTED = ("ssd-reference", "psr", "ssd", "ssd-config")
 CELLS = ["source", "target", *FACTORS, "study", "method", "outcome", "value", "low", "high", "n", "n_seeds"]
 EFFECTS = ["source", "target", "outcome", "effect", "contrast", "value", "low", "high", "n", "contexts", "p", "p_holm"]
 
+_DIGITS = 12
+"""Decimals that are kept of an item's contrast, so that what is 0 but for rounding is 0."""
+
 Levels = tuple[str, ...]
 """A level of each factor, in the order of `FACTORS`."""
 
@@ -182,7 +185,8 @@ def effects(by_item: Mapping[Levels, np.ndarray], *, without: Sequence[str] = ()
             complete = [values for values in found if values is not None]
             if complete:
                 factors = tuple(names[place] for place in places)
-                yield Effect(factors, pairs, np.mean(complete, axis=0), len(complete))
+                mean = np.mean(complete, axis=0).round(_DIGITS)
+                yield Effect(factors, pairs, mean, len(complete))
 
 
 def _contrast(

@@ -95,7 +95,7 @@ def effect_figures(effects: pd.DataFrame) -> Iterator[go.Figure]:
                 )
             fig.add_vline(x=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"}, row="all", col="all")
             rows = -(-len(targets) // 3)
-            fig.update_layout(height=170 + rows * (60 + 44 * len(order)), margin={"t": 110})
+            fig.update_layout(height=190 + rows * (60 + 44 * len(order)), margin={"t": 110, "b": 80})
             fig.update_yaxes(categoryorder="array", categoryarray=order[::-1])
             yield fig
 

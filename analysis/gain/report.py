@@ -13,7 +13,7 @@ from spd_lens.analysis.gain.factorial import FACTORS, OUTCOMES, constant, prompt
 from spd_lens.analysis.gain.split import PARTS
 from spd_lens.output import markdown, terminal
 from spd_lens.stats import bracketed
-from spd_lens.study import BASE
+from spd_lens.study import BASE, FOCUS
 
 SAYS = (
     "Every completion is scored three times: as it is, cut at the first question that follows its answer, and cut by "
@@ -76,20 +76,29 @@ def shown(split: pd.DataFrame) -> Table:
         ["study", "source", "target", "method"], sort=False
     ):
         by_name = part.set_index("quantity")
-        gains = [_gain(by_name.loc[name]) for name in PARTS]
-        rows.append([*map(str, key), *gains])
-    head = ["study", "source", "target", "method", "change", *COMPONENTS]
+        study, source, target, method = map(str, key)
+        gains = [_gain(by_name.loc["score"]), *(f"{100 * by_name.loc[name].gain:+.1f}" for name in COMPONENTS)]
+        rows.append([study, f"{source} → {target}", method, *gains])
+    head = ["study", "source → target", "method", "change", *COMPONENTS]
     return terminal(head, rows, title="Change of the score over the base model, in points")
 
 
 def conclusions(split: pd.DataFrame, effects: pd.DataFrame) -> str:
     """What is certain after correction, in sentences."""
+    said = []
+    for (study, source, target), part in split[split.own & (split.method == FOCUS)].groupby(
+        ["study", "source", "target"], sort=False
+    ):
+        gain = 100 * part.set_index("quantity").gain
+        made_of = ", ".join(f"{name} {gain[name]:+.1f}" for name in COMPONENTS)
+        said.append(f"{FOCUS} from {source} on {target} ({study}): {gain['score']:+.1f} points = {made_of}.")
     own = split[split.own & (split.method != BASE) & split.quantity.isin(COMPONENTS)]
     sure = own[own.p_holm <= 0.05]
-    said = [
-        f"{row.method} from {row.source} on {row.target} ({row.study}): {row.quantity} {_gain(row)} points."
+    told = [
+        f"Told from 0: {row.method} from {row.source} on {row.target} ({row.study}): {row.quantity} {_gain(row)} points."
         for row in sure.sort_values("gain", key=abs, ascending=False).head(5).to_records()
     ] or ["No component of any method is told from 0 after correction for the number of comparisons."]
+    said += told
     moved = effects[(effects.outcome == "gain") & (effects.p_holm <= 0.05)]
     said += [
         f"Moves the gain of {row.source} on {row.target}: {row.effect} ({row.contrast}), {_points(row)} points."
@@ -132,7 +141,7 @@ def _split(part: pd.DataFrame) -> list[str]:
             rows.append([f"{scorer}{mark}", method, level, *[""] * 5])
             continue
         gains = [_gain(by_name.loc[name]) for name in PARTS]
-        corrected = ", ".join(f"{by_name.loc[name].p_holm:.2g}" for name in PARTS)
+        corrected = ", ".join(_p(by_name.loc[name].p_holm) for name in PARTS)
         rows.append([f"{scorer}{mark}", method, level, *gains, corrected])
     names = ["scorer", "method", "score", "change", "the rest", "format", "stopping", "corrected p of the four"]
     return _table(names, rows)
@@ -167,7 +176,7 @@ def _factorial(
     rows = [
         [
             _head(row.outcome), row.effect, row.contrast, _level(row, *_form(row.outcome)[:2], "+"), row.contexts,
-            "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
+            "" if pd.isna(row.p_holm) else _p(row.p_holm),
         ]
         for row in found.itertuples()
     ]  # fmt: skip
@@ -214,6 +223,10 @@ def _points(row: Any) -> str:
     return _level(row, 100, 1, "+")
 
 
+def _p(value: float) -> str:
+    return "-" if pd.isna(value) else f"{value:.2g}"
+
+
 def _gain(row: Any) -> str:
     low, high = (float("nan") if end is None else 100 * end for end in (row.gain_low, row.gain_high))
-    return bracketed(100 * row.gain, low, high, 1, "+")
+    return bracketed(100 * row.gain, low, high, 1, "+" if row.gain else "")

@@ -84,7 +84,8 @@ def _level(table: Table) -> dict[str, Any]:
 
 def _correct(rows: list[dict[str, Any]]) -> None:
     """Put p-values on the differences of scores and components."""
-    family = [row for row in rows if row["method"] != BASE and row["quantity"] in PARTS]
+    compared = [row for row in rows if row["method"] != BASE and row["quantity"] in PARTS]
+    family = [row for row in compared if row["gain_low"] is not None or row["gain"]]  # else nothing was estimated
     p_values = flipped([row["by_item"] for row in family])
     for row, (p, p_holm) in zip(family, p_values, strict=True):
         row["p"], row["p_holm"] = p, p_holm
