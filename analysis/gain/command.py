@@ -45,7 +45,8 @@ def main(
     table, tables = split(frame), cells(frame, points)
     crossed, effects = cell_table(tables), effect_table(tables)
     paper = pd.DataFrame(columns=COLUMNS) if model is None else beside_paper(table, model)
-    text = report(opened, table, crossed, effects, tables, paper, _notes(opened, frame))
+    found = conclusions(table, effects)
+    text = report(opened, table, crossed, effects, tables, paper, found, _notes(opened, frame))
     folder = out or studies[0] / "gain"
     files = [
         write_text(folder / f"{name}.csv", rows.to_csv(index=False))
@@ -53,10 +54,10 @@ def main(
     ]
     figures = [*split_figures(table), *effect_figures(effects)]
     title, _, rest = text.partition("\n\n")
-    says = conclusions(table, effects)
-    html = page(title.removeprefix("# "), figures, says=says.replace("\n", " "), after=html_of(rest))
+    first, _, tabled = rest.partition("\n## ")
+    html = page(title.removeprefix("# "), figures, before=html_of(first), after=html_of(f"## {tabled}"))
     files += [write_text(folder / "gain.md", text), write_text(folder / "gain.html", html)]
-    Findings(shown(table), says, files).show()
+    Findings(shown(table), "\n".join(found), files).show()
 
 
 def _notes(studies: list[Opened], frame: pd.DataFrame) -> list[str]:

@@ -52,11 +52,25 @@ def report(
     effects: pd.DataFrame,
     factors: Mapping[tuple[str, str], Mapping[Any, Any]],
     beside: pd.DataFrame,
+    found: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """The whole report in Markdown."""
+    """The whole report in Markdown; `found` are its conclusions."""
     n = int(split.p_holm.notna().sum())
-    lines = ["# Where the gain comes from", "", SAYS, "", SCORERS_SAY, "", CODE_SAYS, "", INTERVALS.format(n=n), ""]
+    lines = [
+        "# Where the gain comes from",
+        "",
+        *(f"- {sentence}" for sentence in found),
+        "",
+        SAYS,
+        "",
+        SCORERS_SAY,
+        "",
+        CODE_SAYS,
+        "",
+        INTERVALS.format(n=n),
+        "",
+    ]
     lines += [line for note in notes for line in (note, "")]
     lines += _studies(studies)
     for (study, source, target), part in split.groupby(["study", "source", "target"], sort=False):
@@ -83,8 +97,8 @@ def shown(split: pd.DataFrame) -> Table:
     return terminal(head, rows, title="Change of the score over the base model, in points")
 
 
-def conclusions(split: pd.DataFrame, effects: pd.DataFrame) -> str:
-    """What is certain after correction, in sentences."""
+def conclusions(split: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
+    """What SPD's change is made of, and what is told from 0 after correction, in sentences."""
     said = []
     for (study, source, target), part in split[split.own & (split.method == FOCUS)].groupby(
         ["study", "source", "target"], sort=False
@@ -95,7 +109,7 @@ def conclusions(split: pd.DataFrame, effects: pd.DataFrame) -> str:
     own = split[split.own & (split.method != BASE) & split.quantity.isin(COMPONENTS)]
     sure = own[own.p_holm <= 0.05]
     told = [
-        f"Told from 0: {row.method} from {row.source} on {row.target} ({row.study}): {row.quantity} {_gain(row)} points."
+        f"Told from 0: {row.quantity} of {row.method} from {row.source} on {row.target} ({row.study}), {_gain(row)}."
         for row in sure.sort_values("gain", key=abs, ascending=False).head(5).to_records()
     ] or ["No component of any method is told from 0 after correction for the number of comparisons."]
     said += told
@@ -104,7 +118,7 @@ def conclusions(split: pd.DataFrame, effects: pd.DataFrame) -> str:
         f"Moves the gain of {row.source} on {row.target}: {row.effect} ({row.contrast}), {_points(row)} points."
         for row in moved.head(5).to_records()
     ] or ["No factor is shown to move the gain."]
-    return "\n".join(said)
+    return said
 
 
 def _studies(studies: Sequence[Opened]) -> list[str]:

@@ -385,7 +385,8 @@ def test_figures_have_a_bar_for_each_component_and_a_panel_for_each_target(tmp_p
     frame = completions(studies)
     table = split(frame)
     figures = list(split_figures(table))
-    assert len(figures) == 4 * 2 * 2
+    assert len(figures) == 4 * 2
+    assert len(list(split_figures(table.assign(own=table.scorer == FINAL)))) == 4 * 2 * 2
     stack = figures[0]
     assert [trace.type for trace in stack.data] == ["bar"] * 3 + ["scatter"] and stack.layout.barmode == "relative"
     total = np.sum([trace.y for trace in stack.data[:3]], axis=0)
