@@ -60,13 +60,13 @@ from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tok
 from spd_lens.analysis.common.word_diff import Piece, word_diff
 
 __all__ = [
-    "ABLATED", "CODE_MATH_QA", "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "FIGURE_4", "FIGURE_4_SIZES",
-    "Findings", "LABELS", "LOSSES", "MEASURES", "NULL_COLOR", "PACKAGE", "PaperTable", "Piece", "QA_MATH_CODE",
-    "Quiet", "Row", "SEQUENTIAL", "SOURCE_OF", "SYMBOLS", "Subject", "TABLES", "agreement", "analysis", "around",
-    "as_data", "band", "bars", "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn",
-    "energy_by_rank", "energy_share", "entropy_rank", "figure", "filled", "half_width", "halves", "html_of", "line",
-    "listed", "log_axis", "matched_draws", "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel",
-    "panel_for_each", "panels", "participation_ratio", "pieces_of", "place", "plain", "principal_angles",
-    "random_bases", "rank_holding", "sets", "shard_grams", "spelled", "stable_rank", "subjects", "summed",
-    "tokens_of", "word_diff",
+    "ABLATED", "CODE_MATH_QA", "FIGURE_4", "FIGURE_4_SIZES", "LABELS", "LOSSES", "PaperTable", "QA_MATH_CODE", "Row",
+    "SOURCE_OF", "TABLES", "html_of",
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
+    "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
+    "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
+    "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
+    "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",
+    "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases", "rank_holding", "sets",
+    "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of", "word_diff",
 ]  # fmt: skip

@@ -57,20 +57,8 @@ def report(
 ) -> str:
     """The whole report in Markdown; `found` are its conclusions."""
     n = int(split.p_holm.notna().sum())
-    lines = [
-        "# Where the gain comes from",
-        "",
-        *(f"- {sentence}" for sentence in found),
-        "",
-        SAYS,
-        "",
-        SCORERS_SAY,
-        "",
-        CODE_SAYS,
-        "",
-        INTERVALS.format(n=n),
-        "",
-    ]
+    told = (*(f"- {sentence}" for sentence in found), "", SAYS, "", SCORERS_SAY, "", CODE_SAYS)
+    lines = ["# Where the gain comes from", "", *told, "", INTERVALS.format(n=n), ""]
     lines += [line for note in notes for line in (note, "")]
     lines += _studies(studies)
     for (study, source, target), part in split.groupby(["study", "source", "target"], sort=False):

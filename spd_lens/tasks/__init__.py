@@ -4,7 +4,8 @@
 sizes. Nothing in here knows of models.
 """
 
-from spd_lens.tasks.base import Pools, PublishedTask, Split, Task
+from spd_lens.tasks.base import Pools, PublishedTask, Scoring, Split, Task
+from spd_lens.tasks.bbh import REFERENCE_SUBTASKS
 from spd_lens.tasks.code import CodeTask
 from spd_lens.tasks.forms import ChosenLetter, FinalNumber
 from spd_lens.tasks.registry import PRESETS, configured, get, names, register
@@ -12,6 +13,6 @@ from spd_lens.tasks.scoring.reading import answer_part, runs_on
 from spd_lens.tasks.thoughts import without_thoughts
 
 __all__ = [
-    "ChosenLetter", "CodeTask", "FinalNumber", "PRESETS", "Pools", "PublishedTask", "Split", "Task", "answer_part",
-    "configured", "get", "names", "register", "runs_on", "without_thoughts",
+    "ChosenLetter", "CodeTask", "FinalNumber", "PRESETS", "Pools", "PublishedTask", "REFERENCE_SUBTASKS", "Scoring",
+    "Split", "Task", "answer_part", "configured", "get", "names", "register", "runs_on", "without_thoughts",
 ]  # fmt: skip

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Pools, PublishedTask, split_off
+from spd_lens.tasks.base import Pools, split_off
 from spd_lens.tasks.forms import ANSWER_MARK, AnswerLine, answer_example
+from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.scoring import reference
 from spd_lens.tasks.scoring.letters import same_choice
 from spd_lens.tasks.scoring.short_answers import same_short_answer
@@ -30,15 +31,23 @@ DEFAULT_SUBTASKS = tuple(
 )
 """The paper says 6 subtasks and not which. These differ in skill (logic, dates, deduction, space, counting, facts) and
 in the form of the answer (True/False, letter, Yes/No, number), and their prompts are short."""
+REFERENCE_SUBTASKS = tuple(
+    """logical_deduction_three_objects date_understanding movie_recommendation boolean_expressions causal_judgement
+    sports_understanding""".split()
+)
+"""The six of the reference code (github.com/gh540-svg/hahaha, commit e249fec), in its order."""
 REQUEST = f"Reply with one line that says '{ANSWER_MARK}' followed by the answer."
 
+_FIRST = 50
+"""How many of each subtask are for testing in file order."""
 _OPTION = re.compile(r"^(\([A-Z]\)) (.*\S)", re.MULTILINE)
 
 
 @dataclass(kw_only=True)
-class BBH(AnswerLine, PublishedTask):
+class BBH(AnswerLine, PaperTask):
     """250 examples (some fewer) per subtask. The source has no split: 60 % of each subtask, always the same, are for
-    testing. Draws take from the subtasks in turn. The authors ask that the files stay out of training corpora; the
+    testing. Draws take from the subtasks in turn. In file order the first 50 of each are for testing, subtask after
+    subtask as they were given. The authors ask that the files stay out of training corpora; the
     paper only evaluates on them."""
 
     name: ClassVar[str] = "bbh"
@@ -55,7 +64,10 @@ class BBH(AnswerLine, PublishedTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_option("span", ("answer", "line"))
-        self.subtasks = self.check_names("subtask", self.subtasks, SUBTASKS)
+        given = self.subtasks
+        self.subtasks = self.check_names("subtask", given, SUBTASKS)
+        if self.order == "file" and isinstance(given, list | tuple):
+            self.subtasks = tuple(dict.fromkeys(given))
 
     def load(self) -> Pools:
         train: list[Example] = []
@@ -66,14 +78,21 @@ class BBH(AnswerLine, PublishedTask):
             else:
                 rows = self.source.dataset(subtask, "test")
             examples = [self._example(row, subtask, index) for index, row in enumerate(rows)]
-            sides = split_off(examples, f"bbh|{subtask}", n_test=round(0.6 * len(examples)))
+            if self.order == "file":
+                sides = examples[_FIRST:], examples[:_FIRST]
+            else:
+                sides = split_off(examples, f"bbh|{subtask}", n_test=round(0.6 * len(examples)))
             train += sides[0]
             test += sides[1]
         return Pools(train, test)
 
     def _example(self, row: Row, subtask: str, index: int) -> Example:
+        id = f"bbh-{subtask}-{index}"
+        if self.bare:
+            target, meta = row.text("target"), {"subtask": subtask, "answer": row.text("target").strip()}
+            return bare_example(id, f"{row.text('input')}\nAnswer:", target, **meta)
         return answer_example(
-            f"bbh-{subtask}-{index}",
+            id,
             f"{row.text('input').strip()}\n\n{REQUEST}",
             row.text("target").strip(),
             whole_line=self.span == "line",

@@ -102,7 +102,7 @@ class CodeTask(TwoScorings):
         if self.scoring == "reference":
             code = reference.program(text)
             return float(code is not None and _hasty(self.executor)(code, tests, setup))
-        header, functions = signature(item.completion, tests)
+        header, functions = signature(item.meta.get("solution", item.completion), tests)
         code = extract_code(text, functions, header)
         return float(code is not None and self.executor(without_asserts(code), tests, setup))
 

@@ -8,18 +8,22 @@ from typing import ClassVar, Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Pools, PublishedTask, TwoScorings, split_off
+from spd_lens.tasks.base import Pools, split_off
+from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.scoring import reference
 from spd_lens.tasks.sources import Row
 from spd_lens.tasks.thoughts import without_thoughts
 
 FILES = ("code_alpaca_20k.json", "code_alpaca_2k.json", "new_codealpaca.json")
+_LAST = 100
+"""How many at the end of the file are for testing in file order."""
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
 
 @dataclass(kw_only=True)
-class CodeAlpaca(TwoScorings, PublishedTask):
-    """Instruction, perhaps with an input, and an output. No split at the source: a tenth, always the same, is held out.
+class CodeAlpaca(PaperTask):
+    """Instruction, perhaps with an input, and an output. No split at the source: a tenth, always the same, is held out;
+    in file order the last 100.
 
     The paper uses the 20k set and measures the likelihood of the outputs. `sources()` names the file that was used.
     """
@@ -44,6 +48,8 @@ class CodeAlpaca(TwoScorings, PublishedTask):
         rows = self.source.file(self._file()) if self.path else self.source.dataset(None, "train")
         made = [self._example(row, f"codealpaca-{index}") for index, row in enumerate(rows)]
         examples = [example for example in made if example is not None]
+        if self.order == "file":
+            return Pools(train=examples[:-_LAST], test=examples[-_LAST:])
         return Pools(*split_off(examples, "codealpaca", n_test=max(1, round(0.1 * len(examples)))))
 
     def _file(self) -> str:
@@ -58,6 +64,8 @@ class CodeAlpaca(TwoScorings, PublishedTask):
         output = row.text("output", empty=True).replace("\r\n", "\n").strip()
         if not output:
             return None  # two records of the 2k file have no output, and so nothing to learn or to measure
+        if self.bare:
+            return bare_example(id, f"Instruction: {row.text('instruction')}\nCode:", row.text("output"))
         prompt = f"{instruction}\n\nInput:\n{given}" if given else instruction
         spans = [(0, len(output))]
         if self.span == "code":

@@ -110,8 +110,9 @@ class ChosenLetter(AnswerLine):
         return normalised("\n".join([example.meta["question"], *sorted(example.meta["choices"])]))
 
     def choices(self, item: Example) -> tuple[str, ...]:
-        mark = ANSWER_MARK if self.span == "line" else ""
-        return tuple(f"{mark}{chr(65 + index)}" for index in range(len(item.meta["choices"])))
+        start, end = item.spans[0]
+        before = item.completion[start:end].removesuffix(item.meta["answer"])  # nothing, "Answer: ", or a space
+        return tuple(f"{before}{chr(65 + index)}" for index in range(len(item.meta["choices"])))
 
     def extract(self, text: str) -> str | None:
         return reference.first_letter(text) if self.scoring == "reference" else answer_letter(text)

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Pools, PublishedTask, normalised
+from spd_lens.tasks.base import Pools, normalised
 from spd_lens.tasks.forms import ChosenLetter
+from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.sources import Row
 
 COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -29,8 +32,11 @@ _HUB_SPLITS = {"dev": "dev", "val": "validation", "test": "test"}
 
 
 @dataclass(kw_only=True)
-class MMLU(ChosenLetter, PublishedTask):
-    """Calibration and training from `dev` and `val` (285 + 1,531), test from `test` (14,042)."""
+class MMLU(ChosenLetter, PaperTask):
+    """Calibration and training from `dev` and `val` (285 + 1,531), test from `test` (14,042).
+
+    In file order both sides are shuffled as the reference code does it, and calibration and training come from
+    `auxiliary_train`."""
 
     name: ClassVar[str] = "mmlu"
     local_form: ClassVar[str] = "dev/, val/ and test/, each with <subject>_<split>.csv"
@@ -39,24 +45,33 @@ class MMLU(ChosenLetter, PublishedTask):
     max_new_tokens: int = 24
     subjects: Sequence[str] | None = None
     """Names of subjects; `None`: all 57."""
-    train_source: Literal["dev+val", "auxiliary"] = "dev+val"
+    train_source: Literal["dev+val", "auxiliary"] | None = None
     """`auxiliary`: train on `auxiliary_train` of the hub (99,842 questions of other exams, without subjects), which has
-    the paper's 2,000; calibration stays with dev and val."""
+    the paper's 2,000; calibration stays with dev and val, but in file order. `None`: `auxiliary` in file order, else
+    `dev+val`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_source is None:
+            self.train_source = "auxiliary" if self.order == "file" else "dev+val"
         self.check_option("train_source", ("dev+val", "auxiliary"))
         self.subjects = self.check_names("subject", self.subjects, SUBJECTS)
         if self.train_source == "auxiliary" and self.path is not None:
-            raise SPDError("mmlu's auxiliary training questions are read from the hub only; leave path away")
+            instead = "; or say train_source=dev+val" if self.order == "file" else ""
+            raise SPDError(f"mmlu's auxiliary training questions are read from the hub only; leave path away{instead}")
 
     def load(self) -> Pools:
+        if self.order == "file":
+            train = self._auxiliary() if self.train_source == "auxiliary" else self._split("dev") + self._split("val")
+            return Pools(train=as_datasets_shuffle(train), test=as_datasets_shuffle(self._split("test")))
         own = self._split("dev") + self._split("val")
         if self.train_source == "dev+val":
             return Pools(train=own, test=self._split("test"))
+        return Pools(train=self._auxiliary(), test=self._split("test"), calibration=own)
+
+    def _auxiliary(self) -> list[Example]:
         rows = self.source.dataset("all", "auxiliary_train")
-        other = [self._from_hub(row, f"mmlu-auxiliary-{index}", "") for index, row in enumerate(rows)]
-        return Pools(train=other, test=self._split("test"), calibration=own)
+        return [self._from_hub(row, f"mmlu-auxiliary-{index}", "") for index, row in enumerate(rows)]
 
     def problem(self, example: Example) -> str:
         """The question alone: some return with their choices in another order, or with other ones."""
@@ -72,14 +87,14 @@ class MMLU(ChosenLetter, PublishedTask):
         ]
 
     def _hub_split(self, split: str) -> list[Example]:
-        by_subject: dict[str, list[Row]] = {subject: [] for subject in self.subjects or ()}
+        found: list[Example] = []
+        seen = dict.fromkeys(self.subjects or (), 0)
         for row in self.source.dataset("all", _HUB_SPLITS[split]):
-            by_subject.get(row.text("subject"), []).append(row)
-        return [
-            self._from_hub(row, f"mmlu-{split}-{subject}-{index}", subject)
-            for subject, rows in by_subject.items()
-            for index, row in enumerate(rows)
-        ]
+            if (subject := row.text("subject")) in seen:
+                found.append(self._from_hub(row, f"mmlu-{split}-{subject}-{seen[subject]}", subject))
+                seen[subject] += 1
+        place = list(seen).index
+        return found if self.order == "file" else sorted(found, key=lambda example: place(example.meta["subject"]))
 
     def _from_file(self, row: Row, id: str, subject: str) -> Example:
         answer = row.text("answer").strip()
@@ -95,5 +110,15 @@ class MMLU(ChosenLetter, PublishedTask):
         return self._question(id, row.text("question"), choices, answer, subject)
 
     def _question(self, id: str, question: str, choices: list[str], answer: int, subject: str) -> Example:
+        if self.bare:
+            listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+            meta = {"question": question.strip(), "choices": [choice.strip() for choice in choices], "subject": subject}
+            letter = "ABCD"[answer]
+            return bare_example(id, f"Question: {question}\n{listed}\nAnswer:", letter, answer=letter, **meta)
         intro = f"The following is a multiple choice question about {subject.replace('_', ' ')}.\n\n" if subject else ""
         return self.example(id, question, choices, answer, intro=intro, subject=subject)
+
+
+def as_datasets_shuffle(items: Sequence[Example], seed: int = 42) -> list[Example]:
+    """The items in the order of `datasets.Dataset.shuffle(seed)`, which permutes by numpy's default generator."""
+    return [items[place] for place in np.random.default_rng(seed).permutation(len(items))]

@@ -10,20 +10,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spd_lens.examples import Example
-from spd_lens.tasks.base import Pools, PublishedTask, split_off
+from spd_lens.tasks.base import Pools, split_off
 from spd_lens.tasks.forms import FinalNumber
+from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.sources import Row
 
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_HUB_SPLITS = ("train", "test")
 _TOKENS = re.compile(r"\d+(?:\.\d+)?|[-+*/()]")
 
 
 @dataclass(kw_only=True)
-class SVAMP(FinalNumber, PublishedTask):
-    """1,000 problems. Completion: the source's equation as one line, then `#### N`.
+class SVAMP(FinalNumber, PaperTask):
+    """1,000 problems. Completion: the source's equation as one line, then `#### N`; in the template `reference` the
+    published number alone (`51.0`).
 
     The source has no split, and that of the hub's copy (700 / 300) is not the authors': both are read whole and divided
-    here, always in the same way, into a training side of 700 and a test side of 300.
+    here, always in the same way, into a training side of 700 and a test side of 300. In file order the hub's copy keeps
+    its split.
     """
 
     name: ClassVar[str] = "svamp"
@@ -33,21 +37,32 @@ class SVAMP(FinalNumber, PublishedTask):
     max_new_tokens: int = 200
 
     def load(self) -> Pools:
+        if self.order == "file" and not self.path:
+            return Pools(*([self._example(row) for row in self.source.dataset(None, side)] for side in _HUB_SPLITS))
         if self.path:
             rows = self.source.file("SVAMP.json")
         else:
-            rows = self.source.dataset(None, "train") + self.source.dataset(None, "test")
+            rows = [row for side in _HUB_SPLITS for row in self.source.dataset(None, side)]
         examples = [self._example(row) for row in rows]
-        examples.sort(key=lambda example: (len(example.id), example.id))  # chal-2 before chal-10; the hub shuffles
+        if self.order == "seeded":
+            examples.sort(key=lambda example: (len(example.id), example.id))  # chal-2 before chal-10; the hub shuffles
         return Pools(*split_off(examples, "svamp", n_test=round(0.3 * len(examples))))
 
     def _example(self, row: Row) -> Example:
+        if self.bare:
+            return self._bare_example(row)
         body, question = row.text("Body").strip(), row.text("Question").strip()
         # many bodies lack their full stop: "... at the start" + "How much did ..."
         problem = f"{body}{'' if body[-1] in '.,!?;:' else '.'} {question}"
         value = row.number("Answer")
         working = worked_line(row.text("Equation"), value)
         return self.example(f"svamp-{row.text('ID')}", problem, working, plain_number(value), type=row.data.get("Type"))
+
+    def _bare_example(self, row: Row) -> Example:
+        row.number("Answer")  # refuses what is none
+        prompt, answer = f"Question: {row.text('Body')} {row.text('Question')}\nAnswer:", str(row.data["Answer"])
+        id, type = f"svamp-{row.text('ID')}", row.data.get("Type")
+        return bare_example(id, prompt, answer, begin=1, answer=answer.strip(), type=type)
 
 
 def worked_line(equation: str, answer: float) -> str:
