@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from spd_lens.study import BACKBONES, BASE, backbone
 OURS = {"psr": ("psr",), "ssd": ("ssd-reference", "ssd"), "spd": ("spd",)}
 """The methods that may stand beside a row of the paper; the first one that a study has does."""
 COLUMNS = [
-    "study", "backbone", "target", "method", "paper_base", "paper_gain", "base", "gain", "low", "high", *COMPONENTS,
+    "study", "backbone", "target", "scorer", "own", "method", "paper_base", "paper_gain", "base", "gain", "low", "high",
+    *COMPONENTS,
 ]  # fmt: skip
 
 
@@ -33,7 +35,7 @@ def asked(name: str | None, studies: Sequence[Opened]) -> str | None:
 
 
 def beside_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Gains over the base model in points, as printed and as measured by each study's own scorer.
+    """Gains over the base model in points, as printed and as measured under each scorer.
 
     Columns are from the source of their own domain, as in the paper. CodeAlpaca is left out: there the paper prints a
     loss. The paper gives no intervals.
@@ -43,28 +45,27 @@ def beside_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
         model: One of the paper's backbones.
 
     Returns:
-        Columns `COLUMNS`, a row for every study, target and method that both have; `base` and gains are in points.
+        Columns `COLUMNS`, a row for every study, target, scorer and method that both have; `base` and gains are in
+        points.
     """
     printed = {row.method: dict(zip(CODE_MATH_QA, row.values, strict=True)) for row in TABLES[1].rows
                if row.backbone == model}  # fmt: skip
     rows: list[dict[str, Any]] = []
-    own = table[table.own].set_index(["study", "source", "target", "method", "quantity"]).sort_index()
-    for study in table.study.unique():
-        for target in (name for name in CODE_MATH_QA if name not in LOSSES):
-            for method, names in OURS.items():
-                keys = [(study, SOURCE_OF[target], target, name) for name in names]
-                key = next((key for key in keys if (*key, "score") in own.index), None)
-                if key is None:
-                    continue
-                found, base = own.loc[(*key, "score")], own.loc[(*key[:3], BASE, "score")]
-                rows.append(
-                    {
-                        "study": study, "backbone": model, "target": LABELS[target], "method": key[3],
-                        "paper_base": printed[BASE][target],
-                        "paper_gain": printed[method][target] - printed[BASE][target],
-                        "base": 100 * base.value, "gain": 100 * found.gain, "low": 100 * found.gain_low,
-                        "high": 100 * found.gain_high,
-                        **{name: 100 * own.loc[(*key, name)].gain for name in COMPONENTS},
-                    }
-                )  # fmt: skip
+    known = table.set_index(["study", "source", "target", "scorer", "method", "quantity"]).sort_index()
+    places = itertools.product(table.study.unique(), CODE_MATH_QA, table.scorer.unique(), OURS)
+    for study, target, scorer, method in places:
+        place = study, SOURCE_OF[target], target, scorer
+        name = next((name for name in OURS[method] if (*place, name, "score") in known.index), None)
+        if name is None or target in LOSSES:
+            continue
+        found, base = known.loc[(*place, name, "score")], known.loc[(*place, BASE, "score")]
+        rows.append(
+            {
+                "study": study, "backbone": model, "target": LABELS[target], "scorer": scorer, "own": found.own,
+                "method": name, "paper_base": printed[BASE][target],
+                "paper_gain": printed[method][target] - printed[BASE][target], "base": 100 * base.value,
+                "gain": 100 * found.gain, "low": 100 * found.gain_low, "high": 100 * found.gain_high,
+                **{part: 100 * known.loc[(*place, name, part)].gain for part in COMPONENTS},
+            }
+        )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
