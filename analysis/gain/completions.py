@@ -15,10 +15,11 @@ from spd_lens.evaluation import ItemResult
 from spd_lens.examples import Example
 from spd_lens.runs import allow_execution, differ
 from spd_lens.study import BASE, Cell, Study, StudyConfig
-from spd_lens.tasks import CodeTask, Task, configured
+from spd_lens.tasks import CodeTask, Scoring, Task, configured
 
-FINAL, REFERENCE = "final", "reference"
-SCORERS = {FINAL: "stated final answer", REFERENCE: "last number, first letter, first line, first block"}
+FINAL: Scoring = "final"
+REFERENCE: Scoring = "reference"
+SCORERS: dict[Scoring, str] = {FINAL: "stated final answer", REFERENCE: "last number, first letter, first line, first block"}
 """What the two scorers take for the answer."""
 COMPONENTS = ("rest", "format", "stopping")
 RATES = ("ends by itself", "runs on", "cut at the limit", "answer found", "asked form")

@@ -68,7 +68,7 @@ def projections(one: Opened, source: str) -> dict[str, str]:
 
     def sampling(method: str) -> list[Any] | None:
         kept = recorded_settings(one.study.cell(source, method, one.config.seeds[0]).corpus_path)
-        return kept and [kept.get(name) for name in ("temperature", "top_p", "top_k")]
+        return None if kept is None else [kept.get(name) for name in ("temperature", "top_p", "top_k")]
 
     wanted = sampling(next(iter(found))) if found else None
     for method in UNPROJECTED:
@@ -129,7 +129,7 @@ def cells(frame: pd.DataFrame, points: pd.DataFrame) -> dict[tuple[str, str], di
             table = part.groupby("item")[["score", "ends by itself", "tokens"]].mean()
             table.insert(0, "gain", table.score - base.loc[row.study, target, scorer].reindex(table.index))
             table.attrs = {"study": row.study, "method": row.method, "n_seeds": part.seed.nunique()}
-            levels = row.padding, row.format, scorer, row.projection
+            levels: Levels = (row.padding, row.format, scorer, row.projection)
             found.setdefault((row.source, target), {})[levels] = table
     for tables in found.values():
         shared = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -146,7 +146,7 @@ def cell_table(found: Mapping[tuple[str, str], Mapping[Levels, pd.DataFrame]]) -
             place = {"source": source, "target": target, **dict(zip(FACTORS, levels, strict=True)), **table.attrs}
             for outcome in OUTCOMES:
                 values = table[outcome].to_numpy()
-                estimate = _estimate(values) if outcome == "gain" else clustered_mean([values], n_resamples=N_RESAMPLES)
+                estimate = _estimate(values) if outcome == "gain" else clustered_mean(values[None], n_resamples=N_RESAMPLES)
                 rows.append({**place, "outcome": outcome, **estimate.to_row()})
     return pd.DataFrame(rows, columns=CELLS)
 
@@ -232,4 +232,4 @@ def _estimate(by_item: np.ndarray) -> Estimate:
     """The mean with its interval; none where no item shows any effect."""
     if not by_item.any():
         return Estimate(0.0, -np.inf, np.inf, len(by_item), "no item differs")
-    return clustered_mean([by_item], n_resamples=N_RESAMPLES)
+    return clustered_mean(by_item[None], n_resamples=N_RESAMPLES)
