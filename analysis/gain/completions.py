@@ -19,7 +19,10 @@ from spd_lens.tasks import CodeTask, Scoring, Task, configured
 
 FINAL: Scoring = "final"
 REFERENCE: Scoring = "reference"
-SCORERS: dict[Scoring, str] = {FINAL: "stated final answer", REFERENCE: "last number, first letter, first line, first block"}
+SCORERS: dict[Scoring, str] = {
+    FINAL: "stated final answer",
+    REFERENCE: "last number, first letter, first line, first block",
+}
 """What the two scorers take for the answer."""
 COMPONENTS = ("rest", "format", "stopping")
 RATES = ("ends by itself", "runs on", "cut at the limit", "answer found", "asked form")
@@ -53,10 +56,12 @@ class Opened:
         """Open a study and check that all that it plans is there.
 
         Raises:
-            SPDError: no study, or one that is not finished.
+            SPDError: no study, or one that is not finished or trains nothing.
         """
         study = Study.open(folder)
         config = study.config
+        if not config.trained:
+            raise SPDError(f"{folder} trains no method, so that nothing has changed in it; add methods to the study")
         made = {
             key: configured(task, data_dir or config.settings["data_dir"], config.task_options.get(task, {}))
             for key, task in config.shared.targets.items()

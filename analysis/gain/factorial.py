@@ -146,7 +146,9 @@ def cell_table(found: Mapping[tuple[str, str], Mapping[Levels, pd.DataFrame]]) -
             place = {"source": source, "target": target, **dict(zip(FACTORS, levels, strict=True)), **table.attrs}
             for outcome in OUTCOMES:
                 values = table[outcome].to_numpy()
-                estimate = _estimate(values) if outcome == "gain" else clustered_mean(values[None], n_resamples=N_RESAMPLES)
+                estimate = (
+                    _estimate(values) if outcome == "gain" else clustered_mean(values[None], n_resamples=N_RESAMPLES)
+                )
                 rows.append({**place, "outcome": outcome, **estimate.to_row()})
     return pd.DataFrame(rows, columns=CELLS)
 

@@ -434,6 +434,8 @@ def test_studies_that_do_not_belong_together_are_refused(change: Any, says: tupl
 
 
 def test_other_mistakes_are_refused(tmp_path: Path) -> None:
+    with refused("trains no method"):
+        main([write_study(tmp_path / "base", {"base": [["stops"]]})], quiet=True)
     folder = write_study(tmp_path / "one")
     with refused("named twice"):
         main([folder, tmp_path / "." / "one"], quiet=True)
