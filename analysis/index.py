@@ -54,6 +54,11 @@ register(
     "what temperature and top-p do to completions and scores, with the projection and without",
 )
 register("drift", ".distilled.drift", "the subspace after distillation against the one before")
+register(
+    "gain",
+    ".gain.command",
+    "where a change of the score comes from: stopping, format or the rest; which factor moves it",
+)
 register("tables", ".paper.tables", "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)")
 
 

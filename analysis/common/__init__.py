@@ -17,6 +17,20 @@ from spd_lens.analysis.common.angles import (
 )
 from spd_lens.analysis.common.command import Findings, Quiet, analysis
 from spd_lens.analysis.common.jackknife import around, filled, half_width, halves, sets, shard_grams, summed
+from spd_lens.analysis.common.printed import (
+    ABLATED,
+    CODE_MATH_QA,
+    FIGURE_4,
+    FIGURE_4_SIZES,
+    LABELS,
+    LOSSES,
+    QA_MATH_CODE,
+    SOURCE_OF,
+    TABLES,
+    PaperTable,
+    Row,
+)
+from spd_lens.analysis.common.report_html import html_of
 from spd_lens.analysis.common.style import (
     COLORS,
     DASHES,
@@ -45,6 +59,8 @@ from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tok
 from spd_lens.analysis.common.word_diff import Piece, word_diff
 
 __all__ = [
+    "ABLATED", "CODE_MATH_QA", "FIGURE_4", "FIGURE_4_SIZES", "LABELS", "LOSSES", "PaperTable", "QA_MATH_CODE", "Row",
+    "SOURCE_OF", "TABLES", "html_of",
     "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
     "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
     "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",

@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, band, bars, figure, line, plain
-from spd_lens.analysis.paper.printed import FIGURE_4, FIGURE_4_SIZES, LABELS
+from spd_lens.analysis.common import FIGURE_4, FIGURE_4_SIZES, LABELS, NULL_COLOR, band, bars, figure, line, plain
 from spd_lens.errors import SPDError
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import clustered_mean

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
-from markdown_it import MarkdownIt
 
-from spd_lens.analysis.common import NULL_COLOR, SYMBOLS, bars, figure, line, page, plain
+from spd_lens.analysis.common import NULL_COLOR, SYMBOLS, bars, figure, html_of, line, page, plain
 from spd_lens.files import write_text
 from spd_lens.study import BASE, FOCUS, PHASES, RANDOM, Evidence, Report
 
@@ -114,15 +113,6 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
     if fig.data:
         fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
     return fig
-
-
-def html_of(markdown: str) -> str:
-    """HTML of a report's Markdown. HTML in it is text, and there are no links and no images."""
-    # bars are escaped in cells of tables alone
-    lines = [line if line.startswith("|") else line.replace("\\|", "|") for line in markdown.split("\n")]
-    rules = ["link", "image", "autolink", "reference", "html_block", "html_inline"]
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").disable(rules).render("\n".join(lines))
-    return html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
 def _is_control(method: str) -> bool:

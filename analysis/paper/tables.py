@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spd_lens.analysis.common import Quiet, page
+from spd_lens.analysis.common import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Quiet, Row, page
 from spd_lens.analysis.paper.figure_4 import figure_4, mean_score, points, points_sentence
-from spd_lens.analysis.paper.printed import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Row
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
 from spd_lens.output import markdown, set_up_logging, terminal

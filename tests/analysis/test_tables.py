@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from spd_lens.analysis.common.printed import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
 from spd_lens.analysis.paper import study_page as study_report
 from spd_lens.analysis.paper.figure_4 import figure_4, points, points_sentence
-from spd_lens.analysis.paper.printed import ABLATED, CODE_MATH_QA, FIGURE_4, QA_MATH_CODE, TABLES
 from spd_lens.analysis.paper.tables import NOT_RUN, fill, main, model_of, to_markdown
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import published

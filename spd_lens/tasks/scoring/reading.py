@@ -127,16 +127,27 @@ def answer_part(text: str) -> str:
 
 
 def before_next_question(text: str) -> str:
-    """`text` up to the first question that is asked after an answer was given.
+    """`text` up to the first question that is asked after an answer was given (see `next_question`)."""
+    return _FIXED.sub("", text[: next_question(text)])
+
+
+def next_question(text: str) -> int:
+    """Where the first question that is asked after an answer was given begins; the length of `text` if none is.
 
     A question before any answer is the model's restating of its task. Without a label ("Question:", "User:", ...), only
     what follows a line `#### ...` or `Answer: ...` is taken for a new question, and no second thought ("Wait, is it?").
+    A mark that ends the model's turn counts as one.
     """
     beginning = len(text) - len(text.lstrip())
     if turn := _TURN.search(text, beginning + 1):
         text = text[: turn.start()]
-    cut = min(_labelled(text, beginning), _unlabelled(text))
-    return _FIXED.sub("", text[:cut])
+    return min(_labelled(text, beginning), _unlabelled(text))
+
+
+def runs_on(text: str) -> bool:
+    """Whether a completion goes on with a new question, or another turn, behind its answer."""
+    text = without_thoughts(text).rstrip()
+    return next_question(text) < len(text)
 
 
 def _labelled(text: str, beginning: int) -> int:

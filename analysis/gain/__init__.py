@@ -1,0 +1,1 @@
+"""Where does the change of a score come from: stopping, format, or the rest?"""

@@ -1,0 +1,55 @@
+"""A completion up to the end of its first answer, and whether it runs on into another one."""
+
+from __future__ import annotations
+
+import re
+
+from spd_lens.tasks import CodeTask, Task, answer_part, runs_on, without_thoughts
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`~\n]*$", re.MULTILINE)
+_DEFINES = re.compile(r"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w", re.MULTILINE)
+_CODE = re.compile(
+    r"\s|[@#)\]}]|[\"']{3}|(?:async|def|class|import|from|if|elif|else|for|while|try|except|finally|with|return|assert"
+    r"|print|global|del|pass|raise|yield)\b|[A-Za-z_][\w.]*(?:\[[^\]\n]*\])?[ \t]*(?:[-+*/%|&]?=(?!=)|\()"
+)
+"""What a line of a program begins with; words of a sentence followed by a bracket look like it, and stay."""
+
+
+def is_code(task: Task) -> bool:
+    """Whether a task's answers are programs."""
+    return isinstance(task, CodeTask) or task.name == "codealpaca"
+
+
+def first_answer(task: Task, text: str) -> str:
+    """`text` without thoughts, up to the first question that is asked after an answer was given.
+
+    Of a program's text: up to the end of the first fenced block that defines something, or without a fence, up to the
+    first line behind a definition that is not code.
+    """
+    return first_program(text) if is_code(task) else answer_part(text)
+
+
+def goes_on(task: Task, text: str) -> bool:
+    """Whether a new question, or another speaker's turn, follows the answer."""
+    if not is_code(task):
+        return runs_on(text)
+    rest = without_thoughts(text)[len(first_program(text)) :]
+    return runs_on(f"0\n{rest}")  # the program is an answer, and what could be read as a label in it is not seen
+
+
+def first_program(text: str) -> str:
+    """A completion without thoughts, up to the end of its first program; the whole of it where there is none."""
+    text = without_thoughts(text)
+    fences = list(_FENCE.finditer(text))
+    for opened, closed in zip(fences[::2], fences[1::2], strict=False):
+        if _DEFINES.search(text, opened.end(), closed.start()):
+            return text[: closed.end()]
+    found = _DEFINES.search(text)
+    if found is None or fences:
+        return text
+    position = found.start()
+    for line in text[position:].split("\n"):
+        if line.strip() and not _CODE.match(line):
+            return text[:position]
+        position += len(line) + 1
+    return text
