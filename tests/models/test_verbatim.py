@@ -65,6 +65,14 @@ def test_a_transformerlens_users_text_has_the_tokens_that_transformerlens_gives_
     assert moments.n_tokens.sum() == len(encoded.ids) and moments.n_scored.sum() == len(encoded.scored)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_the_tokenizer_adds_no_bos_there_is_none(tiny_qwen2_dir, backend):
+    pair = spd.load(str(tiny_qwen2_dir), dtype="float32", device="cpu", backend=backend, prompt_format="verbatim")
+    ids = pair.encode(EIFFEL).ids
+    assert ids == pair.lens.to_tokens("The Eiffel Tower is in Paris", prepend_bos=False)[0].tolist()
+    assert ids == pair.tokenizer("The Eiffel Tower is in Paris")["input_ids"] and pair.tokenizer.bos_token_id not in ids
+
+
 def test_moments_of_verbatim_text_are_those_of_plain_autograd(verbatim):
     examples = [EIFFEL, replace(EIFFEL, prompt_spans=[(4, 10), (11, 16)]), spd.Example("7*", "3=21", [(2, 4)], "sum")]
     by_hand = [scored_by_hand(example, verbatim.tokenizer, "overlap") for example in examples]
