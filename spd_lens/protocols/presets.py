@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, ...]] = {
 
 _CODE = "reference code"
 _OURS = "this project's default"
-_LIKE_PAPER = "no source"
+_NONE = "no source"
 _CARDS = "model cards of SimpleSD-4B-instruct and SimpleSD-30B-instruct"
 _ACCOUNT = (
     "a published account of arXiv 2604.01193's experimental set-up (sesamedisk.com/self-distillation-code-generation)"
@@ -138,26 +138,26 @@ APPLE_SSD = Protocol(
     },
     methods=("base", "ssd"),
     sources={
-        "prompts": Source("", _LIKE_PAPER),
-        "tokens that count as correctness": Source("not used: there is no projection", _LIKE_PAPER),
-        "target layers": Source("not used: there is no projection", _LIKE_PAPER),
-        "centring of the gradients": Source("not used: there is no projection", _LIKE_PAPER),
+        "prompts": Source("", _NONE),
+        "tokens that count as correctness": Source("", _NONE),
+        "target layers": Source("", _NONE),
+        "centring of the gradients": Source("", _NONE),
         "projector": Source("none: strength 0", "arXiv 2604.01193: raw outputs of the model as it is"),
-        "calibration examples": Source("not used: there is no projection", _LIKE_PAPER),
+        "calibration examples": Source("", _NONE),
         "training prompts": Source(
-            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; the number here: {_LIKE_PAPER}"
+            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; the number here: {_NONE}"
         ),
-        "order of examples": Source("", _LIKE_PAPER),
-        "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_LIKE_PAPER}"),
-        "training text": Source("", _LIKE_PAPER),
-        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; the others: {_LIKE_PAPER}"),
+        "order of examples": Source("", _NONE),
+        "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_NONE}"),
+        "training text": Source("", _NONE),
+        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; the others: {_NONE}"),
         "what is trained": Source(
             "all weights", "the published checkpoints are whole models, and no account mentions an adapter"
         ),
-        "precision": Source("", _LIKE_PAPER),
+        "precision": Source("", _NONE),
         "scores": Source("greedy here; there sampled at temperature 0.9 or 1.1, by model", _CARDS),
-        "test items": Source("there: LiveCodeBench, which is no task here", _LIKE_PAPER),
-        "seeds": Source("", _LIKE_PAPER),
+        "test items": Source("there: LiveCodeBench, which is no task here", _NONE),
+        "seeds": Source("", _NONE),
         "methods of a study": Source("", "arXiv 2604.01193"),
     },
 )  # fmt: skip
