@@ -393,6 +393,15 @@ def test_what_differs_from_the_paper() -> None:
     assert ("model", "five models of 0.5B to 14B", "SmolLM2") in rows
     assert ("rank", "0.5", "16") in rows
     assert ("lr", "1e-05", "0.0001") in rows
+    assert not [row for row in rows if row[0] in ("prompt_template", "order", "scoring")]
+    plan["settings"]["protocol"] = "reference"
+    plan["task_options"] = {"svamp": {"scoring": "final"}}
+    rows = differences_from_paper(Evidence.of(planted(targets=("gsm8k",), sources=(), n_items=2), plan))
+    assert rows[-3:] == [
+        ("prompt_template", "not stated", "reference (gsm8k, svamp)"),
+        ("order", "not stated", "file (gsm8k, svamp)"),
+        ("scoring", "not stated", "reference (gsm8k)"),
+    ]
 
 
 def test_backbones_by_name() -> None:
