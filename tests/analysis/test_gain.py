@@ -282,7 +282,7 @@ def test_only_settings_with_all_levels_count() -> None:
     ]
     wanted = np.mean([by_item["on", *c] - by_item["off", *c] for c in contexts], axis=0)
     np.testing.assert_allclose(found["padding",].by_item, wanted, atol=1e-12)
-    assert found["padding",].contexts == 7 and found["padding", "format"].contexts == 3
+    assert found["padding",].contexts == 7 and found["padding", "prompts"].contexts == 3
     # three levels: each pair of them
     three = crossed(2, {**{n: v[:1] for n, v in FACTORS.items()}, "projection": FACTORS["projection"]})
     assert [e.contrast for e in effects(three)] == ["random − none", "spd − none", "spd − random"]
@@ -307,7 +307,7 @@ def test_studies_are_crossed(tmp_path: Path) -> None:
     [(place, tables)] = found.items()
     assert place == ("synthetic-math", "synthetic-math") and len(tables) == 2 * 2 * 2 * 3
     table = cell_table(found)
-    chosen = {"padding": "on", "format": "chat", "scorer": REFERENCE, "projection": "random", "outcome": "gain"}
+    chosen = {"padding": "on", "prompts": "chat", "scorer": REFERENCE, "projection": "random", "outcome": "gain"}
     row = found_of(table, **chosen)
     own = frame[(frame.study == "study-3") & (frame.scorer == REFERENCE)].groupby("method").score.mean()
     assert row.value == pytest.approx(own["spd-random"] - own["base"]) and (row.n, row.n_seeds) == (12, 3)
@@ -330,7 +330,7 @@ def test_one_study_shows_what_varies_in_it(tmp_path: Path) -> None:
     studies = opened(write_study(tmp_path))
     found = cells(completions(studies), grid(studies))
     assert set(effect_table(found).effect) == {"scorer", "projection", "scorer × projection"}
-    assert constant(next(iter(found.values()))) == {"padding": "off", "format": "raw"}
+    assert constant(next(iter(found.values()))) == {"padding": "off", "prompts": "raw"}
 
 
 def test_no_projection_is_a_method_that_samples_as_spd_does(tmp_path: Path) -> None:
