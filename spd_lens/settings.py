@@ -208,7 +208,7 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
 
 
 class OptimisationGroup(Settings):
-    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.2)."""
+    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.3)."""
 
     method: Literal["lora", "full"] = Field("lora", description="LoRA adapter or full fine-tuning.")
     epochs: int = Field(5, ge=1, description="Passes over the corpus.")
