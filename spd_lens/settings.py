@@ -233,7 +233,7 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
 
 
 class OptimisationGroup(Settings):
-    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.2)."""
+    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.3)."""
 
     panel = "Training"
 

@@ -29,7 +29,8 @@ SCORERS_SAY = (
 )
 CODE_SAYS = (
     "Programs are cut at the end of the first fenced block that defines something, or without a fence at the first "
-    "line behind a definition that is not code."
+    "line behind a definition that is not code or asks for something else; where nothing is defined, at the first line "
+    "that asks."
 )
 INTERVALS = (
     "Scores and changes are in points of 100. Intervals are 95 % bootstraps over items with seeds averaged, each for "

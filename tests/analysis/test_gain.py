@@ -176,6 +176,19 @@ PROGRAM = "def f(a):\n    # Question: is it\n    return a + 1"
          False),
         ("I do not know.", "I do not know.", False),
         (f"<think>def no(): pass\n</think>{PROGRAM}\nDone, said he", f"{PROGRAM}\n", False),
+        # as models go on behind a bare "Code:"
+        (f" {PROGRAM}\n\nInstruction: Write g.\n```python\ndef g(): 1\n```", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n```\nInstruction: Write g.\nCode: def g(): 1", f" {PROGRAM}\n", True),
+        (f" {PROGRAM}\n```\n\nIt adds.\n```python\nf(3)\n```", f" {PROGRAM}\n", False),
+        (f" {PROGRAM}\n\n### Instruction:\nWrite g.\n\n### Response:\ndef g(): 1", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n\n# Question 2: Write g.\ndef g(): 1", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n\nHuman: Write g.\n\nAssistant: def g(): 1", f" {PROGRAM}\n\n", True),
+        (f"```python\n{PROGRAM}\n\nInstruction: Write g.", f"```python\n{PROGRAM}\n\n", True),
+        (" print(1)\n\nInstruction: Write g.\nCode: def g(): 1", " print(1)\n\n", True),
+        (" SELECT 1;\n\nInstruction: Print 2.\nCode: print(2)", " SELECT 1;\n\n", True),
+        (f"Instruction: Add one.\nCode:\n{PROGRAM}", f"Instruction: Add one.\nCode:\n{PROGRAM}", False),
+        (f"Here it is.\nTask: add.\n{PROGRAM}\nprompt = input('Question: ')\n# in all, so",
+         f"Here it is.\nTask: add.\n{PROGRAM}\nprompt = input('Question: ')\n# in all, so", False),
     ],
 )  # fmt: skip
 def test_the_first_program_of_a_text(text: str, cut: str, on: bool) -> None:
@@ -355,6 +368,8 @@ def test_gains_stand_beside_the_papers(tmp_path: Path) -> None:
     assert (row.paper_base, row.paper_gain, row.base, row.gain) == (16.0, 16.0, 25.0, 75.0)
     assert row.rest + row["format"] + row.stopping == pytest.approx(row.gain)
     assert beside_paper(table.assign(source="mmlu"), "Qwen2.5-0.5B-Instruct").empty
+    renamed = table.assign(method=table.method.replace("psr", "psr-reference"))
+    assert list(beside_paper(renamed, "Qwen2.5-0.5B-Instruct").method) == ["psr-reference", "spd"] * 2
     assert {r.method for r in TABLES[1].rows} >= {"base", "psr", "ssd", "spd"}
 
 
