@@ -171,7 +171,7 @@ class SPDConfig(
 
     @property
     def departures(self) -> dict[str, tuple[Any, Any]]:
-        """Settings of the protocol that are not as it has them: its value and this config's, by name."""
+        """What decides a point of the protocol and is not as it has it: its value and this config's, by name."""
         return departures(self, _N_EVAL)
 
     @property
@@ -245,8 +245,12 @@ def protocol_in_words(config: SPDConfig) -> str:
     """The protocol, and the settings that were given over it; nothing for the default protocol."""
     if config.protocol == "paper":
         return ""
-    other = [f"{name} {now} (there {there})" for name, (there, now) in config.departures.items()]
+    other = [f"{name} {_said(now)} (there {_said(there)})" for name, (there, now) in config.departures.items()]
     return f"{config.protocol} (docs/protocols.md){', but for ' + ', '.join(other) if other else ''}"
+
+
+def _said(value: Any) -> Any:
+    return "not set" if value is None else value
 
 
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:
