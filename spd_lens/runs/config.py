@@ -102,7 +102,7 @@ class DataGroup(Settings):
             value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
         counts = dict(value) if isinstance(value, dict) else {"": value}
         for name, count in counts.items():
-            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
+            counts[name] = int(count) if isinstance(count, str) and count.strip().isdecimal() else count
             if type(counts[name]) is not int or counts[name] < 1:
                 raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
         return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
