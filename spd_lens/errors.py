@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 def integer_or_fraction(text: str) -> int | float:
     """A number as it is written: `1` is an integer, `1.0` a fraction. Raises `ValueError` if it is none."""
-    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    return int(text) if text.strip().lstrip("+-").isdecimal() else float(text)
 
 
 def whole(name: str, value: Any, least: int | None = 1) -> int:

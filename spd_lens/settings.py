@@ -140,7 +140,7 @@ class SiteGroup(Settings):
             return value
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         if not parts or not all(
-            type(part) is int or isinstance(part, str) and part.strip().isdigit() for part in parts
+            type(part) is int or isinstance(part, str) and part.strip().isdecimal() for part in parts
         ):
             raise ValueError(f"write {', '.join(LAYER_WORDS)} or block indices such as 14,29")
         return sorted({int(part) for part in parts})

@@ -53,7 +53,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         """The inverse of `str(site)`: `"11.k"` is `Site(11, "k")`."""
         layer, _, kind = text.partition(".")
-        if not layer.isdigit():
+        if not layer.isdecimal():
             raise SPDError(f"{text!r} does not name a site; write a layer and a kind, as in '11.k'")
         return cls(int(layer), kind)
 
@@ -70,7 +70,7 @@ def resolve_layers(layers: str | int | Iterable[int], n_layers: int) -> list[int
         if layers in LAYER_WORDS:
             return sorted(set(LAYER_WORDS[layers](n_layers)))
         parts = [part.strip() for part in layers.split(",")]
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isdecimal() for part in parts):
             raise SPDError(f"unknown layers {layers!r}; write {_WORDS} or block indices such as '14,29'")
         layers = [int(part) for part in parts]
     chosen: Any = plain(list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else layers)

@@ -33,7 +33,7 @@ def test_layers(layers, blocks):
     assert resolve_layers(layers, 4) == blocks
 
 
-@pytest.mark.parametrize("layers", ["middle", "1,x", "", "-1", 4, -1, [0, 4], [], "4", True, [1.0], ["1"]])
+@pytest.mark.parametrize("layers", ["middle", "1,x", "", "-1", 4, -1, [0, 4], [], "4", True, [1.0], ["1"], "²"])
 def test_layers_that_do_not_exist(layers):
     with refused("layer"):
         resolve_layers(layers, 4)

@@ -276,6 +276,6 @@ def _table(frame: pd.DataFrame, name: str) -> Table:
 
 def _sizes(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise SPDError(f"sizes {text!r} are no numbers of examples; write them as in '5,10,20,50'")
     return sorted({int(part) for part in parts})

@@ -143,9 +143,11 @@ class Scored:
         for name in SCORERS:
             if name != self.own:
                 try:
-                    self.scorers[name] = self.task.scored_by(name)
-                except SPDError:  # a task that has one way to score
+                    other = self.task.scored_by(name)
+                    other.check_scorable()
+                except SPDError:  # a task that has one way to score, or gold answers that the other cannot read
                     continue
+                self.scorers[name] = other
 
     def score(self, scorer: str, item: Example, text: str) -> float:
         """What a scorer says of a text, in [0, 1]."""

@@ -56,7 +56,7 @@ def transfer(
         rows.append({"a": a, "b": b, "of": "projected", **_point(subspaces[a], moments[b], policies, "projected")})
         for name in policies:
             kind, _, number = name.partition("-")
-            if kind == "random" and number.isdigit() and random_seeds is not None:
+            if kind == "random" and number.isdecimal() and random_seeds is not None:
                 control = subspaces[a].random_like(random_seeds[a] + int(number))
                 rows.append({"a": a, "b": b, "of": "random", **_point(control, moments[b], policies, name)})
     if not rows:

@@ -72,7 +72,7 @@ class Grid(Settings):
         for name in value:
             if info.field_name == "projectors" and name not in PROJECTORS:
                 raise ValueError(f"unknown projector {name!r}; choose from {', '.join(PROJECTORS)}")
-            if info.field_name == "heads" and name not in ("all", "each") and not name.isdigit():
+            if info.field_name == "heads" and name not in ("all", "each") and not name.isdecimal():
                 raise ValueError(f"unknown head {name!r}; write all, each or a head's number")
             if info.field_name == "kinds":
                 split_kinds(name)
@@ -127,7 +127,7 @@ class Grid(Settings):
         for entry in self.layers:
             if entry == "each" or entry.startswith("each/"):
                 step = entry.partition("/")[2] or "1"
-                if not step.isdigit() or int(step) < 1:
+                if not step.isdecimal() or int(step) < 1:
                     raise SPDError(f"layers {entry!r} are not possible; write each, or each/4 for every fourth layer")
                 sets += [(str(i), [i]) for i in sorted(range(n_layers - 1, -1, -int(step)))]
             elif entry in THIRDS:

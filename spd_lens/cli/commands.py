@@ -82,7 +82,7 @@ def study_command(
     set_up_logging(quiet)
     from spd_lens.study import study
 
-    settings = [*(setting or []), *([f"settings.protocol={protocol}"] if protocol else [])]
+    settings = [*(setting or []), *([] if protocol is None else [f"settings.protocol={protocol}"])]
     study(file, preset, out, settings, dry_run=dry_run, console=Console())
 
 

@@ -233,7 +233,7 @@ class ModelPair:
 
         Refused if there are none, or they leave no room in the context.
         """
-        ids = self.format.prompt_ids(example.prompt)[:most]
+        ids = self.format.prompt_ids(example.prompt, most)
         if not ids:
             raise SPDError(f"prompt {example.id!r} is empty: it has no token to continue from; write something")
         self._check_ids([*ids, 0], example, self.n_ctx)

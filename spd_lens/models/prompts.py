@@ -292,13 +292,14 @@ class PromptFormat:
                     return found
         return None
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of the prompt alone, as generation starts from them.
+    def prompt_ids(self, prompt: str, most: int | None = None) -> list[int]:
+        """Token ids of the prompt alone, as generation starts from them: at most the first `most` (None: all).
 
         Raises:
-            SPDError: the text is no Unicode text, or far longer than the context (`TooLong`).
+            SPDError: the text is no Unicode text, or, where it is not cut, far longer than the context (`TooLong`).
         """
-        return self._tokens(self.text(prompt), f"prompt {prompt[:40]!r}", self.longest or _LONGEST).ids
+        limit = (self.longest or _LONGEST) if most is None else None
+        return self._tokens(self.text(prompt), f"prompt {prompt[:40]!r}", limit).ids[:most]
 
     def joint(self, example: Example, *, any_length: bool = False) -> JointText:
         """Tokenises prompt and completion as one text, so that a token may span both.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spd_lens.errors import SPDError
 from spd_lens.protocols.base import NAMES, Protocol
-from spd_lens.protocols.presets import PROTOCOLS
+from spd_lens.protocols.presets import POINTS, PROTOCOLS
 
 
 def protocol(name: str) -> Protocol:
@@ -19,7 +20,7 @@ def protocol(name: str) -> Protocol:
     Raises:
         SPDError: There is no such protocol.
     """
-    if name not in PROTOCOLS:
+    if not isinstance(name, str) or name not in PROTOCOLS:
         raise SPDError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
@@ -37,16 +38,40 @@ def with_protocol(given: Mapping[str, Any], n_eval: int) -> dict[str, Any]:
     if not isinstance(name, str) or name not in NAMES:
         return dict(given)
     chosen = protocol(name)
-    source, targets = given.get("task", "gsm8k"), given.get("eval_tasks") or []
-    targets = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else targets
+    own = {"eval_tasks": _listed(given["eval_tasks"])} if "eval_tasks" in given else {}
+    source, targets = given.get("task", "gsm8k"), own.get("eval_tasks", [])
     under = dict(chosen.settings)
     if isinstance(source, str) and isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         under |= chosen.sizes_for(source, targets or [source], n_eval)
-    return {**under, **given}
+    return {**under, **given, **own}
+
+
+def _listed(targets: Any) -> Any:
+    """Tasks as a list, however they are written: commas between them, a tuple, anything that is gone through once."""
+    if isinstance(targets, str):
+        return [part.strip() for part in targets.split(",") if part.strip()]
+    return list(targets) if isinstance(targets, Iterable) and not isinstance(targets, Mapping | bytes) else targets
 
 
 def departures(config: Any, n_eval: int) -> dict[str, tuple[Any, Any]]:
-    """Settings of a config that are not its protocol's: the protocol's value and the config's, by name."""
+    """What of a config is not as its protocol has it: the protocol's value and the config's, by name.
+
+    Settings that decide one of the protocol's points are looked at, whether the protocol names them or leaves them at
+    their default, and options of the source task (`task_options.scoring`). It has no sizes for tasks that it does not
+    know, and none of the protocols decides the precision.
+    """
     named = {"protocol": config.protocol, "task": config.task, "eval_tasks": config.eval_tasks}
-    asked = {name: value for name, value in with_protocol(named, n_eval).items() if name not in named}
-    return {name: (value, getattr(config, name)) for name, value in asked.items() if getattr(config, name) != value}
+    asked, alone = with_protocol(named, n_eval), type(config)(**named)
+    decides = [name for names in POINTS.values() for name in names if name in type(config).model_fields]
+    loose = {"dtype"} | {name for name in _SIZES if name not in asked}
+    values = {name: (getattr(alone, name), getattr(config, name)) for name in decides if name not in loose}
+    own = protocol(config.protocol).options(config.task)
+    values |= {f"task_options.{name}": (own.get(name), value) for name, value in config.task_options.items()}
+    return {name: both for name, both in values.items() if _written(both[0]) != _written(both[1])}
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)  # rank 1 is one direction, and 1.0 is all
+
+
+_SIZES = ("n_calibration", "n_train", "n_eval")

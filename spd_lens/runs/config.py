@@ -106,7 +106,7 @@ class DataGroup(Settings):
             value = {part.partition("=")[0]: part.partition("=")[2] for part in value.split(",")}
         counts = dict(value) if isinstance(value, dict) else {"": value}
         for name, count in counts.items():
-            counts[name] = int(count) if isinstance(count, str) and count.strip().isdigit() else count
+            counts[name] = int(count) if isinstance(count, str) and count.strip().isdecimal() else count
             if type(counts[name]) is not int or counts[name] < 1:
                 raise ValueError("write a number of items of at least 1, or one for each task as in gsm8k=100,mbpp=257")
         return {str(name).strip(): count for name, count in counts.items()} if isinstance(value, dict) else counts[""]
@@ -179,7 +179,7 @@ class SPDConfig(
 
     @property
     def departures(self) -> dict[str, tuple[Any, Any]]:
-        """Settings of the protocol that are not as it has them: its value and this config's, by name."""
+        """What decides a point of the protocol and is not as it has it: its value and this config's, by name."""
         return departures(self, _N_EVAL)
 
     @property
@@ -253,8 +253,12 @@ def protocol_in_words(config: SPDConfig) -> str:
     """The protocol, and the settings that were given over it; nothing for the default protocol."""
     if config.protocol == "paper":
         return ""
-    other = [f"{name} {now} (there {there})" for name, (there, now) in config.departures.items()]
+    other = [f"{name} {_said(now)} (there {_said(there)})" for name, (there, now) in config.departures.items()]
     return f"{config.protocol} (docs/protocols.md){', but for ' + ', '.join(other) if other else ''}"
+
+
+def _said(value: Any) -> Any:
+    return "not set" if value is None else value
 
 
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:

@@ -54,7 +54,7 @@ def fitted(task: Task, pair: ModelPair, config: SPDConfig, max_new_tokens: int |
             if split == "calibration":
                 n = length(example) if most is None else len(pair.format.encode(example, config.loss, most).ids)
                 return n <= pair.context(config.engine)
-            prompt = pair.format.prompt_ids(example.prompt)[: config.max_prompt_tokens if split == "train" else None]
+            prompt = pair.format.prompt_ids(example.prompt, config.max_prompt_tokens if split == "train" else None)
             if len(prompt) + room[split] > pair.n_ctx:
                 return False
             return split == "train" or all(length(text) <= pair.n_ctx for text in forced_texts(task, example))

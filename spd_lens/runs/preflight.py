@@ -99,6 +99,7 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
     if config.engine == "lens":
         pair.lens_if_any(longest)  # the one that the run uses: the record of the run names its backend
     check_room(pair, experiment.prompts, config.max_new_tokens, config.max_prompt_tokens)
+    check_completions(experiment)
     for name, task in experiment.targets.items() if targets else ():
         items = task.test(config.n_test(name), config.data_seed)
         try:
@@ -107,3 +108,18 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
             raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
         for text in (text for item in items for text in forced_texts(task, item)):
             pair.encode(text)
+
+
+def check_completions(experiment: Experiment) -> None:
+    """Refuse a length of training texts that leaves nothing of a completion, where that alone is trained on."""
+    config = experiment.config
+    if config.loss_on == "all" or config.max_length is None:
+        return
+    for example in experiment.prompts:
+        n = len(experiment.pair.prompt_ids(example, config.max_prompt_tokens))
+        if n >= config.max_length:
+            raise SPDError(
+                f"the training prompt {example.id!r} has {n} tokens, so that max_length = {config.max_length} leaves "
+                "nothing of its completion to train on; raise max_length, set max_prompt_tokens below it, or train on "
+                "the prompt too (loss_on 'all')"
+            )

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal, Self
 
-from spd_lens.errors import SPDError, plain, whole
+from spd_lens.errors import SPDError, plain, shortened, whole
 from spd_lens.examples import Example
 from spd_lens.tasks.sources import Source
 
@@ -227,6 +227,15 @@ class TwoScorings(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_option("scoring", ("final", "reference"))
+
+    def check_gold(self, readable: Callable[[str], bool], what: str) -> None:
+        """Refuse a test item whose gold answer the reference code's rules do not read as it is written."""
+        for item in self.pool("test"):
+            if not readable(answer := str(item.meta["answer"])):
+                raise SPDError(
+                    f"the answer {shortened(answer)!r} of {item.id} is not {what}, so that scoring='reference' cannot "
+                    "tell right from wrong; mend or leave out the record, or use scoring='final'"
+                )
 
     def scored_by(self, scoring: Scoring) -> Self:
         other = copy.copy(self)

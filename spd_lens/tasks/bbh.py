@@ -99,6 +99,10 @@ class BBH(AnswerLine, PaperTask):
             meta={"subtask": subtask},
         )
 
+    def check_scorable(self) -> None:
+        if self.scoring == "reference":
+            self.check_gold(lambda answer: reference.same_line(answer, answer), "one line")
+
     def extract(self, text: str) -> str | None:
         return reference.first_line(text) if self.scoring == "reference" else short_answer(text)
 

@@ -51,6 +51,10 @@ class FinalNumber(TwoScorings):
     def extract(self, text: str) -> str | None:
         return reference.last_number(text) if self.scoring == "reference" else final_number(text)
 
+    def check_scorable(self) -> None:
+        if self.scoring == "reference":
+            self.check_gold(reference.is_plain_number, "a plain number")
+
     def in_asked_form(self, text: str) -> bool:
         """Whether there is a line of `####` and a number."""
         asked = not self.asks_form or bool(hash_lines(answer_part(text), line_start=True))

@@ -88,12 +88,14 @@ class _Guard(TrainerCallback):
         complete_checkpoint(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise SPDError(
-                f"the training loss became {loss} at step {state.global_step}; lower lr, or load the model with "
-                "dtype='float32'"
-            )
+        # a gradient can overflow where the loss does not, and after the last step no loss would show it
+        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                raise SPDError(
+                    f"the training {what} became {value} at step {state.global_step}; lower lr, or load the model with "
+                    "dtype='float32'"
+                )
 
 
 class _Bar(TrainerCallback):

@@ -50,9 +50,10 @@ def test_a_corpus_of_cut_prompts_goes_on_with_the_same_cut(tiny_pair, tiny_promp
     assert json.loads(settings_path(path).read_text())["settings"]["max_prompt_tokens"] == CUT
 
 
-def test_a_prompt_beyond_the_context_fits_when_it_is_cut(tiny_pair):
-    long = "Tom has 12 apples. " * 60
-    assert len(tiny_pair.format.prompt_ids(long)) > N_CTX
+@pytest.mark.parametrize("repeats", [60, 6000], ids=["beyond", "far beyond"])
+def test_a_prompt_beyond_the_context_fits_when_it_is_cut(tiny_pair, repeats):
+    long = "Tom has 12 apples. " * repeats
+    assert tiny_pair.format.prompt_ids(long, CUT) == tiny_pair.tokenizer(f"{long}\n")["input_ids"][:CUT]
     with refused("tokens", "context"):
         made(tiny_pair, [long])
     [record] = made(tiny_pair, [long], max_prompt_tokens=CUT)

@@ -278,3 +278,38 @@ def test_the_ready_made_study_is_at_full_size():
     assert len(rows) == 6
     n_prompts = sum(N_TRAIN.values()) * (len(config.methods) - 1)
     assert rows["finetune"].cost.tokens == 5 * 256 * n_prompts  # every text is padded to 256 tokens
+
+
+@pytest.mark.parametrize(
+    "targets", [("gsm8k", "mbpp"), "gsm8k,mbpp,", iter(["gsm8k", "mbpp"]), {"gsm8k": 1, "mbpp": 2}.keys()]
+)
+def test_sizes_however_the_targets_are_written(targets):
+    config = spd.SPDConfig.make({"protocol": "reference", "eval_tasks": targets})
+    assert (config.eval_tasks, config.n_train) == (["gsm8k", "mbpp"], 7473)
+    assert config.n_eval == {"gsm8k": 100, "mbpp": 257}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"energy": 0.95}, "energy 0.95 (there not set)"),
+        ({"strength": 0.5}, "strength 0.5 (there 1.0)"),
+        ({"rank": 1}, "rank 1 (there 0.5)"),
+        ({"loss_on": "completion"}, "loss_on completion (there all)"),
+        ({"temperature": None}, "temperature not set (there 0.7)"),
+        ({"task_options": {"scoring": "final"}}, "task_options.scoring final (there reference)"),
+        ({"task_options": {"scoring": "reference"}}, ""),
+        ({"n_eval": {"mbpp": 257, "gsm8k": 100}, "eval_tasks": ["gsm8k", "mbpp"]}, ""),
+        ({"task": "synthetic-math", "n_train": 3}, ""),  # a task without sizes of its own
+        ({"dtype": "float16"}, ""),
+    ],
+)
+def test_what_a_protocol_leaves_at_its_default_is_part_of_it(given, words):
+    config = spd.SPDConfig.make({"protocol": "reference", **given})
+    assert protocol_in_words(config) == "reference (docs/protocols.md)" + (f", but for {words}" if words else "")
+
+
+@pytest.mark.parametrize("name", ["refrence", None, ["reference"], {"reference"}])
+def test_no_such_protocol(name):
+    with refused("unknown protocol", "paper, reference, apple-ssd"):
+        spd.protocol(name)

@@ -142,6 +142,8 @@ def test_training_prompts_that_are_cut_fit_and_test_items_are_not_cut(task, tiny
     assert ids(task.test(None)) - ids(cut.test(None)) == {"test-over", "gold-over"}
     one_more = fitted(task, tiny_pair, DROP.model_copy(update={"max_prompt_tokens": N_CTX - NEW + 1}))
     assert ids(task.train(None)) - ids(one_more.train(None)) == {"train-over"}
+    far = Example("Tom has 12 apples. " * 6000)  # not even tokenised to its end where it is not cut
+    assert cut._fits("train", far) and not cut._fits("test", far) and not one_more._fits("train", far)
 
 
 def test_a_span_that_truncation_would_cut_is_never_half_there(task, tiny_pair):

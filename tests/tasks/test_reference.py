@@ -13,6 +13,7 @@ from spd_lens.errors import SPDError
 from spd_lens.sandbox import available, passes_tests
 from spd_lens.tasks import REFERENCE_SUBTASKS, Task
 from spd_lens.tasks.scoring import reference
+from tests.helpers import refused
 
 NAMES = ("gsm8k", "svamp", "mbpp", "mmlu", "bbh", "codealpaca")
 OWN = {"mmlu": {"train_source": "dev+val"}, "bbh": {"subtasks": list(REFERENCE_SUBTASKS)}}
@@ -377,6 +378,38 @@ def test_scored_by_shares_what_was_read(write):
     assert plain.scored_by("final").score(item, text) == 1.0
     with pytest.raises(SPDError, match="gsm8k has no scoring 'x'; choose one of final, reference"):
         task.scored_by("x")
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("7", True),
+        ("-3.5", True),
+        ("1,000", True),
+        ("1/2", False),
+        ("1e+20", False),
+        ("seven", False),
+        ("7 pens", False),
+    ],
+)
+def test_gold_answers_that_the_plain_rules_would_read_as_another_number_are_refused(write, answer, plain):
+    rows = [{"question": f"{n}?", "answer": f"#### {answer}"} for n in range(2)]
+    write("train.jsonl", rows[:1])
+    task = bare("gsm8k", write("test.jsonl", rows[1:]))
+    task.check_scorable()  # the careful rules have their own way
+    if plain:
+        return task.scored_by("reference").check_scorable()
+    with refused(repr(answer), "gsm8k-test-0", "not a plain number", "scoring='final'"):
+        task.scored_by("reference").check_scorable()
+
+
+def test_an_answer_of_several_lines_is_refused_where_one_line_is_read(write):
+    rows = [{"input": f"{n}?", "target": "yes\nno" if n == 3 else "yes"} for n in range(60)]
+    path = write("boolean_expressions.json", {"examples": rows})
+    task = bare("bbh", path, subtasks=["boolean_expressions"])
+    task.check_scorable()
+    with refused("'yes\\nno'", "bbh-boolean_expressions-3", "not one line"):
+        task.scored_by("reference").check_scorable()
 
 
 def test_tasks_with_rules_of_their_own(write):

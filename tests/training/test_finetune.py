@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import signal
@@ -363,6 +364,24 @@ def test_corpora_that_cannot_be_trained_on_are_refused(tiny_pair, tiny_qwen2_pai
     with refused("'x'", "300 tokens"):
         trained(tiny_pair, Corpus([Record("x", "p", "c", (5,) * 299, (1,), "eos")]), out)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_of_the_last_step_that_is_no_number_gives_no_adapter(
+    tiny_pair, corpus, tmp_path, monkeypatch, value
+):
+    backward = CorpusTrainer.training_step
+
+    def overflow(trainer, model, inputs, *rest):
+        loss = backward(trainer, model, inputs, *rest)
+        if trainer.state.global_step == trainer.state.max_steps - 1:  # which no other loss follows
+            next(weight for weight in model.parameters() if weight.grad is not None).grad[0, 0] = value
+        return loss
+
+    monkeypatch.setattr(CorpusTrainer, "training_step", overflow)
+    with refused("norm of the gradients became", "step 2", "dtype='float32'"):
+        trained(tiny_pair, corpus, tmp_path / "out", epochs=2, batch_size=len(corpus))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_training(fresh_pair, corpus, tmp_path):

@@ -186,3 +186,12 @@ def test_a_whole_run_with_every_setting(tiny_settings, tmp_path):
     with refused("loss_on_padding", "max_length"):
         run(SPDConfig.make(tiny_settings | {"loss_on_padding": True}), tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_length_that_leaves_nothing_of_a_completion_is_refused_before_any_is_written(tiny_settings, tmp_path):
+    settings = tiny_settings | {"loss_on": "completion", "max_length": 20}
+    with refused("training prompt", "tokens", "max_length = 20", "max_prompt_tokens"):
+        run(SPDConfig.make(settings), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    done = run(SPDConfig.make(settings | {"max_prompt_tokens": 12, "epochs": 1}), tmp_path / "run", progress=False)
+    assert json.loads((done.adapter / "training.json").read_text())["n_scored_tokens"] <= 8 * len(done.corpus)

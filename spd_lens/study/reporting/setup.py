@@ -45,7 +45,10 @@ def protocol_of(evidence: Evidence) -> str:
     """The study's protocol, and what its settings have in place of it; nothing for the default protocol."""
     settings = evidence.plan.get("settings") or {}
     own = (evidence.plan.get("source_settings") or {}).get(evidence.sources[0], {}) if evidence.sources else {}
-    tasks = {"task": evidence.sources[0], "eval_tasks": list(evidence.targets)} if evidence.sources else {}
+    tasks: dict[str, Any] = {}
+    if evidence.sources:
+        tasks = {"task": evidence.sources[0], "eval_tasks": list(evidence.targets)}
+        tasks["task_options"] = (evidence.plan.get("task_options") or {}).get(evidence.sources[0], {})
     return protocol_in_words(SPDConfig.make({**settings, **own, **tasks}))
 
 

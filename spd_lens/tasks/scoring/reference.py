@@ -26,6 +26,12 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
+def is_plain_number(text: str) -> bool:
+    """Whether a text is one number as `last_number` reads it, and nothing beside it: of `1/2` and `1e-07` it reads a
+    part."""
+    return _NUMBER.fullmatch(text.strip().replace(",", "")) is not None
+
+
 def same_number(gold: str, text: str) -> bool:
     """Whether the last numbers of the gold answer and of a completion are the same within `TOLERANCE`."""
     wanted, said = last_number(gold), last_number(text)
