@@ -258,7 +258,10 @@ def protocol_in_words(config: SPDConfig) -> str:
 
 
 def _said(value: Any) -> Any:
-    return "not set" if value is None else value
+    """A value as a flag takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={count}" for name, count in value.items())
+    return "not set" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:

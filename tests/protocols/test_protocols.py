@@ -297,6 +297,8 @@ def test_sizes_however_the_targets_are_written(targets):
         ({"rank": 1}, "rank 1 (there 0.5)"),
         ({"loss_on": "completion"}, "loss_on completion (there all)"),
         ({"temperature": None}, "temperature not set (there 0.7)"),
+        ({"n_eval": 4}, "n_eval 4 (there gsm8k=100)"),
+        ({"lora_targets": ["q_proj", "v_proj"]}, "lora_targets q_proj,v_proj (there q_proj,k_proj,v_proj,o_proj)"),
         ({"task_options": {"scoring": "final"}}, "task_options.scoring final (there reference)"),
         ({"task_options": {"scoring": "reference"}}, ""),
         ({"n_eval": {"mbpp": 257, "gsm8k": 100}, "eval_tasks": ["gsm8k", "mbpp"]}, ""),
