@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -59,6 +60,18 @@ class CallSettings(Settings):
 
     keywords: ClassVar[Mapping[str, str]]
     """The function's keywords, and the setting that each of them is."""
+    _protocol: str = PrivateAttr("")
+
+    @property
+    def label(self) -> dict[str, str]:
+        """What an artefact records of where its settings come from: the protocol, where one was named."""
+        return {"protocol": self._protocol} if self._protocol else {}
+
+    def labelled(self, protocol: str) -> Self:
+        """The same settings as those of a protocol; `"paper"`, which are the defaults, leaves no label."""
+        other = self.model_copy()
+        other._protocol = "" if protocol == "paper" else protocol
+        return other
 
     @classmethod
     def given(cls, settings: Self | None, keywords: Mapping[str, Any], caller: str) -> Self:
@@ -75,12 +88,14 @@ class CallSettings(Settings):
         if not (settings is None or isinstance(settings, cls)):
             raise SPDError(f"{caller} takes settings of class {cls.__name__}, not a {type(settings).__name__}")
         over = {cls.keywords[name]: value for name, value in keywords.items()}
-        return cls.model_construct(**plain(dict(settings or cls()) | over))
+        settings = settings or cls()
+        return cls.model_construct(**plain(dict(settings) | over)).labelled(settings._protocol)
 
     @classmethod
     def of(cls, config: Settings) -> Self:
         """What a config says of these settings."""
-        return cls.model_construct(**{name: value for name, value in config if name in cls.model_fields})
+        own = cls.model_construct(**{name: value for name, value in config if name in cls.model_fields})
+        return own.labelled(getattr(config, "protocol", ""))
 
     def by_keyword(self) -> dict[str, Any]:
         """The values by the function's keywords."""

@@ -89,6 +89,7 @@ def generate(
         pair.lens_at(max(len(job.prompt_ids) for job in jobs) + settings.max_new_tokens)
     groups = _groups(pair, jobs, policy)
     recorded = _recorded(pair, decoding, engine, groups, by_prompt=not isinstance(policy.subspace, Subspace | None))
+    recorded |= settings.label
     if earlier is not None and "prompt_date" not in earlier:
         recorded.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
     decoding.own.tell()

@@ -53,7 +53,7 @@ class Protocol:
     @property
     def extraction(self) -> Extraction:
         """What `extract(settings=...)` takes."""
-        return Extraction(**self._of(Extraction.model_fields))
+        return Extraction(**self._of(Extraction.model_fields)).labelled(self.name)
 
     @property
     def subspace_options(self) -> dict[str, Any]:
@@ -63,12 +63,12 @@ class Protocol:
     @property
     def sampling(self) -> SamplingSettings:
         """What `generate(settings=...)` takes."""
-        return SamplingSettings(**self._of(SamplingSettings.model_fields))
+        return SamplingSettings(**self._of(SamplingSettings.model_fields)).labelled(self.name)
 
     @property
     def training(self) -> TrainingSettings:
         """What `finetune(settings=...)` takes."""
-        return TrainingSettings(**self._of(TrainingSettings.model_fields))
+        return TrainingSettings(**self._of(TrainingSettings.model_fields)).labelled(self.name)
 
     @property
     def load_options(self) -> dict[str, Any]:

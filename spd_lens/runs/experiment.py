@@ -298,6 +298,7 @@ class Experiment:
             max_new_tokens=self.answer_tokens, batch_size=config.generation_batch_size, forced=forced,
             path=completions, progress=self.progress,
         )  # fmt: skip
+        result.settings.update(self.config.extraction.label)
         result.save(path)
         return result
 

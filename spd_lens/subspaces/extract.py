@@ -85,7 +85,7 @@ def extract(
     settings = Extraction.given(settings, keywords, "extract")
     sites = pair.sites(settings.layers, settings.kinds)
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
-    recorded |= _unusual(pair, settings)
+    recorded |= {**_unusual(pair, settings), **settings.label}
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
         shard = rows.index % shards

@@ -106,6 +106,7 @@ def finetune(
         "dtype": dtype_name(pair.dtype),
         "corpus": corpus_digest(corpus),
         **settings.recorded(),
+        **settings.label,
     }
     if out is None:
         out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"

@@ -82,6 +82,8 @@ def test_every_stage_alone(call, tmp_path):
     assert call("evaluate", "--task", "svamp", *evaluate) == 0
     result = spd.EvalResult.load(tmp_path / "eval.json")
     assert result.settings["task_options"]["scoring"] == "reference"
+    recorded = (moments.settings, subspace.origin, corpus.settings, record["settings"], result.settings)
+    assert [settings["protocol"] for settings in recorded] == ["reference"] * 5
 
 
 def test_mmlu_is_evaluated_from_files_that_have_no_training_questions(call, tmp_path, capfd):

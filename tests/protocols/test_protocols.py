@@ -16,7 +16,7 @@ from spd_lens.runs.run_dir import Run
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.plan import make_plan
 from spd_lens.study.shapes import read_shape
-from tests.helpers import refused
+from tests.helpers import EXAMPLES, refused
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("protocol_table", ROOT / "scripts" / "protocol_table.py")
@@ -164,6 +164,16 @@ def test_an_object_with_what_the_functions_take():
     assert chosen.load_options == {"prompt_format": "verbatim", "span_rule": "inside"}
     assert chosen.subspace_options == {"per_head": False, "rank": 0.5, "center_gradients": True}
     assert spd.protocol("paper").load_options == {}
+
+
+def test_settings_say_which_protocol_they_are_from(tiny_pair):
+    chosen = spd.protocol("reference")
+    for settings in (chosen.extraction, chosen.sampling, chosen.training):
+        assert settings.label == {"protocol": "reference"} and type(settings).given(settings, {}, "f").label
+        assert settings.labelled("paper").label == type(settings)().label == {}
+    moments = spd.extract(tiny_pair, EXAMPLES[:1], settings=chosen.extraction, layers="all", progress=False)
+    assert moments.settings["protocol"] == "reference"
+    assert "protocol" not in spd.extract(tiny_pair, EXAMPLES[:1], layers="all", progress=False).settings
 
 
 def test_a_task_by_its_protocol(data_dir):
