@@ -86,7 +86,7 @@ def shares_figure(table: pd.DataFrame, controls: Sequence[str] = ()) -> go.Figur
     shown = [measure for measure in _SHOWN if measure in set(table["measure"])]
     names = list(dict.fromkeys(table["method"]))
     for i, name in enumerate(names):
-        rows = table[table["method"] == name].set_index("measure").loc[shown]
+        rows = table[table["method"] == name].set_index("measure").reindex(shown)  # not all have all
         heights = [place + 0.6 * (0.5 - (i + 0.5) / len(names)) for place in range(len(shown))[::-1]]
         line(
             fig, rows["value"], heights, name, index=i, null=name in controls, mode="markers", size=9,

@@ -318,12 +318,13 @@ def ready_pair(pair: ModelPair | None, config: SPDConfig, folder: Folder) -> Mod
     return folder.dated(pair)
 
 
-def decided_by(pair: ModelPair) -> dict[str, Any]:
-    """The settings that a pair which is loaded already has decided, whatever a config says."""
+def decided_by(pair: ModelPair, prompt_format: str) -> dict[str, Any]:
+    """The settings that a pair which is loaded already has decided, whatever a config says; `prompt_format` is what it
+    says of that."""
     form = pair.format
     day = form.prompt_date if form.date_given else None
     decided = {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
-    if form.name == "verbatim":  # which no tokenizer stands for, as it does for the other two
+    if "verbatim" in (form.name, prompt_format):  # which no tokenizer stands for, as it does for the other two
         decided["prompt_format"] = form.name
     return {**decided, "add_special_tokens": form.add_special_tokens, "span_rule": form.span_rule}
 

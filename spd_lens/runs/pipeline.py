@@ -44,7 +44,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
             run, or a model or data set that is not the one the run was begun with.
     """
     if pair is not None:
-        config = config.model_copy(update=decided_by(pair))
+        config = config.model_copy(update=decided_by(pair, config.prompt_format))
     Run(out).check(config)
     experiment = Experiment(config, out, progress=progress)
     check_data(experiment)

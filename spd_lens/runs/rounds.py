@@ -215,7 +215,7 @@ def _in_float32(config: SPDConfig, pair: ModelPair | None) -> SPDConfig:
         )
     changes: dict[str, Any] = {"dtype": "float32"}
     if pair is not None:
-        changes |= decided_by(pair)
+        changes |= decided_by(pair, config.prompt_format)
     return config.model_copy(update=changes)
 
 

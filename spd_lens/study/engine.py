@@ -51,7 +51,8 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
             folder of another study, or a model or data set that is not the one the study was begun with.
     """
     if pair is not None:
-        config = StudyConfig.make({**config.model_dump(), "settings": {**config.settings, **decided_by(pair)}})
+        decided = decided_by(pair, config.settings["prompt_format"])
+        config = StudyConfig.make({**config.model_dump(), "settings": {**config.settings, **decided}})
     study = Study(out)
     config = study.admits(config)
     experiments = experiments_of(config, study.path, progress)

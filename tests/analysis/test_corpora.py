@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import shutil
 
@@ -69,6 +70,16 @@ def test_prompts_without_an_answer_drop_out_of_that_measure_alone():
     assert found.n["after the answer"] == 11 and found.n["length"] == 12
     without = corpora_differences({"base": base, "spd": spd})
     assert "after the answer" not in set(without.measure)
+
+
+def test_a_corpus_without_any_answer_is_in_the_figure_without_that_measure():
+    base, _ = two()
+    silent = [record(n, "no number at all") for n in range(12)]
+    table = corpora_table({"base": base, "silent": silent}, MATH)
+    assert "after the answer" not in set(table[table["method"] == "silent"]["measure"])
+    drawn = {trace.name: dict(zip(trace.text, trace.x, strict=True)) for trace in shares_figure(table).data}
+    assert drawn["silent"]["in the asked form"] == 0 and math.isnan(drawn["silent"]["after the answer"])
+    assert 0 <= drawn["base"]["after the answer"] <= 1
 
 
 def test_overlap_of_words_and_its_null():

@@ -148,10 +148,16 @@ def test_settings_are_recorded_where_they_are_not_at_their_defaults(verbatim, ti
     pair = ModelPair(verbatim.hf, verbatim.tokenizer, **form.settings)
     assert pair.format.settings == form.settings
     whole = [spd.Example("7*3=", "21", [(0, 2)])]
-    assert {"loss": "aligned", "dtype": "float32", **new} == spd.extract(pair, whole, **QUIET).settings
-    assert spd.extract(verbatim, [EIFFEL], **QUIET).settings == {"loss": "aligned", "dtype": "float32"}
-    assert {key: decided_by(pair)[key] for key in ("prompt_format", *new)} == {"prompt_format": "verbatim", **new}
-    assert "prompt_format" not in decided_by(spd.load(str(tiny_llama_dir), dtype="float32", device="cpu"))
+    written = {"loss": "aligned", "dtype": "float32", "prompt_format": "verbatim"}
+    assert spd.extract(pair, whole, **QUIET).settings == {**written, **new}
+    assert spd.extract(verbatim, [EIFFEL], **QUIET).settings == written
+    assert {key: decided_by(pair, "auto")[key] for key in ("prompt_format", *new)} == {
+        "prompt_format": "verbatim",
+        **new,
+    }
+    raw = spd.load(str(tiny_llama_dir), dtype="float32", device="cpu")
+    assert "prompt_format" not in decided_by(raw, "auto")
+    assert decided_by(raw, "verbatim")["prompt_format"] == "raw"
     assert all(check.passed is not False for check in check_model(pair)), check_model(pair)
 
 

@@ -315,3 +315,11 @@ def test_what_a_protocol_leaves_at_its_default_is_part_of_it(given, words):
 def test_no_such_protocol(name):
     with refused("unknown protocol", "paper, reference, apple-ssd"):
         spd.protocol(name)
+
+
+def test_a_pair_that_is_given_decides_how_prompts_are_written(tiny_pair, tiny_settings, tmp_path):
+    small = {**tiny_settings, "layers": "3", "n_random": 0, "epochs": 1, "warmup_epochs": 0, "policies": ["base"]}
+    config = spd.SPDConfig.make({**small, "protocol": "reference"})
+    run = spd.run(config, tmp_path / "run", progress=False, pair=tiny_pair)
+    assert run.notes["resolved"]["format"] == run.config.prompt_format == "raw"
+    assert "prompt_format raw (there verbatim)" in run.summary
