@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,10 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
-from spd_lens.generation import Record
+from spd_lens.generation import Record, stop_tokens
 from spd_lens.models import ModelPair, right_pad
 from spd_lens.settings import TrainingSettings
 from spd_lens.training.loss import IGNORED
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
 """The `input_ids` and `labels` of one completion; where padding is scored also the `attention_mask`."""
@@ -119,12 +122,21 @@ def corpus_rows(pair: ModelPair, records: Sequence[Record], settings: TrainingSe
         SPDError: As `scored_padding`; or a completion of which nothing is left to train on, or that is beyond the model
             when it is tokenised again.
     """
+    pad_id = scored_padding(pair, settings)
+    if pad_id is not None and pad_id not in (ends := stop_tokens(pair)):
+        pad, *shown = pair.tokenizer.convert_ids_to_tokens([pad_id, *ends])
+        log.warning(
+            "the padding token %s of %s ends no completion (%s do), so that a loss on padding cannot teach it to stop; "
+            "where the published generation_config.json names it (GGUF files have none), add it to "
+            "pair.hf.generation_config.eos_token_id",
+            pad, pair.name, ", ".join(map(str, shown)) or "none",
+        )  # fmt: skip
     rows = token_rows(
         records,
         settings.loss_on,
         tokenizer=pair.tokenizer if settings.retokenise else None,
         max_length=settings.max_length,
-        pad_id=scored_padding(pair, settings),
+        pad_id=pad_id,
     )
     if not settings.retokenise and settings.max_length is None:
         return rows  # the corpus' own ids, all of them

@@ -98,6 +98,24 @@ def test_padding_that_the_tokenizer_does_not_have_is_refused(tiny_pair):
     assert scored_padding(tiny_pair, settings) == tiny_pair.tokenizer.pad_token_id
 
 
+def test_padding_that_ends_no_completion_is_said(tiny_pair, caplog):
+    tokenizer = build_tokenizer(chat=False)
+    pair = ModelPair(tiny_pair.hf, tokenizer, name="tiny")
+    settings = TrainingSettings(max_length=9, loss_on_padding=True)
+    for pad, said in ((tokenizer.pad_token, tokenizer.pad_token != tokenizer.eos_token), (tokenizer.eos_token, False)):
+        tokenizer.pad_token = pad
+        caplog.clear()
+        corpus_rows(pair, [SHORT], settings)
+        assert (f"the padding token {pad} of tiny ends no completion ({tokenizer.eos_token} do)" in caplog.text) == said
+        corpus_rows(pair, [SHORT], TrainingSettings(max_length=9))
+        assert caplog.text.count("ends no completion") == said
+    tokenizer.pad_token = "<|pad|>" if tokenizer.pad_token == "<|pad|>" else tokenizer.convert_ids_to_tokens(5)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, None)
+    caplog.clear()
+    corpus_rows(pair, [SHORT], settings)
+    assert "ends no completion" in caplog.text
+
+
 def test_a_text_that_grows_beyond_the_context_when_it_is_tokenised_again_is_refused(tiny_pair):
     tokenizer = build_tokenizer(chat=False)
     tokenizer.add_tokens([" apples and more apples"])
