@@ -16,25 +16,33 @@ _OPTIONS = {"prompt_template", "train_source", "order", "scoring", "subtasks"}
 
 
 def table() -> str:
-    """The protocols side by side: each point's settings, what is to be known beside them, and the source."""
-    lines = ["| | " + " | ".join(f"`{name}`" for name in PROTOCOLS) + " |", "| --- " * (len(PROTOCOLS) + 1) + "|"]
-    for point, names in POINTS.items():
-        cells = [cell(chosen, point, names) for chosen in PROTOCOLS.values()]
-        lines.append(f"| {point} | {' | '.join(cells)} |")
+    """The protocols beside the first, each point with its settings, what is to be known beside them, and the source.
+
+    The last one has no projection and changes little. It has a table of its own with the points that it decides.
+    """
+    paper, *others = PROTOCOLS.values()
+    first, second = others
+    lines = [*_head(paper, first)]
+    lines += [f"| {point} | {cell(paper, point, paper)} | {cell(first, point, paper)} |" for point in POINTS]
+    own = [point for point in POINTS if second.sources[point] != ("", "no source")]
+    lines += ["", *_head(second), *(f"| {point} | {cell(second, point, paper)} |" for point in own)]
     return "\n".join(lines)
 
 
-def cell(chosen: Protocol, point: str, names: tuple[str, ...]) -> str:
-    """The values of one point under one protocol."""
-    if chosen.name == "apple-ssd":  # which changes little: what it leaves is said once
-        rest = [name for name in names if name not in (*chosen.settings, "methods")]
-        names = tuple(name for name in names if name not in rest)
-        values = ["as `paper`" if not names else "the rest as `paper`"] if rest else []
-    else:
-        values = []
-    values = [f"`{name}` {shown}" for name in names if (shown := value(chosen, name))] + values
+def _head(*chosen: Protocol) -> list[str]:
+    names = " | ".join(f"`{found.name}`" for found in chosen)
+    return [f"| | {names} |", "| --- " * (len(chosen) + 1) + "|"]
+
+
+def cell(chosen: Protocol, point: str, paper: Protocol) -> str:
+    """The values of one point under one protocol, of which those that the paper's protocol has too are said once."""
+    values = {name: shown for name in POINTS[point] if (shown := value(chosen, name))}
+    own = {name: shown for name, shown in values.items() if chosen is paper or shown != value(paper, name)}
+    listed = [f"`{name}` {shown}" for name, shown in own.items()]
+    if len(own) < len(values):
+        listed.append(f"the rest as `{paper.name}`" if own else f"settings as `{paper.name}`")
     source = chosen.sources[point]
-    return "; ".join(part for part in (", ".join(values), source.value) if part) + f" *[{source.where}]*"
+    return "<br>".join(part for part in (", ".join(listed), source.value, f"*{source.where}*") if part)
 
 
 def value(chosen: Protocol, name: str) -> str:

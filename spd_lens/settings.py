@@ -28,6 +28,8 @@ class Settings(BaseModel):
     """Settings whose numbers may be numpy's or torch's, and in which true and false are no numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    panel: ClassVar[str | None] = None
+    """The heading under which `--help` lists the flags of a group; None: that of a command's own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -105,11 +107,15 @@ class CallSettings(Settings):
 class SeedGroup(Settings):
     """The seed of everything random but the draws of examples."""
 
+    panel = "Evaluation and seeds"
+
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of sampling, training and random subspaces.")
 
 
 class SiteGroup(Settings):
     """Where gradients are captured, and what is projected."""
+
+    panel = "Subspace"
 
     layers: str | list[int] = Field(
         "last_mid", description=f"{', '.join(LAYER_WORDS)}, or block indices such as 14,29."
@@ -142,6 +148,8 @@ class SiteGroup(Settings):
 
 class GradientGroup(Settings):
     """Which gradients are captured, and on which of the two models."""
+
+    panel = "Subspace"
 
     loss: Literal["aligned", "full"] = Field("aligned", description="Score correctness tokens or whole completions.")
     engine: Literal["lens", "twin"] = Field("lens", description="Where gradients are captured.")
@@ -176,6 +184,8 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
 
 class CompletionGroup(Settings):
     """How completions are sampled."""
+
+    panel = "Self-generation"
 
     max_new_tokens: int = Field(256, ge=1, description="Token limit of a self-generated completion.")
     temperature: float | None = Field(None, ge=0, description="Sampling temperature; else the model's own, else 0.7.")
@@ -223,7 +233,9 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
 
 
 class OptimisationGroup(Settings):
-    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.2)."""
+    """How a corpus is distilled into the model. The defaults are the paper's (appendix A.3)."""
+
+    panel = "Training"
 
     method: Literal["lora", "full"] = Field("lora", description="LoRA adapter or full fine-tuning.")
     epochs: int = Field(5, ge=1, description="Passes over the corpus.")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,16 @@ def test_a_flag_for_every_setting(call):
     named = {"task_options": "--task-option", "per_head": "--joint", "center": "--no-center"}
     for name in spd.SPDConfig.model_fields:
         assert named.get(name, f"--{name.replace('_', '-')}") in out, name
+
+
+def test_flags_stand_under_headings_in_the_order_of_the_settings(call):
+    _, out, _ = call("run", "--help")
+    heads = ["─ Options ", "─ Model and prompts ", "─ Tasks and sizes ", "─ Subspace ", "─ Self-generation ",
+             "─ Training ", "─ Evaluation and seeds "]  # fmt: skip
+    assert [out.count(head) for head in heads] == [1] * len(heads)
+    parts = re.split("|".join(heads), out)[1:]
+    firsts = ["--protocol", "--model", "--task", "--layers", "--max-new-tokens", "--lora-rank", "--data-seed"]
+    assert all(f"{first} " in part for first, part in zip(firsts, parts, strict=True))
 
 
 def test_show_config_prints_all_settings_and_reads_back(call, in_tmp):

@@ -26,6 +26,7 @@ from spd_lens.analysis.common.printed import (
     LOSSES,
     QA_MATH_CODE,
     SOURCE_OF,
+    STAND_FOR,
     TABLES,
     PaperTable,
     Row,
@@ -60,7 +61,7 @@ from spd_lens.analysis.common.word_diff import Piece, word_diff
 
 __all__ = [
     "ABLATED", "CODE_MATH_QA", "FIGURE_4", "FIGURE_4_SIZES", "LABELS", "LOSSES", "PaperTable", "QA_MATH_CODE", "Row",
-    "SOURCE_OF", "TABLES", "html_of",
+    "SOURCE_OF", "STAND_FOR", "TABLES", "html_of",
     "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
     "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
     "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",

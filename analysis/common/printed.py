@@ -81,6 +81,9 @@ _TABLE_1: dict[str, tuple[Numbers, Numbers, Numbers, Numbers]] = {
         (37.7, 0.692, 40.0, 56.7, 62.5, 57.3),
     ),
 }
+STAND_FOR = {"psr": ("psr-reference", "psr"), "ssd": ("ssd-reference", "ssd")}
+"""Our methods that may stand beside a row of the paper; the first one that a study has does. What the reference code
+calls so comes first, and then the published method of that name. Other rows have one method."""
 _METHODS = (("Base model", "base"), ("PSR", "psr"), ("SSD", "ssd"), ("SPD", "spd"))
 
 TABLES = {

@@ -17,8 +17,8 @@ from spd_lens.tasks import Task
 Corpora = Mapping[str, Sequence[Record]]
 """Corpora by method; the first is what the others are compared with."""
 
-_PLAIN = "psr"
-"""The method that the others are compared with if it was run: the model's own raw outputs."""
+_PLAIN = ("psr", "psr-reference")
+"""The methods that the others are compared with if one was run: the model's own raw outputs."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _of_study(study: Study, methods: str | None, seed: int | None, out: Path | N
 def _chosen(there: list[str], wanted: str | None) -> list[str]:
     """The methods to show, the reference first."""
     if wanted is None:
-        return sorted(there, key=lambda name: name != _PLAIN)
+        return sorted(there, key=lambda name: name not in _PLAIN)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     for name in names:
         if name not in there:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from spd_lens.analysis.common import CODE_MATH_QA, LABELS, LOSSES, SOURCE_OF, TABLES
+from spd_lens.analysis.common import CODE_MATH_QA, LABELS, LOSSES, SOURCE_OF, STAND_FOR, TABLES
 from spd_lens.analysis.gain.completions import COMPONENTS, Opened
 from spd_lens.errors import SPDError
 from spd_lens.study import BACKBONES, BASE, backbone
 
-OURS = {"psr": ("psr",), "ssd": ("ssd-reference", "ssd"), "spd": ("spd",)}
-"""The methods that may stand beside a row of the paper; the first one that a study has does."""
+ROWS = ("psr", "ssd", "spd")
+"""The rows of the paper's table that stand beside ours."""
 COLUMNS = [
     "study", "backbone", "target", "scorer", "own", "method", "paper_base", "paper_gain", "base", "gain", "low", "high",
     *COMPONENTS,
@@ -52,10 +52,10 @@ def beside_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
                if row.backbone == model}  # fmt: skip
     rows: list[dict[str, Any]] = []
     known = table.set_index(["study", "source", "target", "scorer", "method", "quantity"]).sort_index()
-    places = itertools.product(table.study.unique(), CODE_MATH_QA, table.scorer.unique(), OURS)
+    places = itertools.product(table.study.unique(), CODE_MATH_QA, table.scorer.unique(), ROWS)
     for study, target, scorer, method in places:
         place = study, SOURCE_OF[target], target, scorer
-        name = next((name for name in OURS[method] if (*place, name, "score") in known.index), None)
+        name = next((name for name in STAND_FOR.get(method, (method,)) if (*place, name, "score") in known.index), None)
         if name is None or target in LOSSES:
             continue
         found, base = known.loc[(*place, name, "score")], known.loc[(*place, BASE, "score")]

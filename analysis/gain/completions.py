@@ -15,7 +15,7 @@ from spd_lens.evaluation import ItemResult
 from spd_lens.examples import Example
 from spd_lens.runs import allow_execution, differ
 from spd_lens.study import BASE, Cell, Study, StudyConfig
-from spd_lens.tasks import CodeTask, Scoring, Task, configured
+from spd_lens.tasks import CodeTask, Scoring, Task
 
 FINAL: Scoring = "final"
 REFERENCE: Scoring = "reference"
@@ -62,10 +62,7 @@ class Opened:
         config = study.config
         if not config.trained:
             raise SPDError(f"{folder} trains no method, so that nothing has changed in it; add methods to the study")
-        made = {
-            key: configured(task, data_dir or config.settings["data_dir"], config.task_options.get(task, {}))
-            for key, task in config.shared.targets.items()
-        }
+        made = {key: config.task(task, data_dir) for key, task in config.shared.targets.items()}
         if allow_code_execution:
             allow_execution(config.shared.model_copy(update={"allow_code_execution": True}), made.values())
         left_out = tuple(key for key, task in made.items() if isinstance(task, CodeTask) and task.executor is None)

@@ -19,7 +19,7 @@ from spd_lens.study import FOCUS, RANDOM
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "padding": ("off", "on"),
-    "format": ("verbatim", "raw", "chat"),
+    "prompts": ("verbatim", "raw", "chat"),
     "scorer": tuple(SCORERS),
     "projection": ("none", "random", "spd"),
 }
@@ -87,7 +87,7 @@ def grid(studies: Sequence[Opened]) -> pd.DataFrame:
     """Every study, source and method that is a point of the factorial, with its levels of all factors but the scorer.
 
     Returns:
-        Columns `study, source, method, padding, format, projection`.
+        Columns `study, source, method, padding, prompts, projection`.
 
     Raises:
         SPDError: two studies that are the same point.
@@ -96,16 +96,16 @@ def grid(studies: Sequence[Opened]) -> pd.DataFrame:
     for one in studies:
         for source, name in named(one.config.sources).items():
             padded = one.config.cell(name, one.config.seeds[0]).loss_on_padding
-            place = {"padding": FACTORS["padding"][int(padded)], "format": prompt_format(one)}
+            place = {"padding": FACTORS["padding"][int(padded)], "prompts": prompt_format(one)}
             for method, projection in projections(one, source).items():
                 rows.append({"study": one.name, "source": source, "method": method, **place, "projection": projection})
-    points = pd.DataFrame(rows, columns=["study", "source", "method", "padding", "format", "projection"])
-    twice = points[points.duplicated(["source", "padding", "format", "projection"], keep=False)]
+    points = pd.DataFrame(rows, columns=["study", "source", "method", "padding", "prompts", "projection"])
+    twice = points[points.duplicated(["source", "padding", "prompts", "projection"], keep=False)]
     if not twice.empty:
         first, second = twice[twice.source == twice.source.iloc[0]].study.unique()[:2]
         row = twice.iloc[0]
         raise SPDError(
-            f"{first} and {second} are one point of the factorial (source {row.source}, prompt format {row.format}, "
+            f"{first} and {second} are one point of the factorial (source {row.source}, prompt format {row.prompts}, "
             f"padding in the loss {row.padding}, {row.method}); leave one of them out"
         )
     return points
@@ -129,7 +129,7 @@ def cells(frame: pd.DataFrame, points: pd.DataFrame) -> dict[tuple[str, str], di
             table = part.groupby("item")[["score", "ends by itself", "tokens"]].mean()
             table.insert(0, "gain", table.score - base.loc[row.study, target, scorer].reindex(table.index))
             table.attrs = {"study": row.study, "method": row.method, "n_seeds": part.seed.nunique()}
-            levels: Levels = (row.padding, row.format, scorer, row.projection)
+            levels: Levels = (row.padding, row.prompts, scorer, row.projection)
             found.setdefault((row.source, target), {})[levels] = table
     for tables in found.values():
         shared = sorted(set.intersection(*(set(table.index) for table in tables.values())))

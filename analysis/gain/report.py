@@ -29,12 +29,18 @@ SCORERS_SAY = (
 )
 CODE_SAYS = (
     "Programs are cut at the end of the first fenced block that defines something, or without a fence at the first "
-    "line behind a definition that is not code."
+    "line behind a definition that is not code or asks for something else; where nothing is defined, at the first line "
+    "that asks."
 )
 INTERVALS = (
     "Scores and changes are in points of 100. Intervals are 95 % bootstraps over items with seeds averaged, each for "
     "itself; {n} scores and components were compared, and their p-values (sign flips over items) are corrected for "
     "that number (Holm). Rates have intervals alone. A change of 0 without an interval: no completion has any of it."
+)
+RATES_SAY = (
+    "Rates are shares of completions: those that the model ended by itself, that run on into another question behind "
+    "their answer, that the token limit cut, in which the final-answer rules find an answer, and whose answer has the "
+    "form that the prompt asks for, if it asks for one."
 )
 FACTORIAL = (
     "Gain is the score minus the base model's, of the same study and under the same scorer. A main effect is the later "
@@ -58,7 +64,7 @@ def report(
     """The whole report in Markdown; `found` are its conclusions."""
     n = int(split.p_holm.notna().sum())
     told = (*(f"- {sentence}" for sentence in found), "", SAYS, "", SCORERS_SAY, "", CODE_SAYS)
-    lines = ["# Where the gain comes from", "", *told, "", INTERVALS.format(n=n), ""]
+    lines = ["# Where the gain comes from", "", *told, "", INTERVALS.format(n=n), "", RATES_SAY, ""]
     lines += [line for note in notes for line in (note, "")]
     lines += _studies(studies)
     for (study, source, target), part in split.groupby(["study", "source", "target"], sort=False):

@@ -24,7 +24,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spd_lens.analysis.common import ABLATED, LABELS, LOSSES, SOURCE_OF, TABLES, PaperTable, Quiet, Row, page
+from spd_lens.analysis.common import (
+    ABLATED,
+    LABELS,
+    LOSSES,
+    SOURCE_OF,
+    STAND_FOR,
+    TABLES,
+    PaperTable,
+    Quiet,
+    Row,
+    page,
+)
 from spd_lens.analysis.paper.figure_4 import figure_4, mean_score, points, points_sentence
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
@@ -108,6 +119,8 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
     if number == 3:
         lines += ["", _TABLE_3]
     for study in studies:
+        if there := [own for own, *_ in STAND_FOR.values() if own in study.methods]:
+            lines += ["", f"In `{study.name}` these methods stand for the paper's: {', '.join(there)}."]
         lines += ["", f"## What differs from the paper in `{study.name}`", ""]
         lines += markdown(["setting", "paper", "here"], differences_from_paper(study))
         if text := base_and_published(study):
@@ -182,9 +195,10 @@ def _cell(studies: Sequence[Evidence], row: Row, dataset: str, source: str) -> t
     """Our number from the first study that has it."""
     measure = "completion loss" if dataset in LOSSES else "accuracy"
     for study in studies:
-        found = mean_score(study, Outcome(source, dataset, "target", row.phase, row.method, measure))
-        if found is not None:
-            return {"ours": found.pop("value"), **found}, study.name
+        for method in STAND_FOR.get(row.method, (row.method,)):
+            found = mean_score(study, Outcome(source, dataset, "target", row.phase, method, measure))
+            if found is not None:
+                return {"ours": found.pop("value"), **found}, study.name
     return dict.fromkeys(("ours", "low", "high", "n", "seeds")), ""
 
 

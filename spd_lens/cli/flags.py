@@ -14,6 +14,7 @@ import typer
 
 from spd_lens.errors import SPDError
 from spd_lens.runs import SPDConfig
+from spd_lens.settings import Settings
 
 # What may be said with a pair of flags instead of a value.
 _SWITCHES = {
@@ -74,12 +75,18 @@ def _parameter(name: str) -> inspect.Parameter:
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = f"{field.description} (default: {shown})" if shown not in (None, {}, "") else field.description
     flag = f"--{name.replace('_', '-')}"
+    groups = [group for group in SPDConfig.__bases__ if issubclass(group, Settings)]
+    panel = next(group.panel for group in groups if name in group.model_fields)
     if name == "task_options":
-        option = typer.Option("--task-option", help="KEY=VALUE, an option of the task; may be repeated.")
+        option = typer.Option(
+            "--task-option", help="KEY=VALUE, an option of the task; may be repeated.", rich_help_panel=panel
+        )
         return _keyword(name, Annotated[list[str] | None, option])
     if name in _SWITCHES:
-        return _keyword(name, Annotated[bool | None, typer.Option(_SWITCHES[name], help=text)])
-    return _keyword(name, Annotated[_plain(field.annotation) | None, typer.Option(flag, help=text)])
+        return _keyword(name, Annotated[bool | None, typer.Option(_SWITCHES[name], help=text, rich_help_panel=panel)])
+    return _keyword(
+        name, Annotated[_plain(field.annotation) | None, typer.Option(flag, help=text, rich_help_panel=panel)]
+    )
 
 
 def _plain(annotation: Any) -> Any:

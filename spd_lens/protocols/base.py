@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from spd_lens.errors import SPDError
 from spd_lens.settings import Extraction, SamplingSettings, TrainingSettings
-from spd_lens.tasks import Task, configured
+from spd_lens.tasks import CodeTask, Task, configured
 
 Name = Literal["paper", "reference", "apple-ssd"]
 """The protocols that there are; `SPDConfig.protocol` is one of them."""
@@ -87,7 +87,13 @@ class Protocol:
 
     def task(self, name: str, path: str | Path | None = None, /, **options: Any) -> Task:
         """The task as this protocol has it, with some options over its own; see `tasks.get`."""
-        return self.task_for(name, path, options, self.settings.get("prompt_format", "auto"))
+        executor = options.pop("executor", None)
+        made = self.task_for(name, path, options, self.settings.get("prompt_format", "auto"))
+        if executor is None:
+            return made
+        if not isinstance(made, CodeTask):
+            raise SPDError(f"{name} runs no programs, so that it takes no executor; leave it out")
+        return replace(made, executor=executor)
 
     def task_for(
         self,

@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, ...]] = {
 
 _CODE = "reference code"
 _OURS = "this project's default"
-_LIKE_PAPER = "no source"
+_NONE = "no source"
 _CARDS = "model cards of SimpleSD-4B-instruct and SimpleSD-30B-instruct"
 _ACCOUNT = (
     "a published account of arXiv 2604.01193's experimental set-up (sesamedisk.com/self-distillation-code-generation)"
@@ -44,16 +44,16 @@ PAPER = Protocol(
         "target layers": Source("{L, ⌊L/2⌋} counted from 1: blocks 23 and 11 of 24", "section 3.1, A.3"),
         "centring of the gradients": Source("", "Eq. 8-9"),
         "projector": Source("rank, strength and no centre: Eq. 9-12; a projector per head", f"table 7; head: {_OURS}"),
-        "calibration examples": Source("drawn with `data_seed`", "table 7"),
-        "training prompts": Source("`--preset paper`: 7,473, 464 and 2,000", "table 8; 500 is this project's default"),
+        "calibration examples": Source("drawn with `data_seed`", f"table 7; the draw: {_OURS}"),
+        "training prompts": Source("`--preset paper`: 7,473, 464 and 2,000", "table 7; 500 is this project's default"),
         "order of examples": Source("drawn with `data_seed`", _OURS),
         "self-generation": Source("what is not set here, the model's generation config decides", f"Eq. 13; {_OURS}"),
         "training text": Source("the sampled ids of prompt and completion, whole", f"Eq. 14; {_OURS}"),
-        "optimiser": Source("AdamW, cosine", f"A.2, table 7; batch size and warm-up: {_OURS}"),
-        "what is trained": Source("", "A.2, table 7"),
+        "optimiser": Source("AdamW, cosine", f"A.3, table 7; batch size and warm-up: {_OURS}"),
+        "what is trained": Source("", "A.3, table 7"),
         "precision": Source("bfloat16 where the hardware has it", _OURS),
         "scores": Source("the task's own rules and token limits: [tasks](tasks.md)", _OURS),
-        "test items": Source("`--preset paper`: 257 of MBPP, 200 of MMLU, 300 of BBH", "table 8"),
+        "test items": Source("`--preset paper`: 257 of MBPP, 200 of MMLU, 300 of BBH", "tables 7 and 8"),
         "seeds": Source("", "A.3"),
         "methods of a study": Source("", "section 4.1; `spd-random` is this project's control"),
     },
@@ -110,15 +110,22 @@ REFERENCE = Protocol(
         "target layers": Source("blocks `[n - 1, n // 2]` counted from 0: 23 and 12 of 24", _CODE),
         "centring of the gradients": Source("over all rows of all examples", _CODE),
         "projector": Source("one over all KV heads, of rank `kv_dim // 2`", _CODE),
-        "calibration examples": Source("the first ones; they are training prompts, too", _CODE),
+        "calibration examples": Source(
+            "the first ones; they are training prompts, too. A script of the repository takes 500 of MMLU", _CODE
+        ),
         "training prompts": Source("of MBPP those of training and validation", _CODE),
         "order of examples": Source("MMLU shuffled with seed 42", _CODE),
         "self-generation": Source("left padding, batches of 8, one sample", _CODE),
         "training text": Source("decoded, tokenised again, cut and padded to 256; padding is in the labels", _CODE),
         "optimiser": Source("AdamW, cosine over all epochs, clip 1; the best epoch's weights come back", _CODE),
         "what is trained": Source("", _CODE),
-        "precision": Source("the reference code: float16 throughout. Not set here: `--dtype float16`", _CODE),
-        "scores": Source("greedy; the *last* number of a completion, the first letter, the first code block", _CODE),
+        "precision": Source(
+            "the reference code: float16 throughout. Not set here: `--dtype float16` comes nearest", _CODE
+        ),
+        "scores": Source(
+            "greedy; the *last* number of a completion, the first letter, the first code block",
+            f"{_CODE}; token limit of CodeAlpaca: {_OURS}",
+        ),
         "test items": Source("the first ones; 50 of each of BBH's six subtasks; the last 100 of CodeAlpaca", _CODE),
         "seeds": Source("one", _CODE),
         "methods of a study": Source(
@@ -138,26 +145,26 @@ APPLE_SSD = Protocol(
     },
     methods=("base", "ssd"),
     sources={
-        "prompts": Source("", _LIKE_PAPER),
-        "tokens that count as correctness": Source("not used: there is no projection", _LIKE_PAPER),
-        "target layers": Source("not used: there is no projection", _LIKE_PAPER),
-        "centring of the gradients": Source("not used: there is no projection", _LIKE_PAPER),
+        "prompts": Source("", _NONE),
+        "tokens that count as correctness": Source("", _NONE),
+        "target layers": Source("", _NONE),
+        "centring of the gradients": Source("", _NONE),
         "projector": Source("none: strength 0", "arXiv 2604.01193: raw outputs of the model as it is"),
-        "calibration examples": Source("not used: there is no projection", _LIKE_PAPER),
+        "calibration examples": Source("", _NONE),
         "training prompts": Source(
-            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; the number here: {_LIKE_PAPER}"
+            "there: 10,000 problems of rStar-Coder, one sample each", f"{_ACCOUNT}; the number here: {_NONE}"
         ),
-        "order of examples": Source("", _LIKE_PAPER),
-        "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_LIKE_PAPER}"),
-        "training text": Source("", _LIKE_PAPER),
-        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; the others: {_LIKE_PAPER}"),
+        "order of examples": Source("", _NONE),
+        "self-generation": Source("there: completions of up to 65,536 tokens", f"{_CARDS}; token limit: {_NONE}"),
+        "training text": Source("", _NONE),
+        "optimiser": Source("AdamW, cosine", f"{_ACCOUNT}; the others: {_NONE}"),
         "what is trained": Source(
             "all weights", "the published checkpoints are whole models, and no account mentions an adapter"
         ),
-        "precision": Source("", _LIKE_PAPER),
+        "precision": Source("", _NONE),
         "scores": Source("greedy here; there sampled at temperature 0.9 or 1.1, by model", _CARDS),
-        "test items": Source("there: LiveCodeBench, which is no task here", _LIKE_PAPER),
-        "seeds": Source("", _LIKE_PAPER),
+        "test items": Source("there: LiveCodeBench, which is no task here", _NONE),
+        "seeds": Source("", _NONE),
         "methods of a study": Source("", "arXiv 2604.01193"),
     },
 )  # fmt: skip

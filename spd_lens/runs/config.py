@@ -43,6 +43,8 @@ class ProtocolGroup(Settings):
 class ModelGroup(Settings):
     """The model, and how prompts are written for it."""
 
+    panel = "Model and prompts"
+
     model: str = Field(DEFAULT_MODEL, description="Hub name, model directory or .gguf file.")
     backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
@@ -81,6 +83,8 @@ class ModelGroup(Settings):
 class DataGroup(Settings):
     """The examples."""
 
+    panel = "Tasks and sizes"
+
     task: str = Field("gsm8k", description="Source task: calibration, training prompts and evaluation.")
     data_dir: str | None = Field(None, description="Directory with the original data files; else the hub.")
     task_options: dict[str, Any] = Field(default_factory=dict, description="Options of the source task.")
@@ -111,6 +115,8 @@ class DataGroup(Settings):
 class SubspaceGroup(Settings):
     """Which subspace is taken from the gradients, and how it is applied."""
 
+    panel = "Subspace"
+
     rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
     per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
     energy: float | None = Field(
@@ -134,6 +140,8 @@ class SubspaceGroup(Settings):
 
 class EvaluationGroup(Settings):
     """What is measured, and the seed of the draws of examples."""
+
+    panel = "Evaluation and seeds"
 
     policies: Annotated[list[Literal["base", "projected", "spd"]], COMMAS] = Field(
         ["base", "spd"], min_length=1, description="Policies to score by generation: base, projected, spd."
@@ -250,7 +258,10 @@ def protocol_in_words(config: SPDConfig) -> str:
 
 
 def _said(value: Any) -> Any:
-    return "not set" if value is None else value
+    """A value as a flag takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={count}" for name, count in value.items())
+    return "not set" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def items_of(setting: str, counts: int | dict[str, int], task: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from spd_lens.evaluation import LOSS_TASKS, EvalResult, ForcedItem, Format, Measured, Subject, per_item
-from spd_lens.files import write_text
+from spd_lens.files import read_json, write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
 from spd_lens.runs.config import SPDConfig, protocol_in_words
@@ -67,8 +67,7 @@ def _heading(run: Run) -> str:
             f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
             f"{_taken(config)}strength {config.strength:g}",
             f"- Corpus: {len(run.corpus)} completions of at most {config.max_new_tokens} tokens ({sampling})",
-            f"- Training: {config.method}, {'at most ' * config.early_stop}{config.epochs} epochs, "
-            f"learning rate {config.lr:g}, seed {config.seed}",
+            f"- Training: {config.method}, {_epochs(run)}, learning rate {config.lr:g}, seed {config.seed}",
             *([f"- Left out, {in_words(notes['left_out'])}."] if "left_out" in notes else []),
             "- Intervals are 95 %. Teacher-forced measures are on the gold completions of the test items: `aligned "
             "loss` on the tokens that decide correctness, `completion loss` and `KL` (base || policy) on all tokens, "
@@ -80,6 +79,15 @@ def _heading(run: Run) -> str:
 def _rounding(run: Run) -> float | None:
     """KL between hooks and folded weights, which differ by rounding alone; None where no lens model was built."""
     return run.notes["hooks"]["fold_parity"]["kl"] if "hooks" in run.notes else None
+
+
+def _epochs(run: Run) -> str:
+    """How long was trained and, where training may stop early, which epoch's weights were taken."""
+    if not run.config.early_stop:
+        return f"{run.config.epochs} epochs"
+    stop = read_json(run.adapter / "training.json")["early_stop"]
+    done = f"{len(stop['losses'])} of at most {run.config.epochs} epochs"
+    return f"{done} (the weights are those of epoch {stop['epoch']}, whose training loss was lowest)"
 
 
 def _taken(config: SPDConfig) -> str:

@@ -130,11 +130,14 @@ class StudyConfig(Settings):
         """The settings that all cells have in common (those of the first cell)."""
         return self.cell(self.sources[0], self.seeds[0])
 
-    def task(self, name: str) -> Task:
-        """A source or target by the name in the settings, with its data and options."""
+    def task(self, name: str, data_dir: str | Path | None = None) -> Task:
+        """A source or target by the name in the settings, as the protocol has it, with its data and options.
+
+        `data_dir` is where its data are now; None: where they were.
+        """
         settings, options = self.settings, self.task_options.get(name, {})
         chosen, form = protocol(settings["protocol"]), settings["prompt_format"]
-        return chosen.task_for(name, settings["data_dir"], options, form, source=name in self.sources)
+        return chosen.task_for(name, data_dir or settings["data_dir"], options, form, source=name in self.sources)
 
     @property
     def trained(self) -> list[str]:

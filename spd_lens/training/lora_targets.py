@@ -11,7 +11,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models import architecture
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""The paper's LoRA targets (appendix A.2)."""
+"""The paper's LoRA targets (appendix A.3)."""
 
 
 def resolve_targets(twin: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:

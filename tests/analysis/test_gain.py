@@ -176,6 +176,19 @@ PROGRAM = "def f(a):\n    # Question: is it\n    return a + 1"
          False),
         ("I do not know.", "I do not know.", False),
         (f"<think>def no(): pass\n</think>{PROGRAM}\nDone, said he", f"{PROGRAM}\n", False),
+        # as models go on behind a bare "Code:"
+        (f" {PROGRAM}\n\nInstruction: Write g.\n```python\ndef g(): 1\n```", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n```\nInstruction: Write g.\nCode: def g(): 1", f" {PROGRAM}\n", True),
+        (f" {PROGRAM}\n```\n\nIt adds.\n```python\nf(3)\n```", f" {PROGRAM}\n", False),
+        (f" {PROGRAM}\n\n### Instruction:\nWrite g.\n\n### Response:\ndef g(): 1", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n\n# Question 2: Write g.\ndef g(): 1", f" {PROGRAM}\n\n", True),
+        (f" {PROGRAM}\n\nHuman: Write g.\n\nAssistant: def g(): 1", f" {PROGRAM}\n\n", True),
+        (f"```python\n{PROGRAM}\n\nInstruction: Write g.", f"```python\n{PROGRAM}\n\n", True),
+        (" print(1)\n\nInstruction: Write g.\nCode: def g(): 1", " print(1)\n\n", True),
+        (" SELECT 1;\n\nInstruction: Print 2.\nCode: print(2)", " SELECT 1;\n\n", True),
+        (f"Instruction: Add one.\nCode:\n{PROGRAM}", f"Instruction: Add one.\nCode:\n{PROGRAM}", False),
+        (f"Here it is.\nTask: add.\n{PROGRAM}\nprompt = input('Question: ')\n# in all, so",
+         f"Here it is.\nTask: add.\n{PROGRAM}\nprompt = input('Question: ')\n# in all, so", False),
     ],
 )  # fmt: skip
 def test_the_first_program_of_a_text(text: str, cut: str, on: bool) -> None:
@@ -282,7 +295,7 @@ def test_only_settings_with_all_levels_count() -> None:
     ]
     wanted = np.mean([by_item["on", *c] - by_item["off", *c] for c in contexts], axis=0)
     np.testing.assert_allclose(found["padding",].by_item, wanted, atol=1e-12)
-    assert found["padding",].contexts == 7 and found["padding", "format"].contexts == 3
+    assert found["padding",].contexts == 7 and found["padding", "prompts"].contexts == 3
     # three levels: each pair of them
     three = crossed(2, {**{n: v[:1] for n, v in FACTORS.items()}, "projection": FACTORS["projection"]})
     assert [e.contrast for e in effects(three)] == ["random − none", "spd − none", "spd − random"]
@@ -307,7 +320,7 @@ def test_studies_are_crossed(tmp_path: Path) -> None:
     [(place, tables)] = found.items()
     assert place == ("synthetic-math", "synthetic-math") and len(tables) == 2 * 2 * 2 * 3
     table = cell_table(found)
-    chosen = {"padding": "on", "format": "chat", "scorer": REFERENCE, "projection": "random", "outcome": "gain"}
+    chosen = {"padding": "on", "prompts": "chat", "scorer": REFERENCE, "projection": "random", "outcome": "gain"}
     row = found_of(table, **chosen)
     own = frame[(frame.study == "study-3") & (frame.scorer == REFERENCE)].groupby("method").score.mean()
     assert row.value == pytest.approx(own["spd-random"] - own["base"]) and (row.n, row.n_seeds) == (12, 3)
@@ -330,7 +343,7 @@ def test_one_study_shows_what_varies_in_it(tmp_path: Path) -> None:
     studies = opened(write_study(tmp_path))
     found = cells(completions(studies), grid(studies))
     assert set(effect_table(found).effect) == {"scorer", "projection", "scorer × projection"}
-    assert constant(next(iter(found.values()))) == {"padding": "off", "format": "raw"}
+    assert constant(next(iter(found.values()))) == {"padding": "off", "prompts": "raw"}
 
 
 def test_no_projection_is_a_method_that_samples_as_spd_does(tmp_path: Path) -> None:
@@ -355,6 +368,8 @@ def test_gains_stand_beside_the_papers(tmp_path: Path) -> None:
     assert (row.paper_base, row.paper_gain, row.base, row.gain) == (16.0, 16.0, 25.0, 75.0)
     assert row.rest + row["format"] + row.stopping == pytest.approx(row.gain)
     assert beside_paper(table.assign(source="mmlu"), "Qwen2.5-0.5B-Instruct").empty
+    renamed = table.assign(method=table.method.replace("psr", "psr-reference"))
+    assert list(beside_paper(renamed, "Qwen2.5-0.5B-Instruct").method) == ["psr-reference", "spd"] * 2
     assert {r.method for r in TABLES[1].rows} >= {"base", "psr", "ssd", "spd"}
 
 

@@ -172,6 +172,21 @@ def test_table_5_is_of_the_two_losses(tmp_path: Path) -> None:
     assert cells.loc[("SPD w/ Full-sequence loss", "SVAMP"), "ours"] == pytest.approx(value)
 
 
+def test_methods_of_the_reference_code_stand_in_the_papers_rows(tmp_path: Path) -> None:
+    """Both where a study has them; else the published method of that name."""
+    effects = {("psr-reference", "accuracy"): 0.5, ("ssd-reference", "accuracy"): -0.3}
+    there = ("base", "psr-reference", "ssd", "ssd-reference", "spd")
+    results = planted(effects, methods=there, sources=("gsm8k",), targets=("gsm8k",), measures=("accuracy",))
+    study = Evidence.read(write_study(tmp_path / "study", results, **QWEN))
+    cells = fill(1, [study]).set_index(["backbone", "method", "dataset"])
+    for label, method in (("PSR", "psr-reference"), ("SSD", "ssd-reference"), ("SPD", "spd")):
+        value = 100 * results[results.method == method].value.mean()
+        assert cells.loc[(ABLATED, label, "GSM8K"), "ours"] == pytest.approx(value)
+    assert "these methods stand for the paper's: psr-reference, ssd-reference." in to_markdown(
+        fill(1, [study]), [study]
+    )
+
+
 def test_studies_complete_each_other(tmp_path: Path) -> None:
     first = _paper_study(tmp_path / "first")
     code = planted(methods=("base", "spd"), sources=("mbpp",), targets=("mbpp", "gsm8k"), n_items=10, seed=9,

@@ -110,6 +110,7 @@ def test_a_run_and_its_directory(call, tmp_path, capfd):
     assert (run.config.protocol, run.config.lr, run.config.train_batch_size) == ("reference", 1e-5, 4)
     assert "- Protocol: reference (docs/protocols.md), but for " in run.summary
     assert "epochs 1 (there 5)" in run.summary
+    assert "lora, 1 of at most 1 epochs (the weights are those of epoch 1, whose" in run.summary
     capfd.readouterr()
     other = ["--protocol", "paper", "--model", run.config.model, "--dtype", "float32", "--device", "cpu"]
     assert call("run", *flags, "--task-option", "max_new_tokens=6", "--out", "run", common=other) == 2

@@ -19,6 +19,7 @@ from spd_lens.study.shapes import read_shape
 from tests.helpers import EXAMPLES, refused
 
 ROOT = Path(__file__).parents[2]
+PAPER = spd.SPDConfig.make({}).model_dump()
 SPEC = importlib.util.spec_from_file_location("protocol_table", ROOT / "scripts" / "protocol_table.py")
 assert SPEC is not None and SPEC.loader is not None
 protocol_table = importlib.util.module_from_spec(SPEC)
@@ -92,8 +93,13 @@ def test_every_point_has_a_source_and_every_setting_a_point(name):
 def test_the_page_has_the_table_that_the_presets_make():
     page = protocol_table.DOCUMENT.read_text(encoding="utf-8")
     assert page == protocol_table.written(page)
-    assert "| `paper` | `reference` | `apple-ssd` |" in page
+    assert "| `paper` | `reference` |" in page and "| | `apple-ssd` |" in page
     assert all(f"\n| {point} | " in page for point in POINTS)
+    # every value that a protocol sets itself is in its table
+    both, other = page.partition("| | `apple-ssd` |")[::2]
+    for rows, name in ((both, "reference"), (other, "apple-ssd")):
+        own = {name: value for name, value in spd.protocol(name).settings.items() if value != PAPER[name]}
+        assert all(f"`{name}` {protocol_table.text(value)}" in rows for name, value in own.items())
 
 
 # what goes over a protocol
@@ -291,6 +297,8 @@ def test_sizes_however_the_targets_are_written(targets):
         ({"rank": 1}, "rank 1 (there 0.5)"),
         ({"loss_on": "completion"}, "loss_on completion (there all)"),
         ({"temperature": None}, "temperature not set (there 0.7)"),
+        ({"n_eval": 4}, "n_eval 4 (there gsm8k=100)"),
+        ({"lora_targets": ["q_proj", "v_proj"]}, "lora_targets q_proj,v_proj (there q_proj,k_proj,v_proj,o_proj)"),
         ({"task_options": {"scoring": "final"}}, "task_options.scoring final (there reference)"),
         ({"task_options": {"scoring": "reference"}}, ""),
         ({"n_eval": {"mbpp": 257, "gsm8k": 100}, "eval_tasks": ["gsm8k", "mbpp"]}, ""),

@@ -207,10 +207,11 @@ def test_answers_to_a_planted_null() -> None:
     assert "intervals exclude differences beyond" in subspace.headline
 
 
-def test_gain_of_any_retraining_is_not_spds() -> None:
-    effects = {(m, "aligned loss"): -0.3 for m in ("psr", "ssd", "spd", "spd-random")}
-    helped, subspace = _answers(planted(effects, seed=1))
-    assert "yes. But no more than psr and ssd did" in helped.headline
+@pytest.mark.parametrize("plain", [("psr", "ssd"), ("psr-reference", "ssd-reference")])
+def test_gain_of_any_retraining_is_not_spds(plain: tuple[str, str]) -> None:
+    effects = {(m, "aligned loss"): -0.3 for m in (*plain, "spd", "spd-random")}
+    helped, subspace = _answers(planted(effects, methods=("base", *plain, "spd", "spd-random"), seed=1))
+    assert f"yes. But no more than {plain[0]} and {plain[1]} did" in helped.headline
     assert "nothing sets the gradients' directions apart" in subspace.headline
 
 
@@ -393,6 +394,15 @@ def test_what_differs_from_the_paper() -> None:
     assert ("model", "five models of 0.5B to 14B", "SmolLM2") in rows
     assert ("rank", "0.5", "16") in rows
     assert ("lr", "1e-05", "0.0001") in rows
+    assert not [row for row in rows if row[0] in ("prompt_template", "order", "scoring")]
+    plan["settings"]["protocol"] = "reference"
+    plan["task_options"] = {"svamp": {"scoring": "final"}}
+    rows = differences_from_paper(Evidence.of(planted(targets=("gsm8k",), sources=(), n_items=2), plan))
+    assert rows[-3:] == [
+        ("prompt_template", "not stated", "reference (gsm8k, svamp)"),
+        ("order", "not stated", "file (gsm8k, svamp)"),
+        ("scoring", "not stated", "reference (gsm8k)"),
+    ]
 
 
 def test_backbones_by_name() -> None:
@@ -439,6 +449,14 @@ def test_a_study_shows_its_base_beside_what_is_published(monkeypatch: pytest.Mon
         sentence.startswith("gsm8k: The base scores 10.0 [") and "49.6 % is published (4-shot, chat prompt)" in sentence
     )
     assert sentence.removeprefix("gsm8k: ") in section
+
+
+def test_the_format_of_a_study_is_its_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(monkeypatch, {("Known", "gsm8k"): [(11.0, Format(0, "reference", "reference"))]})
+    evidence = _of_a_known_model(protocol="reference")
+    for own, same in ({}, True), ({"gsm8k": {"scoring": "final"}}, False):
+        found = replace(evidence, plan={**evidence.plan, "task_options": own})
+        assert ("the same format" in base_and_published(found)) is same
 
 
 def test_a_study_of_an_unknown_model_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

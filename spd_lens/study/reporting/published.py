@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spd_lens.evaluation import LOSS_TASKS, Format, Measured, Subject, published, warning
+from spd_lens.protocols import protocol
 from spd_lens.runs import result_name
 from spd_lens.stats import clustered_mean
 from spd_lens.study.config import BASE
@@ -39,15 +40,17 @@ def subject_of(evidence: Evidence) -> Subject | None:
 def measured_base(evidence: Evidence) -> dict[str, Measured]:
     """What was measured of the base on each target, by the task's name as it stands in the settings."""
     plan, resolved = evidence.plan, evidence.facts.get("resolved") or {}
+    settings = plan.get("settings") or {}
     named = {result_name(str(name)): str(name) for name in plan.get("targets") or []}
-    asked = resolved.get("format") or (plan.get("settings") or {}).get("prompt_format")
+    asked = resolved.get("format") or settings.get("prompt_format")
+    chosen = protocol(settings.get("protocol") or "paper")
     found = {}
     for target in evidence.targets:
         task = named.get(target, target)
         measure = "completion loss" if task in LOSS_TASKS else "accuracy"
         scores = evidence.scores(Outcome("", target, "target", "", BASE, measure))
         if scores is not None and scores.size:
-            options = (plan.get("task_options") or {}).get(task) or {}
-            here = Format.here(None if asked == "auto" else asked, options)
+            own = (plan.get("task_options") or {}).get(task) or {}
+            here = Format.here(None if asked == "auto" else asked, {**chosen.options(task), **own})
             found[task] = Measured(clustered_mean(scores.to_numpy(), n_resamples=N_RESAMPLES), here)
     return found

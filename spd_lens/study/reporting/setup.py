@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spd_lens.protocols import protocol
 from spd_lens.runs import SPDConfig, protocol_in_words
 from spd_lens.study.reporting.evidence import Evidence
 from spd_lens.tasks import PRESETS
@@ -30,6 +31,8 @@ _SILENT_AND_RARE = (
     "energy", "max_prompt_tokens", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding",
 )  # fmt: skip
 """Settings that the paper does not state either, listed only where a study sets them."""
+_OPTIONS = {"prompt_template": "instruct", "order": "seeded", "scoring": "final"}
+"""Options of the paper's tasks of which it states nothing, with their defaults."""
 
 
 def backbone(model: str) -> str | None:
@@ -81,7 +84,20 @@ def differences_from_paper(evidence: Evidence) -> list[tuple[str, str, str]]:
     rows += [(name, _text(value), _text(settings[name])) for name, value in _PAPER.items() if settings[name] != value]
     resolved = {**settings, **_resolved(evidence.facts)}
     silent = [*_SILENT, *(name for name in _SILENT_AND_RARE if settings[name] != defaults[name])]
-    return rows + [(name, "not stated", _text(resolved[name])) for name in silent]
+    rows += [(name, "not stated", _text(resolved[name])) for name in silent]
+    return rows + _options(evidence)
+
+
+def _options(evidence: Evidence) -> list[tuple[str, str, str]]:
+    """Texts, order and scores of the tasks that are not as this project has them, each with the tasks it is set for."""
+    plan = evidence.plan
+    chosen = protocol((plan.get("settings") or {}).get("protocol") or "paper")
+    found: dict[tuple[str, str], list[str]] = {}
+    for task in dict.fromkeys([*evidence.sources, *map(str, plan.get("targets") or evidence.targets)]):
+        own = {**chosen.options(task), **((plan.get("task_options") or {}).get(task) or {})}
+        for name in (name for name, default in _OPTIONS.items() if own.get(name, default) != default):
+            found.setdefault((name, own[name]), []).append(task)
+    return [(name, "not stated", f"{value} ({', '.join(tasks)})") for (name, value), tasks in found.items()]
 
 
 def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from spd_lens.study.reporting.differences import FOCUS, NOT_EVERY_SEED, RANDOM, 
 from spd_lens.study.reporting.evidence import Evidence
 
 LOSS, KL = "aligned loss", "KL from base"
-PLAIN = ("psr", "ssd", "ssd-config")
+PLAIN = ("psr", "psr-reference", "ssd", "ssd-reference", "ssd-config")
 """Methods that retrain on own outputs without any projection: SPD must beat them to have helped."""
 Rows = Mapping[str, Mapping[str, Any]]
 """Differences by target, each a row of the table."""
