@@ -98,7 +98,7 @@ def sensitivity(
             kept = clean.shards(half[count:]) if count < len(half) else None
             for fault in (*spoiled, LEFT_OUT):
                 added = spoiled[fault].shards(half[:count]) if count and fault != LEFT_OUT else None
-                found = [pooled(part) for part in (kept, added) if part is not None]
+                found = [part.pooled() for part in (kept, added) if part is not None]
                 if not found:
                     continue
                 mixed = found[0] if len(found) == 1 else found[0] + found[1]
@@ -229,16 +229,6 @@ def per_shard(moments: GradientMoments) -> int:
             "where N, at least 2, divides the number of examples"
         )
     return int(counts[0])
-
-
-def pooled(moments: GradientMoments) -> GradientMoments:
-    """The moments with all shards added up into one, so that moments of different numbers of shards can be added."""
-    parts: dict[str, Any] = {}
-    for name in ("n_tokens", "n_scored", "n_examples", "loss_sum"):
-        parts[name] = getattr(moments, name).sum(dim=0, keepdim=True)
-    for name in ("gradient", "activation", "activation_sum"):
-        parts[name] = {site: value.sum(dim=0, keepdim=True) for site, value in getattr(moments, name).items()}
-    return replace(moments, **parts)
 
 
 def _halves(n: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:

@@ -145,6 +145,13 @@ class GradientMoments:
             parts[name] = {site: value[index] for site, value in getattr(self, name).items()}
         return replace(self, **parts, _spectra={})
 
+    def pooled(self) -> GradientMoments:
+        """All shards added up into one, so that moments of different numbers of shards can be added."""
+        parts: dict[str, Any] = {name: getattr(self, name).sum(dim=0, keepdim=True) for name in _PER_SHARD}
+        for name in _PER_SITE:
+            parts[name] = {site: value.sum(dim=0, keepdim=True) for site, value in getattr(self, name).items()}
+        return replace(self, **parts)
+
     def halves(self) -> tuple[GradientMoments, GradientMoments]:
         """Two disjoint halves of the examples: even and odd shards."""
         if self.n_shards < 2:

@@ -113,12 +113,6 @@ class OwnData(Task):
         drawn = super().draw(split, len(pool), seed)
         return [example for example in drawn if example.completion][:n]
 
-    def options(self) -> dict[str, Any]:
-        found = super().options()
-        if self.prompt_template is None:
-            del found["prompt_template"]
-        return found
-
     def check_scorable(self) -> None:
         for item in self.pool("test"):
             self._gold(item)

@@ -86,6 +86,7 @@ def test_rotary_angles_of_a_row_do_not_depend_on_its_batch():
 
     rows = {"attention_mask": (torch.arange(90) < torch.tensor([[90], [60], [70], [50]])).long()}
     rows["input_ids"] = rows["attention_mask"]
+    rows["labels"] = rows["attention_mask"] - 1 - 99 * (1 - rows["attention_mask"])  # 0 on text, -100 behind it
     assert all(len({n > 64 for n in part["attention_mask"].sum(1).tolist()}) == 1 for part in passes(rows, 64))
 
 

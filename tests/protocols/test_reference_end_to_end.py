@@ -583,7 +583,7 @@ def test_a_study_and_where_its_gain_comes_from(data: Path, tmp_path: Path) -> No
     )
     levels = grid([one]).set_index("method")
     assert levels.projection.to_dict() == {"ssd-reference": "none", "spd": "spd", "spd-random": "random"}
-    assert set(levels.padding) == {"on"} and set(levels.format) == {"verbatim"}
+    assert set(levels.padding) == {"on"} and set(levels.prompts) == {"verbatim"}
     frame = completions([one])
     table = frame[frame.own].set_index(["target", "method", "item"]).score
     for (method, phase), cell in scored.items():

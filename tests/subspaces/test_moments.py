@@ -47,6 +47,16 @@ def test_moments_of_two_sets_of_examples_add_up_to_those_of_their_union(tiny_pai
     assert total.settings == first.settings
 
 
+def test_pooled_moments_of_any_number_of_shards_add(tiny_pair, moments):
+    pooled = moments.pooled()
+    assert_same_sums(pooled, moments, tolerance=1e-12)
+    assert pooled.n_shards == 1 and {
+        getattr(pooled, name)[site].shape[0] for name in PER_SITE for site in pooled.sites
+    } == {1}
+    parts = moments.shards([0, 1]).pooled() + moments.shards([2]).pooled()
+    assert_same_sums(parts, moments, tolerance=1e-12)
+
+
 def test_the_sum_does_not_depend_on_the_number_of_shards(tiny_pair):
     assert_same_sums(taken(tiny_pair, shards=1), taken(tiny_pair, shards=8))
 
