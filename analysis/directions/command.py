@@ -107,10 +107,8 @@ def read_directions(
     tallies = [Tally(site, subspace.bases[site]) for site in sites]
     drawn = (random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies))
     nulls = [Tally(site, random, keep=False) for site, random in zip(sites, drawn, strict=True)]
-    _fill(
-        [*tallies, *nulls], pair, examples, loss=loss, engine=engine, max_calibration_tokens=max_calibration_tokens,
-        progress=progress,
-    )  # fmt: skip
+    taken: dict[str, Any] = {"loss": loss, "engine": engine, "max_calibration_tokens": max_calibration_tokens}
+    _fill([*tallies, *nulls], pair, examples, progress=progress, **taken)
     texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     measures, tokens = list[dict[str, Any]](), list[dict[str, Any]]()
     for site, tally, null in zip(sites, tallies, nulls, strict=True):

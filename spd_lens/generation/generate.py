@@ -65,8 +65,7 @@ def generate(
             prompts than before (with a choice by prompt: with the same ones).
         progress: Whether to show a progress bar.
         **keywords: Single settings, which take precedence over `settings`: max_new_tokens, temperature, top_p, top_k,
-            batch_size, samples_per_prompt, seed, max_prompt_tokens. `spd_lens.settings.SamplingSettings` says what they
-            mean.
+            batch_size, samples_per_prompt, seed, max_prompt_tokens. See `spd_lens.settings.SamplingSettings`.
 
     Returns:
         The completions in prompt order.
@@ -82,14 +81,12 @@ def generate(
     earlier = recorded_settings(path)
     pair = pair.dated((earlier or {}).get("prompt_date"))
     decoding = Decoding.of(pair, settings)
-    jobs = _jobs(
-        pair, prompts, settings.samples_per_prompt, settings.max_new_tokens, engine, settings.max_prompt_tokens
-    )  # fmt: skip
+    jobs = _jobs(pair, prompts, settings, engine)
     if engine == "lens":  # before its weights are recorded
         pair.lens_at(max(len(job.prompt_ids) for job in jobs) + settings.max_new_tokens)
     groups = _groups(pair, jobs, policy)
-    recorded = _recorded(pair, decoding, engine, groups, by_prompt=not isinstance(policy.subspace, Subspace | None))
-    recorded |= settings.label
+    by_prompt = not isinstance(policy.subspace, Subspace | None)
+    recorded = {**_recorded(pair, decoding, engine, groups, by_prompt=by_prompt), **settings.label}
     if earlier is not None and "prompt_date" not in earlier:
         recorded.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
     decoding.own.tell()
@@ -150,7 +147,8 @@ def check_room(
     pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int, max_prompt_tokens: int | None = None
 ) -> None:
     """Raise `SPDError` where `generate` would: a prompt that leaves no room for `max_new_tokens` in the context."""
-    _jobs(pair, prompts, 1, whole("max_new_tokens", max_new_tokens), "twin", max_prompt_tokens)
+    room = SamplingSettings(max_new_tokens=whole("max_new_tokens", max_new_tokens), max_prompt_tokens=max_prompt_tokens)
+    _jobs(pair, prompts, room, "twin")
 
 
 @dataclass(frozen=True)
@@ -229,28 +227,22 @@ def _recorded(
     }
 
 
-def _jobs(
-    pair: ModelPair,
-    prompts: Iterable[str | Example],
-    samples: int,
-    max_new_tokens: int,
-    engine: str,
-    max_prompt_tokens: int | None,
-) -> list[Job]:
+def _jobs(pair: ModelPair, prompts: Iterable[str | Example], settings: SamplingSettings, engine: str) -> list[Job]:
+    max_new_tokens = settings.max_new_tokens
     examples = as_examples(prompts)
     if not examples:
         raise SPDError("there is no prompt to complete; give at least one")
     limit = pair.context(engine)
     jobs = []
     for example in examples:
-        ids = pair.prompt_ids(example, max_prompt_tokens)
+        ids = pair.prompt_ids(example, settings.max_prompt_tokens)
         if len(ids) + max_new_tokens > limit:
             raise SPDError(
                 f"prompt {example.id!r} has {len(ids)} tokens, which leaves room for {limit - len(ids)} new ones in "
                 f"the context of {limit}, not for {max_new_tokens}; lower max_new_tokens or leave the prompt out "
                 "(--too-long drop does, and counts)"
             )
-        jobs += [Job(example, sample, ids) for sample in range(samples)]
+        jobs += [Job(example, sample, ids) for sample in range(settings.samples_per_prompt)]
     return jobs
 
 

@@ -100,14 +100,7 @@ def finetune(
     if pair.has_lens:
         pair.check()
     settings = _for_model(settings, pair)
-    identity = {
-        "model": pair.name,
-        "weights": weights_digest(pair.hf),
-        "dtype": dtype_name(pair.dtype),
-        "corpus": corpus_digest(corpus),
-        **settings.recorded(),
-        **settings.label,
-    }
+    identity = _identity(pair, corpus, settings)
     if out is None:
         out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
     place = TrainingPlace(Path(out))
@@ -121,6 +114,18 @@ def finetune(
         with _explained(place):
             place.publish({"settings": identity, **summary})
     return place.directory
+
+
+def _identity(pair: ModelPair, corpus: Corpus, settings: TrainingSettings) -> dict[str, Any]:
+    """Everything that decides the result, as `training.json` records it."""
+    return {
+        "model": pair.name,
+        "weights": weights_digest(pair.hf),
+        "dtype": dtype_name(pair.dtype),
+        "corpus": corpus_digest(corpus),
+        **settings.recorded(),
+        **settings.label,
+    }
 
 
 def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
