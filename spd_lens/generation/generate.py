@@ -147,8 +147,8 @@ def check_room(
     pair: ModelPair, prompts: Iterable[str | Example], max_new_tokens: int, max_prompt_tokens: int | None = None
 ) -> None:
     """Raise `SPDError` where `generate` would: a prompt that leaves no room for `max_new_tokens` in the context."""
-    room = SamplingSettings(max_new_tokens=whole("max_new_tokens", max_new_tokens), max_prompt_tokens=max_prompt_tokens)
-    _jobs(pair, prompts, room, "twin")
+    room = {"max_new_tokens": whole("max_new_tokens", max_new_tokens), "max_prompt_tokens": max_prompt_tokens}
+    _jobs(pair, prompts, SamplingSettings.given(None, room, "check_room"), "twin")
 
 
 @dataclass(frozen=True)
