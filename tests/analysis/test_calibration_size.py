@@ -27,7 +27,6 @@ from spd_lens.analysis.calibration.faults import (
     faults_figure,
     faults_sentence,
     misplaced_spans,
-    pooled,
     sensitivity,
     summarise,
 )
@@ -236,7 +235,7 @@ def test_biased_needs_single_examples_and_all_keys(moments, tiny_pair):
 
 
 def test_pooled_shards_are_the_sum(moments):
-    one = pooled(moments)
+    one = moments.pooled()
     assert one.n_shards == 1 and int(one.n_examples) == 24 and int(one.n_tokens) == 24 * 6
     assert torch.equal(one.gradient[SITE][0], moments.gradient[SITE].sum(dim=0))
 
@@ -361,7 +360,7 @@ def test_moments_of_a_real_extraction_serve_all_sizes(tiny_pair):
     examples = spd.tasks.get("synthetic-math").calibration(6, 42)
     shards = spd.extract(tiny_pair, examples, shards=6, progress=False)
     alone = spd.extract(tiny_pair, examples[2:5], progress=False)
-    some = pooled(shards.shards([2, 3, 4]))
+    some = shards.shards([2, 3, 4]).pooled()
     for site in alone.sites:
         assert torch.allclose(some.gradient[site][0], alone.gradient[site].sum(dim=0), rtol=1e-4)
     assert replace(some, settings={}).n_examples.tolist() == [3]
