@@ -65,7 +65,6 @@ class ModelGroup(Settings):
     prompt_date: str | None = Field(
         None, description="Day (YYYY-MM-DD) that a template which shows today's date is told; else the run's first day."
     )
-
     published_name: str | None = Field(
         None, description="The name under which results of a local model were published; else what its files say."
     )
