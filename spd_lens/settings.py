@@ -166,9 +166,13 @@ class ExtractionKeywords(TypedDict, total=False):
     loss: Literal["aligned", "full"]
     engine: str
     max_calibration_tokens: int | None
+    keep: str | Sequence[str]
+    sinks: str
+    labels: str
+    seed: int
 
 
-class Extraction(GradientGroup, SiteGroup, CallSettings):
+class Extraction(GradientGroup, SiteGroup, SeedGroup, CallSettings):
     """Settings of `extract`.
 
     With the loss `"aligned"` the tokens of the spans are scored (Eq. 6), with `"full"` every token of the completion
@@ -177,9 +181,26 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
     with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
     twin, which is logged, and any other backend is an error. With `max_calibration_tokens` a text ends behind so many
     tokens, prompt included: rows of `G`, scored tokens and loss are those of what is left.
+
+    Moments always keep `Σ gᵀg` and `Σ xᵀx` over all positions. With `keep="classes"` they also keep them over each
+    class of positions (sink, prompt, completion, scored) for `region`, with `"cross"` also `Σ gᵀx` for `attribution`.
+    The sink `"first"` is the first token, `"attended"` the position that receives most attention at the layers whose
+    gradients are captured, for which each example passes the twin once more. With the labels `"sampled"` the target at
+    each scored position is drawn from the model's own distribution there (Kunstner et al. 2019): on the mean over draws
+    `Σ gᵀg` is then the Fisher information, and the loss the model's entropy. The seed is that of the draws.
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}
+
+    keep: Annotated[list[Literal["classes", "cross"]], COMMAS] = Field(
+        [], description="What moments keep beside the plain sums: classes of positions, cross products."
+    )
+    sinks: Literal["first", "attended"] = Field(
+        "first", description="The sink among the classes: the first token, or the one that receives most attention."
+    )
+    labels: Literal["gold", "sampled"] = Field(
+        "gold", description="Targets of the loss: the example's own, or drawn from the model's distribution."
+    )
 
 
 class CompletionGroup(Settings):
