@@ -1,0 +1,39 @@
+"""Marks: what a gold completion computes, and what it repeats (`Example.marks`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from spd_lens.examples import Span
+
+_NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def copies(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Those of `spans` whose characters stand earlier in `text`, as a word or number of their own."""
+    return tuple(span for span in spans if stands_in(text[slice(*span)].strip(), text[: span[0]]))
+
+
+def firsts(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Those of `spans` whose value stands in `text` for the first time, each place once and in order."""
+    repeated = copies(text, spans)
+    return tuple(sorted({span for span in spans if span not in repeated}))
+
+
+def stands_in(value: str, text: str) -> bool:
+    """Whether `value` occurs in `text` as a word or number of its own: 5 does not in 15, 1.5 or 5,000. A number also
+    occurs where it is written in another way, as 1,000 in 1000.00."""
+    if not value:
+        return False
+    if re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text):
+        return True
+    number = value_of(value)
+    return isinstance(number, Decimal) and number in map(value_of, _NUMBER.findall(text))
+
+
+def value_of(text: str) -> Decimal | str:
+    """What makes two texts the same value: a number's size, however it is written; of any other text, the text."""
+    bare = text.strip().removeprefix("$")
+    return Decimal(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else text
