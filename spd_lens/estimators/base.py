@@ -128,10 +128,8 @@ class Calibration:
         key = (tuple(keep), sinks, labels, shuffled)
         if key not in self._kept:
             examples = shuffled_answers(self.calibration, self.seed) if shuffled else self.calibration
-            unusual = {
-                name: value
-                for name, value in (("keep", tuple(keep)), ("sinks", sinks), ("labels", labels))
-                if value not in ((), "first", "gold")
-            }
-            self._kept[key] = extract(self.pair, examples, settings=self.settings, progress=self.progress, **unusual)
+            how = Extraction.given(self.settings, {"keep": keep, "sinks": sinks, "labels": labels}, "gradients")
+            if labels != "gold":
+                how = how.model_copy(update={"seed": self.seed})
+            self._kept[key] = extract(self.pair, examples, settings=how, progress=self.progress)
         return self._kept[key]
