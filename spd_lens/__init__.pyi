@@ -1,4 +1,5 @@
 # What the face hands on, each loaded when it is first used.
+from . import estimators as estimators
 from . import tasks as tasks
 from .errors import SPDError as SPDError
 from .evaluation import EvalResult as EvalResult
@@ -23,6 +24,6 @@ from .training import finetune as finetune
 
 __all__ = [
     "Corpus", "EvalResult", "Example", "GradientMoments", "ModelPair", "Run", "SPDConfig", "SPDError", "Site",
-    "Subspace", "evaluate", "extract", "finetune", "fold_to", "folded", "generate", "load", "projected", "protocol",
-    "run", "tasks",
+    "Subspace", "estimators", "evaluate", "extract", "finetune", "fold_to", "folded", "generate", "load", "projected",
+    "protocol", "run", "tasks",
 ]  # fmt: skip
