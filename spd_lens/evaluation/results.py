@@ -42,6 +42,14 @@ class ItemResult:
     """Multiple choice: the answer with the largest log-likelihood."""
     choice_score: float | None = None
     """The task's verdict on that answer, in [0, 1]."""
+    results_loss: float | None = None
+    """Nats per token of each value of the gold completion where it is computed; None where the task marks none."""
+    copies_loss: float | None = None
+    """Nats per token of the answer where its value stands earlier in the gold completion; None where none does."""
+    rest_loss: float | None = None
+    """Nats per token of the gold completion that is neither; None where nothing is marked."""
+    answer_only_loss: float | None = None
+    """Nats per token of the answer where it is asked for without reasoning; None where it cannot be."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,14 @@ class ForcedItem:
     """Mean over the completion's tokens of KL(base || policy)."""
     token_accuracy: float
     """Share of the completion's tokens that are the policy's most probable next token."""
+    results_loss: float | None = None
+    """Mean of `-log p` over the tokens of each value where it is computed; None where the task marks none."""
+    copies_loss: float | None = None
+    """Mean of `-log p` over the answer's tokens whose value stands earlier in the completion; None where none does."""
+    rest_loss: float | None = None
+    """Mean of `-log p` over the completion's tokens that are neither; None where nothing is marked."""
+    answer_only_loss: float | None = None
+    """Mean of `-log p` over the answer's tokens where it is asked for without reasoning; None where it cannot be."""
 
 
 def per_item(group: Mapping[str, Sequence[ForcedItem]], measure: str) -> list[float]:
