@@ -166,9 +166,13 @@ class ExtractionKeywords(TypedDict, total=False):
     loss: Literal["aligned", "full"]
     engine: str
     max_calibration_tokens: int | None
+    keep: str | Sequence[str]
+    sinks: str
+    labels: str
+    seed: int
 
 
-class Extraction(GradientGroup, SiteGroup, CallSettings):
+class Extraction(GradientGroup, SiteGroup, SeedGroup, CallSettings):
     """Settings of `extract`.
 
     With the loss `"aligned"` the tokens of the spans are scored (Eq. 6), with `"full"` every token of the completion
@@ -180,6 +184,16 @@ class Extraction(GradientGroup, SiteGroup, CallSettings):
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}
+
+    keep: Annotated[list[Literal["classes", "cross"]], COMMAS] = Field(
+        [], description="What moments keep beside the plain sums: classes of positions, cross products."
+    )
+    sinks: Literal["first", "attended"] = Field(
+        "first", description="The sink among the classes: the first token, or the one that receives most attention."
+    )
+    labels: Literal["gold", "sampled"] = Field(
+        "gold", description="Targets of the loss: the example's own, or drawn from the model's distribution."
+    )
 
 
 class CompletionGroup(Settings):

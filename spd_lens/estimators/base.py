@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from spd_lens.errors import SPDError, whole
@@ -85,17 +85,12 @@ class Estimator:
         return replace(found, origin={"estimator": self.name, **found.origin})
 
     def estimate(self, source: Source, shape: Shape) -> Subspace:
-        """What `subspace` returns, before it is marked with the estimator's name."""
-        raise NotImplementedError(f"estimator {self.name!r} has no estimate")
+        """What `subspace` returns, before it is marked with the estimator's name: the top directions of `moments`."""
+        return self.moments(source).subspace(**asdict(shape))
 
     def moments(self, source: Source, *, shuffled: bool = False) -> GradientMoments:
-        """The source's moments with what the estimator needs."""
+        """The source's moments with what the estimator needs; `shuffled`: towards permuted answers."""
         return source.gradients(**self.needs, shuffled=shuffled)
-
-
-NO_SPECTRUM: Mapping[str, str] = {
-    "energy": "its directions have no singular values that add up to an energy; give a rank instead"
-}
 
 
 @dataclass
@@ -133,10 +128,8 @@ class Calibration:
         key = (tuple(keep), sinks, labels, shuffled)
         if key not in self._kept:
             examples = shuffled_answers(self.calibration, self.seed) if shuffled else self.calibration
-            unusual = {
-                name: value
-                for name, value in (("keep", tuple(keep)), ("sinks", sinks), ("labels", labels))
-                if value not in ((), "first", "gold")
-            }
-            self._kept[key] = extract(self.pair, examples, settings=self.settings, progress=self.progress, **unusual)
+            how = Extraction.given(self.settings, {"keep": keep, "sinks": sinks, "labels": labels}, "gradients")
+            if labels != "gold":
+                how = how.model_copy(update={"seed": self.seed})
+            self._kept[key] = extract(self.pair, examples, settings=how, progress=self.progress)
         return self._kept[key]

@@ -1,6 +1,6 @@
 """Gradients, their moments, the subspaces that follow from them, and projections onto these."""
 
-from spd_lens.subspaces.bases import random_basis, squared_cosines
+from spd_lens.subspaces.bases import random_basis, squared_cosines, upright
 from spd_lens.subspaces.controls import shuffled_answers, with_answers
 from spd_lens.subspaces.extract import TokenGradients, check_texts, extract, token_gradients
 from spd_lens.subspaces.moments import GradientMoments
@@ -12,5 +12,6 @@ from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 __all__ = [
     "BlockSpectrum", "GradientMoments", "Policy", "Rank", "Subspace", "TokenGradients", "check_texts",
     "diagonal_blocks", "energies_of", "extract", "fold_to", "folded", "projected", "projected_twin", "random_basis",
-    "rank_holding", "resolve_rank", "shuffled_answers", "squared_cosines", "token_gradients", "with_answers",
+    "rank_holding", "resolve_rank", "shuffled_answers", "squared_cosines", "token_gradients", "upright",
+    "with_answers",
 ]  # fmt: skip

@@ -34,6 +34,12 @@ def shared(a: Basis, b: Float[Tensor, "width other"], tolerance: float = TOLERAN
     return both / both.norm(dim=0, keepdim=True)
 
 
+def upright(basis: Basis) -> Basis:
+    """Directions are defined up to sign: each one's largest entry made positive, so that files compare."""
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    return basis * torch.where(largest < 0, -1.0, 1.0)
+
+
 def rest(basis: Basis) -> Float[Tensor, "width other"]:
     """Basis of what is orthogonal to all of `basis`."""
     # the complete factorisation appends an orthonormal basis of the rest

@@ -40,6 +40,7 @@ from spd_lens.models import (
 from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.positions import positions_by_class
 
 log = logging.getLogger(__name__)
 
@@ -75,29 +76,43 @@ def extract(
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Whether to show a progress bar.
         **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine,
-            max_calibration_tokens. `spd_lens.settings.Extraction` says what they mean.
+            max_calibration_tokens, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
             are all behind `max_calibration_tokens`, an unknown layer or kind.
     """
     shards = whole("shards", shards)
-    settings = Extraction.given(settings, keywords, "extract")
+    settings = _checked(Extraction.given(settings, keywords, "extract"))
     sites = pair.sites(settings.layers, settings.kinds)
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
     recorded |= {**_unusual(pair, settings), **settings.label}
-    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded)
+    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
-        shard = rows.index % shards
+        shard, encoded = rows.index % shards, rows.encoded
+        positions = positions_by_class(encoded)
         for site in sites:
-            moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site])
-        moments.n_examples[shard] += 1
-        moments.n_tokens[shard] += len(rows.encoded.ids)
-        moments.n_scored[shard] += len(rows.encoded.scored)
-        moments.loss_sum[shard] += rows.loss
+            moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
+        moments.count(shard, rows.loss, len(encoded.ids), encoded.scored, positions)
     return moments
 
 
+def _checked(settings: Extraction) -> Extraction:
+    """The settings with `keep` as a list; `SPDError` for a choice that there is not."""
+    keep = settings.keep.split(",") if isinstance(settings.keep, str) else list(settings.keep)
+    settings = settings.model_copy(update={"keep": [name.strip() for name in keep if name.strip()]})
+    for name, choices in _CHOICES.items():
+        found = getattr(settings, name)
+        for one in found if isinstance(found, list) else [found]:
+            if one not in choices:
+                raise SPDError(f"unknown {name} {one!r}; choose from {', '.join(choices)}")
+    return settings
+
+
+_CHOICES = {
+    "engine": ("lens", "twin"), "keep": ("classes", "cross"), "sinks": ("first",),
+    "labels": ("gold",),
+}  # fmt: skip
 _USUAL: dict[str, tuple[Any, ...]] = {
     "prompt_format": ("chat", "raw"), "add_special_tokens": (True,), "span_rule": ("overlap",),
     "max_calibration_tokens": (None,),
@@ -152,10 +167,8 @@ def token_gradients(
     **keywords: Unpack[ExtractionKeywords],
 ) -> Iterator[TokenGradients]:
     """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
-    settings = Extraction.given(settings, keywords, "token_gradients")
+    settings = _checked(Extraction.given(settings, keywords, "token_gradients"))
     engine = settings.engine
-    if engine not in ("lens", "twin"):
-        raise SPDError(f"unknown engine {engine!r}; choose from lens, twin")
     examples = worked_examples(examples, "calibration examples")
     if batch_tokens is not None:
         batch_tokens = whole("batch_tokens", batch_tokens)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.errors import SPDError, plain, whole
-from spd_lens.files import load_tensors, reading, save_tensors
-from spd_lens.models import Fingerprint, neutral
+from spd_lens.errors import SPDError, plain
+from spd_lens.models import neutral
 from spd_lens.sites import Site
 from spd_lens.subspaces.spectrum import BlockSpectrum, diagonal_blocks
 from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
+from spd_lens.subspaces.sums import TokenSums
 
-Gram = Float[Tensor, "shard width width"]
 
-
-@dataclass
-class GradientMoments:
+@dataclass(repr=False)
+class GradientMoments(TokenSums):
     """Sums over tokens of `gᵀg` and `xᵀx` per site, in float64 and in a few shards of examples.
 
     The eigenvectors of `Σ gᵀg` are the right singular vectors of the stacked gradients `G`, its eigenvalues their
@@ -30,133 +26,7 @@ class GradientMoments:
     Nothing in them is centred: `center_gradients` takes the mean row off when a subspace is made.
     """
 
-    fingerprint: Fingerprint
-    """The model they were taken from."""
-    n_heads: dict[Site, int]
-    """Heads at each site: KV heads for `k` and `v`, query heads for `q` and `z`, one for `resid`."""
-    gradient: dict[Site, Gram]
-    """`Σ gᵀg` over the tokens of each shard's examples."""
-    activation: dict[Site, Gram]
-    """`Σ xᵀx` over the same tokens."""
-    activation_sum: dict[Site, Float[Tensor, "shard width"]]
-    """`Σ x` over the same tokens."""
-    n_tokens: Int[Tensor, " shard"]
-    """Rows of `G`: all real tokens, scored or not (Eq. 8)."""
-    n_scored: Int[Tensor, " shard"]
-    """Tokens in `S` (Eq. 6)."""
-    n_examples: Int[Tensor, " shard"]
-    loss_sum: Float[Tensor, " shard"]
-    """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """How they were taken: `loss`, `engine`, `dtype` of the model."""
-    gradient_sum: dict[Site, Float[Tensor, "shard width"]] = field(default_factory=dict)
-    """`Σ g` over the same tokens. Empty where an earlier version took the moments: they cannot be centred."""
-    _spectra: dict[tuple[Site, bool, str, bool], BlockSpectrum] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    @neutral()
-    def empty(
-        cls, fingerprint: Fingerprint, sites: Iterable[Site], n_shards: int, settings: dict[str, Any]
-    ) -> GradientMoments:
-        """Moments of nothing, to be added to."""
-        shapes = {site: fingerprint.heads_at(site) for site in sites}
-        widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
-
-        zeros, counts = torch.zeros(n_shards, dtype=torch.float64), torch.zeros(n_shards, dtype=torch.long)
-        return cls(
-            fingerprint=fingerprint,
-            n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
-            gradient={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
-            activation={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
-            activation_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
-            gradient_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
-            n_tokens=counts,
-            n_scored=counts.clone(),
-            n_examples=counts.clone(),
-            loss_sum=zeros,
-            settings=settings,
-        )
-
-    @property
-    def sites(self) -> list[Site]:
-        return sorted(self.gradient)
-
-    @property
-    def n_shards(self) -> int:
-        return len(self.n_examples)
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean over examples of the loss, in nats per scored token."""
-        return (self.loss_sum.sum() / self.n_examples.sum()).item()
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the model, in which the gradients were rounded."""
-        return self.settings.get("dtype", "float32")
-
-    def __repr__(self) -> str:
-        return (
-            f"GradientMoments({int(self.n_examples.sum())} examples, {int(self.n_tokens.sum())} tokens, "
-            f"{int(self.n_scored.sum())} scored, {self.n_shards} shards, sites {', '.join(map(str, self.sites))})"
-        )
-
-    def add_tokens(
-        self,
-        site: Site,
-        shard: int,
-        gradients: Float[Tensor, "token width"],
-        activations: Float[Tensor, "token width"],
-    ) -> None:
-        """Add one example's rows at one site. Products and sums are float64 whatever the model's dtype."""
-        g, x = gradients.double(), activations.double()
-        self.gradient[site][shard] += (g.T @ g).cpu()
-        self.activation[site][shard] += (x.T @ x).cpu()
-        self.activation_sum[site][shard] += x.sum(dim=0).cpu()
-        if self.gradient_sum:
-            self.gradient_sum[site][shard] += g.sum(dim=0).cpu()
-
-    def __add__(self, other: GradientMoments) -> GradientMoments:
-        """Moments of both sets of examples, which must be disjoint and taken in the same way from the same model.
-
-        Where one of them cannot be centred, the sum cannot either.
-        """
-        if not isinstance(other, GradientMoments):
-            return NotImplemented
-        self.fingerprint.check(other.fingerprint, "the first of the two moments")
-        for what in ("sites", "n_shards", "settings"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                raise SPDError(f"moments with {what} {mine} and {theirs} do not add; extract both in the same way")
-        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _PER_SHARD}
-        for name in _PER_SITE:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            sums[name] = {site: mine[site] + theirs[site] for site in mine if site in theirs}
-        return replace(self, **sums, _spectra={})
-
-    @neutral()
-    def shards(self, chosen: Sequence[int]) -> GradientMoments:
-        """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
-        index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
-        if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
-            raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
-        parts: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SHARD}
-        for name in _PER_SITE:
-            parts[name] = {site: value[index] for site, value in getattr(self, name).items()}
-        return replace(self, **parts, _spectra={})
-
-    def pooled(self) -> GradientMoments:
-        """All shards added up into one, so that moments of different numbers of shards can be added."""
-        parts: dict[str, Any] = {name: getattr(self, name).sum(dim=0, keepdim=True) for name in _PER_SHARD}
-        for name in _PER_SITE:
-            parts[name] = {site: value.sum(dim=0, keepdim=True) for site, value in getattr(self, name).items()}
-        return replace(self, **parts)
-
-    def halves(self) -> tuple[GradientMoments, GradientMoments]:
-        """Two disjoint halves of the examples: even and odd shards."""
-        if self.n_shards < 2:
-            raise SPDError("moments with one shard have no halves; extract with shards=2 or more")
-        return self.shards(range(0, self.n_shards, 2)), self.shards(range(1, self.n_shards, 2))
+    _spectra: dict[tuple[Site, bool, str, bool], BlockSpectrum] = field(init=False, default_factory=dict, compare=False)
 
     def blocks(
         self, site: Site, per_head: bool = True, *, of: str = "gradient", center_gradients: bool = False
@@ -179,7 +49,7 @@ class GradientMoments:
                     "be taken off; extract them again, in another folder, or leave center_gradients out"
                 )
             total = self.gradient_sum[site].sum(dim=0)
-            gram = gram - torch.outer(total, total) / self.n_tokens.sum()
+            gram = gram - torch.outer(total, total) / self.n_tokens.sum().clamp_min(1)
         return diagonal_blocks(gram, self.n_heads[site] if per_head else 1)
 
     @neutral()
@@ -193,6 +63,22 @@ class GradientMoments:
             traces = self.blocks(site, per_head).diagonal(dim1=-2, dim2=-1).sum(dim=-1) if centred else None
             self._spectra[key] = BlockSpectrum.of(gram, None if traces is None else traces.sqrt())
         return self._spectra[key]
+
+    def attribution(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width width"]:
+        """`A = Σ (gᵀx + xᵀg) / 2` over all shards: per head, or as one joint block.
+
+        Removing the unit direction `v` from every row, `x -> x - x v vᵀ`, changes the sum of the examples' losses by
+        `Σ g · (-x v vᵀ) = -vᵀ A v` to first order.
+
+        Raises:
+            SPDError: the moments were taken without `keep="cross"`.
+        """
+        if site not in self.cross:
+            raise SPDError(
+                "these moments keep no products of gradients and activations; extract them again with keep='cross' "
+                "(--keep cross)"
+            )
+        return diagonal_blocks(self.cross[site].sum(dim=0), self.n_heads[site] if per_head else 1)
 
     def mean(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
         """Mean activation over all tokens."""
@@ -253,7 +139,8 @@ class GradientMoments:
             if not any(basis.shape[1] for basis in bases[site]):
                 if centred and self.gradient[site].any():
                     raise SPDError(f"nothing is left of the gradients at site {site} without their mean; give examples")
-                raise SPDError(f"the {of}s at site {site} are all zero; the scored tokens do not depend on it")
+                where = f" of the region {', '.join(region)}" if (region := self.settings.get("region")) else ""
+                raise SPDError(f"the {of}s{where} at site {site} are all zero; the scored tokens do not depend on it")
         return Subspace.from_blocks(
             bases,
             singular_values=values,
@@ -271,30 +158,6 @@ class GradientMoments:
             },
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file."""
-        tensors = {f"{name}.{site}": v for name in _PER_SITE for site, v in getattr(self, name).items()}
-        tensors |= {name: getattr(self, name) for name in _PER_SHARD}
-        header = {
-            "fingerprint": self.fingerprint.to_dict(),
-            "n_heads": {str(site): n for site, n in self.n_heads.items()},
-            "settings": self.settings,
-        }
-        return save_tensors(path, "gradient moments", tensors, header)
-
-    @classmethod
-    def load(cls, path: str | Path) -> GradientMoments:
-        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
-        tensors, header = load_tensors(path, "gradient moments")
-        with reading(path):
-            n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
-            parts: dict[str, Any] = {name: tensors[name] for name in _PER_SHARD}
-            for name in _PER_SITE:
-                kept = [site for site in n_heads if name != "gradient_sum" or f"{name}.{site}" in tensors]
-                parts[name] = {site: tensors[f"{name}.{site}"] for site in kept}
-            fingerprint = Fingerprint.from_dict(header["fingerprint"])
-            return cls(fingerprint=fingerprint, n_heads=n_heads, settings=header["settings"], **parts)
-
 
 def _share(energy: float) -> float:
     """A share of the squared singular values as Python's own number; `SPDError` unless it is in (0, 1]."""
@@ -304,7 +167,3 @@ def _share(energy: float) -> float:
             f"energy {share!r} is no share in (0, 1] of the squared singular values; write 0.95, or a rank instead"
         )
     return float(share)
-
-
-_PER_SITE = ("gradient", "activation", "activation_sum", "gradient_sum")
-_PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")

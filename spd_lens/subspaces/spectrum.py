@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_lens.subspaces.bases import Basis
+from spd_lens.subspaces.bases import Basis, upright
 
 
 def diagonal_blocks(gram: Float[Tensor, "*n width width"], n: int) -> Float[Tensor, "*n block row column"]:
@@ -84,13 +84,6 @@ class BlockSpectrum:
         return rank_holding(self.energies, share)
 
     def leading(self, rank: int | Int[Tensor, " block"], dtype: str) -> list[Basis]:
-        """The leading `rank` directions of each block, or as many as stand above rounding.
-
-        Singular vectors are defined up to sign: each one's largest entry is positive, so that files compare.
-        """
-        bases = []
-        for vectors, own in zip(self.vectors, self.n_known(dtype).clamp_max(rank).tolist(), strict=True):
-            basis = vectors[:, :own]
-            largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-            bases.append(basis * torch.where(largest < 0, -1.0, 1.0))
-        return bases
+        """The leading `rank` directions of each block, or as many as stand above rounding."""
+        ranks = self.n_known(dtype).clamp_max(rank).tolist()
+        return [upright(vectors[:, :own]) for vectors, own in zip(self.vectors, ranks, strict=True)]

@@ -350,7 +350,7 @@ def test_moments_of_an_earlier_version_load_and_add_but_are_not_centred(moments,
         assert one.subspace(1).sites == old.sites
         with refused("sums of gradients", "extract them again"):
             one.subspace(1, center_gradients=True)
-    before = replace(moments, gradient_sum={}, _spectra={})
+    before = replace(moments, gradient_sum={})
     for mixed in (before + moments, moments + before):
         assert not mixed.gradient_sum
         site = mixed.sites[0]
@@ -365,7 +365,7 @@ def test_centring_is_recorded_where_it_was_done(moments):
     plain, asked = (moments.subspace(of="activation", center_gradients=value) for value in (False, True))
     assert asked.origin == plain.origin and asked.digest() == plain.digest()
     assert moments.subspace(center_gradients=True).digest() != moments.subspace().digest()
-    assert moments.subspace().digest() == replace(moments, gradient_sum={}, _spectra={}).subspace().digest()
+    assert moments.subspace().digest() == replace(moments, gradient_sum={}).subspace().digest()
 
 
 # a share of energy in the place of a rank

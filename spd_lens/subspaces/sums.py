@@ -1,0 +1,273 @@
+"""`TokenSums`: sums over tokens, of which an extraction consists, and their arithmetic and file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.errors import SPDError, whole
+from spd_lens.files import load_tensors, reading, save_tensors
+from spd_lens.models import Fingerprint, neutral
+from spd_lens.sites import Site
+from spd_lens.subspaces.positions import CLASSES
+
+Gram = Float[Tensor, "shard width width"]
+
+
+@dataclass
+class TokenSums:
+    """Sums over tokens of products of gradients `g` and activations `x`, in float64 and in a few shards of examples."""
+
+    fingerprint: Fingerprint
+    """The model they were taken from."""
+    n_heads: dict[Site, int]
+    """Heads at each site: KV heads for `k` and `v`, query heads for `q` and `z`, one for `resid`."""
+    gradient: dict[Site, Gram]
+    """`Σ gᵀg` over the tokens of each shard's examples."""
+    activation: dict[Site, Gram]
+    """`Σ xᵀx` over the same tokens."""
+    activation_sum: dict[Site, Float[Tensor, "shard width"]]
+    """`Σ x` over the same tokens."""
+    n_tokens: Int[Tensor, " shard"]
+    """Rows of `G`: all real tokens, scored or not (Eq. 8)."""
+    n_scored: Int[Tensor, " shard"]
+    """Tokens in `S` (Eq. 6)."""
+    n_examples: Int[Tensor, " shard"]
+    loss_sum: Float[Tensor, " shard"]
+    """Sum over examples of the loss, in nats per scored token (Eq. 6)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How they were taken: `loss`, `engine`, `dtype` of the model."""
+    gradient_sum: dict[Site, Float[Tensor, "shard width"]] = field(default_factory=dict)
+    """`Σ g` over the same tokens. Empty where an earlier version took the moments: they cannot be centred."""
+    cross: dict[Site, Gram] = field(default_factory=dict)
+    """`Σ gᵀx` over the same tokens. Empty unless they were taken with `keep="cross"`."""
+    classes: dict[str, Self] = field(default_factory=dict)
+    """The same sums over each class of positions alone. Empty unless they were taken with `keep="classes"`."""
+
+    @classmethod
+    @neutral()
+    def empty(
+        cls,
+        fingerprint: Fingerprint,
+        sites: Iterable[Site],
+        n_shards: int,
+        settings: dict[str, Any],
+        keep: Sequence[str] = (),
+    ) -> Self:
+        """Moments of nothing, to be added to; `keep` as in `extract`."""
+        sites = list(sites)
+        shapes = {site: fingerprint.heads_at(site) for site in sites}
+        widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
+        own = [name for name in keep if name != "classes"]
+        apart = CLASSES if "classes" in keep else ()
+        zeros, counts = torch.zeros(n_shards, dtype=torch.float64), torch.zeros(n_shards, dtype=torch.long)
+        return cls(
+            fingerprint=fingerprint,
+            n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
+            gradient={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            activation_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
+            gradient_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
+            cross={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items() if "cross" in keep},
+            classes={name: cls.empty(fingerprint, sites, n_shards, settings, own) for name in apart},
+            n_tokens=counts,
+            n_scored=counts.clone(),
+            n_examples=counts.clone(),
+            loss_sum=zeros,
+            settings=settings,
+        )
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted(self.gradient)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.n_examples)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What they keep beside the plain sums: `"classes"` of positions, `"cross"` products."""
+        return tuple(name for name in ("classes", "cross") if getattr(self, name))
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over examples of the loss, in nats per scored token."""
+        return (self.loss_sum.sum() / self.n_examples.sum()).item()
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model, in which the gradients were rounded."""
+        return self.settings.get("dtype", "float32")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({int(self.n_examples.sum())} examples, {int(self.n_tokens.sum())} tokens, "
+            f"{int(self.n_scored.sum())} scored, {self.n_shards} shards, sites {', '.join(map(str, self.sites))})"
+        )
+
+    def add_tokens(
+        self,
+        site: Site,
+        shard: int,
+        gradients: Float[Tensor, "token width"],
+        activations: Float[Tensor, "token width"],
+        positions: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Add one example's rows at one site. Products and sums are float64 whatever the model's dtype.
+
+        Args:
+            site: The site.
+            shard: The shard of the example.
+            gradients: Its gradients.
+            activations: Its activations.
+            positions: Which of the rows are of each class of positions; for moments that keep classes.
+        """
+        g, x = gradients.double(), activations.double()
+        self.gradient[site][shard] += (g.T @ g).cpu()
+        self.activation[site][shard] += (x.T @ x).cpu()
+        self.activation_sum[site][shard] += x.sum(dim=0).cpu()
+        if self.gradient_sum:
+            self.gradient_sum[site][shard] += g.sum(dim=0).cpu()
+        if self.cross:
+            self.cross[site][shard] += (g.T @ x).cpu()
+        for name, rows in (positions or {}).items():
+            if name in self.classes:
+                self.classes[name].add_tokens(site, shard, g[list(rows)], x[list(rows)])
+
+    def count(
+        self, shard: int, loss: float, n_tokens: int, scored: Sequence[int], positions: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Count one example, whose rows `add_tokens` added: its loss, its tokens, and the positions in `S`."""
+        self.n_examples[shard] += 1
+        self.n_tokens[shard] += n_tokens
+        self.n_scored[shard] += len(scored)
+        self.loss_sum[shard] += loss
+        for name, part in self.classes.items():
+            own = positions[name]
+            part.count(shard, loss, len(own), [position for position in scored if position in own], {})
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same moments with every sum changed in the same way along its shards."""
+        parts: dict[str, Any] = {name: change(getattr(self, name)) for name in _PER_SHARD}
+        for name in _PER_SITE:
+            parts[name] = {site: change(value) for site, value in getattr(self, name).items()}
+        return replace(self, **parts, classes={name: part._mapped(change) for name, part in self.classes.items()})
+
+    def _plus(self, other: Self, counts: Sequence[str]) -> dict[str, Any]:
+        """The sums of both, where both have them, and some of their counts."""
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        for name in _PER_SITE:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            sums[name] = {site: mine[site] + theirs[site] for site in mine if site in theirs}
+        return sums
+
+    def __add__(self, other: Self) -> Self:
+        """Moments of both sets of examples, which must be disjoint and taken in the same way from the same model.
+
+        What one of them does not keep (`Σ g`, without which moments cannot be centred, `Σ gᵀx`, classes of positions),
+        the sum does not either.
+        """
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        self.fingerprint.check(other.fingerprint, "the first of the two moments")
+        for what in ("sites", "n_shards", "settings"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise SPDError(f"moments with {what} {mine} and {theirs} do not add; extract both in the same way")
+        classes = {name: part + other.classes[name] for name, part in self.classes.items() if name in other.classes}
+        return replace(self, **self._plus(other, _PER_SHARD), classes=classes)
+
+    def region(self, *classes: str) -> Self:
+        """Moments of some classes of positions alone, of the same examples: `region("completion", "scored")`.
+
+        Classes are `"sink"` (the position on which attention rests when it has nowhere to go), `"prompt"`,
+        `"completion"` (what is not scored of it) and `"scored"` (the tokens in `S`). The loss stays that of the
+        examples. `settings` record the region.
+
+        Raises:
+            SPDError: no class, an unknown one, or moments that were taken without `keep="classes"`.
+        """
+        if not classes or (unknown := set(classes) - set(CLASSES)):
+            named = f"no class of positions is called {sorted(unknown)[0]!r}" if classes else "a region has no class"
+            raise SPDError(f"{named}; choose from {', '.join(CLASSES)}")
+        chosen = [name for name in CLASSES if name in classes]
+        if lost := [name for name in chosen if name not in self.classes]:
+            instead = "extract them again with keep='classes' (--keep classes)"
+            if region := self.settings.get("region"):
+                instead = f"they are those of {', '.join(region)} alone, so take the region from the whole moments"
+            raise SPDError(f"these moments do not keep the positions of class {lost[0]!r} apart; {instead}")
+        own = {name: self.classes[name] for name in chosen}
+        total, *others = own.values()
+        for part in others:
+            total = replace(total, **total._plus(part, ("n_tokens", "n_scored")))
+        return replace(total, settings={**self.settings, "region": chosen}, classes=own)
+
+    @neutral()
+    def shards(self, chosen: Sequence[int]) -> Self:
+        """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
+        index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
+        if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
+            raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
+        return self._mapped(lambda sums: sums[index])
+
+    def pooled(self) -> Self:
+        """All shards added up into one, so that moments of different numbers of shards can be added."""
+        return self._mapped(lambda sums: sums.sum(dim=0, keepdim=True))
+
+    def halves(self) -> tuple[Self, Self]:
+        """Two disjoint halves of the examples: even and odd shards."""
+        if self.n_shards < 2:
+            raise SPDError("moments with one shard have no halves; extract with shards=2 or more")
+        return self.shards(range(0, self.n_shards, 2)), self.shards(range(1, self.n_shards, 2))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        header = {
+            "fingerprint": self.fingerprint.to_dict(),
+            "n_heads": {str(site): n for site, n in self.n_heads.items()},
+            "settings": self.settings,
+        }
+        return save_tensors(path, "gradient moments", self._tensors(), header)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All sums by their names in a file; those of a class begin with its name."""
+        tensors = {f"{name}.{site}": v for name in _PER_SITE for site, v in getattr(self, name).items()}
+        tensors |= {name: getattr(self, name) for name in _PER_SHARD}
+        for name, part in self.classes.items():
+            tensors |= {f"{name}/{key}": value for key, value in part._tensors().items()}
+        return tensors
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
+        tensors, header = load_tensors(path, "gradient moments")
+        with reading(path):
+            n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
+            shared = {
+                "fingerprint": Fingerprint.from_dict(header["fingerprint"]),
+                "n_heads": n_heads,
+                "settings": header["settings"],
+            }
+
+            def part(prefix: str) -> dict[str, Any]:
+                found: dict[str, Any] = {name: tensors[f"{prefix}{name}"] for name in _PER_SHARD}
+                for name in _PER_SITE:
+                    names = {site: f"{prefix}{name}.{site}" for site in n_heads}
+                    kept = [site for site in n_heads if name not in _OPTIONAL or names[site] in tensors]
+                    found[name] = {site: tensors[names[site]] for site in kept}
+                return shared | found
+
+            there = [name for name in CLASSES if f"{name}/n_tokens" in tensors]
+            return cls(**part(""), classes={name: cls(**part(f"{name}/")) for name in there})
+
+
+_PER_SITE = ("gradient", "activation", "activation_sum", "gradient_sum", "cross")
+_OPTIONAL = ("gradient_sum", "cross")
+_PER_SHARD = ("n_tokens", "n_scored", "n_examples", "loss_sum")
