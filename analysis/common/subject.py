@@ -59,7 +59,8 @@ class Subject:
 
     def calibration(self, n: int | None = None) -> list[Example]:
         """The run's calibration examples, or `n` drawn in the same way."""
-        return self.task.calibration(n, self.run.config.data_seed) if n else self.experiment.calibration
+        own = self.experiment
+        return own.calibrated.calibration(n, self.run.config.data_seed) if n else own.calibration
 
     def held_out(self, n: int, task: str | None = None) -> list[Example]:
         """Test items with gold completions and spans: of the source task, or of one of the targets."""

@@ -8,10 +8,10 @@ from spd_lens.protocols.base import Protocol, Source
 
 POINTS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt_format", "add_special_tokens", "prompt_template"),
-    "tokens that count as correctness": ("span_rule", "max_calibration_tokens", "too_long", "loss"),
+    "tokens that count as correctness": ("span", "span_rule", "max_calibration_tokens", "too_long", "loss"),
     "target layers": ("layers", "kinds"),
     "centring of the gradients": ("center_gradients",),
-    "projector": ("per_head", "rank", "energy", "strength", "center"),
+    "projector": ("estimator", "per_head", "rank", "energy", "strength", "center"),
     "calibration examples": ("n_calibration",),
     "training prompts": ("n_train", "train_source"),
     "order of examples": ("order",),

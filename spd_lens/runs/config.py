@@ -91,6 +91,9 @@ class DataGroup(Settings):
         default_factory=list, description="Tasks to evaluate on; the source task if empty."
     )
     n_calibration: int = Field(50, ge=1, description="Calibration examples.")
+    span: str | None = Field(
+        None, description="Spans of the calibration examples, such as results or answer-only; else the task's own."
+    )
     n_train: int = Field(500, ge=1, description="Training prompts, one completion each.")
     n_eval: int | dict[str, int] = Field(_N_EVAL, description="Test items per task; or for each: gsm8k=100,mbpp=257.")
     too_long: Literal["error", "drop"] = Field(
@@ -116,6 +119,7 @@ class SubspaceGroup(Settings):
 
     panel = "Subspace"
 
+    estimator: str = Field("paper", description="How the subspace is taken from the gradients: docs/estimators.md.")
     rank: int | float = Field(0.5, description="Directions per block: an integer, or a fraction of its width.")
     per_head: bool = Field(True, description="One projector per KV head, or one joint projector.")
     energy: float | None = Field(
@@ -124,6 +128,15 @@ class SubspaceGroup(Settings):
     center_gradients: bool = Field(False, description="Take the mean of all gradient rows off before the SVD.")
     center: bool = Field(False, description="Project around the mean activation instead of the origin.")
     strength: float = Field(1.0, ge=0, le=1, description="Strength of the projection, 0 to 1.")
+
+    @field_validator("estimator")
+    @classmethod
+    def _known_estimator(cls, name: str) -> str:
+        if name != "paper":
+            from spd_lens import estimators  # they import torch, which settings and --help do not need
+
+            estimators.get(name)
+        return name
 
     @field_validator("rank", mode="before")
     @classmethod

@@ -56,6 +56,7 @@ class Experiment:
         progress: bool = False,
         shared: bool = False,
         answer_tokens: int | None = None,
+        keep: Sequence[str] = (),
     ) -> None:
         """Loads nothing.
 
@@ -67,7 +68,9 @@ class Experiment:
             progress: Show progress bars.
             shared: Whether other settings keep their extractions in the same folder, so that file names say the loss.
             answer_tokens: Token limit of an answer in evaluation; None: the task's own.
+            keep: What every extraction keeps beside what it is asked for, so that one pass serves all that follows.
         """
+        self.keep = tuple(keep)
         self.config, self.path, self.progress = config, Path(path), progress
         self.shared, self.answer_tokens = shared, answer_tokens
         self.begun: Run | None = None
@@ -136,9 +139,19 @@ class Experiment:
         return self.tasks[1]
 
     @property
+    def seed(self) -> int:
+        """The seed of sampling, training and controls."""
+        return self.config.seed
+
+    @cached_property
+    def calibrated(self) -> Task:
+        """The source task with the spans that calibration examples are to have. Items and prompts keep their own."""
+        return calibrated(self.task, self.config)
+
+    @property
     def calibration(self) -> list[Example]:
         """The worked examples. They depend on `data_seed` and not on `seed`: all seeds see the same."""
-        return self.task.calibration(self.config.n_calibration, self.config.data_seed)
+        return self.calibrated.calibration(self.config.n_calibration, self.config.data_seed)
 
     @property
     def prompts(self) -> list[Example]:
@@ -345,6 +358,11 @@ def make_tasks(config: SPDConfig, *, trains: bool = True) -> Tasks:
     }
     allow_execution(config, [source, *targets.values()])
     return source, targets
+
+
+def calibrated(source: Task, config: SPDConfig) -> Task:
+    """A source task with the spans that the settings ask for in calibration examples; None there: as it is."""
+    return source if config.span is None else source.spanned(config.span)
 
 
 def allow_execution(config: SPDConfig, tasks: Iterable[Task]) -> None:

@@ -12,7 +12,7 @@ from spd_lens.protocols import protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
-from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.experiment import Experiment, calibrated
 from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split
@@ -40,7 +40,7 @@ def check_data(experiment: Experiment) -> None:
     config, (source, targets) = experiment.config, experiment.made
     check_settings(config)
     say_protocol(experiment)
-    source.calibration(config.n_calibration, config.data_seed)
+    calibrated(source, config).calibration(config.n_calibration, config.data_seed)
     source.train(config.n_train, config.data_seed)
     for name, task in targets.items():
         task.test(config.n_test(name), config.data_seed)
@@ -59,13 +59,15 @@ def say_protocol(experiment: Experiment) -> None:
 
 def check_stage(experiment: Experiment, split: Split, n: int) -> None:
     """Before one stage alone, which takes `n` examples: refuse what is wrong, and count the texts that do not fit."""
-    config, source = experiment.config, experiment.made[0]
+    config, source, calibrates = experiment.config, experiment.made[0], split == "calibration"
     check_settings(config)
     say_protocol(experiment)
-    getattr(source, split)(n, config.data_seed)  # refused before the model is read
-    if split == "calibration":
+    drawn = calibrated(source, config) if calibrates else source
+    getattr(drawn, split)(n, config.data_seed)  # refused before the model is read
+    if calibrates:
         check_subspace(config, experiment.pair)
-    left_out(experiment.pair, config, {split: {config.task: (experiment.task, n)}})
+    fitting = experiment.calibrated if calibrates else experiment.task
+    left_out(experiment.pair, config, {split: {config.task: (fitting, n)}})
 
 
 def check_subspace(config: SPDConfig, pair: ModelPair) -> None:

@@ -77,7 +77,7 @@ def note_start(
         folder.note_once(what, **fields)
     note_set_up(folder, first.config, first.pair)
     draws: Draws = {
-        "calibration": {name: (own.task, own.config.n_calibration) for name, own in experiments.items()},
+        "calibration": {name: (own.calibrated, own.config.n_calibration) for name, own in experiments.items()},
         "train": {name: (own.task, own.config.n_train) for name, own in experiments.items()},
         "test": {name: (task, n_test(name)) for name, task in first.targets.items()},
     }

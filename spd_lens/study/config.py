@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BASE = "base"
 """The method that is no training at all; a study always measures it, since everything is compared with it."""
 
-_OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared")
+_OURS = ("task", "task_options", "eval_tasks", "seed", "policies", "n_random", "n_compared", "estimator")
 """Settings of a run that a study decides itself, cell by cell, or has no use for."""
 _ONE_FOR_ALL = (
     "protocol", "model", "prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking",
