@@ -31,6 +31,7 @@ class Subject:
         self.run = run if isinstance(run, Run) else Run.open(run)
         self.experiment = Experiment.opened(self.run, pair=pair, progress=progress)
         self.progress = progress
+        self._said = False
 
     @property
     def name(self) -> str:
@@ -73,14 +74,26 @@ class Subject:
     @property
     def moments(self) -> GradientMoments:
         """Moments of the calibration examples at the run's own layers."""
+        self.say_estimator()
         return self.run.moments
+
+    def say_estimator(self) -> None:
+        """Log once, where a run has another estimator, that analyses take the paper's subspaces from its gradients."""
+        if not self._said and (name := self.run.config.estimator) != "paper":
+            log.warning(
+                "%s was run with estimator %r; the subspaces that analyses make from its gradients, of any rank and at "
+                "any layer, are those of estimator 'paper' (Eq. 9-11)", self.name, name,
+            )  # fmt: skip
+        self._said = True
 
     @property
     def subspace(self) -> Subspace:
+        """The run's own, by whatever estimator."""
         return self.run.subspace
 
     def moments_everywhere(self) -> GradientMoments:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
+        self.say_estimator()
         return self.experiment.moments(layers="all")
 
     def shuffled_moments(self, seed: int, layers: Literal["all"] | None = None) -> GradientMoments | None:
@@ -99,6 +112,7 @@ class Subject:
 
         Where the run kept a share of energy, the median rank of its blocks stands for it, and the log says so.
         """
+        self.say_estimator()
         if not text and self.run.config.energy is not None:
             ranks = [rank for of_site in self.subspace.ranks.values() for rank in of_site]
             middle = max(1, round(median(ranks)))

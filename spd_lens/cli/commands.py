@@ -14,8 +14,8 @@ from rich.markdown import Markdown
 from spd_lens.cli.flags import with_settings
 from spd_lens.files import check_writable
 from spd_lens.output import set_up_logging, start
-from spd_lens.runs import DEMO, SPDConfig
-from spd_lens.settings import DEFAULT_MODEL
+from spd_lens.runs import DEMO, SPDConfig, validated
+from spd_lens.settings import DEFAULT_MODEL, Extraction
 
 if TYPE_CHECKING:
     from spd_lens.subspaces import Policy
@@ -116,19 +116,37 @@ def rounds_command(
 
 @app.command("extract")
 @with_settings(
-    *_MODEL, *_DATA, "n_calibration", "layers", "kinds", "rank", "energy", "per_head", "center", "center_gradients",
-    "loss", "engine", "max_calibration_tokens",
+    *_MODEL, *_DATA, "n_calibration", "span", "layers", "kinds", "estimator", "rank", "energy", "per_head", "center",
+    "center_gradients", "loss", "engine", "max_calibration_tokens", "seed",
 )  # fmt: skip
-def extract_command(config: SPDConfig, out: Out = Path("runs/extract"), quiet: Quiet = False) -> None:
+def extract_command(
+    config: SPDConfig,
+    out: Out = Path("runs/extract"),
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="For other estimators later: classes (of positions), cross (products).")
+    ] = None,
+    sinks: Annotated[
+        str | None, typer.Option("--sinks", help="The sink among the classes: first (token), or attended (most).")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", help="Gradients towards gold answers, or towards sampled ones.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
     """Gradient moments and subspace of a task's calibration examples, into a directory."""
     set_up_logging(quiet)
+    from spd_lens import estimators
     from spd_lens.runs import Experiment, check_stage
 
     check_writable(out, directory=True)
-    experiment = Experiment(config, out, progress=not quiet)
+    flags = {"keep": keep, "sinks": sinks, "labels": labels}
+    needs = estimators.get(config.estimator).needs
+    how = validated(Extraction, {**needs, **{name: value for name, value in flags.items() if value is not None}})
+    experiment = Experiment(config, out, progress=not quiet, keep=how.keep)
     check_stage(experiment, "calibration", config.n_calibration)
-    moments = experiment.extract()
-    subspace = experiment.subspace(moments)
+    moments = experiment.extract(sinks=how.sinks, labels=how.labels)
+    beside = estimators.Calibration(experiment.pair, experiment.calibration, config.seed, config.extraction, not quiet)
+    subspace = experiment.subspace(moments, others=beside)
     moments.save(out / "moments.safetensors")
     subspace.save(out / "subspace.safetensors")
     Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)

@@ -29,6 +29,8 @@ class Method:
     """A short description, with its source."""
     is_control: ClassVar[bool] = False
     """Whether the method exists only as a comparison."""
+    needs: ClassVar[Mapping[str, Any]] = {}
+    """Keywords of the extraction that its subspace needs (`Estimator.needs`), so that a study extracts once for all."""
 
     def projection(self, experiment: Experiment) -> Policy | None:
         """The policy under which completions are generated: a subspace and a strength. None: the model as it is."""

@@ -19,11 +19,11 @@ from .config import validated as validated
 from .context_limit import fitted as fitted
 from .context_limit import in_words as in_words
 from .experiment import Experiment as Experiment
-from .experiment import allow_execution as allow_execution
-from .experiment import decided_by as decided_by
-from .experiment import load_pair as load_pair
-from .experiment import make_tasks as make_tasks
-from .experiment import ready_pair as ready_pair
+from .loading import allow_execution as allow_execution
+from .loading import decided_by as decided_by
+from .loading import load_pair as load_pair
+from .loading import make_tasks as make_tasks
+from .loading import ready_pair as ready_pair
 from .model_check import MOMENTS_TOLERANCE as MOMENTS_TOLERANCE
 from .model_check import print_report as print_report
 from .pipeline import run as run

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from spd_lens import estimators
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced
 from spd_lens.examples import Example
-from spd_lens.files import is_made
 from spd_lens.generation import Corpus, generate
-from spd_lens.models import Loss, ModelPair, load, weights_digest
-from spd_lens.protocols import protocol
+from spd_lens.models import Loss, ModelPair, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
-from spd_lens.runs.run_dir import Folder, Run
-from spd_lens.sandbox import passes_tests
-from spd_lens.subspaces import GradientMoments, Policy, Subspace, check_texts, extract, shuffled_answers
-from spd_lens.tasks import CodeTask, Task
+from spd_lens.runs.extractions import InHand, Layers, Request
+from spd_lens.runs.loading import OF_THE_PAIR, Tasks, calibrated, load_pair, make_tasks
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
+from spd_lens.tasks import Task
 from spd_lens.training import finetune
 
 log = logging.getLogger(__name__)
-
-Tasks = tuple[Task, dict[str, Task]]
-"""The source task, and the tasks to evaluate on by the names that their results are kept under."""
-
-Layers = Literal["all"] | None
-"""Layers of an extraction: all, or None for the config's."""
-
-_OF_THE_PAIR = (
-    "model", "backend", "dtype", "device", "prompt_format", "add_special_tokens", "span_rule", "system",
-    "enable_thinking", "prompt_date",
-)  # fmt: skip
-"""The settings that decide which pair is loaded."""
 
 
 class Experiment:
@@ -102,7 +91,7 @@ class Experiment:
     @cached_property
     def pair(self) -> ModelPair:
         """The model."""
-        key = repr([getattr(self.config, name) for name in _OF_THE_PAIR])
+        key = repr([getattr(self.config, name) for name in OF_THE_PAIR])
         pair = self._given or self.models.get(key) or load_pair(self.config)
         if self.begun is None:
             return pair
@@ -169,13 +158,26 @@ class Experiment:
         *,
         loss: Loss | None = None,
         layers: Layers = None,
+        keep: Sequence[str] = (),
+        sinks: str = "first",
+        labels: str = "gold",
     ) -> GradientMoments:
-        """Gradient moments of the calibration examples, or of others (Eq. 6-8), anew: see `moments`."""
-        examples = self.calibration if examples is None else examples
+        """Gradient moments of the calibration examples, or of others (Eq. 6-8), anew: see `moments`.
+
+        They keep what `keep` names, and what the experiment keeps anyway.
+        """
+        request = Request(loss or self.config.loss, layers, False, self.seed, keep, sinks, labels)
+        return self._extract(request, self.calibration if examples is None else examples, self.kept)
+
+    def _extract(self, request: Request, examples: Sequence[Example], kept: Sequence[str]) -> GradientMoments:
         log.info("extracting gradients of %d calibration examples", len(examples))
-        changes = {key: value for key, value in (("loss", loss), ("layers", layers)) if value is not None}
-        settings = self.config.extraction.model_copy(update=changes)
+        settings = request.settings(self.config.extraction, kept)
         return extract(self.pair, examples, settings=settings, progress=self.progress)
+
+    @property
+    def kept(self) -> list[str]:
+        """What extractions keep beside the plain sums: what `keep` names, and what the config's estimator reads."""
+        return [*self.keep, *estimators.get(self.config.estimator).needs.get("keep", ())]
 
     def moments(
         self,
@@ -184,65 +186,97 @@ class Experiment:
         layers: Layers = None,
         shuffled: bool = False,
         seed: int | None = None,
+        keep: Sequence[str] = (),
+        sinks: str = "first",
+        labels: str = "gold",
     ) -> GradientMoments:
         """Gradient moments of the calibration examples, extracted on first use and kept in the folder.
+
+        An extraction that is there serves where it keeps as much as is asked for, or more.
 
         Args:
             loss: `"aligned"` or `"full"`; None: the config's.
             layers: `"all"`, or None for the config's.
             shuffled: With the answers permuted between the examples.
-            seed: Seed of the permutation; None: the config's.
+            seed: Seed of the permutation and of sampled labels; None: the config's.
+            keep: What is kept beside the plain sums, such as `["classes", "cross"]`.
+            sinks: As in `extract`.
+            labels: As in `extract`.
 
         Raises:
             SPDError: the folder holds an extraction of another model, of other sites, of another number of examples or
-                of texts that were written, scored or cut in another way.
+                of texts that were written, scored or cut in another way; or it lacks what is asked for, and the model
+                or the data are not there.
         """
-        seed = self.config.seed if seed is None else seed
-        path = self._place(loss or self.config.loss, layers, seed if shuffled else None)
+        request = Request(
+            loss or self.config.loss, layers, shuffled, self.seed if seed is None else seed, keep, sinks, labels
+        )
 
         def examples() -> list[Example]:
             if not shuffled:
                 return self.calibration
             # with a longer answer than its own, an example may no longer fit
-            return self.task.kept("calibration", shuffled_answers(self.calibration, seed))
+            return self.calibrated.kept("calibration", shuffled_answers(self.calibration, request.seed))
 
-        found = self._loaded.get(path)
-        if found is None:
-            if not is_made(path, GradientMoments.load):
-                self.extract(examples(), loss=loss, layers=layers).save(path)
-            found = GradientMoments.load(path)
-            if not shuffled:  # there is one of these for each seed, which is used once
-                self._loaded[path] = found
+        places = request.places(self.path, None if self.shared else self.config.loss)
+        path, moments = request.found(places, self._loaded)
+        if moments is None:
+            # a file beside the first is there for what the first lacks
+            self._make(path, request, examples, self.kept if path == places[0] and not layers else ())
+            moments = GradientMoments.load(path)
+        if not shuffled:  # there is one of these for each seed, which is used once
+            self._loaded[path] = moments
         if self.begun is None:  # a run's own were checked when it was made, and need neither model nor data to be read
-            self._check(found, path, layers, len(examples()))
-        return found
+            request.check(moments, path, self.pair, self.config.extraction, len(examples()))
+        return moments
 
-    def _check(self, moments: GradientMoments, path: Path, layers: Layers, n_wanted: int) -> None:
-        moments.fingerprint.check(self.pair.fingerprint, str(path))
-        wanted = sorted(self.pair.sites(layers or self.config.layers, self.config.kinds))
-        n_examples = int(moments.n_examples.sum())
-        if moments.sites != wanted or n_examples != n_wanted:
+    def _make(
+        self, path: Path, request: Request, examples: Callable[[], Sequence[Example]], kept: Sequence[str]
+    ) -> None:
+        try:
+            self._extract(request, examples(), kept).save(path)
+        except SPDError as error:
+            if self.begun is None or not (wanted := ",".join(request.parts())):
+                raise
             raise SPDError(
-                f"{path} holds an extraction of {n_examples} examples at {', '.join(map(str, moments.sites))}, not of "
-                f"{n_wanted} at {', '.join(map(str, wanted))}; give the experiment another folder"
-            )
-        check_texts(moments, self.pair, self.config.extraction, str(path))
+                f"{self.path} has no moments with {wanted}, and they cannot be extracted here: {error}; where model "
+                f"and data are, spd-lens extract --keep {wanted} makes them"
+            ) from error
 
-    def _place(self, loss: Loss, layers: Layers, shuffle: int | None) -> Path:
-        extra = (f"-{layers}-layers" if layers else "") + ("" if shuffle is None else f"-shuffled-{shuffle}")
-        if self.shared:
-            return self.path / f"moments-{loss}{extra}.safetensors"
-        if loss != self.config.loss:
-            extra = f"-{loss}{extra}"
-        return (self.path / "analysis" if extra else self.path) / f"moments{extra}.safetensors"
+    def gradients(
+        self, *, keep: Sequence[str] = (), sinks: str = "first", labels: str = "gold", shuffled: bool = False
+    ) -> GradientMoments:
+        """`moments`, as estimators ask for them."""
+        return self.moments(keep=keep, sinks=sinks, labels=labels, shuffled=shuffled)
 
-    def subspace(self, moments: GradientMoments | None = None, *, of: str = "gradient") -> Subspace:
-        """The config's rank or energy, blocks and centring, from the plain moments or from others (Eq. 9-11)."""
-        config = self.config
-        return (moments or self.moments()).subspace(
-            config.rank, energy=config.energy, per_head=config.per_head, center_gradients=config.center_gradients,
-            center=config.center, of=of,
-        )  # fmt: skip
+    @property
+    def shape(self) -> estimators.Shape:
+        """The config's rank or energy, blocks and centring."""
+        return estimators.Shape(**{item.name: getattr(self.config, item.name) for item in fields(estimators.Shape)})
+
+    def subspace(
+        self,
+        moments: GradientMoments | None = None,
+        *,
+        estimator: str | None = None,
+        of: str = "gradient",
+        others: estimators.Source | None = None,
+    ) -> Subspace:
+        """The subspace of the config's shape, as the estimator takes it (the paper's: Eq. 9-11).
+
+        Args:
+            moments: What it is taken from; None: what the folder holds, and what is extracted where it lacks something.
+            estimator: The estimator's name; None: the config's.
+            of: `"activation"`, as a control: the top directions of the activations, by no estimator.
+            others: Where gradients come from that the estimator reads besides given moments; None: that is an error.
+
+        Raises:
+            SPDError: the estimator reads something that the given moments do not hold, or takes no such shape.
+        """
+        if of != "gradient":
+            return (moments or self.moments()).subspace(**asdict(self.shape), of=of)
+        source = self if moments is None else InHand(self, moments, others)
+        return estimators.get(estimator or self.config.estimator).subspace(source, self.shape)
 
     def generate(
         self,
@@ -314,59 +348,3 @@ class Experiment:
         result.settings.update(self.config.extraction.label)
         result.save(path)
         return result
-
-
-def load_pair(config: SPDConfig) -> ModelPair:
-    """The pair that a config names."""
-    log.info("loading %s", config.model)
-    return load(config.model, **{name: getattr(config, name) for name in _OF_THE_PAIR[1:]})
-
-
-def ready_pair(pair: ModelPair | None, config: SPDConfig, folder: Folder) -> ModelPair:
-    """The pair that is given, or the one that the settings name, as on the day on which the folder was begun."""
-    if pair is None:
-        pair = load_pair(config)
-    elif pair.has_lens:
-        pair.check()  # an edited lens model would be measured, and the twin trained
-    return folder.dated(pair)
-
-
-def decided_by(pair: ModelPair, prompt_format: str) -> dict[str, Any]:
-    """The settings that a pair which is loaded already has decided, whatever a config says; `prompt_format` is what it
-    says of that."""
-    form = pair.format
-    day = form.prompt_date if form.date_given else None
-    decided = {"model": pair.name, "system": form.system, "enable_thinking": form.enable_thinking, "prompt_date": day}
-    if "verbatim" in (form.name, prompt_format):  # which no tokenizer stands for, as it does for the other two
-        decided["prompt_format"] = form.name
-    return {**decided, "add_special_tokens": form.add_special_tokens, "span_rule": form.span_rule}
-
-
-def make_tasks(config: SPDConfig, *, trains: bool = True) -> Tasks:
-    """The tasks that a config names, as its protocol has them; a task that is source and target is made once.
-
-    Args:
-        config: The settings.
-        trains: Whether calibration examples or training prompts will be drawn: a protocol may ask for others than those
-            that the data hold beside the test items.
-    """
-    chosen, form = protocol(config.protocol), config.prompt_format
-    source = chosen.task_for(config.task, config.data_dir, config.task_options, form, source=trains)
-    targets = {
-        key: source if name == config.task else chosen.task_for(name, config.data_dir, {}, form, source=False)
-        for key, name in config.targets.items()
-    }
-    allow_execution(config, [source, *targets.values()])
-    return source, targets
-
-
-def calibrated(source: Task, config: SPDConfig) -> Task:
-    """A source task with the spans that the settings ask for in calibration examples; None there: as it is."""
-    return source if config.span is None else source.spanned(config.span)
-
-
-def allow_execution(config: SPDConfig, tasks: Iterable[Task]) -> None:
-    """Let tasks that score programs run them, where the settings say so."""
-    for task in tasks if config.allow_code_execution else ():
-        if isinstance(task, CodeTask):
-            task.executor = passes_tests

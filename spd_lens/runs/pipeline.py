@@ -16,7 +16,8 @@ from spd_lens.files import is_made, write_json
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
-from spd_lens.runs.experiment import Experiment, decided_by, ready_pair
+from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.loading import decided_by, ready_pair
 from spd_lens.runs.preflight import check_data, check_model
 from spd_lens.runs.run_dir import Run
 from spd_lens.runs.stages import Step, note_start, score, work
@@ -129,9 +130,9 @@ def _policy(record: Run, name: str) -> Policy:
 
 
 def _calibrate(record: Run, experiment: Experiment) -> None:
-    moments = experiment.moments()
+    experiment.moments()
     if not record.has_subspace:
-        experiment.subspace(moments).save(record.subspace_path)
+        experiment.subspace().save(record.subspace_path)
 
 
 def _prove(record: Run, experiment: Experiment) -> None:

@@ -12,7 +12,8 @@ from spd_lens.protocols import protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
-from spd_lens.runs.experiment import Experiment, calibrated
+from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.loading import calibrated
 from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split

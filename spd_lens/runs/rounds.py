@@ -21,7 +21,8 @@ from spd_lens.examples import Example
 from spd_lens.files import is_blank, is_made, read_json, reading, replacing, write_json, write_text
 from spd_lens.models import ModelPair, merged_copy, neutral, weights_digest
 from spd_lens.runs.config import SPDConfig
-from spd_lens.runs.experiment import Experiment, decided_by, ready_pair
+from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.loading import decided_by, ready_pair
 from spd_lens.runs.pipeline import run
 from spd_lens.runs.preflight import check_data
 from spd_lens.runs.round_drift import Drift, StopRule, drift_frame
@@ -104,7 +105,7 @@ def run_rounds(
         out: The folder; new, or of rounds with the same settings (more of them may be asked for).
         n_rounds: Number of rounds at most.
         reextract: `"current"`: each round's subspace is that of the model it starts from; `"first"`: always the first
-            model's.
+            model's, which needs the estimator `"paper"`.
         stop: When to end early; None: `StopRule()`.
         n_held_out: Test items of the source task for drift and stop rule. They come behind the items that the runs are
             evaluated on, which stay untouched by the rule.
@@ -118,6 +119,11 @@ def run_rounds(
     n_rounds, n_held_out = whole("n_rounds", n_rounds), whole("n_held_out", n_held_out)
     if reextract not in ("current", "first"):
         raise SPDError(f"reextract is {reextract!r}; it must be 'current' or 'first'")
+    if reextract == "first" and config.estimator != "paper":
+        raise SPDError(
+            f"estimator {config.estimator!r} may read more of the first model than its moments, so that "
+            "reextract='first' is not possible with it; use reextract='current'"
+        )
     config = _in_float32(config, pair)
     experiment = Experiment(config, out, progress=progress)
     check_data(experiment)
@@ -145,14 +151,17 @@ def run_rounds(
 
 
 def _drifted(folder: Rounds, experiment: Experiment, number: int, rule: StopRule) -> str | None:
-    """Write the table of the rounds that are done. Returns why to stop."""
+    """Write the table of the rounds that are done. Returns why to stop.
+
+    Overlaps are those of the paper's subspaces, which the moments after each round are enough for.
+    """
     start = folder.moments(0)
     drifts = [
         Drift.between(
             done,
             [folder.effects(i) for i in (0, done - 1, done)],
-            [experiment.subspace(moments) for moments in (start, folder.moments(done))],
-            [experiment.subspace(half) for half in start.halves()],
+            [experiment.subspace(moments, estimator="paper") for moments in (start, folder.moments(done))],
+            [experiment.subspace(half, estimator="paper") for half in start.halves()],
         )
         for done in range(1, number + 1)
     ]

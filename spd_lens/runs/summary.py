@@ -56,13 +56,16 @@ def _heading(run: Run) -> str:
         sampling += f"; of the model's own, {quoted(shown(resolved[APPLIED]))}"
     ranks = "; ".join(f"{site}: {'/'.join(map(str, subspace.ranks[site]))}" for site in subspace.sites)
     width = next(iter(subspace.bases.values())).shape[1]
+    moments = run.moments  # of all positions, whatever the subspace was taken from
+    counts = [int(n.sum()) for n in (moments.n_examples, moments.n_scored, moments.n_tokens)]
+    spans = "" if config.span is None else f"spans {quoted(config.span)}, "
     return "\n".join(
         [
             f"# SPD on {quoted(config.task)} with {quoted(config.model)}",
             "",
             *([f"- Protocol: {protocol}"] if protocol else []),
-            f"- Calibration: {subspace.origin['n_examples']} examples, {subspace.origin['n_scored']} scored of "
-            f"{subspace.origin['n_tokens']} tokens, loss `{config.loss}`, engine `{config.engine}` "
+            f"- Calibration: {counts[0]} examples, {counts[1]} scored of {counts[2]} tokens, {spans}"
+            f"loss `{config.loss}`, engine `{config.engine}` "
             f"({resolved['backend']}, {resolved['dtype']}, {resolved['device']}, {resolved['format']} prompts)",
             f"- Subspace: {'per head' if config.per_head else 'joint'}, ranks of {width} per block: {ranks}; "
             f"{_taken(config)}strength {config.strength:g}",
@@ -92,8 +95,9 @@ def _epochs(run: Run) -> str:
 
 def _taken(config: SPDConfig) -> str:
     """How the directions were chosen, where that is not by a rank and from the gradients as they are."""
+    by = "" if config.estimator == "paper" else f"estimator {quoted(config.estimator)}; "
     share = "" if config.energy is None else f"the fewest with {config.energy:g} of the squared singular values; "
-    return share + ("of the gradients less their mean; " if config.center_gradients else "")
+    return by + share + ("of the gradients less their mean; " if config.center_gradients else "")
 
 
 def _scores(run: Run, task: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spd_lens import methods
+from spd_lens import estimators, methods
 from spd_lens.models import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
@@ -155,16 +155,20 @@ def _extraction(unit: Unit, cell: Any) -> tuple[Any, ...]:
     """
     asked: list[dict[str, Any]] = []
 
-    def moments(*_: Any, **options: Any) -> Any:
-        asked.append({"loss": cell.loss, **options})
+    def moments(*_: Any, keep: Any = None, **options: Any) -> Any:
+        # what the methods of a study need to be kept, every extraction keeps; other defaults say nothing
+        asked.append({"loss": cell.loss, **{k: v for k, v in options.items() if v not in ("first", "gold", False)}})
         raise TypeError
 
-    source: Any = SimpleNamespace(config=cell, moments=moments, subspace=lambda *_, **__: moments())
+    def subspace(*_: Any, estimator: str = "paper", **__: Any) -> Any:
+        return estimators.get(estimator).subspace(source, estimators.Shape())
+
+    source: Any = SimpleNamespace(config=cell, moments=moments, gradients=moments, subspace=subspace)
     with suppress(AttributeError, TypeError):
         methods.get(unit.method).projection(source)
     if not asked:  # it looks at the model first: take it that it shares nothing
         return unit.source, unit.method, unit.seed
-    return unit.source, str(sorted(asked[0].items())), unit.seed if asked[0].get("shuffled") else None
+    return unit.source, str(sorted(asked[0].items())), unit.seed if {"shuffled", "labels"} & {*asked[0]} else None
 
 
 def bytes_per_weight(dtype: str, device: str) -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spd_lens import methods
 from spd_lens.models import ModelPair, neutral
 from spd_lens.runs import (
     Experiment,
@@ -86,10 +87,17 @@ def experiments_of(config: StudyConfig, path: Path, progress: bool = False) -> d
     made = {name: config.task(name) for name in dict.fromkeys([*config.sources, *config.targets])}
     allow_execution(shared, made.values())
     targets = {key: made[name] for key, name in shared.targets.items()}
+    # one extraction serves all methods
+    keep = sorted({part for name in config.methods for part in methods.get(name).needs.get("keep", ())})
     return {
         key: Experiment(
-            config.cell(name, config.seeds[0]), path / key, tasks=(made[name], targets), progress=progress, shared=True
-        )
+            config.cell(name, config.seeds[0]),
+            path / key,
+            tasks=(made[name], targets),
+            progress=progress,
+            shared=True,
+            keep=keep,
+        )  # fmt: skip
         for key, name in named(config.sources).items()
     }
 

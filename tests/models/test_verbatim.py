@@ -13,7 +13,7 @@ from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.generation import recorded_settings
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import Encoded, PromptFormat
-from spd_lens.runs.experiment import decided_by
+from spd_lens.runs.loading import decided_by
 from spd_lens.runs.model_check import check_model
 from spd_lens.subspaces.controls import shuffled_answers
 from spd_lens.subspaces.policy import Policy

@@ -12,7 +12,7 @@ import yaml
 
 import spd_lens as spd
 from spd_lens.cli.commands import main
-from spd_lens.runs.experiment import load_pair
+from spd_lens.runs.loading import load_pair
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.folder import Study
 

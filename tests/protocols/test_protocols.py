@@ -11,7 +11,7 @@ import yaml
 import spd_lens as spd
 from spd_lens.protocols import POINTS, PROTOCOLS
 from spd_lens.runs.config import protocol_in_words
-from spd_lens.runs.experiment import make_tasks
+from spd_lens.runs.loading import make_tasks
 from spd_lens.runs.run_dir import Run
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.plan import make_plan

@@ -10,6 +10,7 @@ import torch
 
 import spd_lens as spd
 from spd_lens.runs import experiment as module
+from spd_lens.runs import loading
 from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.run_dir import Run
 from spd_lens.subspaces.policy import Policy
@@ -101,7 +102,7 @@ def test_experiments_of_one_model_load_it_once(finished_run, tmp_path, monkeypat
         experiment.models = found[0].models
         assert experiment.moments().sites and not experiment.models  # what is there needs no model
     first = found[0].pair
-    monkeypatch.setattr(module, "load", None)  # a second model would fail
+    monkeypatch.setattr(loading, "load", None)  # a second model would fail
     assert found[1].pair is first
     with refused("no longer has the weights", str(paths[2])):
         _ = found[2].pair

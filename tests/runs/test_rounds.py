@@ -17,7 +17,7 @@ from spd_lens.cli.commands import app
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.runs.config import SPDConfig
-from spd_lens.runs.experiment import make_tasks
+from spd_lens.runs.loading import make_tasks
 from spd_lens.runs.round_drift import Drift, StopRule, overlap, say
 from spd_lens.runs.rounds import Rounds, held_out_items, merged, run_rounds
 from spd_lens.sites import Site
