@@ -59,6 +59,11 @@ register(
     ".gain.command",
     "where a change of the score comes from: stopping, format or the rest; which factor moves it",
 )
+register(
+    "estimators",
+    ".estimators.command",
+    "which estimator's directions do good, at equal damage, against random ones and the paper's",
+)
 register("tables", ".paper.tables", "the paper's tables 1-5 and figure 4 from studies (`tables 1 STUDY`)")
 
 

@@ -32,6 +32,7 @@ from spd_lens.analysis.common.printed import (
     Row,
 )
 from spd_lens.analysis.common.report_html import html_of
+from spd_lens.analysis.common.store import JsonFolder
 from spd_lens.analysis.common.style import (
     COLORS,
     DASHES,
@@ -62,8 +63,9 @@ from spd_lens.analysis.common.word_diff import Piece, word_diff
 __all__ = [
     "ABLATED", "CODE_MATH_QA", "FIGURE_4", "FIGURE_4_SIZES", "LABELS", "LOSSES", "PaperTable", "QA_MATH_CODE", "Row",
     "SOURCE_OF", "STAND_FOR", "TABLES", "html_of",
-    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
-    "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "JsonFolder", "MEASURES", "NULL_COLOR",
+    "PACKAGE", "Piece", "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data",
+    "band", "bars",
     "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
     "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spd_lens.analysis.common import JsonFolder
 from spd_lens.analysis.sweeps.grid import GridCell
 from spd_lens.errors import SPDError
-from spd_lens.files import read_json, write_json
 
 MEASURES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
 """What is measured of each cell, in nats per token of the gold completion."""
@@ -40,77 +40,39 @@ class Measured:
         return np.stack([values[measure] for values in self.random]) - base[measure]
 
 
-class Store:
-    """Finished cells as one JSON file each, written whole; in memory alone if there is no folder."""
+class Store(JsonFolder):
+    """Finished cells, and the base model."""
+
+    what = "a sweep"
 
     def __init__(self, folder: Path | None, n_items: int) -> None:
-        self._folder = folder
+        super().__init__(folder)
         self._n_items = n_items
-        self._memory: dict[str, Any] = {}
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise `SPDError` unless the folder is new or holds a sweep with these settings; begin it."""
-        if self._folder is None:
-            return
-        path = self._folder / "settings.json"
-        if not path.exists():
-            write_json(path, dict(settings))
-            return
-        known = read_json(path)
-        differ = [key for key in {**settings, **known} if known.get(key) != settings.get(key)]
-        if differ:
-            shown = "; ".join(
-                f"{key}: {_short(known.get(key))} there, {_short(settings.get(key))} now" for key in differ
-            )
-            raise SPDError(
-                f"{self._folder} holds a sweep with other settings ({shown}); move it away or use the same settings"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return self._read(name) is not None
 
     @property
     def base(self) -> Values:
         """The items under the base model."""
-        return _arrays(self._read("base"))
+        return _arrays(self.read("base"))
 
     @base.setter
     def base(self, values: Values) -> None:
-        self._write("base", _lists(values))
+        self.write("base", _lists(values))
 
     def put(self, measured: Measured) -> None:
         """Keep a cell."""
         record = {"own": _lists(measured.own), "random": [_lists(r) for r in measured.random]}
-        self._write(measured.cell.name, {"ranks": list(measured.ranks), **record})
+        self.write(measured.cell.name, {"ranks": list(measured.ranks), **record})
 
     def get(self, cell: GridCell) -> Measured:
         """A cell that was kept; `SPDError` if its file is damaged."""
-        record = self._read(cell.name)
+        record = self.read(cell.name)
         try:
             own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]
             if any(len(array) != self._n_items for each in (own, *random) for array in each.values()):
                 raise ValueError("another number of items")
             return Measured(cell, tuple(record["ranks"]), own, random)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise SPDError(f"{self._path(cell.name)} is damaged ({error!r}); remove it to measure it again") from error
-
-    def _path(self, name: str) -> Path:
-        return (self._folder or Path()) / f"{name}.json"
-
-    def _read(self, name: str) -> Any:
-        if name not in self._memory and self._folder is not None and self._path(name).exists():
-            self._memory[name] = read_json(self._path(name))
-        return self._memory.get(name)
-
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        self._memory[name] = record
-        if self._folder is not None:
-            write_json(self._path(name), record)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{len(value)} of them" if isinstance(value, list) and len(text) > 60 else text
+            raise SPDError(f"{self.path(cell.name)} is damaged ({error!r}); remove it to measure it again") from error
 
 
 def _lists(arrays: Values) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from spd_lens.evaluation.corpus_diagnostics import (
     share_after_answer,
 )
 from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.matching import KL_TOLERANCE, all_at_equal_kl, at_equal_kl
 from spd_lens.evaluation.outcomes import NEUTRAL, OUTCOMES, SAYS, fitting, other_texts, with_answer_only
 from spd_lens.evaluation.published import (
     LOSS_TASKS,
@@ -27,8 +28,9 @@ from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_l
 from spd_lens.subspaces import Policy
 
 __all__ = [
-    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "LOSS_TASKS", "Measured", "NEUTRAL",
-    "OF_COMPLETIONS", "OUTCOMES", "Policy", "Prefix", "SAYS", "Subject", "corpus_diagnostics", "evaluate",
-    "exact_prefix", "fitting", "forced_logits", "known_as", "models_published", "other_texts", "own_names", "per_item",
-    "published", "repeated_ngrams", "settled_at", "share_after_answer", "teacher_forced", "warning", "with_answer_only",
+    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "KL_TOLERANCE", "LOSS_TASKS",
+    "Measured", "NEUTRAL", "OF_COMPLETIONS", "OUTCOMES", "Policy", "Prefix", "SAYS", "Subject", "all_at_equal_kl",
+    "at_equal_kl", "corpus_diagnostics", "evaluate", "exact_prefix", "fitting", "forced_logits", "known_as",
+    "models_published", "other_texts", "own_names", "per_item", "published", "repeated_ngrams", "settled_at",
+    "share_after_answer", "teacher_forced", "warning", "with_answer_only",
 ]  # fmt: skip

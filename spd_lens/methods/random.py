@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean
 
 import torch
 from einops import einsum
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import teacher_forced
+from spd_lens.evaluation import at_equal_kl, teacher_forced
 from spd_lens.methods.registry import register
 from spd_lens.methods.spd import SelfPolicyDistillation
 from spd_lens.runs import Experiment
@@ -55,38 +56,21 @@ class RandomSameKL(SelfPolicyDistillation):
     def projection(self, experiment: Experiment) -> Policy:
         """Match KL on the gold completions of a few calibration examples.
 
-        It grows with the strength, so bisection finds the place. Where random directions at full strength move the
-        model less than SPD's, fewer of them are kept.
-
         Raises:
             SPDError: no number of random directions moves the model as far (SPD's projection is extreme).
         """
-        target = experiment.subspace()
+        target = Policy("target", experiment.subspace(), experiment.config.strength)
         examples = experiment.calibration[:N_MATCHING]
-
-        def kl(subspace: Subspace, strength: float) -> float:
-            policy = Policy("probe", subspace, strength)
-            found = teacher_forced(experiment.pair, examples, [policy], progress=False)
-            return fmean(item.kl for item in found["probe"])
-
-        wanted = kl(target, experiment.config.strength)
-        random = target.random_like(experiment.config.seed)
-        while kl(random, 1.0) < wanted:
-            largest = max(max(ranks) for ranks in random.ranks.values())
-            if largest == 1:
-                raise SPDError(
-                    f"no random subspace moves the model as far as SPD's (a KL of {wanted:.3g}); leave out "
-                    f"{self.name!r} or lower the strength"
-                )
-            random = random.truncate(max(1, largest * 3 // 4))
-        low, high = 0.0, 1.0
-        for _ in range(20):
-            middle = (low + high) / 2
-            found = kl(random, middle)
-            if abs(found - wanted) <= KL_TOLERANCE * wanted:
-                break
-            low, high = (middle, high) if found < wanted else (low, middle)
-        return Policy(self.name, random, middle)
+        found = teacher_forced(experiment.pair, examples, [target], progress=False)
+        wanted = fmean(item.kl for item in found["target"])
+        random = experiment.subspace().random_like(experiment.config.seed)
+        policy = at_equal_kl(experiment.pair, random, examples, wanted, tolerance=KL_TOLERANCE)
+        if policy is None:
+            raise SPDError(
+                f"no random subspace moves the model as far as SPD's (a KL of {wanted:.3g}); leave out "
+                f"{self.name!r} or lower the strength"
+            )
+        return replace(policy, name=self.name)
 
 
 def matched_in_energy(subspace: Subspace, moments: GradientMoments, seed: int) -> Subspace:

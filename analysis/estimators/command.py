@@ -1,0 +1,89 @@
+"""`spd-lens analyze estimators`: a contest of estimators at equal damage, with what was predicted of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+
+from spd_lens.analysis.common import Findings, Quiet
+from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.page import completions, contest_page
+from spd_lens.analysis.estimators.predictions import Predictions, sha256
+from spd_lens.analysis.estimators.report import report, says, shown
+from spd_lens.analysis.estimators.settings import Contest, open_places
+from spd_lens.analysis.estimators.tables import differences, entrants, everywhere
+from spd_lens.files import write_json, write_text
+from spd_lens.models import ModelPair
+from spd_lens.output import set_up_logging
+
+
+def main(
+    places: Annotated[list[Path], typer.Argument(help="Run directories, or YAML files with the settings of a run.")],
+    contest: Annotated[Path, typer.Option(help="YAML file with what is compared; see docs/estimators.md.")],
+    predictions: Annotated[
+        Path | None, typer.Option(help="YAML file with what was predicted, and when; see docs/estimators.md.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; analysis/contest of the run if not given.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Which estimator's directions do good: all at one KL from base, against random subspaces and the paper's.
+
+    Nothing is trained. A contest that was killed goes on where it was. Writes contest.md, .csv, .json and .html, and
+    contest-entrants.csv.
+    """
+    set_up_logging(quiet)
+    hold(places, contest, predictions, out, progress=not quiet)
+
+
+def hold(
+    places: list[Path],
+    contest: Path,
+    predictions: Path | None = None,
+    out: Path | None = None,
+    *,
+    pair: ModelPair | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What the command does, with a pair that may be loaded already; returns the table of differences."""
+    asked = Contest.read(contest)
+    known = None if predictions is None else Predictions.read(predictions)
+    found, folder = open_places(places, out, pair=pair, progress=progress)
+    tables, reached, cards = [], [], []
+    for place in found:
+        held = Held(place, asked)
+        held.measure()
+        tables.append(differences(held))
+        reached.append(entrants(held))
+        cards += completions(held, tables[-1])
+    table, taken = pd.concat(tables, ignore_index=True), pd.concat(reached, ignore_index=True)
+    judged = [] if known is None else known.judged(table)
+    provenance = [f"Contest file: `{contest.name}`, sha256 `{sha256(contest)}`."]
+    facts: dict[str, Any] = {"contest": asked.model_dump(mode="json"), "contest_sha256": sha256(contest)}
+    if predictions is not None and known is not None:
+        digest = sha256(predictions)
+        provenance.append(
+            f"Predictions: `{predictions.name}`, written on {known.written}, sha256 `{digest}`. A difference is the "
+            "same within a prediction's margin; intervals are not corrected for the number of predictions."
+        )
+        facts |= {"predictions": judged, "predictions_written": str(known.written), "predictions_sha256": digest}
+    across = everywhere(table)
+    text = report(asked, table, taken, across, judged, provenance)
+    facts |= {"says": says(table), "across": across.to_dict("records")}
+    files = [
+        write_text(folder / "contest.md", text),
+        write_text(folder / "contest.csv", table.to_csv(index=False)),
+        write_text(folder / "contest-entrants.csv", taken.to_csv(index=False)),
+        write_json(folder / "contest.json", facts),
+        write_text(folder / "contest.html", contest_page(text, table, cards)),
+    ]
+    told = says(table) + [f"Predicted: {one['claim']} {one['outcome']} ({one['of']})." for one in judged]
+    for place in found[:-1]:
+        Console().print(shown(table, place.name))
+    Findings(shown(table, found[-1].name), "\n".join(told), files).show()
+    return table

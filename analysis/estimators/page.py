@@ -1,0 +1,87 @@
+"""The page: outcomes of every entrant with intervals, the report, and what base, paper, random and best write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from spd_lens.analysis.common import NULL_COLOR, as_data, bars, drawn, html_of, line, panel, panels, plain
+from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.report import LOSSES
+from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
+from spd_lens.analysis.estimators.tables import BASE, best
+from spd_lens.evaluation import OUTCOMES, Policy
+from spd_lens.generation import generate
+
+
+def figures(table: pd.DataFrame) -> Iterator[go.Figure]:
+    """For every place and rank: the change of each loss from the base model, a panel per loss, random ones in grey."""
+    changes = table[(table.against == BASE) & table.outcome.isin(LOSSES)]
+    for (place, rank), part in changes.groupby(["place", "rank"], sort=False):
+        there = [name for name in LOSSES if name in set(part.outcome)]
+        fig = panels(
+            [OUTCOMES[name] for name in there], f"At equal KL: {plain(place)}, rank {rank}",
+            "change from base (nats)", "", columns=len(there), says="bars: 95 % intervals over items and draws",
+        )  # fmt: skip
+        for n, name in enumerate(there):
+            rows = part[part.outcome == name]
+            for is_null in (False, True):
+                own = rows[(rows.estimator == RANDOM) == is_null]
+                labels = own.estimator if is_null else own.estimator + "<br><sub>" + own.span + "</sub>"
+                line(
+                    fig, own.value, labels, name, null=is_null, mode="markers", size=9, showlegend=False,
+                    error_x=bars(own.value, own.low, own.high), **panel(n),
+                )  # fmt: skip
+        fig.add_vline(x=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"}, row="all", col="all")
+        fig.update_xaxes(matches=None)
+        fig.update_yaxes(autorange="reversed")
+        fig.update_layout(height=220 + 40 * part.groupby(["estimator", "span"]).ngroups)
+        yield fig
+
+
+def completions(held: Held, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Greedy completions of the first items by the base model, the paper's subspace, a random one and the best.
+
+    Paper's and random are at the contest's first rank, the best at its own; each by the first draw that reaches the KL.
+    """
+    n = held.contest.n_completions
+    if not n:
+        return []
+    policies = {"base": Policy("base")}
+    chosen = [(name, Entrant(name, OWN, held.contest.ranks[0])) for name in (PAPER, RANDOM)]
+    if (first := best(held, table)) is not None:
+        chosen.append((f"best: {first.estimator}, {first.span} span, rank {first.rank}", first))
+    for name, entrant in chosen:
+        reached = [draw for draw, cell in enumerate(held.cells(entrant)) if cell and cell["reached"]]
+        if reached:
+            policies[name] = held.policy(entrant, reached[0])
+    items = held.items[:n]
+    texts = {}
+    for name, policy in policies.items():
+        stem = "base" if policy.subspace is None else f"{policy.subspace.digest()}-{policy.strength:.6f}"
+        texts[name] = generate(
+            held.pair, items, policy=policy, max_new_tokens=held.task.max_new_tokens, temperature=0.0,
+            batch_size=held.config.generation_batch_size, path=held.place.folder / "completions" / f"{stem}-{n}.jsonl",
+            progress=held.place.experiment.progress,
+        )  # fmt: skip
+    return [
+        {
+            "id": f"{held.place.name}: {item.id}",
+            "prompt": item.prompt,
+            "sections": [("gold", item.completion), *((name, own[i].completion) for name, own in texts.items())],
+        }
+        for i, item in enumerate(items)
+    ]
+
+
+def contest_page(report: str, table: pd.DataFrame, cards: Sequence[dict[str, Any]]) -> str:
+    """Figures, report and completions as one HTML page that needs no network."""
+    title, _, rest = report.partition("\n\n")
+    first, _, tabled = rest.partition("\n## ")
+    return drawn(
+        "contest.html", "figures.js", title=title.removeprefix("# "), before=html_of(first),
+        after=html_of(f"## {tabled}"), figures=[as_data(fig) for fig in figures(table)], cards=cards,
+    )  # fmt: skip

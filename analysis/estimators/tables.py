@@ -1,0 +1,130 @@
+"""From cells to differences: every entrant against the base model, random subspaces and the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
+from spd_lens.errors import SPDError
+from spd_lens.evaluation import OUTCOMES
+from spd_lens.stats import CrossedDifference, corrected, crossed_difference
+
+BASE = "base"
+COLUMNS = (
+    "place", "model", "task", "estimator", "span", "rank", "outcome", "primary", "against", "value", "low", "high", "p",
+    "se", "p_holm", "detectable", "shown", "n_items", "n_draws",
+)  # fmt: skip
+
+
+def primary(held: Held) -> str:
+    """The outcome that decides: results, which cannot be had by copying; the aligned loss where a task has none."""
+    return "results_loss" if np.isfinite(held.values(None, "results_loss")).sum() > 1 else "aligned_loss"
+
+
+def differences(held: Held) -> pd.DataFrame:
+    """Every entrant minus the base model, random subspaces of its rank, and the paper's subspace of its rank.
+
+    Entrants of which some draw did not reach the KL are left out, and so are items that an outcome does not exist for.
+    `p_holm` and `detectable` are corrected over all differences of one outcome to random and to the paper's; those to
+    the base model only say how large the effects are, and have neither.
+
+    Returns:
+        Columns `place, model, task, estimator, span, rank, outcome, primary, against, value, low, high, p, se, p_holm,
+        detectable, shown, n_items, n_draws`. `value` is a mean over items and draws in nats per token (`token_accuracy`
+        is a share), `low` and `high` the ends of its 95 % interval over both.
+    """
+    rows: list[dict[str, Any]] = []
+    first = primary(held)
+    for outcome in OUTCOMES:
+        base = held.values(None, outcome)
+        there = np.isfinite(base[0])
+        if there.sum() < 2:
+            continue
+        found: list[tuple[dict[str, Any], CrossedDifference]] = []
+        for entrant in [*held.contest.entrants(), *(Entrant(RANDOM, OWN, rank) for rank in held.contest.ranks)]:
+            own = held.values(entrant, outcome)
+            if own is None:
+                continue
+            own = own[:, there]
+            facts = {**held.place.facts, **entrant.columns, "outcome": outcome, "primary": outcome == first}
+            facts |= {"n_items": int(there.sum()), "n_draws": len(own)}
+            to_base = crossed_difference(own, np.broadcast_to(base[:, there], own.shape), paired=True)
+            rows.append({**facts, "against": BASE, **_columns(to_base)})
+            for against in () if entrant.estimator == RANDOM else (RANDOM, PAPER):
+                other = Entrant(against, OWN, entrant.rank)
+                values = held.values(other, outcome)
+                if values is not None and other != entrant:
+                    difference = crossed_difference(own, values[:, there], paired=against == PAPER)
+                    found.append(({**facts, "against": against}, difference))
+        for (facts, _), one in zip(found, corrected([one for _, one in found]), strict=True):
+            more = {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
+            rows.append({**facts, **_columns(one), **more})
+    if not rows:
+        raise SPDError(f"no entrant moves {held.pair.name} as far as a KL of {held.contest.kl:g}; ask for a lower one")
+    return pd.DataFrame(rows, columns=COLUMNS).fillna({"shown": ""})
+
+
+def entrants(held: Held) -> pd.DataFrame:
+    """What it took to bring every entrant to the KL.
+
+    Returns:
+        Columns `place, model, task, estimator, span, rank, n_draws, n_reached, strength, kept, kl, kl_low, kl_high,
+        note`: mean strength and mean largest rank that was kept per block, and the KL on the texts that took no part in
+        matching, with its range over draws.
+    """
+    rows = []
+    for entrant in [*held.contest.entrants(), *(Entrant(RANDOM, OWN, rank) for rank in held.contest.ranks)]:
+        cells = held.cells(entrant)
+        reached = [cell for cell in cells if cell and cell["reached"]]
+        refused = [held.refused[name] for n in range(len(cells)) if (name := entrant.cell(n)) in held.refused]
+        missed = sum(1 for cell in cells if cell and not cell["reached"])
+        note = "; ".join([*dict.fromkeys(refused), *([f"not reached in {missed} of {len(cells)}"] if missed else [])])
+        kl = [cell["kl"] for cell in reached] or [np.nan]
+        rows.append(
+            {
+                **held.place.facts, **entrant.columns, "n_draws": len(cells), "n_reached": len(reached),
+                "strength": np.mean([cell["strength"] for cell in reached] or [np.nan]),
+                "kept": np.mean([cell["rank"] for cell in reached] or [np.nan]),
+                "kl": np.mean(kl), "kl_low": min(kl), "kl_high": max(kl), "note": note,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def best(held: Held, table: pd.DataFrame) -> Entrant | None:
+    """The entrant with the lowest mean of the primary outcome, the paper's own apart; None where there is none.
+
+    It is chosen by the same items that measured it, so its number flatters it. Its corrected test does not.
+    """
+    rows = table[table.primary & (table.against == BASE) & (table.estimator != RANDOM)]
+    rows = rows[(rows.estimator != PAPER) | (rows.span != OWN)]
+    if rows.empty:
+        return None
+    columns = dict(rows.loc[rows.value.idxmin(), ["estimator", "span", "rank"]])
+    return next(one for one in held.contest.entrants() if one.columns == columns)
+
+
+def everywhere(table: pd.DataFrame) -> pd.DataFrame:
+    """What was shown of the primary outcome in every place, and what was shown in some.
+
+    Returns:
+        Columns `estimator, span, rank, against, shown, places, of`: the direction, in how many places it was shown, and
+        in how many it was measured. Where places show opposite directions, `shown` is `"both"`.
+    """
+    rows = []
+    of_primary = table[table.primary & (table.against != BASE)]
+    for key, part in of_primary.groupby(["estimator", "span", "rank", "against"], sort=False):
+        directions = set(part.shown) - {""}
+        shown = "" if not directions else directions.pop() if len(directions) == 1 else "both"
+        n = int((part.shown != "").sum())
+        rows.append({**dict(zip(("estimator", "span", "rank", "against"), key, strict=True)), "shown": shown})
+        rows[-1] |= {"places": n, "of": len(part)}
+    return pd.DataFrame(rows, columns=["estimator", "span", "rank", "against", "shown", "places", "of"])
+
+
+def _columns(one: CrossedDifference) -> dict[str, float]:
+    return {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}

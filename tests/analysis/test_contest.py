@@ -1,0 +1,260 @@
+"""The contest of estimators on a tiny model: equal damage, right numbers, no work twice, predictions as they fell."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from spd_lens import estimators
+from spd_lens.analysis.estimators import engine
+from spd_lens.analysis.estimators.command import hold
+from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.predictions import FAILED, HELD, OPEN, Prediction, Predictions, sha256
+from spd_lens.analysis.estimators.report import says
+from spd_lens.analysis.estimators.settings import Contest, Entrant, open_places
+from spd_lens.analysis.estimators.tables import best, differences, entrants, everywhere
+from spd_lens.evaluation import KL_TOLERANCE, other_texts
+from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.stats import crossed_difference, holm
+from tests.helpers import refused
+
+ASKED = {
+    "estimators": ["paper", "attribution"], "spans": ["own", "results"], "ranks": [0.5], "draws": 2,
+    "n_calibration": 6, "n_items": 8, "kl": 0.05, "n_texts": 4, "random_draws": 3, "n_completions": 2,
+}  # fmt: skip
+PREDICTED = {
+    "written": "2026-11-30",
+    "predictions": [
+        {
+            "claim": "Attribution does more | than chance.", "estimator": "attribution", "against": "random",
+            "outcome": "results_loss", "direction": "lower",
+        },
+        {
+            "claim": "Elsewhere.", "estimator": "paper", "against": "random", "outcome": "kl", "direction": "same",
+            "model": "another",
+        },
+    ],
+}  # fmt: skip
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings):
+    return {key: tiny_settings[key] for key in ("model", "dtype", "device", "task", "task_options")}
+
+
+@pytest.fixture(scope="module")
+def held_contest(settings, tiny_pair, tmp_path_factory):
+    """A finished contest: its folder, its table and the place."""
+    folder = tmp_path_factory.mktemp("contest")
+    place = written(folder, "tiny.yaml", settings)
+    contest, predictions = written(folder, "contest.yaml", ASKED), written(folder, "predictions.yaml", PREDICTED)
+    table = hold([place], contest, predictions, folder / "out", pair=tiny_pair, progress=False)
+    return folder, table, place
+
+
+def opened(place, out, pair, **changes):
+    places, _ = open_places([place], out, pair=pair, progress=False)
+    return Held(places[0], Contest(**{**ASKED, **changes}))
+
+
+def test_every_cell_is_at_the_kl_and_is_measured_as_by_plain_calls(held_contest, tiny_pair):
+    folder, _, place = held_contest
+    held = opened(place, folder / "out", tiny_pair)
+    texts = other_texts(4)
+    for entrant in [*held.contest.entrants(), Entrant("random", "own", 0.5)]:
+        assert all(cell["reached"] for cell in held.cells(entrant))
+        policy = held.policy(entrant, 1)
+        matched = teacher_forced(tiny_pair, texts[::2], [policy], progress=False)[policy.name]
+        assert fmean(item.kl for item in matched) == pytest.approx(0.05, rel=KL_TOLERANCE)
+        reported = teacher_forced(tiny_pair, texts[1::2], [policy], progress=False)[policy.name]
+        assert held.cells(entrant)[1]["kl"] == pytest.approx(fmean(item.kl for item in reported))
+        plain = teacher_forced(tiny_pair, held.items, [policy], progress=False)[policy.name]
+        for outcome in ("aligned_loss", "results_loss", "rest_loss", "kl"):
+            assert held.values(entrant, outcome)[1].tolist() == [getattr(item, outcome) for item in plain]
+
+
+def test_subspaces_are_the_estimators_own_of_draws_that_share_no_example(held_contest, tiny_pair):
+    folder, _, place = held_contest
+    held = opened(place, folder / "out", tiny_pair)
+    task = held.task.spanned("results")
+    draws = held._calibrations(task)
+    assert len(draws) == 2 and not {e.id for e in draws[0]} & {e.id for e in draws[1]}
+    assert [len(draw) for draw in draws] == [6, 6]
+    source = estimators.Calibration(tiny_pair, draws[1], seed=43, settings=held.config.extraction)
+    entrant = Entrant("attribution", "results", 0.5)
+    plain = estimators.get("attribution").subspace(source, estimators.Shape(0.5))
+    assert held.store.read(entrant.cell(1))["digest"] == plain.digest()
+    assert held.store.read(entrant.cell(0))["digest"] != plain.digest()
+    own = held.store.read(Entrant("attribution", "own", 0.5).cell(1))
+    assert own["digest"] != plain.digest()
+
+
+def test_differences_are_those_of_the_stored_items(held_contest, tiny_pair):
+    folder, table, place = held_contest
+    held = opened(place, folder / "out", tiny_pair)
+    entrant, outcome = Entrant("attribution", "results", 0.5), "rest_loss"
+    own, paper, random, base = (
+        held.values(one, outcome)
+        for one in (entrant, Entrant("paper", "own", 0.5), Entrant("random", "own", 0.5), None)
+    )
+    rows = table[(table.outcome == outcome) & (table.estimator == "attribution") & (table.span == "results")]
+    by_other = {row.against: row for row in rows.itertuples()}
+    assert set(by_other) == {"base", "random", "paper"}
+    for against, other, paired in (("random", random, False), ("paper", paper, True), ("base", base + 0 * own, True)):
+        found = crossed_difference(own, other, paired=paired)
+        row = by_other[against]
+        assert (row.value, row.low, row.high, row.p) == (found.value, found.low, found.high, found.p)
+        assert (row.n_items, row.n_draws) == (8, 2)
+    family = table[(table.outcome == outcome) & (table.against != "base")]
+    # paper on results, attribution on own and on results, each against both; and paper's own against random
+    assert len(family) == 7
+    assert family.p_holm.tolist() == holm(family.p)
+    assert table[table.primary].outcome.unique().tolist() == ["results_loss"]
+    assert np.isnan(by_other["base"].p_holm) and not by_other["base"].shown
+    assert (table.detectable.dropna() > 0).all()
+
+
+def test_it_goes_on_without_work_and_takes_more_entrants(held_contest, tiny_pair, tmp_path, monkeypatch):
+    folder, table, place = held_contest
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    cells = out / "tiny" / "cells"
+    lost = cells / f"{Entrant('attribution', 'results', 0.5).cell(1)}.json"
+    lost.unlink()
+    measured = []
+    real = engine.all_at_equal_kl
+    monkeypatch.setattr(
+        engine,
+        "all_at_equal_kl",
+        lambda pair, made, *rest, **more: measured.append([*made]) or real(pair, made, *rest, **more),
+    )
+    monkeypatch.setattr(engine.estimators.Calibration, "gradients", None)  # the subspaces are there
+    again = hold([place], folder / "contest.yaml", out=out, pair=tiny_pair, progress=False)
+    assert measured == [[lost.stem]]
+    pd.testing.assert_frame_equal(again, table)
+    more = opened(place, out, tiny_pair, random_draws=4)
+    more.measure()
+    assert measured[1:] == [[Entrant("random", "own", 0.5).cell(3)]]
+    with refused("a contest", "other settings", "kl"):
+        opened(place, out, tiny_pair, kl=0.06).measure()
+
+
+def test_the_files_say_what_was_found_and_what_was_predicted(held_contest):
+    folder, table, _ = held_contest
+    out = folder / "out"
+    text = (out / "contest.md").read_text()
+    facts = json.loads((out / "contest.json").read_text())
+    assert facts["predictions_sha256"] == sha256(folder / "predictions.yaml") and "2026-11-30" in text
+    assert facts["predictions_sha256"] in text and facts["contest_sha256"] in text
+    assert [one["outcome"] for one in facts["predictions"]][1] == OPEN
+    assert "Attribution does more \\| than chance." in text and "no place has this model and task" in text
+    assert all(sentence in text for sentence in says(table))
+    page = (out / "contest.html").read_text()
+    assert "best: " in page and "http://" not in page.partition("<script")[0]
+    assert len(pd.read_csv(out / "contest.csv")) == len(table)
+    assert set(pd.read_csv(out / "contest-entrants.csv").n_reached) == {2, 3}
+
+
+def test_what_does_not_reach_the_kl_says_so_and_is_left_out(held_contest, tiny_pair, tmp_path):
+    _, _, place = held_contest
+    held = opened(place, tmp_path, tiny_pair, spans=["own"], estimators=["attribution"])
+    held.measure()
+    for draw in range(2):
+        held.store.write(Entrant("attribution", "own", 0.5).cell(draw), {"reached": draw == 0, **(
+            {"strength": 1.0, "rank": 4, "kl": 0.1, "items": held.store.read("base")["items"]} if draw == 0 else {}
+        )})  # fmt: skip
+    table, reached = differences(held), entrants(held)
+    assert "attribution" not in set(table.estimator) and best(held, table) is None
+    row = reached[reached.estimator == "attribution"].iloc[0]
+    assert row.n_reached == 1 and row.note == "not reached in 1 of 2"
+    held = opened(place, tmp_path / "far", tiny_pair, spans=["own"], estimators=["paper"], kl=1000.0)
+    held.measure()
+    with refused("1000", "lower"):
+        differences(held)
+
+
+def test_an_estimator_that_refuses_is_left_out_with_its_reason(held_contest, tiny_pair, tmp_path, monkeypatch):
+    _, _, place = held_contest
+    held = opened(place, tmp_path, tiny_pair, spans=["own"], estimators=["attribution"])
+
+    def refuse(self, source, shape):
+        raise engine.SPDError("no such directions here")
+
+    monkeypatch.setattr(type(estimators.get("attribution")), "estimate", refuse)
+    held.measure()
+    reached = entrants(held)
+    assert reached[reached.estimator == "attribution"].note.item() == "no such directions here"
+    assert "attribution" not in set(differences(held).estimator)
+
+
+def difference(low, high, shown, **changes):
+    row = {"place": "a", "model": "m", "task": "t", "estimator": "attribution", "span": "own", "rank": "0.5"}
+    row |= {"outcome": "results_loss", "against": "random", "primary": True, "value": (low + high) / 2}
+    return {**row, "low": low, "high": high, "shown": shown, **changes}
+
+
+@pytest.mark.parametrize(
+    "direction, low, high, shown, outcome",
+    [
+        ("lower", -0.4, -0.1, "lower", HELD), ("lower", 0.1, 0.4, "higher", FAILED), ("lower", -0.4, 0.1, "", OPEN),
+        ("lower", -0.04, 0.04, "", FAILED), ("higher", 0.1, 0.4, "higher", HELD), ("same", -0.04, 0.04, "", HELD),
+        ("same", -0.4, -0.1, "lower", FAILED), ("same", -0.4, 0.1, "", OPEN), ("higher", -0.1, 0.4, "", OPEN),
+    ],
+)  # fmt: skip
+def test_a_prediction_holds_fails_or_stays_open(direction, low, high, shown, outcome):
+    one = Prediction(claim="c", estimator="attribution", against="random", outcome="results_loss", direction=direction)
+    (judged,) = one.judged(pd.DataFrame([difference(low, high, shown)]))
+    assert (judged["outcome"], judged["of"]) == (outcome, f"1 {outcome}")
+
+
+def test_a_prediction_of_several_differences_holds_where_all_do():
+    one = Prediction(claim="c", estimator="attribution", against="random", outcome="results_loss", direction="lower")
+    shown, unsure = difference(-0.4, -0.1, "lower"), difference(-0.4, 0.1, "", rank="16")
+    table = pd.DataFrame([shown, unsure, {**shown, "place": "b"}, {**shown, "against": "paper"}])
+    assert [(row["place"], row["outcome"]) for row in one.judged(table)] == [("a", OPEN), ("b", HELD)]
+    narrowed = one.model_copy(update={"rank": 0.5})
+    assert [row["outcome"] for row in narrowed.judged(table)] == [HELD, HELD]
+    assert [row["of"] for row in one.model_copy(update={"span": "results"}).judged(table)][0].startswith("it was not")
+    everything = everywhere(table)
+    assert everything[["rank", "against", "shown", "places", "of"]].values.tolist() == [
+        ["0.5", "random", "lower", 2, 2], ["16", "random", "", 0, 1], ["0.5", "paper", "lower", 1, 1]
+    ]  # fmt: skip
+    opposite = pd.DataFrame([shown, {**shown, "place": "b", "shown": "higher"}])
+    assert everywhere(opposite).shown.item() == "both"
+
+
+def test_bad_files_are_refused_in_a_sentence(tmp_path, settings):
+    contest = written(tmp_path, "contest.yaml", {"estimators": ["paper"], "rank": [0.5]})
+    with refused("unknown setting 'rank'"):
+        Contest.read(contest)
+    with refused("nonsense"):
+        Contest.read(written(tmp_path, "contest.yaml", {"estimators": ["nonsense"]}))
+    for rank in (0, 1.0, -0.5):
+        with refused("rank", rank):
+            Contest.read(written(tmp_path, "contest.yaml", {"ranks": [rank]}))
+    for change, words in (({"outcome": "result_loss"}, "results_loss"), ({"against": "base"}, "against"),
+                          ({"estimator": "nobody"}, "nobody")):  # fmt: skip
+        wrong = {**PREDICTED, "predictions": [{**PREDICTED["predictions"][0], **change}]}
+        with refused(words):
+            Predictions.read(written(tmp_path, "predictions.yaml", wrong))
+    with refused("written"):
+        Predictions.read(written(tmp_path, "predictions.yaml", {"predictions": PREDICTED["predictions"]}))
+    place = written(tmp_path, "tiny.yaml", settings)
+    with refused("--out"):
+        open_places([place], None)
+    with refused("'tiny'", "rename"):
+        open_places([place, place], tmp_path)
+    with refused("no such"):
+        open_places([tmp_path / "no such"], tmp_path)
