@@ -105,8 +105,9 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
     for (measure, target), part in frame.groupby(["measure", "target"], sort=False):
         accuracy = measure == "accuracy"
         label = LABELS.get(str(target), plain(str(target)))
+        what = "accuracy after SPD" if accuracy else f"{str(measure).removeprefix(CHANGE)} under the projection"
         fig = figure(
-            f"{label}: {'accuracy after SPD' if accuracy else f'{str(measure).removeprefix(CHANGE)} under the projection'}",
+            f"{label}: {what}",
             "calibration examples", "accuracy (%)" if accuracy else "change from base (nats)",
             says="bars: 95 % interval over items" + ("; band: the paper's printed range" if target in FIGURE_4 else ""),
         )  # fmt: skip
