@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,9 @@ class Example:
     """What a task's scorer needs beside the completion: tests, subject, choices."""
     prompt_spans: tuple[Span, ...] = ()
     """Character ranges `(start, end)` **in the prompt** that decide correctness too, such as asserts it shows."""
+    marks: Mapping[str, tuple[Span, ...]] = field(default_factory=dict, compare=False, hash=False)
+    """Character ranges in the completion by what they are: `results`, values where they are computed, and `copies`,
+    the part of the answer that stands earlier in the completion. They say what a loss is about, and decide none."""
 
     def __post_init__(self) -> None:
         # the dataclass is frozen; numpy's texts and numbers, and lists from JSON, become Python's own here
@@ -39,7 +42,9 @@ class Example:
         for name in ("prompt", "completion"):
             object.__setattr__(self, name, self._text(name))
         for name, of in (("spans", "completion"), ("prompt_spans", "prompt")):
-            object.__setattr__(self, name, tuple(self._span(span, name, of) for span in self._spans(name)))
+            given = self._spans(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(self._span(span, name, of) for span in given))
+        object.__setattr__(self, "marks", dict(self._marks()))
 
     @property
     def measurable(self) -> bool:
@@ -59,8 +64,18 @@ class Example:
             )
         return str(value)
 
-    def _spans(self, name: str) -> Sequence[Any]:
-        spans: Any = plain(getattr(self, name))
+    def _marks(self) -> Iterator[tuple[str, tuple[Span, ...]]]:
+        if not isinstance(self.marks, Mapping):
+            raise SPDError(
+                f"the marks of {self.name} are {_shown(self.marks)}; give a mapping of kinds to spans, as in "
+                "marks={'results': [(6, 7)]}"
+            )
+        for kind, given in self.marks.items():
+            if spans := self._spans(f"marks {kind!r}", given):
+                yield str(kind), tuple(self._span(span, f"mark {kind!r}", "completion") for span in spans)
+
+    def _spans(self, name: str, value: Any) -> Sequence[Any]:
+        spans: Any = plain(value)
         if not isinstance(spans, list | tuple):
             raise SPDError(f"the {name} of {self.name} are {_shown(spans)}; give pairs, as in {name}=[(6, 7)]")
         if len(spans) == 2 and all(type(end) is int for end in spans):

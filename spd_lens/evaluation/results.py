@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import DamagedFile, SPDError
+from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.files import read_json, write_json
 from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
+
+_PARTS = {"copies_loss", "results_loss", "answer_only_loss", "rest_loss"}
+"""Losses that an item's record leaves out where the item has none, like records of versions that knew none of them."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,26 @@ class EvalResult:
         return self._mean(lambda item: item.aligned_loss)
 
     @property
+    def copies_loss(self) -> Estimate | None:
+        """Mean NLL of the answers' tokens that can be copied, in nats; None where no item has any."""
+        return self._mean(lambda item: item.copies_loss)
+
+    @property
+    def results_loss(self) -> Estimate | None:
+        """Mean NLL of values where they are computed, in nats per token; None where no item has any."""
+        return self._mean(lambda item: item.results_loss)
+
+    @property
+    def answer_only_loss(self) -> Estimate | None:
+        """Mean NLL of the answers asked for without reasoning, in nats per token; None where none can be."""
+        return self._mean(lambda item: item.answer_only_loss)
+
+    @property
+    def rest_loss(self) -> Estimate | None:
+        """Mean NLL of what is neither a result nor a copy, in nats per token; None where nothing is marked."""
+        return self._mean(lambda item: item.rest_loss)
+
+    @property
     def completion_loss(self) -> Estimate | None:
         """Mean NLL of the gold completions, in nats per token (the paper's measure on CodeAlpaca)."""
         return self._mean(lambda item: item.completion_loss)
@@ -119,14 +143,18 @@ class EvalResult:
 
     def __repr__(self) -> str:
         measures = {"accuracy": self.accuracy, "accuracy by likelihood": self.choice_accuracy}
-        measures |= {"aligned loss": self.aligned_loss, "completion loss": self.completion_loss}
-        measures |= {"token accuracy": self.token_accuracy, "KL from base": self.kl}
+        measures |= {heading: getattr(self, outcome) for outcome, heading in OUTCOMES.items()}
         shown = ", ".join(f"{name} {value}" for name, value in measures.items() if value is not None)
         return f"EvalResult({self.policy} on {self.task}: {shown})"
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
-        return write_json(path, {"kind": "EvalResult", **asdict(self)})
+        record = asdict(self)
+        for item in record["items"]:
+            for name in _PARTS:
+                if item[name] is None:
+                    del item[name]
+        return write_json(path, {"kind": "EvalResult", **record})
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, Literal, cast, get_args
 
@@ -38,6 +38,9 @@ class Encoded:
     shared: str = ""
     """Text of the token that begins in the prompt and ends in the completion, if there is one: it counts as the
     completion's, and generation from the prompt cannot produce it."""
+    marked: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Positions of the tokens that overlap each kind of the example's marks, in ascending order; a kind without tokens
+    is not there."""
 
     def cut(self, max_tokens: int, name: str) -> Encoded:
         """The first `max_tokens` tokens, and what is scored among them; `name` is what a message calls the example."""
@@ -49,7 +52,11 @@ class Encoded:
                 "does, and counts)"
             )
         ids = self.ids[:max_tokens]
-        return replace(self, ids=ids, completion_start=min(self.completion_start, len(ids)), scored=scored)
+        marked = {kind: tuple(t for t in found if t < max_tokens) for kind, found in self.marked.items()}
+        return replace(
+            self, ids=ids, completion_start=min(self.completion_start, len(ids)), scored=scored,
+            marked={kind: found for kind, found in marked.items() if found},
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -357,7 +364,7 @@ class PromptFormat:
                 f"{name} scores no token that the model predicts; give it a longer prompt or another span{instead}"
             )
         shared = "" if joint.shared is None else joint.text[slice(*joint.offsets[joint.shared])]
-        encoded = Encoded(joint.ids, max(in_completion[0], 1), sorted(scored), shared)
+        encoded = Encoded(joint.ids, max(in_completion[0], 1), sorted(scored), shared, marked(example, joint))
         return encoded if max_tokens is None else encoded.cut(max_tokens, name)
 
     def _aligned(self, example: Example, joint: JointText) -> Iterator[int]:
@@ -410,6 +417,17 @@ class PromptFormat:
             f"the chat template rewrites the prompt of {example.name}, so that its prompt_spans have no place in the "
             "text; use the prompt format 'verbatim' or 'raw'"
         )
+
+
+def marked(example: Example, joint: JointText) -> dict[str, tuple[int, ...]]:
+    """The tokens that an example's marks overlap, by kind, in ascending order; never the first one, which nothing
+    predicts. Unlike a span, a mark may mean no token."""
+    at = joint.completion_at
+    found = {
+        kind: {t for low, high in spans for t in overlapping(joint.offsets, at + low, at + high)} - {0}
+        for kind, spans in example.marks.items()
+    }
+    return {kind: tuple(sorted(tokens)) for kind, tokens in found.items() if tokens}
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:

@@ -56,4 +56,4 @@ def held_out_texts(task: Task, n: int, seed: int = 42) -> list[Example]:
     """Up to `n` test items of a task, each with its whole gold completion as the span."""
     available = n if task.name in SYNTHETIC else len(task.pool("test"))
     items = task.test(min(n, available), seed)
-    return [replace(item, spans=((0, len(item.completion)),)) for item in items if item.completion]
+    return [replace(item, spans=((0, len(item.completion)),), marks={}) for item in items if item.completion]

@@ -46,7 +46,8 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def with_answers(example: Example, answers: Sequence[str]) -> Example:
-    """The example with other characters in its spans, in turn; the spans move along."""
+    """The example with other characters in its spans, in turn; the spans move along. Marks are left out: they say what
+    the gold completion computes and copies."""
     completion, spans, end_of_last = "", [], 0
     for n, (start, end) in enumerate(sorted(example.spans)):
         completion += example.completion[end_of_last:start]
@@ -54,4 +55,4 @@ def with_answers(example: Example, answers: Sequence[str]) -> Example:
         spans.append((len(completion), len(completion) + len(answer)))
         completion += answer
         end_of_last = end
-    return replace(example, completion=completion + example.completion[end_of_last:], spans=tuple(spans))
+    return replace(example, completion=completion + example.completion[end_of_last:], spans=tuple(spans), marks={})

@@ -87,6 +87,27 @@ class Task(ABC):
             raise SPDError(f"{self.name} has no scoring {scoring!r}; it has one set of rules, 'final'")
         return self
 
+    def spanned(self, span: str | None) -> Self:
+        """A copy of the task in which something else decides correctness, as its option `span` says; the task itself
+        for None. The examples of both have the same ids and come from the same data.
+
+        Raises:
+            SPDError: The task has no such span.
+        """
+        if span is None:
+            return self
+        if "span" not in {option.name for option in fields(self)}:
+            raise SPDError(f"{self.name} has no option span, so that {span!r} cannot be chosen; leave it away")
+        other: Any = copy.copy(self)
+        other.span, other._pools = span, None
+        other.__post_init__()  # checks the option
+        return other
+
+    def answer_only(self, item: Example) -> Example | None:
+        """The item asked for without any working: another prompt, a completion that is nothing but the answer, and the
+        answer as its span. None where the task has no such form."""
+        return None
+
     @property
     def asks_form(self) -> bool:
         """Whether the prompts say what form the answer must have."""
@@ -157,9 +178,14 @@ class Task(ABC):
         """Everything that `split` can be drawn from, in the source's order."""
         if self._pools is None:
             self._pools = self.apart(self.load())
-        if split == "calibration" and self._pools.calibration is None:
-            return self._pools.train
-        return getattr(self._pools, split)
+        if split != "calibration":
+            return getattr(self._pools, split)
+        own = self._pools.calibration
+        return [example for example in (self._pools.train if own is None else own) if self.calibrates(example)]
+
+    def calibrates(self, example: Example) -> bool:
+        """Whether the example may be drawn for calibration; not one in which nothing decides correctness."""
+        return True  # most tasks give every example spans
 
     def apart(self, pools: Pools) -> Pools:
         """What was loaded, without the training examples that repeat another one or a test problem."""

@@ -1,6 +1,7 @@
 """Python functions with asserts: where the expected values stand, and how a completion becomes a program to run.
 
-Nothing here runs code: it is only parsed, with `ast`. Running it is the caller's affair (`CodeTask.executor`).
+Nothing here runs code: it is only parsed, with `ast`. Running it is the caller's affair (`CodeTask.executor`), for
+scores and for finding out what the asserts depend on (`with_results`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import builtins
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
-from spd_lens.tasks.base import TwoScorings, normalised
+from spd_lens.tasks.base import Split, TwoScorings, normalised
 from spd_lens.tasks.code_blocks import extract_code
-from spd_lens.tasks.code_names import DEFINITION, UNPARSABLE, compiled, parse, syntax_tree
+from spd_lens.tasks.code_names import DEFINITION, UNPARSABLE, compiled, parse, place_of, syntax_tree
+from spd_lens.tasks.marks import copies
+from spd_lens.tasks.mutants import exercised
 from spd_lens.tasks.scoring import reference
 
 Executor = Callable[[str, Sequence[str], str], bool]
@@ -33,18 +36,20 @@ class CodeTask(TwoScorings):
     Whether a completion is right is found out by running it against the asserts.
     """
 
-    span: Literal["values", "asserts", "solution"] = "values"
-    """What decides correctness: the expected values in the asserts, the asserts, or the solution before them."""
+    span: Literal["values", "asserts", "solution", "results"] = "values"
+    """What decides correctness: the expected values in the asserts, the asserts, or the solution before them;
+    `results`: those places of the solution at which a change makes an assert fail (see `with_results`)."""
     asserts_in_prompt: bool = False
     """Shows the asserts in the prompt too, as MBPP's own evaluation does. The expected values can then be copied, so
     that their gradients say more about copying than about code."""
     executor: Executor | None = field(default=None, repr=False, compare=False)
     """Says whether code passes its tests: `executor(code, tests, setup)`. The three stay apart so that it can keep
     untrusted code away from the tests. `None`: completions cannot be scored."""
+    _exercised: dict[str, tuple[Span, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_option("span", ("values", "asserts", "solution"))
+        self.check_option("span", ("values", "asserts", "solution", "results"))
         self.check_option("asserts_in_prompt", (True, False))
         if self.executor is not None and not callable(self.executor):
             raise SPDError(
@@ -64,21 +69,61 @@ class CodeTask(TwoScorings):
         except UNPARSABLE as error:
             raise SPDError(f"{where}: the code or an assert is not valid Python ({error})") from error
         completion = solution + "\n"
-        spans: list[Span] = []
+        values, asserts = list[Span](), list[Span]()
         for test, found in zip(tests, relative, strict=True):
             start = len(completion) + 1
             completion += f"\n{test}"
-            here = found if self.span == "values" else [(0, len(test))]
-            spans += [(start + begin, start + end) for begin, end in here]
-        if self.span == "solution":
-            spans = [(0, len(solution))]
+            asserts.append((start, len(completion)))
+            values += [(start + begin, start + end) for begin, end in found]
+        spans = {"values": values, "asserts": asserts, "solution": [(0, len(solution))]}.get(self.span, [])
         shown = "\n\nThe code must pass these tests:\n" + "\n".join(tests) if self.asserts_in_prompt else ""
         prompt = (
             f"{problem.strip()}{shown}\n\n"
             f"Write the function `{header}` in Python, followed by {len(tests)} assert statements that test it."
         )
         meta = {"problem": problem.strip(), "tests": tests, "setup": _tidy(setup)}
-        return Example(prompt, completion, tuple(spans), id, meta)
+        return Example(prompt, completion, tuple(spans), id, meta, marks={"copies": copies(completion, values)})
+
+    def with_results(self, item: Example) -> Example:
+        """The item with the mark `results`: the constants, operators and names of its solution at which another one
+        makes an assert fail. A solution is run once and then again for each of its places; what was found is kept.
+
+        Raises:
+            SPDError: nothing may run programs (see `executor`).
+        """
+        tests, setup = item.meta["tests"], item.meta["setup"]
+        start, end = self._solution_at(item)
+        code = item.completion[start:end]
+        if (found := self._exercised.get(item.id)) is None:
+            found = exercised(code, lambda program: self._passes(program, tests, setup))
+            self._exercised[item.id] = found
+        return replace(item, marks={**item.marks, "results": [(start + low, start + high) for low, high in found]})
+
+    def kept(self, split: Split, examples: list[Example]) -> list[Example]:
+        if self.span != "results" or split == "train":  # of training examples, only the prompts are used
+            return super().kept(split, examples)
+        ready = [example if example.spans else self._narrowed(example) for example in examples]
+        return super().kept(split, [example for example in ready if example.spans or split == "test"])
+
+    def _narrowed(self, item: Example) -> Example:
+        made = self.with_results(item)
+        return replace(made, spans=made.marks.get("results", ()), prompt_spans=())
+
+    @staticmethod
+    def _solution_at(item: Example) -> Span:
+        """Where in the completion the solution stands: before the asserts, or, in the reference template, behind a
+        space."""
+        if "solution" in item.meta:
+            return 1, len(item.completion)
+        return 0, len(item.completion) - sum(1 + len(test) for test in item.meta["tests"]) - 1
+
+    def _passes(self, program: str, tests: Sequence[str], setup: str) -> bool:
+        if self.executor is None:
+            raise SPDError(
+                f"finding the results of {self.name} means running its solutions, each with one place changed; say "
+                "--allow-code-execution (in Python: set the task's executor), or choose another span"
+            )
+        return _hasty(self.executor)(program, tests, setup)
 
     def problem(self, example: Example) -> str:
         return normalised(example.meta["problem"])
@@ -161,35 +206,24 @@ def _expected(node: ast.expr, text: str, functions: set[str]) -> Iterator[Span]:
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         values = [side for side in sides if not calls(side)] if any(map(calls, sides)) else []
-        yield _place(values[-1] if values else sides[-1], text)
+        yield place_of(values[-1] if values else sides[-1], text)
     elif isinstance(node, ast.BoolOp):
         for part in node.values:
             yield from _expected(part, text, functions)
     elif isinstance(node, ast.Call) and any(map(calls, node.args)):
         values = [argument for argument in node.args if not calls(argument)]
-        yield _place(values[0] if values else node.func, text)
+        yield place_of(values[0] if values else node.func, text)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        start, _ = _place(node, text)
+        start, _ = place_of(node, text)
         yield start, start + len("not")
     else:
-        yield _place(node.func if isinstance(node, ast.Call) else node, text)
+        yield place_of(node.func if isinstance(node, ast.Call) else node, text)
 
 
 def _called(tree: ast.AST) -> list[str]:
     """Names of the functions called anywhere in `tree`, outermost first."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return [node.func.id for node in calls if isinstance(node.func, ast.Name)]
-
-
-def _place(node: ast.expr, text: str) -> Span:
-    """Characters of `text` that `node` takes. `ast` counts lines, and UTF-8 bytes within them."""
-    lines = text.split("\n")
-    assert node.end_lineno is not None and node.end_col_offset is not None  # always set by ast.parse
-
-    def character(line: int, column: int) -> int:
-        return len("\n".join([*lines[: line - 1], lines[line - 1].encode()[:column].decode()]))
-
-    return character(node.lineno, node.col_offset), character(node.end_lineno, node.end_col_offset)
 
 
 def without_asserts(code: str) -> str:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+from spd_lens.examples import Span
+
 BUILTIN = frozenset(dir(builtins))
 """Names that every program has."""
 
@@ -47,6 +49,17 @@ def syntax_tree(code: str) -> ast.Module:
 def first_line(node: ast.stmt) -> int:
     """The line in which a statement begins, decorators included."""
     return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+
+
+def place_of(node: ast.expr, text: str) -> Span:
+    """Characters of `text` that `node` takes. `ast` counts lines, and UTF-8 bytes within them."""
+    lines = text.split("\n")
+    assert node.end_lineno is not None and node.end_col_offset is not None  # always set by ast.parse
+
+    def character(line: int, column: int) -> int:
+        return len("\n".join([*lines[: line - 1], lines[line - 1].encode()[:column].decode()]))
+
+    return character(node.lineno, node.col_offset), character(node.end_lineno, node.end_col_offset)
 
 
 def source_of(node: ast.stmt, code: str) -> str:

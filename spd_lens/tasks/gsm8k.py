@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spd_lens.errors import SPDError
-from spd_lens.examples import Example
+from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools
 from spd_lens.tasks.forms import FinalNumber
 from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.sources import Row
+
+_MARK = re.compile(r"<<[^<>]*?([^<>=]*)>>")
+"""A calculator's mark, `<<48/2=24>>`, with its result."""
+_WRITTEN = re.compile(r"\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,18 @@ class GSM8K(FinalNumber, PaperTask):
         if self.bare:
             published, prompt = row.text("answer"), f"Question: {row.text('question')}\nAnswer:"
             begin = 1 + len(published) - len(answer.removeprefix(" "))
-            return bare_example(id, prompt, published, {"answer": answer.strip()}, begin=begin)
-        working = re.sub(r"<<[^<>]*>>", "", solution)  # "48/2 = <<48/2=24>>24": the calculator's mark, then its result
-        return self.example(id, row.text("question"), working, answer.strip())
+            made = bare_example(id, prompt, published, {"answer": answer.strip()}, begin=begin)
+            return self.marked(made, [mark.span(1) for mark in _MARK.finditer(made.completion) if mark[1]])
+        working, results = without_marks(solution)
+        return self.example(id, row.text("question"), working, answer.strip(), results=results)
+
+
+def without_marks(solution: str) -> tuple[str, list[Span]]:
+    """A solution without the calculator's marks, and where in it a number stands that followed one: `48/2 =
+    <<48/2=24>>24` becomes `48/2 = 24`, with the place of the `24`."""
+    working, results, end = "", list[Span](), 0
+    for mark in _MARK.finditer(solution):
+        working, end = working + solution[end : mark.start()], mark.end()
+        if number := _WRITTEN.match(solution, end):
+            results.append((len(working) + number.start(1) - end, len(working) + number.end(1) - end))
+    return working + solution[end:], results

@@ -34,7 +34,8 @@ class PaperTask(TwoScorings, PublishedTask):
         self.check_option("order", ("seeded", "file"))
         for option in fields(self):
             value = getattr(self, option.name, None)
-            if self.bare and option.name in ("span", "asserts_in_prompt") and value != option.default:
+            fixed = option.name in ("span", "asserts_in_prompt") and value not in ("results", "answer-only")
+            if self.bare and fixed and value != option.default:
                 raise SPDError(
                     f"{self.name}'s {option.name} {value!r} goes with the prompt template 'instruct' only; leave "
                     f"{option.name} away, as the template 'reference' has spans of its own"

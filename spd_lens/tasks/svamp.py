@@ -56,13 +56,15 @@ class SVAMP(FinalNumber, PaperTask):
         problem = f"{body}{'' if body[-1] in '.,!?;:' else '.'} {question}"
         value = row.number("Answer")
         working = worked_line(row.text("Equation"), value)
-        return self.example(f"svamp-{row.text('ID')}", problem, working, plain_number(value), type=row.data.get("Type"))
+        answer, type = plain_number(value), row.data.get("Type")
+        results = [(len(working) - len(answer), len(working))] if working else []
+        return self.example(f"svamp-{row.text('ID')}", problem, working, answer, results=results, type=type)
 
     def _bare_example(self, row: Row) -> Example:
         row.number("Answer")  # refuses what is none
         prompt, answer = f"Question: {row.text('Body')} {row.text('Question')}\nAnswer:", str(row.data["Answer"])
         meta = {"answer": answer.strip(), "type": row.data.get("Type")}
-        return bare_example(f"svamp-{row.text('ID')}", prompt, answer, meta, begin=1)
+        return self.marked(bare_example(f"svamp-{row.text('ID')}", prompt, answer, meta, begin=1), [])
 
 
 def worked_line(equation: str, answer: float) -> str:

@@ -56,7 +56,8 @@ class SyntheticTask(Task):
         while len(drawn) < n:
             example = self.make(rng)
             problem = self.problem(example)
-            if problem in drawn or split_of(problem) != split:
+            unfit = split == "calibration" and not self.calibrates(example)
+            if problem in drawn or split_of(problem) != split or unfit:
                 misses += 1
                 if misses > _PATIENCE:
                     raise SPDError(

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from spd_lens.examples import Example
+from spd_lens.examples import Example, Span
 from spd_lens.tasks.forms import FinalNumber
 from spd_lens.tasks.synthetic import SyntheticTask
 from spd_lens.tasks.synthetic_words import NAMES, SCENES, Scene
@@ -44,6 +44,8 @@ class Story:
     amount: int = 0
     told: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
+    results: list[Span] = field(default_factory=list)
+    """Where in the steps, one a line, a value is computed."""
 
     def tell(self, sentence: str, **values: object) -> None:
         self.told.append(sentence.format(**self.words, **values))
@@ -52,7 +54,10 @@ class Story:
         """One worked step on the running amount."""
         result = _OPERATIONS[sign](self.amount, number)
         work = f"{self.amount} {sign} {number} = {result}"
-        self.steps.append((form or self.scene.step("Now")).format(work=work, **self.words))
+        step = (form or self.scene.step("Now")).format(work=work, **self.words)
+        end = sum(len(line) + 1 for line in self.steps) + step.index(work) + len(work)
+        self.results.append((end - len(str(result)), end))
+        self.steps.append(step)
         self.amount = result
 
 
@@ -85,7 +90,8 @@ class SyntheticMath(FinalNumber, SyntheticTask):
         for _ in range(changes):
             _change(story, rng, level)
         _end(story, rng, level, ending)
-        return self.example("", " ".join(story.told), "\n".join(story.steps), str(story.amount), steps=len(story.steps))
+        told, steps, answer = " ".join(story.told), "\n".join(story.steps), str(story.amount)
+        return self.example("", told, steps, answer, results=story.results, steps=len(story.steps))
 
 
 def _begin(story: Story, rng: random.Random, level: Level, may_group: bool) -> int:

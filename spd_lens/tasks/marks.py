@@ -1,0 +1,37 @@
+"""Marks: what a gold completion computes, and what it repeats (`Example.marks`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from spd_lens.examples import Span
+
+_NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def copies(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Those of `spans` whose characters stand earlier in `text`, as a word or number of their own."""
+    return tuple(span for span in spans if stands_in(text[slice(*span)].strip(), text[: span[0]]))
+
+
+def firsts(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Those of `spans` whose value stands in `text` for the first time, each place once and in order."""
+    repeated = copies(text, spans)
+    return tuple(sorted({span for span in spans if span not in repeated}))
+
+
+def stands_in(value: str, text: str) -> bool:
+    """Whether `value` occurs in `text` as a word or number of its own: 5 does not in 15, 1.5 or 5,000. A number also
+    occurs where it is written in another way, as 1,000 in 1000.00."""
+    if not value:
+        return False
+    if re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text):
+        return True
+    bare = value.removeprefix("$")
+    return bool(_NUMBER.fullmatch(bare)) and _value(bare) in map(_value, _NUMBER.findall(text))
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))
