@@ -48,7 +48,7 @@ def planted(
             elif measure == "KL from base":
                 level = np.full(n_items, 0.1)
             else:
-                level = LEVELS[measure] + rng.normal(0, 0.3, n_items)
+                level = LEVELS.get(measure, 1.0) + rng.normal(0, 0.3, n_items)
             if measure != "KL from base":
                 rows += [("", target, role, "base", "", "", i, measure, v) for i, v in zip(items, level, strict=True)]
             for source in sources:

@@ -1,4 +1,4 @@
-"""What projections by several subspaces do to held-out items: the aligned loss and KL, with intervals over items."""
+"""What projections by several subspaces do to held-out items: every loss and KL, with intervals over items."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, bars, figure, line
-from spd_lens.evaluation import teacher_forced
+from spd_lens.analysis.common import LOSS_FIELDS, NULL_COLOR, bars, by_item, figure, known, line
+from spd_lens.evaluation import OUTCOMES, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
 from spd_lens.stats import mean_interval, paired_difference
@@ -24,7 +24,7 @@ def losses_under(
     *,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Aligned loss and KL under projection, teacher-forced on held-out items.
+    """Losses and KL under projection, teacher-forced on held-out items.
 
     Args:
         pair: The model.
@@ -33,22 +33,20 @@ def losses_under(
         progress: Show a progress bar.
 
     Returns:
-        Columns `label, measure, value, low, high, n`: `"change of aligned loss"` from base in nats per correctness
-        token, paired per item, and `"KL from base"` in nats per token, with 95 % bootstrap intervals over items.
+        Columns `label, measure, value, low, high, n`: `"change of aligned loss"` from base, and of every other loss of
+        `OUTCOMES` that the items have, in nats per token of that kind, paired per item; `"KL from base"` in nats per
+        token. Intervals are 95 % bootstrap intervals over the `n` items that have the measure.
     """
     policies = [Policy("base")]
     policies += [Policy(f"{label}#{i}", one) for label, several in subspaces.items() for i, one in enumerate(several)]
     found = teacher_forced(pair, items, policies, progress=progress)
-    base = [item.aligned_loss for item in found["base"]]
+    values = {policy: by_item(measured, (*LOSS_FIELDS, "kl")) for policy, measured in found.items()}
     rows = []
     for label, several in subspaces.items():
-        tables = [found[f"{label}#{i}"] for i in range(len(several))]
-        losses = np.mean([[item.aligned_loss for item in table] for table in tables], axis=0)
-        kl = np.mean([[item.kl for item in table] for table in tables], axis=0)
-        for measure, estimate in (
-            ("change of aligned loss", paired_difference(base, losses)),
-            ("KL from base", mean_interval(kl)),
-        ):
+        for field, base in values["base"].items():
+            mean = np.mean([values[f"{label}#{i}"][field] for i in range(len(several))], axis=0)
+            estimate = mean_interval(mean) if field == "kl" else paired_difference(known(base), known(mean))
+            measure = OUTCOMES[field] if field == "kl" else f"change of {OUTCOMES[field]}"
             rows.append({"label": label, "measure": measure, **estimate.to_row()})
     return pd.DataFrame(rows)
 

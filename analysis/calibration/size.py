@@ -187,7 +187,7 @@ def main(
         losses = losses_under(subject.pair, chosen, held_out, progress=subject.progress)
         figures += [
             losses_figure(losses, measure, title=f"{measure[0].upper()}{measure[1:]} under projection")
-            for measure in ("change of aligned loss", "KL from base")
+            for measure in dict.fromkeys(losses.measure)
         ]
         subject.save("calibration_size-losses", losses, n_items=len(held_out), **facts)
     subject.save("calibration_size", frame, figures, says=says, **facts)

@@ -12,7 +12,17 @@ import torch
 from plotly.colors import get_colorscale
 from torch import Tensor
 
-from spd_lens.analysis.common import COLORS, DASHES, DIVERGING, NULL_COLOR, SEQUENTIAL, SYMBOLS, Subject, cosine_by_rank
+from spd_lens.analysis.common import (
+    COLORS,
+    DASHES,
+    DIVERGING,
+    LOSS_FIELDS,
+    NULL_COLOR,
+    SEQUENTIAL,
+    SYMBOLS,
+    Subject,
+    cosine_by_rank,
+)
 from spd_lens.analysis.dashboard import records
 from spd_lens.analysis.dashboard.rank_curves import (
     SiteDirections,
@@ -21,6 +31,7 @@ from spd_lens.analysis.dashboard.rank_curves import (
     shares,
     split_half,
 )
+from spd_lens.evaluation import OUTCOMES, SAYS
 from spd_lens.output import visible
 from spd_lens.sites import Site
 from spd_lens.subspaces import GradientMoments, energies_of
@@ -72,6 +83,7 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
             "colors": COLORS, "dashes": DASHES, "symbols": SYMBOLS, "null": NULL_COLOR,
             "sequential": get_colorscale(SEQUENTIAL), "diverging": get_colorscale(DIVERGING),
         },  # fmt: skip
+        "outcomes": {field: {"name": OUTCOMES[field], "says": SAYS[field]} for field in (*LOSS_FIELDS, "kl")},
         "grids": {str(width): rank_grid(width) for width in sorted(widths)},
         "runs": runs,
         "overlap": _overlaps(found, len(sources)) if len(sources) > 1 else {},

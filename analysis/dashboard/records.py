@@ -1,29 +1,29 @@
-"""What a run directory adds to the curves: effects, completions, saved analyses, provenance."""
+"""What a run directory adds to the curves: outcomes of projecting, completions, saved analyses, provenance."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly
 
 from spd_lens.analysis import ANALYSES
-from spd_lens.analysis.common import Subject, word_diff
+from spd_lens.analysis.common import LOSS_FIELDS, Subject, by_item, deciding, known, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedItem, ItemResult, per_item
+from spd_lens.evaluation import NEUTRAL, OUTCOMES, ItemResult
 from spd_lens.files import read_json
 from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
 
-Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
 Link = Callable[[Subject, Path], str]
 """Makes a link of a run and a page in its `analysis/` folder."""
@@ -35,7 +35,8 @@ def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]
     return {
         "task": visible(Path(config.task).stem),
         "model": visible(config.model.rsplit("/", 1)[-1]),
-        "effects": [effects(run, task) for task in config.targets if (run.path / "effects" / f"{task}.json").exists()],
+        "effects": [effects(run, task) for task in config.targets if run.effects_path(task).exists()]
+        + ([effects(run, NEUTRAL, side=True)] if run.effects_path(NEUTRAL, side=True).exists() else []),
         "rank_sweep": rank_sweep(subject),
         "layer_sweep": layer_sweep(subject),
         "texts": list(_text_sets(run, texts)),
@@ -44,32 +45,36 @@ def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]
     }
 
 
-def effects(run: Run, task: str) -> dict[str, Any]:
-    """Change of the aligned loss and KL from base, in nats per token, with 95 % intervals paired by item.
+def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
+    """Every outcome that the items have: losses as changes from base, KL as it is; in nats, 95 % intervals by item.
 
-    `random` are the control subspaces of the same ranks: their mean per item, and each for itself in `each`.
+    `random` are the control subspaces of the same ranks: their mean per item, and each for itself in `each`. `side`:
+    not of a task but of texts that no run aims at, whose losses are all one.
     """
-    found = run.effects(task)
-    groups: dict[str, Forced] = {name: {name: found[name]} for name in ("projected", "spd") if name in found}
-    controls: Forced = {name: items for name, items in found.items() if name.startswith("random-")}
+    measured = ("completion_loss", "kl") if side else (*LOSS_FIELDS, "kl")
+    found = {name: by_item(items, measured) for name, items in run.effects(task, side=side).items()}
+    base = found.pop("base")
+    fields = [field for field in base if all(field in values for values in found.values())]
+    changes = {
+        name: {field: known(values[field] - (0.0 if field == "kl" else base[field])) for field in fields}
+        for name, values in found.items()
+    }
+    controls = [name for name in changes if name.startswith("random-")]
+    groups = {name: changes[name] for name in ("projected", "spd") if name in changes}
     if controls:
-        groups["random"] = controls
-    base = per_item({"base": found["base"]}, "aligned_loss")
-    shown: dict[str, Any] = {"task": visible(task), "n": len(base), "base": interval(mean_interval(base))}
+        groups["random"] = {field: np.mean([changes[name][field] for name in controls], axis=0) for field in fields}
+    shown: dict[str, Any] = {"task": "other text" if side else visible(task), "fields": fields}
+    shown["decides"] = "completion_loss" if side else deciding(fields)
     for name, group in groups.items():
-        change = paired_difference(base, per_item(group, "aligned_loss"))
-        shown[name] = {"loss": interval(change), "kl": interval(mean_interval(per_item(group, "kl")))}
+        shown[name] = {field: interval(mean_interval(values)) for field, values in group.items()}
     if controls:
-        shown["random"]["each"] = [
-            [fmean(item.aligned_loss for item in items) - fmean(base), fmean(item.kl for item in items)]
-            for items in controls.values()
-        ]
+        shown["each"] = {field: [fmean(changes[name][field]) for name in controls] for field in fields}
         shown["says"] = [
             difference_sentence(
-                paired_difference(per_item(controls, measure), per_item(groups["projected"], measure)),
-                measure=what, first="random", second="projected",
+                paired_difference(groups["random"][field], groups["projected"][field]),
+                measure=OUTCOMES[field][0].upper() + OUTCOMES[field][1:], first="random", second="projected",
             )
-            for what, measure in (("Aligned loss", "aligned_loss"), ("KL from base", "kl"))
+            for field in fields
             if "projected" in groups
         ]  # fmt: skip
     return shown

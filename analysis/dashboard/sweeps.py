@@ -6,14 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-from spd_lens.analysis.common import Subject
+from spd_lens.analysis.common import LOSS_FIELDS, Subject, deciding
+from spd_lens.evaluation import OUTCOMES
 from spd_lens.output import visible
 
 _NEEDED = {
     "layers", "kind", "head", "projector", "rank", "width", "measure", "value", "low", "high", "random", "random_low",
     "random_high",
 }  # fmt: skip
-_KEYS = {"aligned_loss": "loss", "kl": "kl"}
+_FIELDS = (*LOSS_FIELDS, "kl")
 SURE = 0.05
 """Cells whose difference from random has a Holm-corrected p below this are marked."""
 
@@ -21,13 +22,14 @@ SURE = 0.05
 def rank_sweep(subject: Subject) -> list[dict[str, Any]]:
     """One curve per choice of layers, kinds, heads and projector that was swept over two ranks or more.
 
-    A row has, for the aligned loss and for KL, `[change from base, low, high]` (95 % over items) and the same for
+    A row has, for every outcome that was measured, `[change from base, low, high]` (95 % over items) and the same for
     random subspaces of its ranks: `[mean, smallest, largest]` over draws. The run's own choice comes first.
     """
     frame = _table(subject, "rank_sweep")
     if frame is None:
         return []
     families = []
+    fields = [field for field in _FIELDS if field in set(frame["measure"])]
     reason = subject.facts("rank_sweep").get("reason", "")
     for key, cells in frame.groupby(["layers", "kind", "head", "projector"], sort=False):
         layers, kind, head, projector = map(str, key)
@@ -44,6 +46,8 @@ def rank_sweep(subject: Subject) -> list[dict[str, Any]]:
                 "width": int(cells["width"].iloc[0]),
                 "own": _is_own(subject, layers, kind, head, projector),
                 "rows": rows,
+                "fields": fields,
+                "decides": deciding(fields),
                 "says": visible(str(reason)),
             }
         )
@@ -51,12 +55,13 @@ def rank_sweep(subject: Subject) -> list[dict[str, Any]]:
 
 
 def layer_sweep(subject: Subject) -> dict[str, Any] | None:
-    """The aligned loss of every choice of layers, minus that of random subspaces: a row per choice, a column per kind
-    and rank; None where no layer sweep was saved."""
+    """The loss that decides for every choice of layers, minus that of random subspaces: a row per choice, a column per
+    kind and rank; None where no layer sweep was saved."""
     frame = _table(subject, "layer_sweep")
     if frame is None or "difference" not in frame:
         return None
-    frame = frame[(frame["measure"] == "aligned_loss") & (frame["head"].astype(str) == "all")]
+    by = deciding(set(frame["measure"]))
+    frame = frame[(frame["measure"] == by) & (frame["head"].astype(str) == "all")]
     frame = frame[frame["projector"] == frame["projector"].mode().iloc[0]] if len(frame) else frame
     if frame.empty:
         return None
@@ -73,8 +78,8 @@ def layer_sweep(subject: Subject) -> dict[str, Any] | None:
         "x": "kinds and rank",
         "y": "layers projected",
         "unit": "nats per token",
-        "says": "Aligned loss under the projection minus that under random subspaces of the same ranks: below 0, the "
-        f"gradients' directions do better. {len(sure)} of {len(frame)} cells differ from random "
+        "says": f"{OUTCOMES[by].capitalize()} under the projection minus that under random subspaces of its ranks: "
+        f"below 0, the gradients' directions do better. {len(sure)} of {len(frame)} cells differ from random "
         f"(* Holm-corrected p < {SURE}).",
     }
 
@@ -88,8 +93,7 @@ def _table(subject: Subject, name: str) -> pd.DataFrame | None:
 def _row(rank: int, cells: pd.DataFrame) -> dict[str, Any]:
     row: dict[str, Any] = {"rank": rank, "random": {}}
     for cell in cells.itertuples():
-        if cell.measure in _KEYS:
-            key = _KEYS[str(cell.measure)]
+        if (key := str(cell.measure)) in _FIELDS:
             row[key] = [_number(cell.value), _number(cell.low), _number(cell.high)]
             row["random"][key] = [_number(cell.random), _number(cell.random_low), _number(cell.random_high)]
     return row

@@ -17,7 +17,7 @@ from spd_lens.analysis.common import Findings, Subject, analysis
 from spd_lens.analysis.overlap import figures as draw
 from spd_lens.analysis.overlap.angles_table import angle_table, compare_subspaces
 from spd_lens.analysis.overlap.energy import energy_overlap, permutation_test
-from spd_lens.analysis.overlap.transfer import transfer_figure, transfer_of, transfer_sentence
+from spd_lens.analysis.overlap.transfer import transfer_figures, transfer_of, transfer_sentence
 from spd_lens.errors import SPDError
 from spd_lens.output import terminal
 from spd_lens.subspaces import resolve_rank
@@ -84,7 +84,7 @@ def main(
         says.append(f"No transfer: {error}.")
     else:
         says.append(transfer_sentence(points))
-        figures.append(transfer_figure(points))
+        figures += transfer_figures(points)
         subject.save("overlap-transfer", points, **facts)
     subject.save("overlap-exchange", exchanged, **facts)
     subject.save("overlap-angles", pd.concat(cosines), **facts)

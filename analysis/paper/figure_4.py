@@ -19,6 +19,7 @@ from spd_lens.study import BASE, Evidence, Outcome
 
 LOSSES_FILE = Path("analysis") / "calibration_size-losses.csv"
 COLUMNS = ["folder", "source", "target", "method", "measure", "n_calibration", "value", "low", "high", "n", "seeds"]
+CHANGE = "change of "
 METHODS = ("spd", "spd-random", BASE)
 
 
@@ -26,7 +27,7 @@ def points(folders: Sequence[str | Path]) -> pd.DataFrame:
     """What folders know about calibration size.
 
     Studies give accuracy in percent after training (of `spd`, `spd-random` and the base) at their own `n_calibration`;
-    run directories with `analyze calibration-size` give the change of the aligned loss under the projection.
+    run directories with `analyze calibration-size` give the change of every loss under the projection.
 
     Returns:
         Columns `folder, source, target, method, measure, n_calibration, value, low, high, n, seeds`.
@@ -81,7 +82,7 @@ def mean_score(study: Evidence, outcome: Outcome) -> dict[str, Any] | None:
 
 def _of_run(folder: Path) -> list[dict[str, Any]]:
     table = pd.read_csv(folder / LOSSES_FILE)
-    table = table[table.measure == "change of aligned loss"]
+    table = table[table.measure.str.startswith(CHANGE)]
     name = folder.resolve().name
     sizes = [int(label.split()[0]) for label in table.label if not label.startswith("random")]
     rows: list[dict[str, Any]] = []
@@ -104,8 +105,9 @@ def figure_4(frame: pd.DataFrame) -> list[go.Figure]:
     for (measure, target), part in frame.groupby(["measure", "target"], sort=False):
         accuracy = measure == "accuracy"
         label = LABELS.get(str(target), plain(str(target)))
+        what = "accuracy after SPD" if accuracy else f"{str(measure).removeprefix(CHANGE)} under the projection"
         fig = figure(
-            f"{label}: {'accuracy after SPD' if accuracy else 'aligned loss under the projection'}",
+            f"{label}: {what}",
             "calibration examples", "accuracy (%)" if accuracy else "change from base (nats)",
             says="bars: 95 % interval over items" + ("; band: the paper's printed range" if target in FIGURE_4 else ""),
         )  # fmt: skip

@@ -7,7 +7,20 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from spd_lens.analysis.common import NULL_COLOR, SYMBOLS, bars, figure, html_of, line, page, plain
+from spd_lens.analysis.common import (
+    LOSS_FIELDS,
+    NULL_COLOR,
+    SYMBOLS,
+    bars,
+    figure,
+    html_of,
+    line,
+    page,
+    panel,
+    panels,
+    plain,
+)
+from spd_lens.evaluation import OUTCOMES
 from spd_lens.files import write_text
 from spd_lens.study import BASE, FOCUS, PHASES, RANDOM, Evidence, Report
 
@@ -36,7 +49,7 @@ def write_page(folder: str | Path, report: Report | None = None) -> Path:
 
 
 def figures(averages: pd.DataFrame, table: pd.DataFrame) -> list[go.Figure]:
-    """For every source and phase: loss against base and random directions, loss against KL, accuracy, side effects.
+    """For every source and phase: losses against base and random directions, loss against KL, accuracy, side effects.
 
     Args:
         averages: `spd_lens.study.reporting.differences.means` of a study.
@@ -49,16 +62,36 @@ def figures(averages: pd.DataFrame, table: pd.DataFrame) -> list[go.Figure]:
             continue
         where = f"<br>{PHASES[phase]}, source {plain(source)}"
         target = own[own.role == "target"]
-        loss = target[target.measure == "aligned loss"]
         side = own[(own.role == "side effect") & (own.measure == "completion loss")]
         found += [
-            differences_figure(loss, BASE, f"Aligned loss against the base model{where}"),
-            differences_figure(loss, RANDOM, f"Aligned loss against random directions{where}"),
-            trade_figure(rows, loss, f"What was gained, and how much changed for it{where}"),
+            losses_figure(target, BASE, f"Every loss against the base model{where}"),
+            losses_figure(target, RANDOM, f"Every loss against random directions{where}"),
+            trade_figure(rows, deciding_loss(target), f"What was gained, and how much changed for it{where}"),
             differences_figure(target[target.measure == "accuracy"], BASE, f"Accuracy against the base model{where}"),
             differences_figure(side, BASE, f"Side effects: loss on texts that were not meant to change{where}"),
         ]
     return [fig for fig in found if fig.data]
+
+
+def deciding_loss(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `differences`, the rows of the loss that decides on each target: on results where it has any."""
+    by_target = table.groupby("target").measure.agg(set)
+    results = by_target.map(lambda measures: OUTCOMES["results_loss"] in measures)
+    wanted = table.target.map(results.map({True: OUTCOMES["results_loss"], False: OUTCOMES["aligned_loss"]}))
+    return table[table.measure == wanted]
+
+
+def losses_figure(table: pd.DataFrame, reference: str, title: str) -> go.Figure:
+    """Differences of every method to one reference, a panel for each loss: no single one is what a method does."""
+    part = table[table.reference == reference]
+    found = [OUTCOMES[field] for field in LOSS_FIELDS if OUTCOMES[field] in set(part.measure)]
+    says = "bars: 95 % interval over items, seeds averaged"
+    fig = panels(found or [""], title, "", "difference (nats per token)", says=says)
+    for i, measure in enumerate(found):
+        _draw_differences(fig, part[part.measure == measure], first=i == 0, **panel(i))
+    fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
+    fig.update_layout(margin={"t": 150}, height=240 + 280 * -(-len(found) // 2))
+    return fig
 
 
 def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Figure:
@@ -69,6 +102,14 @@ def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Fi
     part = table[table.reference == reference]
     unit = "share of items" if next(iter(part.measure), "") == "accuracy" else "nats per token"
     fig = figure(title, "", f"difference ({unit})", says="bars: 95 % interval over items, seeds averaged")
+    _draw_differences(fig, part)
+    fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
+    fig.update_layout(**_ROOM)
+    return fig
+
+
+def _draw_differences(fig: go.Figure, part: pd.DataFrame, first: bool = True, **axes: str) -> None:
+    """A point with its interval for every method and target; those of the first panel alone are in the legend."""
     for index, target in enumerate(dict.fromkeys(part.target)):
         own = part[(part.target == target) & part.value.notna()]
         controls = own.method.map(_is_control)
@@ -76,18 +117,16 @@ def differences_figure(table: pd.DataFrame, reference: str, title: str) -> go.Fi
             line(
                 fig, rows.method, rows.value, plain(target), index=index, null=bool(grey), mode="markers", size=9,
                 symbol=_symbol(index, bool(grey)), error_y=bars(rows.value, rows.low, rows.high), legendgroup=target,
-                offsetgroup=target, showlegend=bool(grey == controls.min()),
+                offsetgroup=target, showlegend=first and bool(grey == controls.min()), **axes,
                 customdata=[f"corrected p = {row.p_holm:.2g}, {row.verdict}" for row in rows.itertuples()],
                 hovertemplate="%{x}: %{y:.3g}<br>%{customdata}<extra>" + plain(target) + "</extra>",
             )  # fmt: skip
-    fig.add_hline(y=0, line={"color": NULL_COLOR, "width": 1, "dash": "dot"})
-    fig.update_layout(scattermode="group", scattergap=0.6, legend={"title": {"text": "measured on  "}}, **_ROOM)
+    fig.update_layout(scattermode="group", scattergap=0.6, legend={"title": {"text": "measured on  "}})
     fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(part.method)))
-    return fig
 
 
 def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.Figure:
-    """Change of the aligned loss from base against KL from base: a point per method and target."""
+    """Change of the loss that decides from base against KL from base: a point per method and target."""
     fig = figure(title, "KL from base (nats per token)", "change of loss (nats)",
                  says="down: better; right: further from the base model; bars: 95 % intervals over items")  # fmt: skip
     kl = averages[(averages.measure == "KL from base") & (averages.role == "target")].set_index(["target", "method"])
@@ -102,7 +141,7 @@ def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.F
             fig, x.value, own.value, plain(method), index=index, null=grey, size=10,
             error_x=bars(x.value, x.low, x.high), error_y=bars(own.value, own.low, own.high),
             mode="markers+text" if len(targets) == 1 else "markers", text=[plain(method)] * len(own),
-            textposition="top center", customdata=[plain(t) for t in own.target],
+            textposition="top center", customdata=[plain(f"{row.target}, {row.measure}") for row in own.itertuples()],
             hovertemplate="%{customdata}: KL %{x:.3g}, change %{y:.3g}",
         )  # fmt: skip
         symbols = [_symbol(targets.index(target), grey) for target in own.target]

@@ -150,7 +150,7 @@ def main(
         frame = points(studies)
         fig, says = figure_4(frame), points_sentence(frame)
         write_text(folder / "figure4.csv", frame.to_csv(index=False))
-        html = page("Figure 4: effect of calibration size", fig, says=says)
+        html = page("Figure 4: accuracy and losses by calibration size", fig, says=says)
         write_text(folder / "figure4.html", html)
         console.print(f"{says}\nwritten to {folder / 'figure4.html'} and .csv", highlight=False, markup=False)
         return

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from spd_lens.analysis.common import Subject, beside_random, contrasts
+from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, beside_random, contrasts, known
 from spd_lens.analysis.sweeps.engine import beside_controls, measure
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
-from spd_lens.analysis.sweeps.store import Values
-from spd_lens.evaluation import EvalResult, evaluate, repeated_ngrams
+from spd_lens.analysis.sweeps.store import MEASURES, OTHER_TEXT
+from spd_lens.evaluation import OUTCOMES, EvalResult, evaluate, repeated_ngrams
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, text_ids
 from spd_lens.stats import Estimate, mean_interval, score_interval
@@ -24,19 +24,24 @@ from spd_lens.subspaces import GradientMoments, Subspace
 log = logging.getLogger(__name__)
 
 CHOSEN_MEASURES = {
-    "aligned_loss": "change of aligned loss, fresh items (nats per token)",
+    **{field: f"change of {OUTCOMES[field]}, fresh items (nats per token)" for field in LOSS_FIELDS},
     "kl": "KL from base, fresh items (nats per token)",
+    OTHER_TEXT: "KL from base, other text (nats per token)",
     "kl_own": "KL from base, its own completions (nats per token)",
     "accuracy": "accuracy",
     "repetition": "repeated 4-grams (share)",
     "truncated": "cut at the token limit (share)",
 }
+_SHARES = ("accuracy", "repetition", "truncated")
 
 
 def measure_chosen(
-    subject: Subject, moments: GradientMoments, grid: Grid, cells: Sequence[GridCell], name: str
+    subject: Subject, moments: GradientMoments, grid: Grid, cells: Sequence[GridCell], name: str, **also: Any
 ) -> pd.DataFrame:
-    """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items."""
+    """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items.
+
+    `also`: the keywords `answer_only` and `texts` of `sweep`.
+    """
     config = subject.run.config
     centring = {"center": config.center, "center_gradients": config.center_gradients}
     chosen = {cell.name: cell.subspace(moments, **centring) for cell in cells}
@@ -44,8 +49,9 @@ def measure_chosen(
     fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
     log.info("measuring the chosen cells on %d fresh items", len(fresh))
     again = remeasure(
-        subject.pair, fresh, chosen, seed=grid.seed + 1000, strength=config.strength, batch_tokens=grid.batch_tokens
-    )
+        subject.pair, fresh, chosen, seed=grid.seed + 1000, strength=config.strength, batch_tokens=grid.batch_tokens,
+        **also,
+    )  # fmt: skip
     log.info("generating under the chosen cells")
     return pd.concat([again, _by_generation(subject, grid, chosen, name)], ignore_index=True)
 
@@ -59,14 +65,15 @@ def remeasure(
     seed: int = 1000,
     strength: float = 1.0,
     batch_tokens: int = 1024,
+    **also: Any,
 ) -> pd.DataFrame:
-    """Aligned loss and KL of chosen subspaces on items that took no part in choosing them.
+    """Losses and KL of chosen subspaces on items that took no part in choosing them.
 
     The best of many cells looks better than it is; fresh items and fresh random draws undo that.
     """
     policies = beside_controls(chosen, n_random, seed, strength)
-    found = measure(pair, items, policies, batch_tokens=batch_tokens)
-    return _rows(found, chosen, n_random, ("aligned_loss", "kl"))
+    found = measure(pair, items, policies, batch_tokens=batch_tokens, **also)
+    return _rows(found, chosen, n_random, tuple(MEASURES))
 
 
 def _by_generation(subject: Subject, grid: Grid, chosen: Mapping[str, Subspace], name: str) -> pd.DataFrame:
@@ -116,11 +123,13 @@ def _rows(
         if name not in found["base"]:
             continue
         # losses are changes from base, shares and KL are as they are
-        shift = found["base"][name] if name == "aligned_loss" else np.zeros_like(found["base"][name])
-        own = {cell: found[cell][name] - shift for cell in chosen}
-        random = {cell: np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift for cell in chosen}
+        shift = found["base"][name] if name in LOSS_FIELDS else np.zeros_like(found["base"][name])
+        own = {cell: known(found[cell][name] - shift) for cell in chosen}
+        random = {
+            cell: known(np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift) for cell in chosen
+        }
         against = dict(zip(chosen, contrasts(list(own.values()), list(random.values())), strict=True))
-        if name not in ("aligned_loss", "kl", "kl_own"):
+        if name in _SHARES:
             rows.append({"cell": "base", "measure": name, **_estimate(found["base"][name], name)})
         for cell in chosen:
             beside = beside_random(random[cell], against[cell])
@@ -129,6 +138,5 @@ def _rows(
 
 
 def _estimate(values: Float[np.ndarray, " item"], name: str) -> dict[str, float]:
-    shares = name in ("accuracy", "truncated", "repetition")
-    interval: Estimate = score_interval(values) if shares else mean_interval(values)
+    interval: Estimate = score_interval(values) if name in _SHARES else mean_interval(values)
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n_items": interval.n}

@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from spd_lens.analysis.common import Contrast, beside_random, contrasts, matched_draws
+from spd_lens.analysis.common import Contrast, Values, beside_random, by_item, contrasts, deciding, matched_draws
 from spd_lens.analysis.sweeps.grid import Grid
-from spd_lens.analysis.sweeps.store import MEASURES, Measured, Store, Values
-from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced
+from spd_lens.analysis.sweeps.store import FORCED, MEASURES, OTHER_TEXT, Measured, Store
+from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced, with_answer_only
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally, weights_digest
 from spd_lens.runs import Folder
-from spd_lens.stats import paired_difference
+from spd_lens.stats import mean_interval
 from spd_lens.subspaces import GradientMoments, Policy, Subspace
+from spd_lens.tasks import Task
 
 _UNMATCHED = dict.fromkeys(("matched", "matched_low", "matched_high"))
 _TOGETHER = 24
@@ -34,6 +35,12 @@ class Sweep:
     base: Values
     cells: list[Measured]
 
+    @property
+    def measures(self) -> list[str]:
+        """What the base model and every cell were measured by; a sweep made before a measure was known lacks it."""
+        values = [self.base, *(one for cell in self.cells for one in (cell.own, *cell.random))]
+        return [name for name in MEASURES if all(name in one for one in values)]
+
     def table(self) -> pd.DataFrame:
         """One row per cell and measure, all in nats per token, with 95 % intervals.
 
@@ -41,16 +48,17 @@ class Sweep:
         is the same for the mean over random subspaces of the same ranks at the same sites, `random_low` and
         `random_high` the smallest and largest of them. `difference` is the cell minus random with an interval over
         items and draws, and `p_holm` is corrected over the cells. `matched` compares with random
-        subspaces of the same KL, interpolated between ranks; it is empty if no random subspace did as much damage.
+        subspaces of the same KL, interpolated between ranks, for the loss that decides; it is empty if no random
+        subspace did as much damage. `n_items` is smaller where some items have no token of a kind.
         """
         rows = []
-        for measure in MEASURES:
+        for measure in self.measures:
             own = [cell.change(self.base, measure) for cell in self.cells]
             random = [cell.random_change(self.base, measure) for cell in self.cells]
             against = contrasts(own, random)
-            matched = self._matched(measure) if measure == "aligned_loss" else {}
+            matched = self._matched(measure) if measure == deciding(self.measures) else {}
             for i, cell in enumerate(self.cells):
-                interval = paired_difference(self.base[measure], cell.own[measure])
+                interval = mean_interval(own[i])
                 rows.append(
                     {
                         **_columns(cell), "measure": measure, "value": interval.value, "low": interval.low,
@@ -102,10 +110,12 @@ def sweep(
     strength: float = 1.0,
     center: bool = False,
     center_gradients: bool = False,
+    answer_only: Task | None = None,
+    texts: Sequence[Example] = (),
     chunk: int | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Aligned loss, completion loss and KL from base of every cell of a grid, teacher-forced on held-out items.
+    """The outcomes of `OUTCOMES` side by side of every cell of a grid, teacher-forced on held-out items.
 
     One extraction serves all cells. Cells are taken in chunks that share the base model's logits; within a batch, no
     layer below a cell's first one is run again. The cost is about `cells × (1 + n_random)` forward passes over the
@@ -120,8 +130,10 @@ def sweep(
         strength: Strength of the projections.
         center: Project around the mean activation.
         center_gradients: Take the subspaces from the gradients around their mean.
-        chunk: Number of cells measured together. A larger number needs fewer passes of the base model, and loses more
-            when killed. None: as many as make 24 subspaces.
+        answer_only: Task of the items, which are then also asked for the answer alone (a pass of its own).
+        texts: Texts of another kind (`other_texts()`), on which KL from base is measured too (a pass of its own).
+        chunk: Number of cells measured together: more need fewer base passes and lose more when killed. None: as many
+            as make 24 subspaces.
         progress: Show a progress bar.
 
     Raises:
@@ -131,8 +143,9 @@ def sweep(
     cells = grid.cells(moments)
     store = Store(None if folder is None else Path(folder), len(items))
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
+        also = {"answer_only": answer_only is not None, "other_texts": [text.id for text in texts]}
         settings = _settings(pair, moments, items, grid, float(strength), center)
-        store.check(settings | ({"center_gradients": True} if center_gradients else {}))
+        store.check(settings | {k: v for k, v in {"center_gradients": center_gradients, **also}.items() if v})
         todo = [cell for cell in cells if cell.name not in store]
         prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
@@ -145,7 +158,8 @@ def sweep(
                 }
                 named = {cell.name: subspace for cell, subspace in chosen.items()}
                 policies = beside_controls(named, grid.n_random, grid.seed, strength)
-                found = measure(pair, items, policies, prefix=prefix, batch_tokens=grid.batch_tokens)
+                how: dict[str, Any] = {"prefix": prefix, "batch_tokens": grid.batch_tokens}
+                found = measure(pair, items, policies, answer_only=answer_only, texts=texts, **how)
                 if "base" not in store:
                     store.base = found["base"]
                 for cell, subspace in chosen.items():
@@ -191,13 +205,19 @@ def measure(
     *,
     prefix: Prefix | None = None,
     batch_tokens: int = 1024,
+    answer_only: Task | None = None,
+    texts: Sequence[Example] = (),
 ) -> dict[str, Values]:
     """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
-    found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=False)
-    return {
-        policy: {name: np.array([getattr(row, name) for row in rows]) for name in MEASURES}
-        for policy, rows in found.items()
-    }
+    how: dict[str, Any] = {"prefix": prefix, "batch_tokens": batch_tokens, "progress": False}
+    found = teacher_forced(pair, items, policies, **how)
+    if answer_only is not None:
+        found = with_answer_only(pair, answer_only, items, policies, found, progress=False)
+    values = {policy: by_item(rows, FORCED) for policy, rows in found.items()}
+    if texts:
+        for policy, rows in teacher_forced(pair, texts, policies, **how).items():
+            values[policy][OTHER_TEXT] = by_item(rows, ["kl"])["kl"]
+    return values
 
 
 def _columns(measured: Measured) -> dict[str, Any]:

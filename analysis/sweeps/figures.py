@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from spd_lens.analysis.common import DIVERGING, NULL_COLOR, band, figure, line, panel, plain
+from spd_lens.analysis.common import (
+    DIVERGING,
+    LOSS_FIELDS,
+    NULL_COLOR,
+    band,
+    deciding,
+    figure,
+    line,
+    panel,
+    panels,
+    plain,
+)
 from spd_lens.analysis.sweeps.recommend import ALPHA
 from spd_lens.analysis.sweeps.store import MEASURES
 
 
 def figures(table: pd.DataFrame, *, recommended: str | None = None) -> list[go.Figure]:
     """All figures, in the order in which they are read."""
-    shown = [heat_map(table, "aligned_loss", recommended=recommended), heat_map(table, "kl", recommended=recommended)]
-    shown += [rank_curves(table, "aligned_loss"), rank_curves(table, "kl"), trade_off(table, recommended=recommended)]
-    return shown
+    by = deciding(set(table["measure"]))
+    shown = [heat_map(table, by, recommended=recommended), heat_map(table, "kl", recommended=recommended)]
+    shown += [outcome_maps(table), rank_curves(table, by), rank_curves(table, "kl")]
+    return [*shown, trade_off(table, recommended=recommended)]
 
 
 def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = None) -> go.Figure:
@@ -28,8 +41,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     grid = grid.reindex(index=_ordered(rows), columns=sorted(rows["rank"].unique()))
     by_place = rows.set_index(["label", "rank"])
     texts = [[_text(by_place, label, rank, recommended) for rank in grid.columns] for label in grid.index]
-    limit = _limit(grid.to_numpy())
-    capped = bool(np.nanmax(np.abs(grid.to_numpy())) > limit)
+    limit, bar = _scale(grid.to_numpy())
     fig = figure(
         f"{MEASURES[measure]}: gradient subspace minus random ones of its shape",
         "rank (directions kept per block; layers counted from 0)",
@@ -50,7 +62,7 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
             zmax=limit,
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "nats (colours end here)" if capped else "nats", "side": "right"}},
+            colorbar=bar,
             hovertemplate="layers %{y}, rank %{x}<br>minus random: %{z:.4f} nats<extra></extra>",
             hoverongaps=False,
         )
@@ -58,6 +70,34 @@ def heat_map(table: pd.DataFrame, measure: str, *, recommended: str | None = Non
     fig.update_xaxes(type="category")
     fig.update_yaxes(type="category", autorange="reversed")
     fig.update_layout(height=200 + 40 * len(grid))
+    return fig
+
+
+def outcome_maps(table: pd.DataFrame) -> go.Figure:
+    """Every loss side by side, a panel of layers × ranks each: the cell minus random subspaces of its shape."""
+    fields = [field for field in LOSS_FIELDS if field in set(table["measure"])]
+    fig = panels(
+        [MEASURES[field] for field in fields], "Every loss: gradient subspace minus random ones of its shape",
+        "rank", "layers", says="nats per token; blue: lower than random. * Holm p < 0.05 over all cells of the loss",
+    )  # fmt: skip
+    for i, field in enumerate(fields):
+        rows = _labelled(table, field)
+        by_place = rows.set_index(["label", "rank"])
+        labels, ranks = _ordered(rows), sorted(rows["rank"].unique())
+        grid = rows.pivot_table(index="label", columns="rank", values="difference").reindex(labels, columns=ranks)
+        fig.add_heatmap(
+            z=grid.astype(object).where(grid.notna(), None).to_numpy(),
+            x=[str(rank) for rank in ranks], y=[plain(str(label)) for label in labels],
+            text=[[_text(by_place, label, rank, None) for rank in ranks] for label in labels], texttemplate="%{text}",
+            coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
+            hovertemplate="layers %{y}, rank %{x}<br>minus random: %{z:.4f} nats<extra></extra>", **panel(i),
+        )  # fmt: skip
+    limit, bar = _scale(table.loc[table["measure"].isin(fields), "difference"].to_numpy())
+    fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
+    fig.update_xaxes(type="category")
+    fig.update_yaxes(type="category", autorange="reversed")
+    n_panel_rows = -(-len(fields) // 2)
+    fig.update_layout(height=160 + n_panel_rows * (110 + 26 * table["cell"].nunique() // max(1, len(ranks))))
     return fig
 
 
@@ -106,12 +146,13 @@ def rank_curves(table: pd.DataFrame, measure: str) -> go.Figure:
 
 
 def trade_off(table: pd.DataFrame, *, recommended: str | None = None) -> go.Figure:
-    """Aligned loss against damage: subspaces that are better than random lie below the grey points at the same KL."""
-    loss, kl = _labelled(table, "aligned_loss"), _labelled(table, "kl").set_index("cell")
+    """The loss that decides against damage: what is better than random lies below the grey points at the same KL."""
+    by = deciding(set(table["measure"]))
+    loss, kl = _labelled(table, by), _labelled(table, "kl").set_index("cell")
     fig = figure(
-        "Change of aligned loss against damage",
+        f"Change of {MEASURES[by]} against damage",
         "KL from the base model on gold completions (nats per token)",
-        "change of aligned loss (nats per token)",
+        f"change of {MEASURES[by]} (nats per token)",
         says="each point a cell, or the mean of its random subspaces: what lies below the grey points at the same KL "
         "is better than random at equal damage",
     )
@@ -164,11 +205,13 @@ def _ordered(rows: pd.DataFrame) -> list[str]:
     return list(order["label"])
 
 
-def _limit(values: np.ndarray) -> float:
-    """End of the colour scale: the largest value, unless a few would leave all others without colour."""
+def _scale(values: np.ndarray) -> tuple[float, dict[str, Any]]:
+    """End of the colour scale, and its bar: the largest value, unless a few would leave all others without colour."""
     sizes = np.abs(values[~np.isnan(values)])
     largest, most = float(sizes.max()), float(np.quantile(sizes, 0.8))
-    return (most if largest > 3 * most > 0 else largest) or 1.0
+    capped = largest > 3 * most > 0
+    text = "nats (colours end here)" if capped else "nats"
+    return (most if capped else largest) or 1.0, {"title": {"text": text, "side": "right"}}
 
 
 def _heading(label: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from spd_lens.analysis.common import deciding
 from spd_lens.analysis.sweeps.store import MEASURES
 from spd_lens.errors import SPDError
 from spd_lens.stats import bracketed
@@ -24,16 +25,17 @@ class Recommendation:
     cell: str | None
     reason: str
     passed: tuple[str, ...] = ()
-    """All cells that met the conditions, lowest aligned loss first."""
+    """All cells that met the conditions, lowest loss first."""
 
 
 def recommend(table: pd.DataFrame, *, kl_budget: float = KL_BUDGET, default: str | None = None) -> Recommendation:
-    """The rule, fixed before looking:
+    """The rule, fixed before looking. It goes by one loss: that on results, where the items have computed results, else
+    the aligned loss, which copying from the completion can lower.
 
     1. the KL from the base model on held-out gold completions is at most `kl_budget` nats per token;
-    2. the aligned loss is lower than under random subspaces of the same ranks at the same sites, with `p_holm < 0.05`,
+    2. the loss is lower than under random subspaces of the same ranks at the same sites, with `p_holm < 0.05`,
        corrected over **all** cells of the table;
-    3. of the cells that meet both, the one with the lowest aligned loss.
+    3. of the cells that meet both, the one with the lowest loss.
 
     Args:
         table: The table of `Sweep.table`.
@@ -42,25 +44,25 @@ def recommend(table: pd.DataFrame, *, kl_budget: float = KL_BUDGET, default: str
     """
     if not kl_budget > 0:
         raise SPDError(f"a KL budget must be above 0 nats, but is {kl_budget}")
-    loss = _measure(table, "aligned_loss")
+    by = deciding(set(table["measure"]))
+    name, loss = MEASURES[by], _measure(table, by)
     kl = _measure(table, "kl")
     within = kl["value"] <= kl_budget
     better = (loss["difference"] < 0) & (loss["p_holm"] < ALPHA)
     passed = loss[within & better].sort_values("value")
     if passed.empty:
-        return Recommendation(None, _none(loss, kl, within, better, kl_budget, default))
+        return Recommendation(None, _none(name, loss, kl, within, better, kl_budget, default))
     best = passed.iloc[0]
-    name = str(best.name)
-    n = len(passed)
-    others = "it is the only one" if n == 1 else f"of {n} such cells it has the lowest aligned loss"
+    cell, n = str(best.name), len(passed)
+    others = "it is the only one" if n == 1 else f"of {n} such cells it has the lowest {name}"
     reason = (
-        f"{describe(best)}: {others} with KL at most {kl_budget:g} nats and an aligned loss below that of random "
+        f"{describe(best)}: {others} with KL at most {kl_budget:g} nats and {_a(name)} below that of random "
         f"subspaces of its shape (difference {_interval(best, 'difference')} nats, Holm p = {best['p_holm']:.2g} over "
-        f"{len(loss)} cells). {_change(best)}; KL {kl.loc[name, 'value']:.3f}, under random subspaces "
-        f"{kl.loc[name, 'random']:.3f}.{_matched(best)} The size of the effect is flattered by having been chosen: "
+        f"{len(loss)} cells). {_change(name, best)}; KL {kl.loc[cell, 'value']:.3f}, under random subspaces "
+        f"{kl.loc[cell, 'random']:.3f}.{_matched(best)} The difference is flattered by having been chosen: "
         "trust the measurement on fresh items."
     )
-    return Recommendation(name, reason, tuple(map(str, passed.index)))
+    return Recommendation(cell, reason, tuple(map(str, passed.index)))
 
 
 def describe(row: pd.Series) -> str:
@@ -78,7 +80,7 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
 
     Args:
         table: The table of `Sweep.table`.
-        measure: `"aligned_loss"`, `"completion_loss"` or `"kl"`.
+        measure: A key of `MEASURES` that the table has.
         placebo: The table of `Sweep.placebo` for the same measure; without it only the first count is given.
     """
     rows = _measure(table, measure)
@@ -100,6 +102,7 @@ def overall(table: pd.DataFrame, measure: str, placebo: pd.DataFrame | None = No
 
 
 def _none(
+    name: str,
     loss: pd.DataFrame,
     kl: pd.DataFrame,
     within: pd.Series,
@@ -111,7 +114,7 @@ def _none(
         n = int(better.sum())
         mildest = loss.loc[kl["value"][better].idxmin()]
         text = (
-            f"No cell qualifies: {n} of {len(loss)} have an aligned loss below that of random subspaces of their shape "
+            f"No cell qualifies: {n} of {len(loss)} have {_a(name)} below that of random subspaces of their shape "
             f"beyond noise, but none of them keeps KL within {budget:g} nats (the mildest, {describe(mildest)}, has "
             f"{kl.loc[mildest.name, 'value']:.3f})."
         )
@@ -119,7 +122,7 @@ def _none(
         worse = int(((loss["difference"] > 0) & (loss["p_holm"] < ALPHA)).sum())
         text = (
             f"No cell beats random subspaces of its shape beyond noise: of {len(loss)} cells the smallest "
-            f"Holm-corrected p for a lower aligned loss is {_smallest_p(loss)}"
+            f"Holm-corrected p for a lower {name} is {_smallest_p(loss)}"
             + (f", while {worse} are significantly worse than random." if worse else ".")
         )
     if within.any():
@@ -130,7 +133,7 @@ def _none(
     if default is not None and default in loss.index:
         row = loss.loc[default]
         text += (
-            f" Keep the run's own setting ({describe(row)}) for comparability: {_change(row).lower()}; random "
+            f" Keep the run's own setting ({describe(row)}) for comparability: {_change(name, row).lower()}; random "
             f"subspaces of its shape: {row['random']:+.3f}, from {row['random_low']:+.3f} to {row['random_high']:+.3f}."
         )
     else:
@@ -143,13 +146,17 @@ def _smallest_p(loss: pd.DataFrame) -> str:
     return "not to be had, since none is lower" if lower.empty else f"{lower.min():.2g}"
 
 
-def _change(row: pd.Series) -> str:
-    """What a cell does to the aligned loss, against the base model."""
+def _change(name: str, row: pd.Series) -> str:
+    """What a cell does to the loss, against the base model."""
     if row["low"] <= 0 <= row["high"]:
         verdict = "within noise of the base model"
     else:
         verdict = "below the base model" if row["value"] < 0 else "above the base model"
-    return f"Aligned loss changes by {_interval(row, 'value')} nats, {verdict}"
+    return f"{name.capitalize()} changes by {_interval(row, 'value')} nats, {verdict}"
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _matched(row: pd.Series) -> str:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from spd_lens.analysis.common import Subject, analysis
+from spd_lens.analysis.common import Subject, analysis, deciding, in_words
 from spd_lens.analysis.sweeps.confirm import CHOSEN_MEASURES, measure_chosen
 from spd_lens.analysis.sweeps.engine import sweep
 from spd_lens.analysis.sweeps.figures import figures
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.recommend import KL_BUDGET, Recommendation, overall, recommend
+from spd_lens.analysis.sweeps.store import MEASURES
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import fitting, other_texts
+from spd_lens.examples import Example
 from spd_lens.output import terminal
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
 from spd_lens.subspaces import GradientMoments
+from spd_lens.tasks import Task
 
 
 def command(name: str, question: str, defaults: Callable[[SPDConfig], dict[str, Any]]) -> Callable[..., None]:
@@ -39,32 +44,54 @@ def command(name: str, question: str, defaults: Callable[[SPDConfig], dict[str, 
             float, typer.Option(help="Largest KL of a recommended cell, in nats per token.")
         ] = KL_BUDGET,
         generate: Annotated[bool, typer.Option(help="Also generate under the chosen cells.")] = True,
+        answer_only: Annotated[
+            bool, typer.Option("--answer-only", help="Also the loss of answers asked for without reasoning.")
+        ] = False,
+        other_text: Annotated[
+            bool, typer.Option("--other-text", help="Also KL from base on prose that has nothing to do with the task.")
+        ] = False,
     ) -> None:
         chosen = Grid.read(grid, defaults(subject.run.config), n_items=items, n_random=random)
-        report(name, subject, chosen, kl_budget=kl_budget, generate=generate)
+        report(
+            name, subject, chosen, kl_budget=kl_budget, generate=generate, answer_only=answer_only,
+            other_text=other_text,
+        )  # fmt: skip
 
     work.__doc__ = question
     return analysis()(work)
 
 
 def report(
-    name: str, subject: Subject, grid: Grid, *, kl_budget: float = KL_BUDGET, generate: bool = True
+    name: str,
+    subject: Subject,
+    grid: Grid,
+    *,
+    kl_budget: float = KL_BUDGET,
+    generate: bool = True,
+    answer_only: bool = False,
+    other_text: bool = False,
 ) -> Recommendation:
     """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`."""
     config = subject.run.config
     moments = subject.moments_everywhere()
     grid.cells(moments)  # an impossible grid is refused before the model is loaded
     items = subject.held_out(grid.n_items, grid.task)
+    also: dict[str, Any] = {
+        "answer_only": _asked(subject, grid, items) if answer_only else None,
+        "texts": fitting(subject.pair, other_texts()) if other_text else (),
+    }
     found = sweep(
         subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,
-        center=config.center, center_gradients=config.center_gradients, progress=subject.progress,
+        center=config.center, center_gradients=config.center_gradients, progress=subject.progress, **also,
     )  # fmt: skip
     table = found.table()
+    measures = found.measures
+    by = deciding(measures)
     cells = {measured.cell.name: measured.cell for measured in found.cells}
     default = default_cell(subject, moments)
     advice = recommend(table, kl_budget=kl_budget, default=default.name if default else None)
-    counts = [overall(table, measure, found.placebo(measure)) for measure in ("aligned_loss", "kl")]
-    says = " ".join([advice.reason, *counts])
+    counts = [overall(table, measure, found.placebo(measure)) for measure in (by, "kl")]
+    says = " ".join([advice.reason, *counts, in_words(measures)])
     facts: dict[str, Any] = {
         "grid": grid.model_dump(mode="json"), "items": len(items), "kl_budget": kl_budget, "unit": "nats per token",
         "recommended": advice.cell, "reason": advice.reason, "counts": counts, "strength": config.strength,
@@ -74,10 +101,18 @@ def report(
     _print(name, subject, table, says)
     if generate:
         chosen = {c.name: c for c in (cells.get(advice.cell or ""), default) if c is not None}
-        dear = measure_chosen(subject, moments, grid, list(chosen.values()), name)
+        dear = measure_chosen(subject, moments, grid, list(chosen.values()), name, **also)
         subject.save(f"{name}-chosen", dear, says="", **facts)
         _print_chosen(dear)
     return advice
+
+
+def _asked(subject: Subject, grid: Grid, items: Sequence[Example]) -> Task:
+    """The task of the items, which has a form without reasoning."""
+    task = subject.task if grid.task is None else subject.targets[grid.task]
+    if not any(task.answer_only(item) for item in items):
+        raise SPDError(f"task {task.name} has no form without reasoning; leave out --answer-only")
+    return task
 
 
 def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
@@ -96,10 +131,11 @@ def default_cell(subject: Subject, moments: GradientMoments) -> GridCell | None:
 
 
 def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:
-    loss = table[table["measure"] == "aligned_loss"].set_index("cell")
+    by = deciding(set(table["measure"]))
+    loss = table[table["measure"] == by].set_index("cell")
     kl = table[table["measure"] == "kl"].set_index("cell")
     names = ["layers", "kind", "head", "projector", "rank"]
-    head = [*names, "Δ aligned loss", "random", "minus random", "p (Holm)", "KL", "KL random"]
+    head = [*names, f"Δ {MEASURES[by]}", "random", "minus random", "p (Holm)", "KL", "KL random"]
     rows = [
         [*map(str, row[names]), *_intervals(row), f"{row['p_holm']:.2g}",
          f"{kl.loc[cell, 'value']:.3f}", f"{kl.loc[cell, 'random']:.3f}"]
@@ -107,7 +143,20 @@ def _print(name: str, subject: Subject, table: pd.DataFrame, says: str) -> None:
     ]  # fmt: skip
     console = Console()
     console.print(terminal(head, rows, title=f"{name.replace('_', ' ')} of {subject.name}, nats per token"))
+    console.print(_outcomes(table))
     console.print(Text(says))
+
+
+def _outcomes(table: pd.DataFrame) -> Table:
+    """Every outcome of every cell side by side: the change from the base model, and of random subspaces."""
+    fields = [field for field in MEASURES if field in set(table["measure"])]
+    by_place = table.set_index(["cell", "measure"])
+    rows = [
+        [str(cell), *("{value:+.3f} / {random:+.3f}".format(**by_place.loc[(cell, field)]) for field in fields)]
+        for cell in dict.fromkeys(table["cell"])
+    ]
+    head = ["cell", *(MEASURES[field] for field in fields)]
+    return terminal(head, rows, title="outcomes side by side, change from base / of random subspaces, nats per token")
 
 
 def _print_chosen(dear: pd.DataFrame) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spd_lens.analysis.common import JsonFolder
+from spd_lens.analysis.common import LOSS_FIELDS, JsonFolder, Values, known
 from spd_lens.analysis.sweeps.grid import GridCell
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import OUTCOMES
 
-MEASURES = {"aligned_loss": "aligned loss", "kl": "KL from base", "completion_loss": "completion loss"}
-"""What is measured of each cell, in nats per token of the gold completion."""
-
-Values = dict[str, Float[np.ndarray, " item"]]
-"""For each measure, one number per item."""
+OTHER_TEXT = "other_text_kl"
+FORCED = (*LOSS_FIELDS, "kl")
+MEASURES = {field: OUTCOMES[field] for field in FORCED} | {OTHER_TEXT: "KL from base, other text"}
+"""What can be measured of each cell, in nats per token: of the gold completion, of some of its tokens, or of texts that
+have nothing to do with the task."""
+_ALWAYS = ("aligned_loss", "kl", "completion_loss")
+"""What every sweep has measured, however old."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Measured:
     random: list[Values]
 
     def change(self, base: Values, measure: str) -> Float[np.ndarray, " item"]:
-        """Change of each item from the base model, in nats."""
-        return self.own[measure] - base[measure]
+        """Change of each item that has the measure from the base model, in nats."""
+        return known(self.own[measure] - base[measure])
 
     def random_change(self, base: Values, measure: str) -> Float[np.ndarray, "draw item"]:
         """The same under each random subspace."""
-        return np.stack([values[measure] for values in self.random]) - base[measure]
+        return known(np.stack([values[measure] for values in self.random]) - base[measure])
 
 
 class Store(JsonFolder):
@@ -68,16 +71,17 @@ class Store(JsonFolder):
         record = self.read(cell.name)
         try:
             own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]
-            if any(len(array) != self._n_items for each in (own, *random) for array in each.values()):
+            held_out = (array for each in (own, *random) for name, array in each.items() if name != OTHER_TEXT)
+            if any(len(array) != self._n_items for array in held_out):
                 raise ValueError("another number of items")
             return Measured(cell, tuple(record["ranks"]), own, random)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SPDError(f"{self.path(cell.name)} is damaged ({error!r}); remove it to measure it again") from error
 
 
-def _lists(arrays: Values) -> dict[str, list[float]]:
-    return {name: array.tolist() for name, array in arrays.items()}
+def _lists(arrays: Values) -> dict[str, list[float | None]]:
+    return {name: [None if x != x else x for x in array.tolist()] for name, array in arrays.items()}
 
 
 def _arrays(record: Mapping[str, Any]) -> Values:
-    return {name: np.array(record[name], dtype=float) for name in MEASURES}
+    return {name: np.array(record[name], dtype=float) for name in MEASURES if name in record or name in _ALWAYS}

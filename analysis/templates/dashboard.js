@@ -109,7 +109,7 @@ function key(id, traces) {
 }
 
 const DASHARRAY = { solid: "", dash: "7 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "11 5", longdashdot: "11 4 2 4" };
-const POINTS = { "x-thin-open": "M10 2 L18 10 M18 2 L10 10", "circle-open": "M14 2 a4 4 0 1 0 .01 0 Z", circle: "M14 2 a4 4 0 1 0 .01 0 Z" };
+const POINTS = { "x-thin-open": "M10 2 L18 10 M18 2 L10 10", "circle-open": "M14 2 a4 4 0 1 0 .01 0 Z", circle: "M14 2 a4 4 0 1 0 .01 0 Z", square: "M10 2 H18 V10 H10 Z" };
 function swatch(trace) {
   const make = (tag, attributes) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -118,7 +118,7 @@ function swatch(trace) {
   };
   const svg = make("svg", { width: 28, height: 12, viewBox: "0 0 28 12", "aria-hidden": "true" });
   if (trace.mode === "lines") svg.append(make("line", { x1: 0, x2: 28, y1: 6, y2: 6, stroke: trace.line.color, "stroke-width": 2.2, "stroke-dasharray": DASHARRAY[trace.line.dash] || "" }));
-  else svg.append(make("path", { d: POINTS[trace.marker.symbol], stroke: trace.marker.color, "stroke-width": 2, fill: trace.marker.symbol === "circle" ? trace.marker.color : "none" }));
+  else svg.append(make("path", { d: POINTS[trace.marker.symbol], stroke: trace.marker.color, "stroke-width": 2, fill: trace.marker.symbol.endsWith("-open") ? "none" : trace.marker.color }));
   return svg;
 }
 
@@ -194,7 +194,7 @@ function start() {
   $("rank").addEventListener("input", () => { chooseRank(Number($("rank").value)); changed(); });
   $("rank-number").addEventListener("input", () => { if ($("rank-number").value) { chooseRank(Number($("rank-number").value)); changed(); } });
   $("rank-number").addEventListener("blur", () => { $("rank-number").value = state.rank; });
-  for (const id of ["measure", "map-measure", "effect-task", "sweep-family"]) $(id).addEventListener("change", changed);
+  for (const id of ["measure", "map-measure", "effect-task", "sweep-family", "outcome"]) $(id).addEventListener("change", changed);
   startTexts();
   chooseRun(0);
   drawAll();

@@ -1,7 +1,7 @@
 // The views over the rank. Each reads the state and draws itself anew; nothing is computed that Python has not.
 
 function drawRanks() {
-  drawReadouts(); drawEnergy(); drawSpectrum(); drawEffects(); drawOverlap(); drawMap(); drawLayers();
+  offerLosses(); drawReadouts(); drawEnergy(); drawSpectrum(); drawEffects(); drawOverlap(); drawMap(); drawLayers();
 }
 
 function drawAll() {
@@ -28,7 +28,8 @@ function drawReadouts() {
   }
   const e = effectNow();
   const effect = (key, what, show) => tile(show(e[key][0]), what, between(e[key], show), e.random ? `random ${show(e.random[key][0])}` : null, e.place);
-  if (e && e.loss) effect("loss", "nats: change of the aligned loss", (x) => signed(x));
+  const loss = lossNow();
+  if (e && e[loss]) effect(loss, `nats: change of the ${named(loss)}`, (x) => signed(x));
   if (e && e.kl) effect("kl", "nats: KL from base", (x) => x.toFixed(3));
   $("readouts").replaceChildren(...tiles);
 }
@@ -81,7 +82,17 @@ function drawSpectrum() {
   draw("plot-spectrum", [...traces, pointsAt(traces, state.rank)], figure, "Share of the energy in each direction, on a logarithmic axis.");
 }
 
-/* ---- effects ---- */
+/* ---- outcomes ---- */
+const named = (field) => D.outcomes[field].name;
+const lossNow = () => $("outcome").value;
+const isLoss = (field) => field.endsWith("_loss");
+
+// The losses that the chosen sweep or task has; a choice stays while it can.
+function offerLosses() {
+  const source = sweepNow() || measured(), losses = source ? source.fields.filter(isLoss) : [];
+  options($("outcome"), losses.map((field) => [field, named(field)]), losses.includes(lossNow()) ? lossNow() : source ? source.decides : "");
+}
+
 function startEffects() {
   const tasks = (run().effects || []).map((e) => e.task), sweeps = run().rank_sweep || [];
   const same = state.startedFor === state.run, now = $("effect-task").value, family = $("sweep-family").value;
@@ -92,6 +103,7 @@ function startEffects() {
   show("effect", tasks.length > 0 || sweeps.length > 0);
   show("effect-task-field", tasks.length > 1 && !sweeps.length);
   show("sweep-family-field", sweeps.length > 1);
+  if (!same) $("outcome").value = "";
 }
 
 const measured = () => (run().effects || []).find((e) => e.task === $("effect-task").value) || null;
@@ -115,26 +127,47 @@ function effectNow() {
   if (sweep) {
     const wanted = rankIn(sweep.width);
     const row = sweep.rows.reduce((best, one) => Math.abs(one.rank - wanted) < Math.abs(best.rank - wanted) ? one : best);
-    return { ...row, place: `rank ${row.rank} of ${sweep.width}` + (row.rank === wanted ? "" : ", the nearest swept") };
+    return { ...row, fields: sweep.fields, place: `rank ${row.rank} of ${sweep.width}` + (row.rank === wanted ? "" : ", the nearest swept") };
   }
   const e = measured(), used = usedRank();
-  return e && e.projected && used ? { ...e.projected, random: e.random, place: `at the run's rank ${used.rank} of ${used.width}` } : null;
+  return e && e.projected && used ? { ...e.projected, random: e.random, spd: e.spd, fields: e.fields, place: `at the run's rank ${used.rank} of ${used.width}` } : null;
 }
 
 function drawEffects() {
   if ($("effect").hidden) return;
   const sweep = sweepNow(), e = measured(), used = usedRank();
   const shape = sweep || used || { width: state.width, per_head: !joint() }, rank = rankIn(shape.width);
-  for (const [id, key] of [["plot-loss", "loss"], ["plot-kl", "kl"]]) {
+  const loss = lossNow();
+  $("loss-caption").textContent = `${named(loss)}, change from base`;
+  for (const [id, key] of [["plot-loss", loss], ["plot-kl", "kl"]]) {
     const traces = sweep ? sweptLines(sweep, key) : e && used ? singlePoint(e, key, used) : [];
     if (e && e.spd && !sweep) traces.push({ x: [0.9, shape.width * 1.1], y: [e.spd[key][0], e.spd[key][0]], mode: "lines", name: "after SPD, without projection",
       line: line(1), hovertemplate: `after SPD: ${e.spd[key][0].toFixed(4)} ${between(e.spd[key], (v) => v.toFixed(4))}<extra></extra>` });
     const figure = layout(`rank r per ${shape.per_head ? "head" : "site"}, at all sites projected`, "nats per token",
       { ...marker(rank, shape.width), xaxis: rankAxis(shape.width), yaxis: key === "kl" ? { rangemode: "tozero" } : {} });
     figure.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, layer: "between", line: { color: S.null, width: 1 } });
-    draw(id, sweep ? [...traces, pointsAt(traces, rank)] : traces, figure, `${key === "kl" ? "KL from base" : "Change of the aligned loss"} against rank.`);
+    draw(id, sweep ? [...traces, pointsAt(traces, rank)] : traces, figure, `${named(key)} against rank.`);
   }
+  drawOutcomes();
   prose("effect-says", effectSays(sweep, e, used));
+}
+
+// Every outcome at one rank: none of them alone is what the projection does.
+function drawOutcomes() {
+  const e = effectNow(), fields = e ? e.fields.filter((field) => e[field]) : [];
+  const groups = [["null: random subspaces", e && e.random, S.null, "circle-open"], ["projected", e, S.colors[0], "circle"],
+    ["after SPD, without projection", e && e.spd, S.colors[1], "square"]].filter(([, values]) => values);
+  const traces = groups.map(([name, values, ink, symbol], g) => {
+    const own = fields.map((field) => values[field]);
+    return { x: fields.map((_, i) => i + 0.14 * (g - 1)), y: own.map((v) => v[0]), name, mode: "markers", text: fields.map(named), marker: { symbol, size: 10, color: ink, line: { width: 2 } },
+      error_y: { type: "data", symmetric: false, color: ink, array: own.map((v) => v[2] === null ? 0 : v[2] - v[0]), arrayminus: own.map((v) => v[1] === null ? 0 : v[0] - v[1]) },
+      hovertemplate: `%{text}: %{y:.3f}<extra>${name}</extra>` };
+  });
+  $("outcomes-caption").textContent = e ? `Every outcome, change from base, ${e.place}` : "";
+  const figure = layout("outcome", "nats per token", { xaxis: { tickvals: fields.map((_, i) => i), ticktext: fields.map(named), range: [-0.6, fields.length - 0.4] } });
+  figure.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, layer: "between", line: { color: S.null, width: 1 } }];
+  draw("plot-outcomes", traces, figure, "Every outcome side by side.");
+  $("outcomes-list").replaceChildren(...fields.map((field) => el("li", {}, el("b", {}, named(field)), `: ${D.outcomes[field].says}`)));
 }
 
 function sweptLines(sweep, key) {
@@ -153,7 +186,7 @@ function singlePoint(e, key, used) {
   const traces = [], error = (v) => ({ type: "data", symmetric: false, array: [v[2] === null ? 0 : v[2] - v[0]], arrayminus: [v[1] === null ? 0 : v[0] - v[1]], thickness: 2, width: 6 });
   const hover = (v) => `%{y:.3f} ${between(v, (x) => x.toFixed(3))}`;
   if (e.random) {
-    const each = e.random.each.map((pair) => pair[key === "kl" ? 1 : 0]);
+    const each = e.each[key];
     traces.push({ x: each.map((_, i) => used.rank * (1.14 + 0.03 * (i % 3))), y: each, mode: "markers", name: "null: each random subspace",
       marker: { symbol: "x-thin-open", size: 9, color: S.null, line: { width: 2 } }, hovertemplate: "%{y:.3f}<extra>one random subspace</extra>" });
     const v = e.random[key];

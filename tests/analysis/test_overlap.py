@@ -290,6 +290,8 @@ def test_transfer_pairs_items_and_controls() -> None:
     base = [1.0, 2.0, 3.0, 4.0]
     policies = {"base": items(base), "projected": items([x + 0.5 for x in base])[::-1], "random-1": items(base)}
     table = transfers.transfer(subspaces, moments, {("a", "b"): policies}, {"a": 7, "b": 7})
+    assert list(table.outcome) == ["aligned_loss", "completion_loss"] * 2  # as these items have
+    table = table[table.outcome == "aligned_loss"]
     row = table[table["of"] == "projected"].iloc[0]
     assert row.low == row.high == pytest.approx(0.5)  # item by item, whatever their order
     assert row.change == pytest.approx(0.5) and row.n == 4 and (row.a, row.b) == ("a", "b")
@@ -303,10 +305,32 @@ def test_transfer_pairs_items_and_controls() -> None:
         held_by(spanned(*(torch.eye(6, dtype=torch.float64)[:, :3],) * 2), moments["a"])
 
 
+def test_transfer_has_every_loss_of_the_items_that_have_it() -> None:
+    rng = np.random.default_rng(8)
+    moments = {"a": made(rng, FIRST), "b": made(rng, SECOND)}
+    subspaces = {name: one.subspace(2) for name, one in moments.items()}
+    base = [replace(one, results_loss=3.0 if i < 3 else None) for i, one in enumerate(items([1.0, 2.0, 3.0, 4.0]))]
+    projected = [replace(one, results_loss=None if one.results_loss is None else 3.25) for one in base]
+    table = transfers.transfer(subspaces, moments, {("a", "b"): {"base": base, "projected": projected}})
+    row = table[table.outcome == "results_loss"].iloc[0]
+    assert (row.change, row.n) == (0.25, 3)
+    assert [fig.layout.yaxis.title.text for fig in transfers.transfer_figures(table)] == [
+        f"change of {name} (nats per token)" for name in ("aligned loss", "results loss", "completion loss")
+    ]
+    assert "results loss, 1 points: too few" in transfers.transfer_sentence(table)
+
+
 def test_association_is_one_sided_within_targets_and_knows_its_limits() -> None:
     names = ["a", "b", "c", "d"]
     rows = [
-        {"a": a, "b": b, "of": "projected", "energy": 0.9 if a == b else 0.4 + 0.05 * i, "change": 0.0}
+        {
+            "a": a,
+            "b": b,
+            "of": "projected",
+            "outcome": "aligned_loss",
+            "energy": 0.9 if a == b else 0.4 + 0.05 * i,
+            "change": 0.0,
+        }
         for b in names
         for i, a in enumerate(names)
     ]
@@ -331,7 +355,7 @@ def test_figures_show_the_tables() -> None:
     exchanged = overlap.permutation_test(moments["second"], moments["third"], 2, permutations=19)
     points = pd.DataFrame(
         [
-            {"a": a, "b": b, "of": of, "energy": 0.5, "change": 0.1, "low": 0.0, "high": 0.2}
+            {"a": a, "b": b, "of": of, "outcome": "results_loss", "energy": 0.5, "change": 0.1, "low": 0.0, "high": 0.2}
             for a in moments for b in moments for of in ("projected", "random")
         ]
     )  # fmt: skip
@@ -342,7 +366,7 @@ def test_figures_show_the_tables() -> None:
         "layers": overlap_figures.layers_figure(energy, 2),
         "angles": overlap_figures.angles_figure(angles),
         "exchange": overlap_figures.exchange_figure(exchanged.assign(pair="second – third")),
-        "transfer": transfers.transfer_figure(points),
+        "transfer": transfers.transfer_figure(points, "results_loss"),
     }
     for fig in figures.values():
         assert fig.data and fig.layout.title.text

@@ -16,7 +16,7 @@ from spd_lens.analysis.sweeps import ranks as rank_sweep
 from spd_lens.analysis.sweeps.engine import measure, sweep
 from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.report import default_cell, report
-from spd_lens.analysis.sweeps.store import MEASURES, Store
+from spd_lens.analysis.sweeps.store import Store
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.sites import Site
@@ -25,6 +25,7 @@ from tests.helpers import EXAMPLES, hook_at, refused
 
 sweep_figures = importlib.import_module("spd_lens.analysis.sweeps.figures")
 
+MEASURES_OF_BOTH = ("aligned_loss", "completion_loss", "kl")
 GRID = Grid(ranks=[1, 2, 4], layers=["3", "last_mid", "all"], n_random=3)
 
 
@@ -106,7 +107,7 @@ def test_controls_are_random_subspaces_of_the_same_shape(tiny_pair, moments, und
 
 def test_the_table_says_what_was_measured(undisturbed):
     table = undisturbed.table()
-    assert len(table) == 9 * len(MEASURES)
+    assert len(table) == 9 * len(undisturbed.measures)
     for measured in undisturbed.cells:
         row = table[(table["cell"] == measured.cell.name) & (table["measure"] == "aligned_loss")].iloc[0]
         change = measured.own["aligned_loss"] - undisturbed.base["aligned_loss"]
@@ -150,7 +151,8 @@ def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, 
     assert passes == {0: 3, 1: 3, 2: 3, 3: 4}
     for handle in handles:
         handle.remove()
-    for name in MEASURES:
+    assert whole.keys() == short.keys()
+    for name in whole:
         np.testing.assert_array_equal(whole[name], short[name])
     assert all("forward" not in vars(block) for block in tiny_pair.hf.model.layers)
 
@@ -259,7 +261,7 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     default = default_cell(subject, subject.moments_everywhere())
     assert default.name == "L1+3.kv.all.per_head.r4"
     assert {"base", default.name} <= set(dear["cell"])
-    assert {"aligned_loss", "kl", "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
+    assert {*MEASURES_OF_BOTH, "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
     assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
     assert report("rank_sweep", subject, grid, generate=False) == advice  # from what was kept
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
@@ -280,11 +282,11 @@ def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
     for cell in cells:
         one_layer = extract(tiny_pair, EXAMPLES, layers=[cell.first_layer], shards=2, progress=False)
         alone = measure(tiny_pair, EXAMPLES, [Policy("alone", cell.subspace(one_layer))], batch_tokens=100)["alone"]
-        for name in MEASURES:
+        for name in base:
             np.testing.assert_allclose(together[cell.name][name], alone[name], rtol=0, atol=1e-6)
             np.testing.assert_array_equal(together["base"][name], base[name])
         same = measure(tiny_pair, EXAMPLES, [Policy("same", cell.subspace(moments))], batch_tokens=100)["same"]
-        for name in MEASURES:
+        for name in base:
             np.testing.assert_array_equal(together[cell.name][name], same[name])
     assert len({values["kl"][0] for values in together.values()}) == 25
 

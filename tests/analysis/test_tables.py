@@ -309,6 +309,28 @@ def test_figures_show_the_differences_with_controls_grey() -> None:
     assert sorted(spd.x) == pytest.approx(sorted(kl.groupby("target").value.mean()))
 
 
+def test_losses_stand_side_by_side_and_results_decide_where_there_are_any() -> None:
+    both = ("aligned loss", "results loss", "completion loss", "KL from base", "accuracy")
+    results = planted({("spd", "results loss"): -0.2}, measures=both, n_items=12)
+    results = results[~((results.target == "svamp") & (results.measure == "results loss"))]  # it computes nothing
+    evidence = Evidence.of(results)
+    table = differences(evidence)
+    drawn = study_report.losses_figure(table[table.role == "target"], "base", "Every loss")
+    assert [note.text for note in drawn.layout.annotations] == ["aligned loss", "results loss", "completion loss"]
+    by_panel = [{trace.name for trace in drawn.data if trace.xaxis == axis} for axis in ("x", "x2", "x3")]
+    assert by_panel == [{"synthetic-math", "svamp"}, {"synthetic-math"}, {"synthetic-math", "svamp"}]
+    row = table[(table.method == "spd") & (table.reference == "base") & (table.measure == "results loss")].iloc[0]
+    trace = next(t for t in drawn.data if t.xaxis == "x2" and "spd" in t.x)
+    assert trace.y[list(trace.x).index("spd")] == pytest.approx(row.value)
+    decides = study_report.deciding_loss(table[table.role == "target"])
+    assert set(decides[["target", "measure"]].itertuples(index=False, name=None)) == {
+        ("synthetic-math", "results loss"), ("svamp", "aligned loss")
+    }  # fmt: skip
+    trade = study_report.trade_figure(means(evidence), decides, "title")
+    spd = next(t for t in trade.data if t.name == "spd")
+    assert row.value in list(spd.y) and "synthetic-math, results loss" in spd.customdata
+
+
 def test_markdown_becomes_html() -> None:
     text = "## A `b|c`\n\nplain *(x)* **bold** 1 < 2\n\n- one\n- `<i>`\n\n| a | b |\n| --- | --- |\n| 1 \\| 2 | **3** |"
     html = re.sub(r">\n<", "><", study_report.html_of(text).strip())

@@ -34,15 +34,38 @@ def test_effects_are_paired_differences_of_the_runs_own_items(finished_run):
     raw = json.loads((finished_run.path / "effects" / "synthetic-math.json").read_text())
     base = np.array([item["aligned_loss"] for item in raw["base"]])
     projected = np.array([item["aligned_loss"] for item in raw["projected"]])
-    value, low, high = found["projected"]["loss"]
+    value, low, high = found["projected"]["aligned_loss"]
     assert value == pytest.approx((projected - base).mean())
     assert low < value < high
     controls = [name for name in raw if name.startswith("random-")]
     each = [np.mean([item["aligned_loss"] for item in raw[name]]) - base.mean() for name in controls]
-    assert [pair[0] for pair in found["random"]["each"]] == pytest.approx(each)
-    assert found["random"]["loss"][0] == pytest.approx(np.mean(each))
+    assert found["each"]["aligned_loss"] == pytest.approx(each)
+    assert found["random"]["aligned_loss"][0] == pytest.approx(np.mean(each))
     assert found["spd"]["kl"][0] == pytest.approx(np.mean([item["kl"] for item in raw["spd"]]))
     assert found["says"][0].startswith("Aligned loss, projected minus random")
+    whole = [np.mean([item["completion_loss"] for item in raw[name]]) for name in ("spd", "base")]
+    assert found["spd"]["completion_loss"][0] == pytest.approx(whole[0] - whole[1])
+    assert {"aligned_loss", "completion_loss", "kl"} <= set(found["fields"]) == set(found["projected"])
+    assert len(found["says"]) == len(found["fields"])
+
+
+def test_outcomes_are_of_the_items_that_have_them_and_other_text_stands_beside(finished_run, tmp_path):
+    """Results decide where they were measured; texts that no run aims at have one loss."""
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    path = tmp_path / "run" / "effects" / "synthetic-math.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for policy, items in raw.items():
+        for i, item in enumerate(items):
+            item |= {"results_loss": None if i == 0 else 1.0 + i + (policy == "projected") / 4, "copies_loss": None}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    run = Run(tmp_path / "run")
+    run.write_effects("neutral", run.effects("synthetic-math"), side=True)
+    found = effects(run, "synthetic-math")
+    assert found["decides"] == "results_loss" and "copies_loss" not in found["fields"]
+    assert found["projected"]["results_loss"] == [0.25] * 3 and found["random"]["results_loss"][0] == 0
+    shown = assemble([Subject(run)])["runs"][0]["effects"]
+    assert [one["task"] for one in shown] == ["synthetic-math", "other text"]
+    assert shown[1]["fields"] == ["completion_loss", "kl"] and shown[1]["decides"] == "completion_loss"
 
 
 def test_completions_are_the_runs_with_what_changed(document, two_runs):
@@ -94,9 +117,10 @@ def test_saved_sweeps_are_drawn_from_their_tables(document):
     (family,) = document["runs"][0]["rank_sweep"]
     assert family["own"] and family["per_head"] and family["width"] == 8
     assert [row["rank"] for row in family["rows"]] == [2, 6]
-    assert family["rows"][0]["loss"] == pytest.approx([-0.25, -0.35, -0.15])
+    assert family["fields"] == ["aligned_loss", "kl"] and family["decides"] == "aligned_loss"
+    assert family["rows"][0]["aligned_loss"] == pytest.approx([-0.25, -0.35, -0.15])
     assert family["rows"][1]["kl"] == pytest.approx([1.75, 1.65, 1.85])
-    assert family["rows"][0]["random"]["loss"] == pytest.approx([0.5, 0.4, 0.6])
+    assert family["rows"][0]["random"]["aligned_loss"] == pytest.approx([0.5, 0.4, 0.6])
     layers = document["runs"][0]["layer_sweep"]
     assert layers["columns"] == ["KV, rank 2", "KV, rank 6"] and layers["z"] == [pytest.approx([-0.75, 0.25])]
     assert layers["text"] == [["−0.75*", "+0.25*"]]

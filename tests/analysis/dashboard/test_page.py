@@ -11,7 +11,7 @@ from spd_lens.analysis.dashboard.document import assemble
 
 from .conftest import BETA, HOSTILE, new_watch
 
-PLOTS = ("energy", "spectrum", "loss", "kl", "overlap", "overlap-rank", "map", "layers")
+PLOTS = ("energy", "spectrum", "loss", "kl", "outcomes", "overlap", "overlap-rank", "map", "layers")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,28 @@ def test_effects_begin_with_the_runs_own_task_and_stay_where_they_were_put(page)
     choose(page, "run", "0")
     assert page.inner_text("#effect-says") == "Because of the test."  # the sweep speaks for itself
     page.evaluate("D.runs[1].effects.shift()")
+
+
+def test_every_outcome_stands_beside_the_others_and_one_loss_is_chosen(page, document):
+    assert page.evaluate("[...$('outcome').options].map(o => o.value)") == ["aligned_loss"]  # as the sweep has it
+    choose(page, "run", "1")
+    (effects,) = [one for one in document["runs"][1]["effects"] if one["task"] == "synthetic-math"]
+    names = [document["outcomes"][field]["name"] for field in effects["fields"]]
+    found = traces(page, "outcomes")
+    for trace, policy in (("projected", "projected"), ("after SPD, without projection", "spd")):
+        assert found[trace]["text"] == names
+        assert found[trace]["y"] == [effects[policy][field][0] for field in effects["fields"]]
+    assert document["outcomes"]["completion_loss"]["says"] in page.inner_text("#outcomes-list")
+    assert page.input_value("#outcome") == effects["decides"]
+    choose(page, "outcome", "completion_loss")
+    assert traces(page, "loss")["projected"]["y"] == [effects["projected"]["completion_loss"][0]]
+    assert page.inner_text("#loss-caption") == "completion loss, change from base"
+    assert "change of the completion loss" in page.inner_text("#readouts")
+    page.click("#theme")
+    settle(page)
+    assert page.input_value("#outcome") == "completion_loss"
+    choose(page, "run", "0")
+    assert page.input_value("#outcome") == "aligned_loss"
 
 
 def test_measures_of_the_overlap_and_of_the_map(page, document):

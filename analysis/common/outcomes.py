@@ -1,0 +1,44 @@
+"""Outcomes side by side: what teacher-forced items hold, as arrays, and which loss a choice goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from spd_lens.evaluation import OUTCOMES, SAYS, ForcedItem
+
+Values = dict[str, Float[np.ndarray, " item"]]
+"""For each outcome, one number per item."""
+
+LOSS_FIELDS = tuple(field for field in OUTCOMES if field.endswith("_loss"))
+"""Every loss of `OUTCOMES`, in its order: none of them alone is what a policy does."""
+FEWEST = 4
+"""Items that must have an outcome before it is shown."""
+
+
+def by_item(items: Sequence[ForcedItem], fields: Collection[str] = tuple(OUTCOMES)) -> Values:
+    """Outcomes of these items as arrays; NaN where an item has no token of that kind.
+
+    An outcome that fewer than `FEWEST` of the items have is left out, as results are where a task computes nothing.
+    """
+    found = {field: np.array([getattr(item, field) for item in items], dtype=float) for field in fields}
+    least = min(FEWEST, len(items))
+    return {field: values for field, values in found.items() if len(known(values)) >= least}
+
+
+def known(values: Float[np.ndarray, "*draw item"]) -> Float[np.ndarray, "*draw some"]:
+    """The items that have an outcome. Which these are depends on the items, never on the policy."""
+    first = values.reshape(-1, values.shape[-1])[0]
+    return values[..., ~np.isnan(first)]
+
+
+def deciding(measured: Collection[str]) -> str:
+    """The loss that a choice goes by: on results, which no copying lowers, or the aligned loss where there are none."""
+    return "results_loss" if "results_loss" in measured else "aligned_loss"
+
+
+def in_words(measured: Collection[str]) -> str:
+    """What each of these outcomes says, one sentence after the other."""
+    return " ".join(SAYS[field] for field in OUTCOMES if field in measured)
