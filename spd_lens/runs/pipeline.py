@@ -17,6 +17,7 @@ from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment, decided_by, ready_pair
+from spd_lens.runs.findings import write_evidence
 from spd_lens.runs.preflight import check_data, check_model
 from spd_lens.runs.run_dir import Run
 from spd_lens.runs.stages import Step, note_start, score, work
@@ -61,6 +62,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
                 step.do()
 
         work(list(_steps(record, experiment)), experiment.pair, keeps_lens, do)
+        write_evidence(record)
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record

@@ -148,6 +148,7 @@ class Run(Folder, Artefacts):
     | `adapter/` | PEFT adapter (or a whole checkpoint) |
     | `effects/TASK.json` | teacher-forced effects per item |
     | `eval/TASK/POLICY.json` | every test item's prompt, completion, answer and verdict |
+    | `findings.json` | what these say of subspace and adapter: their grade follows from it |
     | `summary.md` | the result, readable |
     """
 

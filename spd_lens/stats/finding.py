@@ -12,7 +12,7 @@ from typing import Any
 from spd_lens.errors import UNREADABLE, SPDError, one_line
 from spd_lens.stats.corrections import holm, sign_flip
 from spd_lens.stats.estimate import Estimate
-from spd_lens.stats.intervals import paired_difference
+from spd_lens.stats.intervals import paired_difference, verdict
 
 BASE, RANDOM = "base", "random"
 """What a finding that counts for a grade is against: the model as it is, and directions at random."""
@@ -95,8 +95,8 @@ class Finding:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.difference.bounded and not self.difference.low <= 0 <= self.difference.high
+        """Whether the interval, and the p-value if there is one, exclude chance."""
+        return verdict(self.difference, self.p, ALPHA) in ("higher", "lower")
 
     @property
     def faces_random(self) -> bool:
@@ -107,9 +107,8 @@ class Finding:
 
     @property
     def beats_random(self) -> bool:
-        """Whether it is better than random directions at equal damage, by interval and corrected p-value."""
-        is_told = self.correction != "" and self.p is not None and self.p <= ALPHA
-        return self.faces_random and self.goes_well and self.is_clear and is_told
+        """Whether it is better than random directions at equal damage, after correction."""
+        return self.faces_random and self.goes_well and self.is_clear and self.p is not None and bool(self.correction)
 
     @property
     def question(self) -> tuple[str, str, str, str]:
@@ -157,11 +156,14 @@ class Finding:
 
 
 def corrected(findings: Iterable[Finding]) -> list[Finding]:
-    """The same findings with Holm's correction over all of them, in place of uncorrected p-values."""
-    family = list(findings)
-    adjusted = holm(1.0 if one.p is None else one.p for one in family)
-    name = f"Holm over {len(family)}"
-    return [replace(one, p=p, correction=name) for one, p in zip(family, adjusted, strict=True)]
+    """The same findings with Holm's correction of their p-values, in two families: those against random directions at
+    equal damage, and those against the base. Others count for nothing, and are not corrected."""
+    found = list(findings)
+    for belongs in (lambda one: one.faces_random, lambda one: one.against == BASE):
+        places = [i for i, one in enumerate(found) if belongs(one) and one.p is not None]
+        for i, p in zip(places, holm(found[i].p or 0.0 for i in places), strict=True):
+            found[i] = replace(found[i], p=p, correction=f"Holm over {len(places)}")
+    return found
 
 
 def _is_number(value: object) -> bool:
@@ -179,7 +181,7 @@ def _is_hex(text: object, digits: int) -> bool:
 
 def _is_source(name: object, sha256: object) -> bool:
     """Whether a file is named by a path below the folder, which no other file of the machine can be."""
-    if not isinstance(name, str) or not name.isprintable() or "\\" in name or ":" in name:
+    if not isinstance(name, str) or not name.isprintable():
         return False
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and _is_hex(sha256, 64)

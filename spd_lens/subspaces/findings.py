@@ -5,13 +5,12 @@ Beside and not in them: an artefact that a corpus was generated with is never wr
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spd_lens.errors import SPDError
-from spd_lens.files import read_json, write_json
+from spd_lens.files import file_sha256, read_json, write_json
 from spd_lens.models import adapter_digest
 from spd_lens.stats import Finding, Grade, grade
 
@@ -70,16 +69,9 @@ def still_stored(findings: Iterable[Finding], folder: Path) -> Iterator[Finding]
     digests: dict[Path, str | None] = {}
     for finding in findings:
         places = {folder / name: sha256 for name, sha256 in finding.sources.items()}
-        digests |= {place: _sha256(place) for place in places if place not in digests}
+        for place in places.keys() - digests.keys():
+            digests[place] = file_sha256(place) if place.is_file() else None
         if changed := [place for place, sha256 in places.items() if digests[place] not in (None, sha256)]:
             log.warning("no evidence: %s is not what %s was computed from", changed[0], finding.question[2])
         else:
             yield finding
-
-
-def _sha256(path: Path) -> str | None:
-    """The sha256 of a file; None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
