@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from spd_lens.evaluation import EvalResult
-from spd_lens.files import file_sha256, write_text
+from spd_lens.files import file_sha256, update_text
 from spd_lens.models import adapter_digest
 from spd_lens.output import visible
 from spd_lens.runs.artefacts import Artefacts
@@ -91,4 +91,4 @@ def write_card(adapter: Path, title: str, model: str) -> None:
     grade = adapter_grade(adapter)
     lines = ["---", f"base_model: {json.dumps(visible(model))}", "tags: [spd-lens]", "---", "", f"# {visible(title)}"]
     lines += ["", f"Evidence: **{grade}**, computed from the stored results in `findings.json`.", ""]
-    write_text(adapter / "README.md", "\n".join([*lines, *(f"- {reason}" for reason in grade.reasons)]) + "\n")
+    update_text(adapter / "README.md", "\n".join([*lines, *(f"- {reason}" for reason in grade.reasons)]) + "\n")

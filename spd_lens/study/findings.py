@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from spd_lens import methods
 from spd_lens.models import Fingerprint, adapter_digest
 from spd_lens.output import visible
-from spd_lens.runs import contrasts, stored, write_card
-from spd_lens.stats import BASE, RANDOM, Finding, corrected
+from spd_lens.runs import Artefacts, Run, contrasts, stored, write_card
+from spd_lens.runs import write_evidence as write_run_evidence
+from spd_lens.stats import BASE, RANDOM, Finding, Grade, corrected, grade
 from spd_lens.study.folder import Study
-from spd_lens.subspaces import write_findings
+from spd_lens.subspaces import read_findings, write_findings
+
+
+def grades_of(places: Iterable[str | Path]) -> dict[Path, Grade]:
+    """The grade of every subspace and adapter in run directories and studies, whose findings are made anew.
+
+    Findings of all places count together, so that those of other seeds and models are replications.
+    """
+    found: list[Finding] = []
+    digests: dict[Path, str] = {}
+    for place in map(Path, places):
+        artefacts: list[Artefacts] = []
+        if (place / Study.settings_file).exists():
+            write_evidence(study := Study.open(place))
+            artefacts += study.cells()
+        else:
+            write_run_evidence(run := Run.open(place))
+            artefacts.append(run)
+        found += read_findings(place)
+        for one in artefacts:
+            if one.has_subspace:
+                digests[one.subspace_path] = one.subspace.digest()
+            if one.is_trained:
+                digests[one.adapter] = adapter_digest(one.adapter)
+    return {path: grade(found, digest) for path, digest in digests.items()}
 
 
 def study_findings(study: Study) -> list[Finding]:
