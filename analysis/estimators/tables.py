@@ -11,7 +11,7 @@ from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import OUTCOMES
-from spd_lens.stats import CrossedDifference, corrected, crossed_difference
+from spd_lens.stats import CrossedDifference, corrected_differences, crossed_difference
 
 BASE = "base"
 COLUMNS = (
@@ -60,7 +60,7 @@ def differences(held: Held) -> pd.DataFrame:
                 if values is not None and other != entrant:
                     difference = crossed_difference(own, values[:, there], paired=against == PAPER)
                     found.append(({**facts, "against": against}, difference))
-        for (facts, _), one in zip(found, corrected([one for _, one in found]), strict=True):
+        for (facts, _), one in zip(found, corrected_differences([one for _, one in found]), strict=True):
             more = {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
             rows.append({**facts, **_columns(one), **more})
     if not rows:

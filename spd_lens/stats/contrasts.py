@@ -39,7 +39,7 @@ class CrossedDifference:
     df: float
     """Degrees of freedom (Satterthwaite)."""
     p_holm: float = math.nan
-    """Corrected over the comparisons that were made together (Holm 1979): see `corrected`."""
+    """Corrected over the comparisons that were made together (Holm 1979): see `corrected_differences`."""
     detectable: float = math.nan
     """The smallest difference that would have been told from 0 with probability 0.8 at this noise, after correction."""
 
@@ -90,7 +90,7 @@ def crossed_difference(own: Draws, reference: Draws, *, paired: bool) -> Crossed
     return CrossedDifference(value, value - reach, value + reach, float(2 * stats.t.sf(abs(value) / se, df)), se, df)
 
 
-def corrected(family: Sequence[CrossedDifference]) -> list[CrossedDifference]:
+def corrected_differences(family: Sequence[CrossedDifference]) -> list[CrossedDifference]:
     """The differences of one family with `p_holm` and `detectable`.
 
     A difference of `se (t(1 - α/2m) + t(0.8))` is told from 0 with probability 0.8 by a test at level `α/m`, at which

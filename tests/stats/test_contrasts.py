@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spd_lens.stats.contrasts import corrected, crossed_difference
+from spd_lens.stats.contrasts import corrected_differences, crossed_difference
 from tests.helpers import refused
 
 
@@ -75,7 +75,7 @@ def test_the_detectable_difference_is_told_four_times_in_five():
     def family(shift):
         shifts = [shift, *[0.0] * 9]
         draws = [crossed(rng, 3, 40, draw=0.05, item=1.0, cell=0.3) + one for one in shifts]
-        return corrected([crossed_difference(own, np.zeros_like(own), paired=True) for own in draws])
+        return corrected_differences([crossed_difference(own, np.zeros_like(own), paired=True) for own in draws])
 
     size = float(np.median([one.detectable for _ in range(30) for one in family(0.0)]))
     told = [family(size)[0].shown == "higher" for _ in range(400)]
@@ -85,11 +85,11 @@ def test_the_detectable_difference_is_told_four_times_in_five():
 def test_correction_counts_every_comparison():
     rng = np.random.default_rng(4)
     found = [crossed_difference(rng.standard_normal((3, 30)) + s, np.zeros((3, 30)), paired=True) for s in (2, 0, 0)]
-    alone, together = corrected(found[:1]), corrected(found)
+    alone, together = corrected_differences(found[:1]), corrected(found)
     assert together[0].p_holm == pytest.approx(3 * alone[0].p_holm)
     assert together[0].detectable > alone[0].detectable
     assert together[0].shown == "higher" and not together[1].shown
-    assert corrected([]) == []
+    assert corrected_differences([]) == []
 
 
 def test_equal_numbers_have_no_spread_and_odd_ones_are_refused():
