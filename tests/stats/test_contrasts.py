@@ -85,7 +85,7 @@ def test_the_detectable_difference_is_told_four_times_in_five():
 def test_correction_counts_every_comparison():
     rng = np.random.default_rng(4)
     found = [crossed_difference(rng.standard_normal((3, 30)) + s, np.zeros((3, 30)), paired=True) for s in (2, 0, 0)]
-    alone, together = corrected_differences(found[:1]), corrected(found)
+    alone, together = corrected_differences(found[:1]), corrected_differences(found)
     assert together[0].p_holm == pytest.approx(3 * alone[0].p_holm)
     assert together[0].detectable > alone[0].detectable
     assert together[0].shown == "higher" and not together[1].shown
