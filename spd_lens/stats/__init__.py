@@ -1,6 +1,6 @@
 """Intervals, paired comparisons and corrections for many of them."""
 
-from spd_lens.stats.contrasts import ALPHA, POWER, CrossedDifference, corrected, crossed_difference
+from spd_lens.stats.contrasts import ALPHA, POWER, CrossedDifference, crossed_difference, crossed_differences
 from spd_lens.stats.corrections import holm, sign_flip
 from spd_lens.stats.estimate import Estimate, bracketed
 from spd_lens.stats.intervals import (
@@ -25,6 +25,6 @@ from spd_lens.stats.intervals import (
 __all__ = [
     "ALPHA", "CrossedDifference", "Estimate", "MIN_BOOTSTRAP", "McNemar", "POWER", "SeedSummary", "TOO_FEW",
     "WITHIN_NOISE", "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean", "corrected",
-    "crossed_difference", "difference_sentence", "holm", "mcnemar_exact", "mean_interval", "paired_difference",
-    "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
+    "crossed_difference", "crossed_differences", "difference_sentence", "holm", "mcnemar_exact", "mean_interval",
+    "paired_difference", "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
 ]  # fmt: skip
