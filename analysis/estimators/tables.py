@@ -11,7 +11,7 @@ from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import OUTCOMES
-from spd_lens.stats import CrossedDifference, corrected_differences, crossed_difference
+from spd_lens.stats import crossed_differences
 
 BASE = "base"
 COLUMNS = (
@@ -44,25 +44,30 @@ def differences(held: Held) -> pd.DataFrame:
         there = np.isfinite(base[0])
         if there.sum() < 2:
             continue
-        found: list[tuple[dict[str, Any], CrossedDifference]] = []
+        changes: list[dict[str, Any]] = []
+        tested: list[dict[str, Any]] = []
         for entrant in [*held.contest.entrants(), *(Entrant(RANDOM, OWN, rank) for rank in held.contest.ranks)]:
             own = held.values(entrant, outcome)
             if own is None:
                 continue
-            own = own[:, there]
+            own, unchanged = own[:, there], np.broadcast_to(base[:, there], (len(own), there.sum()))
             facts = {**held.place.facts, **entrant.columns, "outcome": outcome, "primary": outcome == first}
             facts |= {"n_items": int(there.sum()), "n_draws": len(own)}
-            to_base = crossed_difference(own, np.broadcast_to(base[:, there], own.shape), paired=True)
-            rows.append({**facts, "against": BASE, **_columns(to_base)})
+            changes.append(
+                {**facts, "against": BASE, "compared": (own, np.broadcast_to(base[:, there], own.shape), True)}
+            )
             for against in () if entrant.estimator == RANDOM else (RANDOM, PAPER):
                 other = Entrant(against, OWN, entrant.rank)
                 values = held.values(other, outcome)
                 if values is not None and other != entrant:
-                    difference = crossed_difference(own, values[:, there], paired=against == PAPER)
-                    found.append(({**facts, "against": against}, difference))
-        for (facts, _), one in zip(found, corrected_differences([one for _, one in found]), strict=True):
-            more = {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
-            rows.append({**facts, **_columns(one), **more})
+                    compared = (own, values[:, there], against == PAPER)
+                    tested.append({**facts, "against": against, "compared": compared})
+        for family in (changes, tested):
+            for row, one in zip(family, crossed_differences([row.pop("compared") for row in family]), strict=True):
+                row |= {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}
+                if family is tested:
+                    row |= {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
+        rows += changes + tested
     if not rows:
         raise SPDError(f"no entrant moves {held.pair.name} as far as a KL of {held.contest.kl:g}; ask for a lower one")
     return pd.DataFrame(rows, columns=COLUMNS).fillna({"shown": ""})
@@ -124,7 +129,3 @@ def everywhere(table: pd.DataFrame) -> pd.DataFrame:
         rows.append({**dict(zip(("estimator", "span", "rank", "against"), key, strict=True)), "shown": shown})
         rows[-1] |= {"places": n, "of": len(part)}
     return pd.DataFrame(rows, columns=["estimator", "span", "rank", "against", "shown", "places", "of"])
-
-
-def _columns(one: CrossedDifference) -> dict[str, float]:
-    return {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}

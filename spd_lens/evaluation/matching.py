@@ -16,6 +16,8 @@ from spd_lens.subspaces import Policy, Subspace
 KL_TOLERANCE = 0.05
 """Relative. Half of it in strength, since KL grows about with its square."""
 _STEPS = 20
+_MARGIN = 0.1
+"""A guess lies at least this share of the bracket away from its ends, so that the bracket shrinks at every step."""
 
 
 def at_equal_kl(
@@ -42,7 +44,7 @@ def all_at_equal_kl(
 ) -> dict[str, Policy | None]:
     """Projections that all move the model equally far, so that what they do can be compared.
 
-    KL grows with the strength, so bisection of (0, 1] finds the place. Where a subspace at full strength moves the
+    KL grows with the strength, and about with its square, which says where in the bracket to look next. Where a subspace at full strength moves the
     model less, its leading directions alone are kept, fewer and fewer, until it moves it far enough. All subspaces are
     searched side by side and share the base model's passes.
 
@@ -92,7 +94,9 @@ def _search(name: str, subspace: Subspace, wanted: float, tolerance: float) -> G
     for _ in range(_STEPS):
         if abs(found - wanted) <= tolerance * wanted:
             break
-        policy = Policy(name, subspace, (low + high) / 2)
-        found = yield policy
         low, high = (policy.strength, high) if found < wanted else (low, policy.strength)
+        guess = policy.strength * math.sqrt(wanted / found) if found > 0 else high
+        margin = (high - low) * _MARGIN
+        policy = Policy(name, subspace, min(max(guess, low + margin), high - margin))
+        found = yield policy
     return policy if abs(found - wanted) <= tolerance * wanted else None

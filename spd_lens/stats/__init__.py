@@ -1,6 +1,6 @@
 """Intervals, paired comparisons and corrections for many of them."""
 
-from spd_lens.stats.contrasts import ALPHA, POWER, CrossedDifference, corrected_differences, crossed_difference
+from spd_lens.stats.contrasts import ALPHA, POWER, CrossedDifference, crossed_difference, crossed_differences
 from spd_lens.stats.corrections import holm, sign_flip
 from spd_lens.stats.estimate import Estimate, bracketed
 from spd_lens.stats.finding import BASE, CALIBRATION, EQUAL_DAMAGE, GOOD, HELD_OUT, RANDOM, Finding, corrected
@@ -27,7 +27,7 @@ from spd_lens.stats.intervals import (
 __all__ = [
     "ALPHA", "BASE", "CALIBRATION", "CrossedDifference", "EQUAL_DAMAGE", "Estimate", "Finding", "GOOD", "Grade",
     "HELD_OUT", "Level", "MIN_BOOTSTRAP", "McNemar", "POWER", "RANDOM", "SeedSummary", "TOO_FEW", "WITHIN_NOISE",
-    "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean", "corrected", "corrected_differences",
-    "crossed_difference", "difference_sentence", "grade", "holm", "mcnemar_exact", "mean_interval", "paired_difference",
-    "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
+    "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean", "corrected", "crossed_difference",
+    "crossed_differences", "difference_sentence", "grade", "holm", "mcnemar_exact", "mean_interval",
+    "paired_difference", "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
 ]  # fmt: skip
