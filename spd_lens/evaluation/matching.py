@@ -44,9 +44,9 @@ def all_at_equal_kl(
 ) -> dict[str, Policy | None]:
     """Projections that all move the model equally far, so that what they do can be compared.
 
-    KL grows with the strength, and about with its square, which says where in the bracket to look next. Where a subspace at full strength moves the
-    model less, its leading directions alone are kept, fewer and fewer, until it moves it far enough. All subspaces are
-    searched side by side and share the base model's passes.
+    KL grows with the strength, and about with its square, which says where in a bracket of (0, 1] to look next. Where a
+    subspace at full strength moves the model less, its leading directions alone are kept, fewer and fewer, until it
+    moves it far enough. All subspaces are searched side by side and share the base model's passes.
 
     Args:
         pair: The model; the base is its twin as it stands.
