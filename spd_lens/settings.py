@@ -181,6 +181,13 @@ class Extraction(GradientGroup, SiteGroup, SeedGroup, CallSettings):
     with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
     twin, which is logged, and any other backend is an error. With `max_calibration_tokens` a text ends behind so many
     tokens, prompt included: rows of `G`, scored tokens and loss are those of what is left.
+
+    Moments always keep `Σ gᵀg` and `Σ xᵀx` over all positions. With `keep="classes"` they also keep them over each
+    class of positions (sink, prompt, completion, scored) for `region`, with `"cross"` also `Σ gᵀx` for `attribution`.
+    The sink `"first"` is the first token, `"attended"` the position that receives most attention at the layers whose
+    gradients are captured, for which each example passes the twin once more. With the labels `"sampled"` the target at
+    each scored position is drawn from the model's own distribution there (Kunstner et al. 2019): on the mean over draws
+    `Σ gᵀg` is then the Fisher information, and the loss the model's entropy. The seed is that of the draws.
     """
 
     keywords = {name: name for name in ExtractionKeywords.__annotations__}

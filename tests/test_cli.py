@@ -285,6 +285,26 @@ def test_extraction_as_the_reference_code_does_it(call, in_tmp, model_flags):
     assert not (in_tmp / "y").exists()
 
 
+def test_extraction_for_other_estimators(call, in_tmp, model_flags):
+    flags = [*model_flags, "--task", "synthetic-math", "--n-calibration", "6", "--quiet", "--engine", "twin"]
+    code, out, err = call("extract", *flags, "--estimator", "contrast", "--span", "results", "--keep", "cross,classes")
+    assert code == 0, err
+    place = in_tmp / "runs" / "extract"
+    moments, subspace = (
+        spd.GradientMoments.load(place / "moments.safetensors"),
+        spd.Subspace.load(place / "subspace.safetensors"),
+    )
+    assert moments.kept == ("classes", "cross") and subspace.origin["estimator"] == "contrast"
+    own = call("extract", *flags, "--estimator", "fisher", "--seed", "7", "--out", "x")
+    assert (
+        own[0] == 0 and spd.GradientMoments.load(in_tmp / "x" / "moments.safetensors").settings["labels"] == "sampled"
+    )
+    for flag, value in (("keep", "class"), ("sinks", "last"), ("labels", "silver"), ("estimator", "papr")):
+        one_error(call("extract", *flags, f"--{flag}", value, "--out", "y"), flag, value)
+    one_error(call("extract", *flags, "--span", "reslts", "--out", "y"), "span", "reslts")
+    assert not (in_tmp / "y").exists()
+
+
 def test_settings_of_another_run(call, finished_run, flags):
     before = (finished_run.path / "config.yaml").read_bytes()
     one_error(call("run", *flags, "--out", finished_run.path, "--lr", "0.5"), "lr: 0.01 there, 0.5 now", "--out")

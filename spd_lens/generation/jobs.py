@@ -14,8 +14,8 @@ from torch import Tensor
 from spd_lens.examples import Example
 from spd_lens.generation.model_settings import ModelSettings, Processor
 from spd_lens.generation.record import FinishReason, Key
-from spd_lens.generation.sampling import Sampling, choose, require_finite, row_uniforms
-from spd_lens.models import ModelPair
+from spd_lens.generation.sampling import Sampling, choose, require_finite
+from spd_lens.models import ModelPair, row_uniforms
 from spd_lens.settings import SamplingSettings
 
 

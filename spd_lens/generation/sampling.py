@@ -1,21 +1,18 @@
-"""How the next token is drawn: temperature, top-k, top-p, and noise that belongs to the row and not to its batch."""
+"""How the next token is drawn: temperature, top-k and top-p."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError, whole
-from spd_lens.models import ModelPair
+from spd_lens.models import ModelPair, draw
 
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_TOP_P = 0.95
@@ -81,19 +78,6 @@ def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def row_uniforms(seed: int, prompt_id: str, sample: int, n_steps: int) -> Float[np.ndarray, " step"]:
-    """One uniform number in [0, 1) per step for one completion.
-
-    Philox is counter-based: the key is a hash of seed, prompt id and sample number, the counter is the step. A longer
-    row begins with the shorter one, and no other row, batch or interruption can shift it. Raw bits are used because
-    numpy promises them to stay the same in every version.
-    """
-    name = json.dumps([seed, prompt_id, sample]).encode()
-    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-    bits = np.random.Philox(key=key).random_raw(n_steps)
-    return (bits >> np.uint64(11)) * 2.0**-53  # the upper 53 bits, as a double
-
-
 def choose(
     logits: Float[Tensor, "row d_vocab"],
     sampling: Sampling,
@@ -106,7 +90,7 @@ def choose(
     Args:
         logits: Logits of the next token.
         sampling: What to draw from.
-        uniforms: Each row's noise at its step, from `row_uniforms`.
+        uniforms: Each row's noise at its step, from `models.row_uniforms`.
         steps: Each row's step (0 for the first new token), to name it where something is wrong.
         examples: What a message calls each row's example.
 
@@ -131,24 +115,6 @@ def require_finite(best: Float[Tensor, " row"], steps: Sequence[int], examples: 
             f"the model's logits are not finite at new token {steps[row] + 1}{which}; load it with "
             "dtype='float32' (float16 overflows in many models) or check its weights"
         )
-
-
-def draw(
-    ids: Int[Tensor, "row candidate"],
-    weights: Float[Tensor, "row candidate"],
-    uniforms: Float[Tensor, " row"],
-) -> Int[Tensor, " row"]:
-    """Inverse of the cumulative distribution over the candidates, which must be in ascending order of token id.
-
-    Weights need not sum to 1. Order by id, not by probability: two nearly equal probabilities may swap between batches,
-    ids never do.
-    """
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    # u < 1, but u * total may round up to the total: the last candidate with any weight then takes it
-    target = uniforms[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return ids.gather(-1, torch.minimum(place, last))[:, 0]
 
 
 def truncated(

@@ -1,9 +1,9 @@
-"""The fastest attention of those in transformers, and an attention for the steps of cached decoding on a CPU."""
+"""The fastest attention of those in transformers, one for the steps of cached decoding, and what attention rests on."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from spd_lens.errors import SPDError
+from spd_lens.models.hooks import unembed_only
 from spd_lens.models.transformers_private import attention_implementation, call_attention, may_change_attention
+from spd_lens.models.twin import run_twin
+from spd_lens.models.weights import attention_layer
 
 _SHORT = 512
 """Tokens up to which attention weights are small beside the other activations."""
@@ -29,8 +33,17 @@ def fastest_attention(model: Any, length: int) -> Iterator[None]:
 
     They keep all attention weights for the backward pass, so long sequences keep torch's kernel.
     """
-    fitting = model.dtype == torch.bfloat16 and model.device.type == "cpu" and length <= _SHORT
-    if not fitting or attention_implementation(model.config) != "sdpa" or not may_change_attention(model):
+    if not (model.dtype == torch.bfloat16 and model.device.type == "cpu" and length <= _SHORT):
+        yield
+        return
+    with _plain_attention(model):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_attention(model: Any) -> Iterator[None]:
+    """While open, attention is plain matrix products, which keep their weights, if the model lets that be set."""
+    if attention_implementation(model.config) != "sdpa" or not may_change_attention(model):
         yield
         return
     model.set_attn_implementation("eager")
@@ -92,6 +105,41 @@ def one_query_attention(
     scores = torch.add(attention_mask, scores, alpha=d_head**-0.5 if scaling is None else scaling)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     return torch.matmul(weights, value).reshape(n_rows, 1, n_heads, -1), None
+
+
+@torch.no_grad()
+def attention_received(model: Any, ids: Sequence[int], layers: Sequence[int]) -> Float[Tensor, " pos"]:
+    """How much attention each position of a text receives, on the mean over layers, heads, and the queries that can see
+    it (Gu et al. 2024, "When attention sink emerges", section 3.1), in float64: between 0 and 1.
+
+    The weights of one layer are in memory at a time.
+
+    Raises:
+        SPDError: the architecture's attention does not give its weights.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: Any, _args: Any, output: Any) -> Any:
+        parts = output if isinstance(output, tuple) else (output,)
+        weights = [x for x in parts if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2:] == (len(ids), len(ids))]
+        if len(weights) != 1:
+            raise SPDError(
+                f"{type(module).__name__} does not give its attention weights, so the position that receives most "
+                "attention is not known; take sinks='first'"
+            )
+        found.append(weights[0][0].sum(dim=1, dtype=torch.float64).mean(dim=0))  # over queries, and over heads
+        return tuple(None if x is weights[0] else x for x in parts)
+
+    tokens = torch.tensor([list(ids)], device=model.device)
+    first = torch.zeros(1, dtype=torch.long, device=model.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_plain_attention(model))
+        stack.enter_context(unembed_only(model.get_output_embeddings(), first, first))
+        for layer in sorted(set(layers)):
+            stack.callback(attention_layer(model, layer).register_forward_hook(keep).remove)
+        run_twin(model, tokens, use_cache=False)
+    seen_by = torch.arange(len(ids), 0, -1, device=model.device)
+    return (torch.stack(found).mean(dim=0) / seen_by).cpu()
 
 
 AttentionInterface.register(_ONE_QUERY, one_query_attention)

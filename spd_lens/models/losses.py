@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_ROWS = 32
+ROWS = 32
 """How many rows of logits are in float64 at a time."""
 
 
@@ -24,7 +24,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses, slopes = [], []
-        for some, wanted in zip(logits.split(_ROWS), targets[:, None].split(_ROWS), strict=True):
+        for some, wanted in zip(logits.split(ROWS), targets[:, None].split(ROWS), strict=True):
             log_p = some.double().log_softmax(dim=-1)
             losses.append(-log_p.gather(1, wanted)[:, 0])
             slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))

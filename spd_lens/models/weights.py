@@ -79,6 +79,12 @@ def site_layer(model: nn.Module, site: Site) -> SiteLayer:
     return SiteLayer(found[0], features, reads=site.kind == "z")
 
 
+def attention_layer(model: nn.Module, layer: int) -> nn.Module:
+    """The attention of a block: the module around the layer that writes its output."""
+    inner = site_layer(model, Site(layer, "z")).module
+    return next(module for module in reversed(list(model.modules())) if inner in module.children())
+
+
 def _in_force(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules under the names that they have without an adapter; a trained copy stands in for its original."""
     for name, module in model.named_modules():

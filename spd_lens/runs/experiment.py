@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from spd_lens.models import Loss, ModelPair, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.extractions import InHand, Layers, Request
-from spd_lens.runs.loading import OF_THE_PAIR, Tasks, calibrated, load_pair, make_tasks
+from spd_lens.runs.loading import OF_THE_PAIR, Tasks, load_pair, make_tasks
 from spd_lens.runs.run_dir import Run
 from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
 from spd_lens.tasks import Task
@@ -135,7 +135,7 @@ class Experiment:
     @cached_property
     def calibrated(self) -> Task:
         """The source task with the spans that calibration examples are to have. Items and prompts keep their own."""
-        return calibrated(self.task, self.config)
+        return self.task.spanned(self.config.span)
 
     @property
     def calibration(self) -> list[Example]:
@@ -166,12 +166,13 @@ class Experiment:
 
         They keep what `keep` names, and what the experiment keeps anyway.
         """
-        request = Request(loss or self.config.loss, layers, False, self.seed, keep, sinks, labels)
-        return self._extract(request, self.calibration if examples is None else examples, self.kept)
+        kept = [*keep, *self.kept]
+        request = Request(loss or self.config.loss, layers, False, self.seed, kept, sinks, labels)
+        return self._extract(request, self.calibration if examples is None else examples)
 
-    def _extract(self, request: Request, examples: Sequence[Example], kept: Sequence[str]) -> GradientMoments:
+    def _extract(self, request: Request, examples: Sequence[Example]) -> GradientMoments:
         log.info("extracting gradients of %d calibration examples", len(examples))
-        settings = request.settings(self.config.extraction, kept)
+        settings = request.settings(self.config.extraction)
         return extract(self.pair, examples, settings=settings, progress=self.progress)
 
     @property
@@ -222,7 +223,8 @@ class Experiment:
         path, moments = request.found(places, self._loaded)
         if moments is None:
             # a file beside the first is there for what the first lacks
-            self._make(path, request, examples, self.kept if path == places[0] and not layers else ())
+            more = self.kept if path == places[0] and not layers else []
+            self._make(path, replace(request, keep=[*request.keep, *more]), examples)
             moments = GradientMoments.load(path)
         if not shuffled:  # there is one of these for each seed, which is used once
             self._loaded[path] = moments
@@ -230,13 +232,11 @@ class Experiment:
             request.check(moments, path, self.pair, self.config.extraction, len(examples()))
         return moments
 
-    def _make(
-        self, path: Path, request: Request, examples: Callable[[], Sequence[Example]], kept: Sequence[str]
-    ) -> None:
+    def _make(self, path: Path, request: Request, examples: Callable[[], Sequence[Example]]) -> None:
         try:
-            self._extract(request, examples(), kept).save(path)
+            self._extract(request, examples()).save(path)
         except SPDError as error:
-            if self.begun is None or not (wanted := ",".join(request.parts())):
+            if self.begun is None or not (wanted := ",".join(request.keep)):
                 raise
             raise SPDError(
                 f"{self.path} has no moments with {wanted}, and they cannot be extracted here: {error}; where model "

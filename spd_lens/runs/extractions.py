@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,26 +32,28 @@ class Request:
     """With the answers permuted between the examples."""
     seed: int = 42
     """Of the permutation, or of the labels that are drawn."""
-    keep: Iterable[str] = ()
+    keep: str | Sequence[str] = ()
     sinks: str = "first"
+    """Which positions are a class of their own, so that it counts where classes are kept."""
     labels: str = "gold"
 
-    def settings(self, own: Extraction, others: Iterable[str] = ()) -> Extraction:
-        """The settings of `extract`, where `own` are those of the experiment, and `others` are kept too."""
+    def __post_init__(self) -> None:
+        wanted = self.keep.split(",") if isinstance(self.keep, str) else self.keep
+        if unknown := [part for part in wanted if part not in KEPT]:
+            raise SPDError(f"unknown keep {unknown[0]!r}; choose from {', '.join(KEPT)}")
+        object.__setattr__(self, "keep", tuple(part for part in KEPT if part in wanted))
+        if "classes" not in self.keep:
+            object.__setattr__(self, "sinks", "first")
+
+    def settings(self, own: Extraction) -> Extraction:
+        """The settings of `extract`, where `own` are those of the experiment."""
         changes: dict[str, Any] = {"loss": self.loss, "seed": self.seed, "sinks": self.sinks, "labels": self.labels}
         layers = {"layers": self.layers} if self.layers else {}
-        return own.model_copy(update={**changes, "keep": self.parts(*others), **layers})
-
-    def parts(self, *others: str) -> list[str]:
-        """What is to be kept beside the plain sums, with others, in their one order."""
-        wanted = {*self.keep, *others}
-        if unknown := sorted(wanted - {*KEPT}):
-            raise SPDError(f"unknown keep {unknown[0]!r}; choose from {', '.join(KEPT)}")
-        return [part for part in KEPT if part in wanted]
+        return own.model_copy(update={**changes, "keep": [*self.keep], **layers})
 
     def missing(self, moments: GradientMoments) -> list[str]:
         """What is asked for and not in these moments."""
-        return [part for part in self.parts() if part not in moments.kept]
+        return [part for part in self.keep if part not in moments.kept]
 
     def places(self, folder: Path, plain: Loss | None) -> list[Path]:
         """The files in which such moments may be: that of every extraction, and those of what it may lack.
@@ -65,13 +67,13 @@ class Request:
         how += f"-shuffled-{self.seed}" if self.shuffled else ""
         how += f"-{self.sinks}-sinks" if self.sinks != "first" else ""
         how += f"-{self.labels}-labels-{self.seed}" if self.labels != "gold" else ""
-        more = [self.parts(), KEPT] if self.keep else []
-        names = dict.fromkeys("-".join(["moments" + how, *kept]) for kept in ([], *more))
+        more = [self.keep, KEPT] if self.keep else []
+        names = dict.fromkeys("-".join(["moments" + how, *kept]) for kept in ((), *more))
         apart = folder if plain is None else folder / "analysis"
         return [(folder if name == "moments" else apart) / f"{name}.safetensors" for name in names]
 
     def found(
-        self, places: Iterable[Path], loaded: Mapping[Path, GradientMoments]
+        self, places: Sequence[Path], loaded: Mapping[Path, GradientMoments]
     ) -> tuple[Path, GradientMoments | None]:
         """Moments that serve, in memory or in a file, and their place; or the first free place, and None."""
         free = []
@@ -83,7 +85,7 @@ class Request:
                 free.append(path)
             elif not self.missing(moments):
                 return path, moments
-        return free[0], None
+        return [*free, path][0], None
 
     def check(self, moments: GradientMoments, path: Path, pair: ModelPair, own: Extraction, n_examples: int) -> None:
         """Raise `SPDError` unless the moments are of this model, these sites, so many examples, and texts read so."""
@@ -126,6 +128,8 @@ class InHand:
         """The moments, if they are what is asked for; else those of `others`, or `SPDError`."""
         lacking = [f"no {part} (--keep {part})" for part in keep if part not in self.moments.kept]
         for name, usual, wanted in (("sinks", "first", sinks), ("labels", "gold", labels)):
+            if name == "sinks" and "classes" not in keep:
+                continue
             if (there := self.moments.settings.get(name, usual)) != wanted:
                 lacking.append(f"{name} {there!r} and not {wanted!r} (--{name} {wanted})")
         if shuffled:

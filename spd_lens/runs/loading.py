@@ -69,11 +69,6 @@ def make_tasks(config: SPDConfig, *, trains: bool = True) -> Tasks:
     return source, targets
 
 
-def calibrated(source: Task, config: SPDConfig) -> Task:
-    """A source task with the spans that the settings ask for in calibration examples; None there: as it is."""
-    return source if config.span is None else source.spanned(config.span)
-
-
 def allow_execution(config: SPDConfig, tasks: Iterable[Task]) -> None:
     """Let tasks that score programs run them, where the settings say so."""
     for task in tasks if config.allow_code_execution else ():

@@ -13,7 +13,6 @@ from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
 from spd_lens.runs.experiment import Experiment
-from spd_lens.runs.loading import calibrated
 from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split
@@ -41,7 +40,7 @@ def check_data(experiment: Experiment) -> None:
     config, (source, targets) = experiment.config, experiment.made
     check_settings(config)
     say_protocol(experiment)
-    calibrated(source, config).calibration(config.n_calibration, config.data_seed)
+    source.spanned(config.span).calibration(config.n_calibration, config.data_seed)
     source.train(config.n_train, config.data_seed)
     for name, task in targets.items():
         task.test(config.n_test(name), config.data_seed)
@@ -63,7 +62,7 @@ def check_stage(experiment: Experiment, split: Split, n: int) -> None:
     config, source, calibrates = experiment.config, experiment.made[0], split == "calibration"
     check_settings(config)
     say_protocol(experiment)
-    drawn = calibrated(source, config) if calibrates else source
+    drawn = source.spanned(config.span) if calibrates else source
     getattr(drawn, split)(n, config.data_seed)  # refused before the model is read
     if calibrates:
         check_subspace(config, experiment.pair)

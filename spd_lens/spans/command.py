@@ -51,4 +51,4 @@ def _draw(source: Task, split: str, n: int | None, seed: int) -> list[Example]:
     side = cast(Split, split)
     if n is None:
         n = min(_DEFAULT_N, len(source.pool(side))) or _DEFAULT_N  # an empty split is refused by the draw
-    return source.draw(side, n, seed)
+    return source.kept(side, source.draw(side, n, seed))  # where programs have to be run first, it runs them

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from spd_lens.models import (
     LensHook,
     ModelPair,
     Parity,
+    drawn_tokens,
     dtype_name,
     fast_products,
     fastest_attention,
@@ -30,6 +32,7 @@ from spd_lens.models import (
     neutrally,
     positionwise_in_last_block,
     right_pad,
+    row_uniforms,
     run_only,
     run_twin,
     text_ids,
@@ -40,7 +43,7 @@ from spd_lens.models import (
 from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
-from spd_lens.subspaces.positions import positions_by_class
+from spd_lens.subspaces.positions import positions_by_class, sinks_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ def extract(
         examples: Calibration examples with completion and spans.
         settings: Which gradients are captured, and where. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
-            numbers per shard and site.
+            numbers per shard and site, half as many again with `keep="cross"`, and all of that five times with
+            `keep="classes"`.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Whether to show a progress bar.
@@ -80,17 +84,21 @@ def extract(
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
-            are all behind `max_calibration_tokens`, an unknown layer or kind.
+            are all behind `max_calibration_tokens`, an unknown layer or kind, or sinks of classes that are not kept.
     """
     shards = whole("shards", shards)
     settings = _checked(Extraction.given(settings, keywords, "extract"))
+    if settings.sinks != "first" and "classes" not in settings.keep:
+        raise SPDError(
+            f"sinks={settings.sinks!r} would do nothing: the sums are kept over all positions; add keep='classes'"
+        )
     sites = pair.sites(settings.layers, settings.kinds)
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
     recorded |= {**_unusual(pair, settings), **settings.label}
     moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
         shard, encoded = rows.index % shards, rows.encoded
-        positions = positions_by_class(encoded)
+        positions = positions_by_class(encoded, rows.sinks)
         for site in sites:
             moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
         moments.count(shard, rows.loss, len(encoded.ids), encoded.scored, positions)
@@ -99,45 +107,52 @@ def extract(
 
 def _checked(settings: Extraction) -> Extraction:
     """The settings with `keep` as a list; `SPDError` for a choice that there is not."""
-    keep = settings.keep.split(",") if isinstance(settings.keep, str) else list(settings.keep)
+    keep = settings.keep.split(",") if isinstance(settings.keep, str) else [str(name) for name in settings.keep or ()]
     settings = settings.model_copy(update={"keep": [name.strip() for name in keep if name.strip()]})
     for name, choices in _CHOICES.items():
         found = getattr(settings, name)
         for one in found if isinstance(found, list) else [found]:
             if one not in choices:
                 raise SPDError(f"unknown {name} {one!r}; choose from {', '.join(choices)}")
+    whole("seed", settings.seed, least=None)
     return settings
 
 
 _CHOICES = {
-    "engine": ("lens", "twin"), "keep": ("classes", "cross"), "sinks": ("first",),
-    "labels": ("gold",),
+    "engine": ("lens", "twin"), "keep": ("classes", "cross"), "sinks": ("first", "attended"),
+    "labels": ("gold", "sampled"),
 }  # fmt: skip
 _USUAL: dict[str, tuple[Any, ...]] = {
     "prompt_format": ("chat", "raw"), "add_special_tokens": (True,), "span_rule": ("overlap",),
-    "max_calibration_tokens": (None,),
+    "max_calibration_tokens": (None,), "sinks": ("first",), "labels": ("gold",), "seed": (None,),
 }  # fmt: skip
-"""Settings that decide which text is read and what of it is scored, with the values that moments do not record."""
+"""Settings that decide which text is read, what of it is scored and towards what, with the values that moments do not
+record."""
 
 
 def _unusual(pair: ModelPair, settings: Extraction) -> dict[str, Any]:
-    values = {**pair.format.settings, "max_calibration_tokens": settings.max_calibration_tokens}
+    values = {
+        **pair.format.settings, "max_calibration_tokens": settings.max_calibration_tokens, "labels": settings.labels,
+        "sinks": settings.sinks if "classes" in settings.keep else "first",
+        "seed": settings.seed if settings.labels == "sampled" else None,
+    }  # fmt: skip
     return {name: values[name] for name, usual in _USUAL.items() if values.get(name, usual[0]) not in usual}
 
 
 def check_texts(moments: GradientMoments, pair: ModelPair, settings: Extraction, what: str) -> None:
-    """Raise `SPDError` if these settings would write, score or cut texts in another way than the moments' were.
+    """Raise `SPDError` if these settings would write, score or cut texts in another way than the moments' were, or keep
+    something that the moments do not. They may keep more.
 
     `what` is what a message calls the moments.
     """
-    asked = _unusual(pair, settings)
+    settings = _checked(settings)
+    asked, instead = _unusual(pair, settings), "give the experiment another folder, or remove the file to extract again"
     for name in _USUAL:
         found, wanted = (one.get(name, "its usual value") for one in (moments.settings, asked))
-        if found != wanted:
-            raise SPDError(
-                f"{what} holds an extraction whose {name} was {found}, and not {wanted}; give the experiment another "
-                "folder, or remove the file to extract again"
-            )
+        if found != wanted and (name != "sinks" or "classes" in settings.keep):
+            raise SPDError(f"{what} holds an extraction whose {name} was {found}, and not {wanted}; {instead}")
+    if lost := [name for name in settings.keep if name not in moments.kept]:
+        raise SPDError(f"{what} holds an extraction that does not keep {lost[0]}; {instead}")
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,8 @@ class TokenGradients:
     """`∂ loss / ∂ activation`, float64, all heads side by side."""
     activation: dict[Site, Float[Tensor, "token width"]]
     """The activation itself, in the model's dtype."""
+    sinks: tuple[int, ...] = (0,)
+    """Positions on which attention rests: the first, or what `sinks="attended"` finds."""
 
 
 @neutrally
@@ -182,9 +199,11 @@ def token_gradients(
     if batch_tokens is None:
         batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
     tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
+    layers = sorted({site.layer for site in sites})
     with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
         for batch in pair.batches(encoded, batch_tokens):
-            yield from _batch_gradients(tap, batch, [encoded[i] for i in batch], pair)
+            for rows in _batch_gradients(tap, batch, [encoded[i] for i in batch], pair, settings):
+                yield replace(rows, sinks=sinks_of(pair, rows.encoded, layers, settings.sinks))
             bar.update(len(batch))
 
 
@@ -208,13 +227,16 @@ def _tap(pair: ModelPair, sites: Sequence[Site], engine: str, longest: int) -> T
     return Tap(pair, sites, on_lens=False)
 
 
-def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair) -> Iterator[TokenGradients]:
+def _batch_gradients(
+    tap: Tap, indices: list[int], batch: list[Encoded], pair: ModelPair, settings: Extraction
+) -> Iterator[TokenGradients]:
     tokens, mask = right_pad([e.ids for e in batch], pair.pad_id, pair.device)
     row = torch.tensor([i for i, e in enumerate(batch) for _ in e.scored], device=pair.device)
     target = torch.tensor([t for e in batch for t in e.scored], device=pair.device)
     with torch.enable_grad(), fast_products(pair.device, pair.dtype), tap.tapped() as activations:
         logits = tap.logits_at(tokens, mask, row, target - 1)  # position t - 1 predicts token t
-        losses = token_losses(logits, tokens[row, target])
+        labels = tokens[row, target] if settings.labels == "gold" else _sampled(logits, batch, settings.seed)
+        losses = token_losses(logits, labels)
         sizes = torch.tensor([len(e.scored) for e in batch], device=pair.device)
         per_example = torch.zeros(len(batch), device=pair.device, dtype=losses.dtype)
         per_example = per_example.index_add(0, row, losses / sizes[row])  # mean over S (Eq. 6)
@@ -236,6 +258,15 @@ def _batch_gradients(tap: Tap, indices: list[int], batch: list[Encoded], pair: M
             },
             activation={site: x.detach()[i, :length].flatten(1) for site, x in activations.items()},
         )
+
+
+def _sampled(logits: Float[Tensor, "row d_vocab"], batch: Sequence[Encoded], seed: int) -> Int[Tensor, " row"]:
+    """A label for each scored position of a batch, drawn from the model's own distribution there.
+
+    The noise belongs to the text and to the place among its scored tokens, so no batch, order or id changes a label.
+    """
+    uniforms = [row_uniforms(seed, f"label {e.ids}", 0, len(e.scored)) for e in batch]
+    return drawn_tokens(logits, torch.from_numpy(np.concatenate(uniforms)))
 
 
 def fitting_tokens(pair: ModelPair, n_layers: int) -> int:

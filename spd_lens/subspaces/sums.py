@@ -241,7 +241,8 @@ class TokenSums:
         tensors = {f"{name}.{site}": v for name in _PER_SITE for site, v in getattr(self, name).items()}
         tensors |= {name: getattr(self, name) for name in _PER_SHARD}
         for name, part in self.classes.items():
-            tensors |= {f"{name}/{key}": value for key, value in part._tensors().items()}
+            # copies: a region of one class is that class, and a file takes no tensor under two names
+            tensors |= {f"{name}/{key}": value.clone() for key, value in part._tensors().items()}
         return tensors
 
     @classmethod

@@ -29,9 +29,11 @@ def stands_in(value: str, text: str) -> bool:
         return False
     if re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text):
         return True
-    bare = value.removeprefix("$")
-    return bool(_NUMBER.fullmatch(bare)) and _value(bare) in map(_value, _NUMBER.findall(text))
+    number = value_of(value)
+    return isinstance(number, Decimal) and number in map(value_of, _NUMBER.findall(text))
 
 
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", ""))
+def value_of(text: str) -> Decimal | str:
+    """What makes two texts the same value: a number's size, however it is written; of any other text, the text."""
+    bare = text.strip().removeprefix("$")
+    return Decimal(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else text

@@ -14,7 +14,7 @@ from spd_lens.evaluation.evaluate import evaluate
 from spd_lens.evaluation.results import EvalResult
 from spd_lens.generation.corpus import Corpus, settings_path
 from spd_lens.generation.generate import generate
-from spd_lens.generation.sampling import row_uniforms
+from spd_lens.models.drawing import row_uniforms
 from spd_lens.models.load import load
 from tests.helpers import refused
 

@@ -10,7 +10,8 @@ from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from spd_lens.errors import SPDError
-from spd_lens.generation.sampling import Sampling, choose, draw, row_uniforms, truncated
+from spd_lens.generation.sampling import Sampling, choose, truncated
+from spd_lens.models.drawing import draw, row_uniforms
 
 
 class Sampler:

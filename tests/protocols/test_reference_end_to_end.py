@@ -31,7 +31,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2C
 import spd_lens as spd
 from spd_lens.analysis.gain.completions import completions, open_all
 from spd_lens.analysis.gain.factorial import grid
-from spd_lens.generation.sampling import row_uniforms
+from spd_lens.models.drawing import row_uniforms
 from spd_lens.runs import fitted
 from spd_lens.sandbox import available, passes_tests
 from spd_lens.sites import Site

@@ -94,8 +94,8 @@ def test_characters_that_the_tokenizer_drops_are_shown_too(chat, monkeypatch):
 
 
 def test_an_ordinary_example_has_no_flags(chat):
-    item = one(Example("7 * 3", "7 * 3 = 21 dollars.\n#### 21", ((25, 27),)), chat)
-    assert (item.flags, item.suspicious) == ((), False)
+    item = one(Example("7 * 3", "7 * 3 = 21 dollars.\n", ((8, 10),)), chat)
+    assert (item.flags, item.suspicious, item.copied) == ((), False, 0)
 
 
 def test_no_span(chat):
