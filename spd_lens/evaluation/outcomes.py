@@ -34,7 +34,7 @@ SAYS: Mapping[str, str] = {
     "answer_only_loss": "The loss on the answer where it is asked for without reasoning: no solution helps.",
     "rest_loss": "The loss on tokens of the gold solution that are neither results nor copies: its wording.",
     "completion_loss": "The loss on all tokens of the gold solution.",
-    "kl": "KL(base || policy) on all tokens of the gold solution: how much changed, for better or worse.",
+    "kl": "How far the policy is from the base on all tokens of the gold solution, for better or worse.",
     "token_accuracy": "The share of the gold solution's tokens that are the most probable next one.",
 }
 """What each of them says."""

@@ -210,7 +210,7 @@ def _outcomes(base: Forced) -> list[str]:
 
 def _by_outcome(groups: Mapping[str, Forced], other: Forced | None) -> list[str]:
     """Outcomes side by side: a row for each, with the base's mean and every policy's paired change from it."""
-    columns = ["outcome", "base", *(f"{label}, minus base" for label in groups if label != "base"), "what it says"]
+    columns = ["outcome", "base", *(f"{label} − base" for label in groups if label != "base"), "what it says"]
     asked = [(OUTCOMES[outcome], groups, outcome, SAYS[outcome]) for outcome in _outcomes(groups["base"])]
     if other:
         says = f"The same on {len(other['base'])} short texts of plain prose, which SPD was not aimed at."

@@ -65,9 +65,8 @@ def test_parts_of_a_completion_have_their_own_loss(tiny_pair, policies):
         expected = [mean_over(losses, marks.get(name, ())) for name in ("results", "copies")]
         both = [span for spans in marks.values() for span in spans]
         expected.append(mean_over(losses, both, inside=False) if both else None)
-        assert [getattr(mine, name) for name in PARTS] == [
-            value and pytest.approx(value, rel=1e-4) for value in expected
-        ]
+        for name, value in zip(PARTS, expected, strict=True):
+            assert getattr(mine, name) == (value and pytest.approx(value, rel=1e-4)), (item.id, name)
     both, computed = found["base"][0], found["base"][-1]
     assert len({both.results_loss, both.copies_loss, both.rest_loss, both.completion_loss}) == 4
     assert both.copies_loss == both.aligned_loss
@@ -108,14 +107,15 @@ def test_policies_that_are_not_measured_now_stay_as_they_are(tiny_pair, policies
     assert filled["known"] == known and filled["projected"][0].answer_only_loss is not None
 
 
-def test_an_item_that_is_its_own_answer_is_not_measured_again(tiny_pair, policies):
-    task = tasks.get("synthetic-qa")
+@pytest.mark.parametrize(("name", "options"), [("synthetic-math", {"span": "answer-only"}), ("synthetic-qa", {})])
+def test_an_item_that_is_its_own_answer_is_not_measured_again(tiny_pair, policies, name, options):
+    task = tasks.get(name, **options)
     items = task.test(3, 42)
     assert [task.answer_only(item) for item in items] == items
     found = measured(tiny_pair, items, policies)
-    filled = with_answer_only(tiny_pair, task, items, policies, found, progress=False)
-    for name in found:
-        assert [i.answer_only_loss for i in filled[name]] == [i.aligned_loss for i in found[name]]
+    filled = with_answer_only(None, task, items, policies, found)  # no model, no pass
+    for policy, before in found.items():
+        assert [item.answer_only_loss for item in filled[policy]] == [item.aligned_loss for item in before]
 
 
 def test_what_does_not_fit_or_has_no_such_form_has_no_loss(tiny_pair, policies, monkeypatch):
