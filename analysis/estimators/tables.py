@@ -53,9 +53,7 @@ def differences(held: Held) -> pd.DataFrame:
             own, unchanged = own[:, there], np.broadcast_to(base[:, there], (len(own), there.sum()))
             facts = {**held.place.facts, **entrant.columns, "outcome": outcome, "primary": outcome == first}
             facts |= {"n_items": int(there.sum()), "n_draws": len(own)}
-            changes.append(
-                {**facts, "against": BASE, "compared": (own, np.broadcast_to(base[:, there], own.shape), True)}
-            )
+            changes.append({**facts, "against": BASE, "compared": (own, unchanged, True)})
             for against in () if entrant.estimator == RANDOM else (RANDOM, PAPER):
                 other = Entrant(against, OWN, entrant.rank)
                 values = held.values(other, outcome)
