@@ -8,7 +8,8 @@ from decimal import Decimal
 
 from spd_lens.examples import Span
 
-_NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+"""A number of its own as solutions write it, without its sign and unit."""
 
 
 def copies(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
@@ -30,10 +31,10 @@ def stands_in(value: str, text: str) -> bool:
     if re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text):
         return True
     number = value_of(value)
-    return isinstance(number, Decimal) and number in map(value_of, _NUMBER.findall(text))
+    return isinstance(number, Decimal) and number in map(value_of, NUMBER.findall(text))
 
 
 def value_of(text: str) -> Decimal | str:
     """What makes two texts the same value: a number's size, however it is written; of any other text, the text."""
     bare = text.strip().removeprefix("$")
-    return Decimal(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else text
+    return Decimal(bare.replace(",", "")) if NUMBER.fullmatch(bare) else text
