@@ -16,7 +16,7 @@ from spd_lens.analysis.sweeps import ranks as rank_sweep
 from spd_lens.analysis.sweeps.engine import measure, sweep
 from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.report import default_cell, report
-from spd_lens.analysis.sweeps.store import Store
+from spd_lens.analysis.sweeps.store import MEASURES, Store
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
 from spd_lens.sites import Site
@@ -25,7 +25,6 @@ from tests.helpers import EXAMPLES, hook_at, refused
 
 sweep_figures = importlib.import_module("spd_lens.analysis.sweeps.figures")
 
-MEASURES_OF_BOTH = ("aligned_loss", "completion_loss", "kl")
 GRID = Grid(ranks=[1, 2, 4], layers=["3", "last_mid", "all"], n_random=3)
 
 
@@ -251,19 +250,22 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     (run / "grid.yaml").write_text("ranks: [1, 4]\nprojectors: [per_head]\nn_items: 4\n")
     subject = Subject(run, pair=tiny_pair, progress=False)
     grid = Grid.read(run / "grid.yaml", rank_sweep.own_layers(subject.run.config))
-    advice = report("rank_sweep", subject, grid)
+    also = {"answer_only": True, "other_text": True}
+    advice = report("rank_sweep", subject, grid, **also)
     table = subject.saved("rank_sweep")
+    assert set(table["measure"]) == set(MEASURES)  # synthetic math has results and copies, and can ask for answers alone
+    assert "results loss" in advice.reason
     assert sorted(table["rank"].unique()) == [1, 4] and set(table["layers"]) == {"last_mid"}
     assert subject.facts("rank_sweep")["reason"] == advice.reason
     page = (run / "analysis" / "rank_sweep.html").read_text(encoding="utf-8")
-    assert advice.reason.split(":")[0].split("(")[0] in page
+    assert advice.reason.split(":")[0].split("(")[0] in page and "copying is not enough" in page
     dear = subject.saved("rank_sweep-chosen")
     default = default_cell(subject, subject.moments_everywhere())
     assert default.name == "L1+3.kv.all.per_head.r4"
     assert {"base", default.name} <= set(dear["cell"])
-    assert {*MEASURES_OF_BOTH, "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
+    assert {*MEASURES, "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
     assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
-    assert report("rank_sweep", subject, grid, generate=False) == advice  # from what was kept
+    assert report("rank_sweep", subject, grid, generate=False, **also) == advice  # from what was kept
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
 
 
