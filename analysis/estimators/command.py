@@ -23,9 +23,9 @@ from spd_lens.output import set_up_logging
 
 def main(
     places: Annotated[list[Path], typer.Argument(help="Run directories, or YAML files with the settings of a run.")],
-    contest: Annotated[Path, typer.Option(help="YAML file with what is compared; see docs/estimators.md.")],
+    contest: Annotated[Path, typer.Option(help="YAML file with what is compared; see docs/contest.md.")],
     predictions: Annotated[
-        Path | None, typer.Option(help="YAML file with what was predicted, and when; see docs/estimators.md.")
+        Path | None, typer.Option(help="YAML file with what was predicted, and when; see docs/contest.md.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write to; analysis/contest of the run if not given.")
