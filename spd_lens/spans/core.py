@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from typing import Any, Literal
 from spd_lens.errors import SPDError, shortened
 from spd_lens.examples import Example, Span, worked_examples
 from spd_lens.models import JointText, Loss, PromptFormat, SpanRule, overlapping
+from spd_lens.tasks import copies, stands_in
 
-FlagKind = Literal["unusable", "empty", "whole", "begins-inside", "ends-inside", "in-prompt", "shared"]
+FlagKind = Literal["unusable", "empty", "whole", "begins-inside", "ends-inside", "in-prompt", "copied", "shared"]
 
 KINDS: dict[FlagKind, str] = {
     "unusable": "cannot be used",
@@ -23,6 +24,7 @@ KINDS: dict[FlagKind, str] = {
     "begins-inside": "a span begins inside a token",
     "ends-inside": "a span ends inside a token",
     "in-prompt": "an answer stands in the prompt too",
+    "copied": "an answer stands earlier in the completion",
     "shared": "prompt and completion share a token",
 }
 """What each kind of flag means."""
@@ -71,6 +73,8 @@ class AuditedExample:
     pieces: tuple[Piece, ...]
     """The whole sequence, chat template included; empty if the text could not be tokenised."""
     flags: tuple[Flag, ...]
+    copied: int = 0
+    """Scored tokens of the completion whose span stands earlier in it, as a word or number of its own."""
 
     @property
     def size(self) -> int:
@@ -129,6 +133,13 @@ class Audit:
         low, high = self.paper_sizes
         return sum(low <= size <= high for size in self.sizes) / len(self.sizes)
 
+    @property
+    def share_copied(self) -> float | None:
+        """Share of all scored tokens that can be copied from earlier in their completion; None without spans."""
+        if self.loss != "aligned" or not self.sizes:
+            return None
+        return sum(item.copied for item in self.examples) / sum(self.sizes)
+
     def flag_counts(self) -> dict[FlagKind, tuple[int, int]]:
         """Number of examples with a flag of each kind: suspicious ones, and those with harmless ones only."""
         bad = Counter(kind for item in self.examples for kind in {flag.kind for flag in item.flags if flag.suspicious})
@@ -165,6 +176,7 @@ class Audit:
             "span_tokens": {"min": min(sizes), "median": median(sizes), "max": max(sizes)} if sizes else {},
             "paper_span_tokens": self.paper_sizes,
             "share_in_paper_range": self.share_in_paper_sizes,
+            "share_copied": self.share_copied,
             "suspicious": len(self.suspicious),
             "flags": {kind: {"suspicious": bad, "notes": notes} for kind, (bad, notes) in self.flag_counts().items()},
         }
@@ -193,12 +205,14 @@ def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExamp
     flags: list[Flag] = []
     start = next((i for i, (low, high) in enumerate(joint.offsets) if low < high > joint.completion_at), len(joint.ids))
     scored: list[int] = []
+    copied: tuple[int, ...] = ()
+    repeated = copies(example.completion, example.spans)
     if loss == "aligned" and example.completion and not example.measurable:
         flags.append(Flag("empty", "no span says which characters decide correctness"))
     else:
         try:
-            encoded = format.encode(example, loss)
-            start, scored = encoded.completion_start, encoded.scored
+            encoded = format.encode(replace(example, marks={"copied": repeated}), loss)
+            start, scored, copied = encoded.completion_start, encoded.scored, encoded.marked.get("copied", ())
         except SPDError as error:
             flags.append(Flag("unusable", str(error)))
     pieces = tuple(_pieces(joint, start, set(scored), format.tokenizer))
@@ -207,7 +221,8 @@ def _audited(example: Example, format: PromptFormat, loss: Loss) -> AuditedExamp
     if scored and loss == "aligned":
         spans = [(low, high) for _, _, low, high in format.places(example, joint)]
         flags += [*_blank(example), *_whole(pieces), *_cut_tokens(spans, joint, format.span_rule), *_in_prompt(example)]
-    return AuditedExample(example, pieces, tuple(flags))
+        flags += _copied(example, repeated)
+    return AuditedExample(example, pieces, tuple(flags), len(set(copied) & set(scored)))
 
 
 def _pieces(joint: JointText, start: int, scored: set[int], tokenizer: Any) -> Iterable[Piece]:
@@ -285,7 +300,7 @@ def _cut_tokens(spans: Sequence[Span], joint: JointText, rule: SpanRule) -> Iter
 def _in_prompt(example: Example) -> Iterable[Flag]:
     values = list(dict.fromkeys(example.completion[low:high].strip() for low, high in example.spans))
     values = [value for value in values if value]
-    seen = [value for value in values if _stands_in(value, example.prompt)]
+    seen = [value for value in values if stands_in(value, example.prompt)]
     if seen:
         shown = _listed([_short(value) for value in seen])
         count = f"{len(seen)} of {len(values)} answers: " if len(values) > 1 else ""
@@ -294,9 +309,13 @@ def _in_prompt(example: Example) -> Iterable[Flag]:
         yield Flag("in-prompt", f"{count}{shown} can be read in the prompt", suspicious=not letters)
 
 
-def _stands_in(value: str, text: str) -> bool:
-    """Whether `value` occurs as a word or number of its own: 5 does not in 15, 1.5 or 5,000."""
-    return bool(re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text))
+def _copied(example: Example, repeated: Sequence[Span]) -> Iterable[Flag]:
+    """A remark, since the answer of nearly every worked solution is one: the share of all examples is what counts."""
+    values = dict.fromkeys(example.completion[low:high].strip() for low, high in repeated)
+    if values:
+        count = f"{len(repeated)} of {len(example.spans)} spans: " if len(example.spans) > 1 else ""
+        shown = _listed([_short(value) for value in values])
+        yield Flag("copied", f"{count}{shown} can be copied from earlier in the completion", suspicious=False)
 
 
 def _listed(items: Sequence[str]) -> str:

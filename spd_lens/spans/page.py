@@ -46,6 +46,8 @@ def _tiles(found: Audit) -> Iterator[tuple[str, str]]:
     if found.paper_sizes and found.share_in_paper_sizes is not None:
         said = f"of examples have the paper's |S|, {between(found.paper_sizes)} (table 6)"
         yield f"{found.share_in_paper_sizes:.0%}", said
+    if found.share_copied:
+        yield f"{found.share_copied:.0%}", "of the scored tokens can be copied from earlier in the completion"
     yield f"{len(found.suspicious)} of {total}", "are suspicious"
 
 

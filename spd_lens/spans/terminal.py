@@ -39,7 +39,7 @@ def print_audit(console: Console, found: Audit, *, title: str, show: int = 3) ->
 
 
 def headline(found: Audit) -> str:
-    """The audit in two or three sentences."""
+    """The audit in a few sentences."""
     total, sizes = len(found.examples), found.sizes
     parts = [f"{len(sizes)} of {total} examples have scored tokens."]
     if sizes:
@@ -49,6 +49,8 @@ def headline(found: Audit) -> str:
             f"The paper's table 6 says {between(found.paper_sizes)} for {found.task}: "
             f"{found.share_in_paper_sizes:.0%} of these examples lie there."
         )
+    if found.share_copied:
+        parts.append(f"{found.share_copied:.0%} of the scored tokens can be copied from earlier in the completion.")
     n = len(found.suspicious)
     parts.append(f"{n} of {total} {'is' if n == 1 else 'are'} suspicious." if n else "Nothing is suspicious.")
     return " ".join(parts)

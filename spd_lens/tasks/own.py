@@ -6,15 +6,14 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
-
-import regex  # like `re`, with a time limit: patterns come from data files
+from typing import Any, ClassVar, Literal
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools, Split, Task, check_count, split_off
+from spd_lens.tasks.marks import copies
+from spd_lens.tasks.patterns import compiled, last_match
 from spd_lens.tasks.scoring.numbers import final_number
 from spd_lens.tasks.scoring.reading import answer_part
 from spd_lens.tasks.scoring.values import is_number, same_number
@@ -22,15 +21,11 @@ from spd_lens.tasks.scoring.words import same_text, short_answer
 from spd_lens.tasks.sources import Row, read_rows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "train", "test")
-_KNOWN = ("id", "split", "prompt", "completion", "spans", "prompt_spans", "answer", "pattern")
+_KNOWN = ("id", "split", "prompt", "completion", "spans", "prompt_spans", "answer", "pattern", "results")
 _PLACE = "{prompt}"
 """Where the prompt of a record stands in a template."""
-_SECONDS = 2.0
-"""Time that one search for a pattern may take."""
 _SECONDS_IN_ALL = 60.0
 """Time that a data set's slow searches (of a hundredth of a second or more) may take together."""
-_MOST_COUNTED = 200_000
-"""Steps that a pattern may have once its counts (`{2,5}`) are written out, which is what its compilation takes."""
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
@@ -41,7 +36,8 @@ class OwnData(Task):
     Every record has a `prompt`; one with a `completion` also has `spans` (a list of `[start, end]` in characters of
     the completion), `answer` (a text that stands in the completion; its last occurrence counts) or `pattern` (a
     regular expression with a named group, which is the span; its last match counts), or `prompt_spans` (a list of
-    `[start, end]` in characters of the prompt), alone or beside one of the three. `id` and `split` are optional.
+    `[start, end]` in characters of the prompt), alone or beside one of the three. `results` (a list of `[start, end]`
+    in characters of the completion) says where something is computed. `id` and `split` are optional, too.
 
     Records without a completion are prompts: they serve for training, since the model answers those itself. Scored by
     normalised exact match of the answer, which is the text of the last span. Where a completion's line (or the whole of
@@ -57,6 +53,8 @@ class OwnData(Task):
     prompt_template: str | None = None
     """The text of every prompt, with `{prompt}` where the record's own stands. Prompt and completion are then taken as
     they are written. None: white space is taken off the end of the prompt and the beginning of the completion."""
+    span: Literal["given", "results"] = "given"
+    """What decides correctness: what the records say, or their `results`."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _seconds_left: float = field(default=_SECONDS_IN_ALL, init=False, repr=False, compare=False)
 
@@ -74,6 +72,13 @@ class OwnData(Task):
             compiled(self.pattern, "the option pattern")
         if self.prompt_template is not None:
             check_template(self.prompt_template)
+        self.check_option("span", ("given", "results"))
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if self.span == "given":  # records that were written before this option lack it
+            del options["span"]
+        return options
 
     @property
     def label(self) -> str:
@@ -153,7 +158,7 @@ class OwnData(Task):
     def _gold(item: Example) -> Span:
         """Where in an item's completion its answer stands."""
         if item.spans:
-            return item.spans[-1]
+            return item.meta.get("answer") or item.spans[-1]
         if item.completion:
             raise SPDError(
                 f"{item.id} has spans in its prompt only, so that completions cannot be scored; give it spans, answer "
@@ -201,13 +206,21 @@ class OwnData(Task):
             return Example(prompt, id=id, prompt_spans=prompt_spans)
         completion = row.text("completion")
         spans = self._spans(row, completion)
-        if self.prompt_template is None:
-            # leading white space would be doubled where the completion is joined to the prompt
-            cut = len(completion) - len(completion.lstrip())
-            completion, spans = completion[cut:], [(max(0, start - cut), end - cut) for start, end in spans]
-        if any(end <= 0 for _, end in spans):
+        results = spans_of(row, "results", completion, "completion") if "results" in row.data else []
+        # leading white space would be doubled where the completion is joined to the prompt
+        cut = len(completion) - len(completion.lstrip()) if self.prompt_template is None else 0
+        completion = completion[cut:]
+        spans, results = ([(max(0, start - cut), end - cut) for start, end in given] for given in (spans, results))
+        if any(end <= 0 for _, end in (*spans, *results)):
             raise SPDError(f"{row.where}: a span covers nothing but the white space before the completion")
-        return Example(prompt, completion, tuple(spans), id, {"pattern": row.data.get("pattern")}, prompt_spans)
+        meta = {"pattern": row.data.get("pattern")}
+        marks = {"results": results, "copies": copies(completion, spans)}
+        if self.span == "results":
+            if not (results and spans):
+                lacks = "an answer" if results else "the field 'results'"
+                raise SPDError(f"{row.where}: with span='results' a record with a completion needs {lacks}; add it")
+            meta["answer"], spans, prompt_spans = spans[-1], results, ()
+        return Example(prompt, completion, tuple(spans), id, meta, prompt_spans, marks)
 
     def _prompt(self, row: Row) -> tuple[str, tuple[Span, ...]]:
         """The prompt as the model is asked it, and the spans in it."""
@@ -288,52 +301,3 @@ def between(before: str, after: str, text: str) -> str | None:
                 if said.startswith(first) and said.endswith(last) and len(said) > len(first) + len(last):
                     return said[len(first) : len(said) - len(last)].strip()
     return None
-
-
-@lru_cache(maxsize=256)
-def compiled(pattern: str, where: str) -> tuple[regex.Pattern[str], str]:
-    """A pattern and the name of the group that is the span: `answer`, or the only named group."""
-    if written_out(pattern) > _MOST_COUNTED:
-        raise SPDError(
-            f"{where}: the counts in the regular expression {pattern[:80]!r} multiply to too much; lower them"
-        )
-    try:
-        ready = regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise SPDError(f"{where}: the regular expression {pattern[:80]!r} does not compile ({error})") from error
-    names = list(ready.groupindex)
-    group = "answer" if "answer" in names else names[0] if len(names) == 1 else None
-    if group is None:
-        raise SPDError(
-            f"{where}: the regular expression {pattern[:80]!r} needs a named group for the span, "
-            f"(?P<answer>...), and has {len(names)} named groups"
-        )
-    return ready, group
-
-
-def written_out(pattern: str) -> int:
-    """How many steps a regular expression has with every `x{2,5}` written out as `xxxxx`."""
-    totals, last = [0], 0
-    for match in re.finditer(r"\\.|\[\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})(?:,(\d{0,9}))?\}|.", pattern, re.DOTALL):
-        if match[1]:
-            totals[-1] += last * (max(int(match[1]), int(match[2] or 0)) - 1)
-            continue
-        if match[0] == "(":
-            totals.append(0)
-        elif match[0] == ")" and len(totals) > 1:
-            last = totals.pop()
-            totals[-1] += last
-        else:
-            last = 1
-            totals[-1] += 1
-    return sum(totals)
-
-
-def last_match(pattern: str, text: str, where: str) -> Span | None:
-    """Where the pattern's group last matches in `text` with at least one character."""
-    ready, group = compiled(pattern, where)
-    try:
-        found = [match.span(group) for match in ready.finditer(text, timeout=_SECONDS)]
-    except TimeoutError as error:
-        raise SPDError(f"{where}: the regular expression {pattern[:80]!r} takes too long; make it simpler") from error
-    return next((span for span in reversed(found) if 0 <= span[0] < span[1]), None)

@@ -171,7 +171,7 @@ def test_bad_records_name_file_and_line(write, record, message):
 
 
 def test_a_runaway_pattern_is_stopped(write, monkeypatch):
-    monkeypatch.setattr("spd_lens.tasks.own._SECONDS", 0.2)
+    monkeypatch.setattr("spd_lens.tasks.patterns._SECONDS", 0.2)
     record = {"prompt": "p", "completion": "a" * 3000 + "x", "pattern": r"(?P<answer>(.*)(.*)(.*)(.*)[xy]\d)"}
     with pytest.raises(SPDError, match="mine.jsonl, line 1: .*takes too long"):
         load(write, record).train(1)
