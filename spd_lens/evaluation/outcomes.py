@@ -91,7 +91,7 @@ def with_answer_only(
         found: By the policy's name, one measured item per item of `items`.
         progress: Whether to show a progress bar.
     """
-    forms = {item.id: asked for item in items if (asked := task.answer_only(item)) is not None}
+    forms = {item.id: form for item in items if (form := task.answer_only(item)) is not None}
     same = {item.id for item in items if forms.get(item.id) == item}
     asked = fitting(pair, [form for id, form in forms.items() if id not in same])
     again = teacher_forced(pair, asked, policies, progress=progress) if asked else {}
