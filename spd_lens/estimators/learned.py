@@ -47,8 +47,8 @@ class Learned(Estimator):
     lr = 0.03
     """By how many radians the first step turns a direction, in the root mean square over all; it falls linearly to 0.
 
-    The gradient gives the direction of a step and not its length: curvature differs a hundredfold between models. Nor is
-    rounding amplified, as Adam would: the loss does not change when a basis turns within its span.
+    The gradient gives the direction of a step and not its length: curvature differs a hundredfold between models. And
+    rounding is not amplified, as by Adam: the loss does not change when a basis turns within its span.
     """
     momentum = 0.5
     """Of the direction: a step averages over about two batches."""
