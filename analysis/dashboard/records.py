@@ -69,14 +69,14 @@ def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
         shown[name] = {field: interval(mean_interval(values)) for field, values in group.items()}
     if controls:
         shown["each"] = {field: [fmean(changes[name][field]) for name in controls] for field in fields}
-        shown["says"] = [
-            difference_sentence(
+        shown["says"] = {
+            field: difference_sentence(
                 paired_difference(groups["random"][field], groups["projected"][field]),
                 measure=OUTCOMES[field][0].upper() + OUTCOMES[field][1:], first="random", second="projected",
             )
             for field in fields
             if "projected" in groups
-        ]  # fmt: skip
+        }  # fmt: skip
     return shown
 
 
