@@ -14,7 +14,7 @@ import pandas as pd
 import plotly
 
 from spd_lens.analysis import ANALYSES
-from spd_lens.analysis.common import LOSS_FIELDS, Subject, by_item, deciding, known, word_diff
+from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, by_item, deciding, known, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import NEUTRAL, OUTCOMES, ItemResult
@@ -60,7 +60,7 @@ def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
         for name, values in found.items()
     }
     controls = [name for name in changes if name.startswith("random-")]
-    groups = {name: changes[name] for name in ("projected", "spd") if name in changes}
+    groups: dict[str, Values] = {name: changes[name] for name in ("projected", "spd") if name in changes}
     if controls:
         groups["random"] = {field: np.mean([changes[name][field] for name in controls], axis=0) for field in fields}
     shown: dict[str, Any] = {"task": "other text" if side else visible(task), "fields": fields}
