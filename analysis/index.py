@@ -39,7 +39,7 @@ register("spectra", ".spectra.command", "how low-rank are the gradients: singula
 register("overlap", ".overlap.command", "do two subspaces hold each other's gradients, by site and head")
 register("rank-sweep", ".sweeps.ranks", "what each rank costs and brings, against random subspaces")
 register("layer-sweep", ".sweeps.layers", "the same for layers and kinds; recommends layers and rank")
-register("heads", ".heads.command", "layer × head maps of gradient energy and of the effect of projecting one head")
+register("heads", ".heads.command", "layer × head maps of gradient energy and of what projecting one head changes")
 register("directions", ".directions.command", "what singular directions read and write, in tokens")
 register("tokens", ".tokens.command", "where in the text the gradient sits")
 register("calibration-size", ".calibration.size", "how many examples a subspace needs, and what spoils it")

@@ -57,7 +57,7 @@ from spd_lens.analysis.common.style import (
     panels,
     plain,
 )
-from spd_lens.analysis.common.subject import Subject, place, subjects
+from spd_lens.analysis.common.subject import Subject, place, spectrum_note, subjects
 from spd_lens.analysis.common.token_text import context, pieces_of, spelled, tokens_of
 from spd_lens.analysis.common.word_diff import Piece, word_diff
 
@@ -71,5 +71,5 @@ __all__ = [
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
     "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",
     "participation_ratio", "pieces_of", "place", "plain", "principal_angles", "random_bases", "sets",
-    "shard_grams", "spelled", "stable_rank", "subjects", "summed", "tokens_of", "word_diff",
+    "shard_grams", "spectrum_note", "spelled", "stable_rank", "subjects", "summed", "tokens_of", "word_diff",
 ]  # fmt: skip

@@ -174,3 +174,21 @@ def subjects(paths: Iterable[str | Path], progress: bool = True) -> list[Subject
         if names.count(name) > 1:
             raise SPDError(f"two of the run directories are called {name!r}; rename one, since names label the figures")
     return found
+
+
+def spectrum_note(subspace: Subspace, *, of_gradients: bool) -> str:
+    """One sentence where a view of spectra is not, or cannot be, of this subspace's estimator; else nothing.
+
+    Args:
+        subspace: What is projected.
+        of_gradients: Whether the view has the spectrum of the gradients as they are, which is the paper's estimator's.
+    """
+    name = subspace.origin.get("estimator", "paper")
+    if name == "paper" or (subspace.singular_values and not of_gradients):
+        return ""
+    lacks = "" if subspace.singular_values else ", which has no singular values"
+    if of_gradients:
+        return (
+            f"The subspace is of the estimator {name!r}{lacks}; spectra are of all gradients, as the paper takes them."
+        )
+    return f"The subspace is of the estimator {name!r}{lacks}, so there is no spectrum to show."

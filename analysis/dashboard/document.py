@@ -22,6 +22,7 @@ from spd_lens.analysis.common import (
     SYMBOLS,
     Subject,
     cosine_by_rank,
+    spectrum_note,
 )
 from spd_lens.analysis.dashboard import records
 from spd_lens.analysis.dashboard.rank_curves import (
@@ -74,7 +75,8 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
         used = None  # how the run itself projects: which sites, in which form, at which rank
         if (own := source.subspace) is not None:
             ranks = {str(site): list(of_blocks) for site, of_blocks in own.ranks.items()}
-            used = {"per_head": own.per_head, "rank": own.rank, "ranks": ranks}
+            note = visible(spectrum_note(own, of_gradients=source.moments is not None))
+            used = {"per_head": own.per_head, "rank": own.rank, "ranks": ranks, "note": note}
         evidence = "" if own is None else f"evidence: {own.grade}"
         runs.append({"name": visible(source.name), "blocks": blocks, "used": used, "evidence": evidence})
     widths = {d.width for d in found.values()}

@@ -14,7 +14,7 @@ import pandas as pd
 import plotly
 
 from spd_lens.analysis import ANALYSES
-from spd_lens.analysis.common import LOSS_FIELDS, Subject, by_item, deciding, known, word_diff
+from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, by_item, deciding, known, word_diff
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import NEUTRAL, OUTCOMES, ItemResult
@@ -66,7 +66,7 @@ def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
         for name, values in found.items()
     }
     controls = [name for name in changes if name.startswith("random-")]
-    groups = {name: changes[name] for name in ("projected", "spd") if name in changes}
+    groups: dict[str, Values] = {name: changes[name] for name in ("projected", "spd") if name in changes}
     if controls:
         groups["random"] = {field: np.mean([changes[name][field] for name in controls], axis=0) for field in fields}
     shown: dict[str, Any] = {"task": "other text" if side else visible(task), "fields": fields}
@@ -75,14 +75,14 @@ def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
         shown[name] = {field: interval(mean_interval(values)) for field, values in group.items()}
     if controls:
         shown["each"] = {field: [fmean(changes[name][field]) for name in controls] for field in fields}
-        shown["says"] = [
-            difference_sentence(
+        shown["says"] = {
+            field: difference_sentence(
                 paired_difference(groups["random"][field], groups["projected"][field]),
                 measure=OUTCOMES[field][0].upper() + OUTCOMES[field][1:], first="random", second="projected",
             )
             for field in fields
             if "projected" in groups
-        ]  # fmt: skip
+        }  # fmt: skip
     return shown
 
 

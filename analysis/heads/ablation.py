@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.analysis.common import place
+from spd_lens.analysis.common import by_item, known, place
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import ForcedItem, exact_prefix, teacher_forced
 from spd_lens.examples import Example
@@ -18,7 +18,11 @@ from spd_lens.sites import Site
 from spd_lens.stats import mean_interval, paired_difference
 from spd_lens.subspaces import Policy, Subspace
 
-MEASURES = {"aligned_loss": "aligned loss, nats", "kl": "KL from base, nats per token"}
+MEASURES = {
+    "aligned_loss": "aligned loss, nats",
+    "results_loss": "results loss, nats",
+    "kl": "KL from base, nats per token",
+}
 
 
 def only_head(subspace: Subspace, site: Site, head: int) -> Subspace:
@@ -59,19 +63,20 @@ def head_effects(
         pair: The model.
         items: Held-out items with completion and spans.
         subspace: A subspace per head; each of its sites and heads is projected in turn.
-        n_random: Number of random subspaces of the same rank in the same head; their effects are averaged per item.
+        n_random: Number of random subspaces of the same rank in the same head; what they do is averaged per item.
         seed: Seed of the first random subspace; each further one has the next.
         batch_tokens: Padded tokens per batch.
         progress: Whether to show a progress bar.
 
     Returns:
-        One row per head, measure (`aligned_loss`: change from base; `kl`: KL(base || projected)) and `policy`:
-        `subspace`, `random`, and `difference`, the subspace's minus the random ones' per item. `value, low, high` are
-        means over items with 95 % intervals (`spd_lens.stats.intervals`), in nats; `rank` is that of the head.
+        One row per head, measure (`aligned_loss` and, where the items have computed results, `results_loss`: change
+        from base; `kl`: KL(base || projected)) and `policy`: `subspace`, `random`, and `difference`, the subspace's
+        minus the random ones' per item. `value, low, high` are means over items with 95 % intervals
+        (`spd_lens.stats.intervals`), in nats; `rank` is that of the head.
     """
     controls = [subspace.random_like(seed + i) for i in range(n_random)]
     if not controls:
-        raise SPDError("the effect of a head needs its null; give n_random = 1 or more")
+        raise SPDError("what a head does needs its null; give n_random = 1 or more")
     cells = [(site, head) for site in subspace.sites for head in range(subspace.bases[site].shape[0])]
     policies = [Policy("base")]
     for site, head in cells:
@@ -81,7 +86,7 @@ def head_effects(
     found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=progress)
     rows = []
     for site, head in cells:
-        for measure in MEASURES:
+        for measure in by_item(found["base"], MEASURES):
             base = _per_item(found["base"], measure)
             own = _per_item(found[f"{site}/{head}/own"], measure) - base
             random = torch.stack([_per_item(found[f"{site}/{head}/{i}"], measure) for i in range(n_random)])
@@ -97,4 +102,4 @@ def head_effects(
 
 
 def _per_item(items: Sequence[ForcedItem], measure: str) -> Float[Tensor, " item"]:
-    return torch.tensor([getattr(item, measure) for item in items], dtype=torch.float64)
+    return torch.from_numpy(known(by_item(items, [measure])[measure]))

@@ -90,7 +90,7 @@ def energy_map(energy: pd.DataFrame) -> go.Figure:
 
 
 def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "difference") -> go.Figure:
-    """Layer × head maps of an effect; `•` where the 95 % interval of the difference from random leaves out 0."""
+    """Layer × head maps of what projecting one head does; `•` where the difference from random excludes 0 (95 %)."""
     if measure not in MEASURES:
         raise SPDError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
     part = effects[(effects["measure"] == measure) & (effects["policy"] == policy)]
@@ -108,7 +108,7 @@ def effect_map(effects: pd.DataFrame, measure: str = "kl", policy: str = "differ
         f"{0.05 * len(sure):.1f} expected by chance alone",
         hover=lambda r: bracketed(r.value, r.low, r.high, 4),
     )  # fmt: skip
-    if policy == "difference" or measure == "aligned_loss":
+    if policy == "difference" or measure != "kl":
         fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmid": 0})
     else:
         fig.update_layout(coloraxis={"cmin": 0})
@@ -173,7 +173,7 @@ def main(
             pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=subject.progress
         )
         subject.save("heads-effects", effects, **facts)
-        for measure in MEASURES:
+        for measure in dict.fromkeys(effects["measure"]):
             figures += [effect_map(effects, measure, policy) for policy in ("difference", "subspace", "random")]
         says = say(energy, effects)
         write_text(path, heads_page(title, figures, shown, says=says, facts=facts))

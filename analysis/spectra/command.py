@@ -8,7 +8,7 @@ import pandas as pd
 import typer
 from rich.table import Table
 
-from spd_lens.analysis.common import Findings, Subject, analysis
+from spd_lens.analysis.common import Findings, Subject, analysis, spectrum_note
 from spd_lens.analysis.spectra import figures as draw
 from spd_lens.analysis.spectra.measures import (
     ACTIVATIONS,
@@ -53,7 +53,8 @@ def main(
         measure = "Entropy rank of gradients of right and of shuffled answers"
         says.append(difference_sentence(change, measure=measure, first="shuffled", second="right"))
     says.append(draw.kept_sentence(kept, subject.rank("")))
-    text = " ".join(says)
+    says.append(spectrum_note(subject.subspace, of_gradients=True))
+    text = " ".join(filter(None, says))
     facts: dict[str, Any] = {
         "shards": moments.n_shards, "examples": int(moments.n_examples.sum()), "seed": seed, "draws": draws,
         "intervals": "delete-half jackknife over shards, 95%",

@@ -55,7 +55,8 @@ function drawEnergy() {
 }
 
 function energySays(b) {
-  if (!b.energy) return "This subspace was not extracted, so it has no spectrum of its own.";
+  const note = run().used ? run().used.note : "";
+  if (!b.energy) return note || "This subspace was not extracted, so it has no spectrum of its own.";
   const ninety = countFor(b.energy, b.width, 0.9), null90 = b.activation ? countFor(b.activation, b.width, 0.9) : null;
   let text = `${siteName(state.site)}, ${headName(state.head)}: ${ninety} of ${b.width} directions hold 90% of the gradient energy`;
   text += null90 ? `; activations need ${null90} of their own.` : ".";
@@ -63,7 +64,7 @@ function energySays(b) {
     const [kept, chance] = [at(b.kept, state.rank, b.width), state.rank / b.width];
     text += ` At rank ${state.rank} those directions keep ${percent(kept)} of the activation energy, random ones ${percent(chance)}.`;
   }
-  return text;
+  return note ? `${text} ${note}` : text;
 }
 
 function countFor(curveOf, width, share) {
@@ -202,7 +203,7 @@ function singlePoint(e, key, used) {
 function effectSays(sweep, e, used) {
   const parts = [];
   if (sweep) parts.push(sweep.says);
-  else if (e && e.says) parts.push(...e.says);  // of other items and draws than a sweep's: not beside it
+  else if (e && e.says) parts.push(e.says[lossNow()], e.says.kl);  // of other items and draws than a sweep's: not beside it
   if (!sweep && used) parts.push("Measured at the run's rank alone; `spd-lens analyze rank-sweep` measures others.");
   return parts.filter(Boolean).join(" ");
 }

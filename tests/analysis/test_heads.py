@@ -225,9 +225,9 @@ def test_command(finished_run: Run, tmp_path: Path):
         single_command(main)([str(path), "--quiet", "--layers", "1,2", "--n", "3", "--rank", "2"])
     assert stop.value.code == 0
     effects = pd.read_csv(path / "analysis" / "heads-effects.csv")
-    assert set(effects["layer"]) == {1, 2} and set(effects["rank"]) == {2} and len(effects) == 2 * 2 * 2 * 2 * 3
+    assert set(effects["layer"]) == {1, 2} and set(effects["rank"]) == {2} and len(effects) == 2 * 2 * 2 * 3 * 3
     energy = pd.read_csv(path / "analysis" / "heads.csv")
     assert set(energy["layer"]) == {0, 1, 2, 3} and not energy.isna().any().any()
     page = (path / "analysis" / "heads.html").read_text()
     maps = json.loads(re.search(r'id="data-maps">(.*?)</script>', page, re.DOTALL).group(1))
-    assert len(maps) == 7
+    assert len(maps) == 10

@@ -2,18 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spd_lens import extract
-from spd_lens.analysis.common import by_item, deciding, in_words, known
+from spd_lens.analysis.common import LOSS_FIELDS, by_item, deciding, in_words, known
 from spd_lens.analysis.sweeps.engine import Sweep, measure, sweep
 from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.recommend import overall, recommend
 from spd_lens.analysis.sweeps.report import _outcomes
 from spd_lens.analysis.sweeps.store import Measured, Store
-from spd_lens.evaluation import ForcedItem, other_texts, teacher_forced
+from spd_lens.evaluation import OUTCOMES, SAYS, ForcedItem, other_texts, teacher_forced
 from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES, refused
 
@@ -163,6 +164,13 @@ def test_what_decides_and_what_is_said():
     )
     says = in_words(["results_loss", "aligned_loss"])
     assert says.startswith("The loss on the tokens that the task scores") and "copying is not enough" in says
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/ablation.md"])
+def test_pages_say_what_each_outcome_says(name):
+    page = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+    for field in (*LOSS_FIELDS, "kl"):
+        assert f"| {OUTCOMES[field]}" in page and SAYS[field] in page
 
 
 def test_all_outcomes_stand_side_by_side(measured):

@@ -253,7 +253,7 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     also = {"answer_only": True, "other_text": True}
     advice = report("rank_sweep", subject, grid, **also)
     table = subject.saved("rank_sweep")
-    assert set(table["measure"]) == set(MEASURES)  # synthetic math has results and copies, and asks for answers alone
+    assert set(table["measure"]) == set(MEASURES)  # synthetic math has them all
     assert "results loss" in advice.reason
     assert sorted(table["rank"].unique()) == [1, 4] and set(table["layers"]) == {"last_mid"}
     assert subject.facts("rank_sweep")["reason"] == advice.reason

@@ -3,15 +3,17 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from spd_lens.analysis.common.style import plotly_script
-from spd_lens.analysis.common.subject import Subject, subjects
+from spd_lens.analysis.common.subject import Subject, spectrum_note, subjects
 from spd_lens.analysis.dashboard.command import write_dashboard
-from spd_lens.analysis.dashboard.document import assemble
+from spd_lens.analysis.dashboard.document import assemble, from_sources
 from spd_lens.analysis.dashboard.page import page
+from spd_lens.analysis.dashboard.rank_curves import Source
 from spd_lens.analysis.dashboard.records import effects, relative_to
 from spd_lens.generation.corpus import Corpus
 from spd_lens.output.pages import digest
@@ -42,11 +44,11 @@ def test_effects_are_paired_differences_of_the_runs_own_items(finished_run):
     assert found["each"]["aligned_loss"] == pytest.approx(each)
     assert found["random"]["aligned_loss"][0] == pytest.approx(np.mean(each))
     assert found["spd"]["kl"][0] == pytest.approx(np.mean([item["kl"] for item in raw["spd"]]))
-    assert found["says"][0].startswith("Aligned loss, projected minus random")
+    assert found["says"]["aligned_loss"].startswith("Aligned loss, projected minus random")
     whole = [np.mean([item["completion_loss"] for item in raw[name]]) for name in ("spd", "base")]
     assert found["spd"]["completion_loss"][0] == pytest.approx(whole[0] - whole[1])
     assert {"aligned_loss", "completion_loss", "kl"} <= set(found["fields"]) == set(found["projected"])
-    assert len(found["says"]) == len(found["fields"])
+    assert list(found["says"]) == found["fields"]
 
 
 def test_outcomes_are_of_the_items_that_have_them_and_other_text_stands_beside(finished_run, tmp_path):
@@ -81,6 +83,21 @@ def test_completions_are_the_runs_with_what_changed(document, two_runs):
         assert "".join(piece[1] if len(piece) > 1 else piece[0] for piece in pieces) == visible(after[record.id])
     assert test["columns"] == ["base", "projected", "spd"]
     assert set(test["items"][0]["scores"]) == {"base", "projected", "spd"}
+
+
+def test_an_estimator_without_singular_values_is_named(finished_run):
+    own = finished_run.subspace
+    moments = finished_run.moments
+    other = replace(own, singular_values={}, origin={**own.origin, "estimator": "attribution"})
+    notes = [
+        from_sources([Source("x", of, subspace)])["runs"][0]["used"]["note"]
+        for of, subspace in ((moments, own), (moments, other), (None, other), (None, own))
+    ]
+    assert notes[0] == notes[3] == ""
+    assert notes[1].startswith("The subspace is of the estimator 'attribution', which has no singular values; spectra")
+    assert notes[2].endswith("has no singular values, so there is no spectrum to show.")
+    kept = replace(other, singular_values=own.singular_values)
+    assert spectrum_note(kept, of_gradients=False) == "" and "which has" not in spectrum_note(kept, of_gradients=True)
 
 
 def test_text_is_made_visible_and_cannot_end_the_script(document, two_runs):
@@ -161,8 +178,8 @@ def test_provenance_says_settings_versions_and_proofs(document, finished_run):
 
 
 def test_an_unfinished_run_shows_what_it_has(finished_run, tmp_path):
-    copy = tmp_path / "young"
-    shutil.copytree(finished_run.path, copy, ignore=shutil.ignore_patterns("effects", "eval", "corpus*", "adapter"))
+    copy, later = tmp_path / "young", ("effects", "side_effects", "eval", "corpus*", "adapter")
+    shutil.copytree(finished_run.path, copy, ignore=shutil.ignore_patterns(*later))
     (shown,) = assemble([Subject(copy)])["runs"]
     assert shown["effects"] == [] and shown["texts"] == [] and shown["blocks"]
     assert write_dashboard([copy], tmp_path / "page.html").stat().st_size > 1_000_000

@@ -166,7 +166,9 @@ def test_the_selector_of_runs_changes_everything(page, document):
 
 
 def test_effects_begin_with_the_runs_own_task_and_stay_where_they_were_put(page):
-    page.evaluate("D.runs[1].effects.unshift({...D.runs[1].effects[0], task: 'another', says: ['Of another task.']})")
+    page.evaluate(
+        "D.runs[1].effects.unshift({...D.runs[1].effects[0], task: 'another', says: {kl: 'Of another task.'}})"
+    )
     choose(page, "run", "1")
     assert page.input_value("#effect-task") == "synthetic-math" and "Of another" not in page.inner_text("#effect-says")
     choose(page, "effect-task", "another")
