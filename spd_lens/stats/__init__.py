@@ -24,6 +24,7 @@ from spd_lens.stats.intervals import (
 
 __all__ = [
     "ALPHA", "CrossedDifference", "Estimate", "MIN_BOOTSTRAP", "McNemar", "POWER", "SeedSummary", "TOO_FEW",
-    "WITHIN_NOISE", "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean",     "crossed_difference", "crossed_differences", "difference_sentence", "holm", "mcnemar_exact", "mean_interval",
-    "paired_difference", "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
+    "WITHIN_NOISE", "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean", "crossed_difference",
+    "crossed_differences", "difference_sentence", "holm", "mcnemar_exact", "mean_interval", "paired_difference",
+    "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
 ]  # fmt: skip
