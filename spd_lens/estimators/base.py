@@ -78,11 +78,15 @@ class Estimator:
         Raises:
             SPDError: the shape asks for what the estimator has not, or the source holds nothing to estimate from.
         """
+        self.check(shape)
+        found = self.estimate(source, shape)
+        return replace(found, origin={"estimator": self.name, **found.origin})
+
+    def check(self, shape: Shape) -> None:
+        """Raise `SPDError` for a shape that the estimator cannot give, whatever the model."""
         for setting, reason in self.lacks.items():
             if getattr(shape, setting) != getattr(Shape, setting):
                 raise SPDError(f"estimator {self.name!r} takes no {setting}: {reason}")
-        found = self.estimate(source, shape)
-        return replace(found, origin={"estimator": self.name, **found.origin})
 
     def estimate(self, source: Source, shape: Shape) -> Subspace:
         """What `subspace` returns, before it is marked with the estimator's name: the top directions of `moments`."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spd_lens.generation import Corpus
-from spd_lens.runs import Experiment
+from spd_lens.runs import Experiment, SPDConfig
 from spd_lens.subspaces import Policy, Subspace
 
 
@@ -31,6 +31,9 @@ class Method:
     """Whether the method exists only as a comparison."""
     needs: ClassVar[Mapping[str, Any]] = {}
     """Keywords of the extraction that its subspace needs (`Estimator.needs`), so that a study extracts once for all."""
+
+    def check(self, config: SPDConfig) -> None:
+        """Raise `SPDError` for settings that the method cannot work with, before a study begins."""
 
     def projection(self, experiment: Experiment) -> Policy | None:
         """The policy under which completions are generated: a subspace and a strength. None: the model as it is."""

@@ -9,7 +9,7 @@ from spd_lens import estimators
 from spd_lens.methods.base import Method
 from spd_lens.methods.registry import family
 from spd_lens.methods.spd import SelfPolicyDistillation
-from spd_lens.runs import Experiment
+from spd_lens.runs import Experiment, SPDConfig
 from spd_lens.subspaces import Subspace
 
 
@@ -18,6 +18,9 @@ class Estimated(SelfPolicyDistillation):
 
     estimator: ClassVar[str]
     """The estimator's name."""
+
+    def check(self, config: SPDConfig) -> None:
+        estimators.get(self.estimator).check(config.shape)
 
     def subspace(self, experiment: Experiment) -> Subspace:
         return experiment.subspace(estimator=self.estimator)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +29,9 @@ from spd_lens.settings import (
     TrainingSettings,
 )
 from spd_lens.tasks import PRESETS
+
+if TYPE_CHECKING:
+    from spd_lens.estimators import Shape
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _N_EVAL = 100
@@ -198,6 +201,13 @@ class SPDConfig(
     def extraction(self) -> Extraction:
         """The settings of `extract`."""
         return Extraction.of(self)
+
+    @property
+    def shape(self) -> Shape:
+        """What an estimator is asked for: rank or energy, blocks and centring."""
+        from spd_lens.estimators import Shape
+
+        return Shape(**{name: getattr(self, name) for name in Shape.__dataclass_fields__})
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -249,11 +249,6 @@ class Experiment:
         """`moments`, as estimators ask for them."""
         return self.moments(keep=keep, sinks=sinks, labels=labels, shuffled=shuffled)
 
-    @property
-    def shape(self) -> estimators.Shape:
-        """The config's rank or energy, blocks and centring."""
-        return estimators.Shape(**{item.name: getattr(self.config, item.name) for item in fields(estimators.Shape)})
-
     def subspace(
         self,
         moments: GradientMoments | None = None,
@@ -274,9 +269,9 @@ class Experiment:
             SPDError: the estimator reads something that the given moments do not hold, or takes no such shape.
         """
         if of != "gradient":
-            return (moments or self.moments()).subspace(**asdict(self.shape), of=of)
+            return (moments or self.moments()).subspace(**asdict(self.config.shape), of=of)
         source = self if moments is None else InHand(self, moments, others)
-        return estimators.get(estimator or self.config.estimator).subspace(source, self.shape)
+        return estimators.get(estimator or self.config.estimator).subspace(source, self.config.shape)
 
     def generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from spd_lens import estimators
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import known_as, models_published
 from spd_lens.generation import Decoding, check_room
@@ -30,6 +31,7 @@ def check_settings(config: SPDConfig) -> None:
             f"no published results are known here of {config.published_name!r}{hint}; leave published_name out for a "
             "model that is none of these"
         )
+    estimators.get(config.estimator).check(config.shape)
     choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
     config.training.check()

@@ -105,6 +105,8 @@ def experiments_of(config: StudyConfig, path: Path, progress: bool = False) -> d
 def _check(config: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
     """What can be refused without a model: sizes that the data do not have, tasks that cannot be scored here."""
     for experiment in experiments.values():
+        for method in config.methods:
+            methods.get(method).check(experiment.config)
         check_data(experiment)
     for name, task in experiment.made[1].items():  # the targets are the same for all sources
         task.test(config.n_measured(name), config.shared.data_seed)

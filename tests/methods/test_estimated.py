@@ -9,8 +9,9 @@ import pytest
 from spd_lens import estimators, methods
 from spd_lens.estimators import registry as of_estimators
 from spd_lens.methods import registry as of_methods
+from spd_lens.runs import SPDConfig, run
 from spd_lens.study.config import StudyConfig, may_project
-from spd_lens.study.engine import experiments_of
+from spd_lens.study.engine import experiments_of, run_study
 from tests.helpers import refused
 
 
@@ -56,6 +57,16 @@ def test_a_study_extracts_once_for_all_its_methods(tmp_path):
     assert experiment.keep == ("classes", "cross")
     [plain] = experiments_of(StudyConfig.make({"sources": ["synthetic-math"]}), tmp_path).values()
     assert plain.keep == ()
+
+
+def test_shapes_that_an_estimator_cannot_give_are_refused_before_anything(tmp_path, tiny_llama_dir):
+    settings = {"model": str(tiny_llama_dir), "energy": 0.9}
+    asked = {"sources": ["synthetic-math"], "methods": ["spd-attribution"], "settings": settings}
+    with refused("'attribution'", "energy", "rank"):
+        run_study(StudyConfig.make(asked), tmp_path / "study")
+    with refused("'attribution'", "energy", "rank"):
+        run(SPDConfig.make({**settings, "task": "synthetic-math", "estimator": "attribution"}), tmp_path / "run")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_study_names_estimators_by_its_methods():
