@@ -171,7 +171,7 @@ class Held:
             self.pair, self.items, policies, prefix=self.prefix, batch_tokens=self.contest.batch_tokens,
             progress=self.place.experiment.progress,
         )  # fmt: skip
-        return with_answer_only(self.pair, self.task, self.items, policies, found, progress=False)
+        return with_answer_only(self.pair, self.task, self.items, policies, found, prefix=self.prefix, progress=False)
 
     def _calibrations(self, task: Task) -> list[list[Example]]:
         """Draws of calibration examples that share none, or where there are too few, each drawn anew."""
