@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from spd_lens.analysis.common import Findings, Quiet
+from spd_lens.analysis.estimators.completions import accuracy, answers, cards
 from spd_lens.analysis.estimators.engine import Held
-from spd_lens.analysis.estimators.page import completions, contest_page
+from spd_lens.analysis.estimators.page import contest_page
 from spd_lens.analysis.estimators.predictions import Predictions, sha256
 from spd_lens.analysis.estimators.report import report, says, shown
 from spd_lens.analysis.estimators.settings import Contest, open_places
@@ -54,13 +55,15 @@ def hold(
     asked = Contest.read(contest)
     known = None if predictions is None else Predictions.read(predictions)
     found, folder = open_places(places, out, pair=pair, progress=progress)
-    tables, reached, cards = [], [], []
+    tables, reached, scores, shown_texts = [], [], [], []
     for place in found:
         held = Held(place, asked)
         held.measure()
         tables.append(differences(held))
         reached.append(entrants(held))
-        cards += completions(held, tables[-1])
+        written = answers(held, tables[-1])
+        scores.append(accuracy(held, written))
+        shown_texts += cards(held, written)
     table, taken = pd.concat(tables, ignore_index=True), pd.concat(reached, ignore_index=True)
     judged = [] if known is None else known.judged(table)
     provenance = [f"Contest file: `{contest.name}`, sha256 `{sha256(contest)}`."]
@@ -73,14 +76,15 @@ def hold(
         )
         facts |= {"predictions": judged, "predictions_written": str(known.written), "predictions_sha256": digest}
     across = everywhere(table)
-    text = report(asked, table, taken, across, judged, provenance)
-    facts |= {"says": says(table), "across": across.to_dict("records")}
+    right = pd.concat(scores, ignore_index=True)
+    text = report(asked, table, taken, right, across, judged, provenance)
+    facts |= {"says": says(table), "across": across.to_dict("records"), "accuracy": right.to_dict("records")}
     files = [
         write_text(folder / "contest.md", text),
         write_text(folder / "contest.csv", table.to_csv(index=False)),
         write_text(folder / "contest-entrants.csv", taken.to_csv(index=False)),
         write_json(folder / "contest.json", facts),
-        write_text(folder / "contest.html", contest_page(text, table, cards)),
+        write_text(folder / "contest.html", contest_page(text, table, shown_texts)),
     ]
     told = says(table) + [f"Predicted: {one['claim']} {one['outcome']} ({one['of']})." for one in judged]
     for place in found[:-1]:

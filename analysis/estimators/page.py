@@ -9,12 +9,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spd_lens.analysis.common import NULL_COLOR, as_data, bars, drawn, html_of, line, panel, panels, plain
-from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.report import LOSSES
-from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
-from spd_lens.analysis.estimators.tables import BASE, best
-from spd_lens.evaluation import OUTCOMES, Policy
-from spd_lens.generation import generate
+from spd_lens.analysis.estimators.settings import RANDOM
+from spd_lens.analysis.estimators.tables import BASE
+from spd_lens.evaluation import OUTCOMES
 
 
 def figures(table: pd.DataFrame) -> Iterator[go.Figure]:
@@ -40,41 +38,6 @@ def figures(table: pd.DataFrame) -> Iterator[go.Figure]:
         fig.update_yaxes(autorange="reversed")
         fig.update_layout(height=220 + 40 * part.groupby(["estimator", "span"]).ngroups)
         yield fig
-
-
-def completions(held: Held, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Greedy completions of the first items by the base model, the paper's subspace, a random one and the best.
-
-    Paper's and random are at the contest's first rank, the best at its own; each by the first draw that reaches the KL.
-    """
-    n = held.contest.n_completions
-    if not n:
-        return []
-    policies = {"base": Policy("base")}
-    chosen = [(name, Entrant(name, OWN, held.contest.ranks[0])) for name in (PAPER, RANDOM)]
-    if (first := best(held, table)) is not None:
-        chosen.append((f"best: {first.estimator}, {first.span} span, rank {first.rank}", first))
-    for name, entrant in chosen:
-        reached = [draw for draw, cell in enumerate(held.cells(entrant)) if cell and cell["reached"]]
-        if reached:
-            policies[name] = held.policy(entrant, reached[0])
-    items = held.items[:n]
-    texts = {}
-    for name, policy in policies.items():
-        stem = "base" if policy.subspace is None else f"{policy.subspace.digest()}-{policy.strength:.6f}"
-        texts[name] = generate(
-            held.pair, items, policy=policy, max_new_tokens=held.task.max_new_tokens, temperature=0.0,
-            batch_size=held.config.generation_batch_size, path=held.place.folder / "completions" / f"{stem}-{n}.jsonl",
-            progress=held.place.experiment.progress,
-        )  # fmt: skip
-    return [
-        {
-            "id": f"{held.place.name}: {item.id}",
-            "prompt": item.prompt,
-            "sections": [("gold", item.completion), *((name, own[i].completion) for name, own in texts.items())],
-        }
-        for i, item in enumerate(items)
-    ]
 
 
 def contest_page(report: str, table: pd.DataFrame, cards: Sequence[dict[str, Any]]) -> str:

@@ -51,6 +51,7 @@ def report(
     contest: Contest,
     table: pd.DataFrame,
     reached: pd.DataFrame,
+    right: pd.DataFrame,
     shown_everywhere: pd.DataFrame,
     predictions: Sequence[Mapping[str, Any]],
     provenance: Sequence[str],
@@ -71,7 +72,7 @@ def report(
     for place, part in table.groupby("place", sort=False):
         first = part.iloc[0]
         lines += [f"## {place}: {first.model}, {first.task}", "", *_decided(part), "", *_side_by_side(part), ""]
-        lines += [*_reached(reached[reached.place == place]), ""]
+        lines += [*_reached(reached[reached.place == place]), "", *_right(right, place)]
     lines += ["## The outcomes", "", *(f"- **{OUTCOMES[name]}**: {SAYS[name]}" for name in OUTCOMES)]
     return "\n".join(lines) + "\n"
 
@@ -125,6 +126,16 @@ def _reached(part: pd.DataFrame) -> list[str]:
     ]  # fmt: skip
     head = ["entrant", "draws that reach the KL", "strength", "largest rank", "KL on the other half (range)", "note"]
     return _table(head, rows)
+
+
+def _right(right: pd.DataFrame, place: str) -> list[str]:
+    """The greedy answers of a place, if there are any that could be scored."""
+    if right.empty:
+        return []
+    own = right[right.place == place]
+    rows = [[one.policy, one.accuracy, one.change, f"{one.truncated:.0%}", one.n] for one in own.itertuples()]
+    head = ["greedy answers", "accuracy", "change from base, paired", "cut at the limit", "items"]
+    return [*_table(head, rows), ""] if rows else []
 
 
 def _name(row: Any) -> str:

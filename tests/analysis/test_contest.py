@@ -18,7 +18,7 @@ from spd_lens.analysis.estimators.predictions import FAILED, HELD, OPEN, Predict
 from spd_lens.analysis.estimators.report import says
 from spd_lens.analysis.estimators.settings import Contest, Entrant, open_places
 from spd_lens.analysis.estimators.tables import best, differences, entrants, everywhere
-from spd_lens.evaluation import KL_TOLERANCE, other_texts
+from spd_lens.evaluation import KL_TOLERANCE, evaluate, other_texts
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.stats import crossed_differences
 from tests.helpers import refused
@@ -125,6 +125,21 @@ def test_differences_are_those_of_the_stored_items(held_contest, tiny_pair, outc
     )
     assert changes.p_holm.isna().all() and not any(changes.shown)
     assert table[table.primary].outcome.unique().tolist() == ["results_loss"]
+
+
+def test_greedy_answers_are_scored_as_evaluate_scores_them(held_contest, tiny_pair):
+    folder, _, place = held_contest
+    held = opened(place, folder / "out", tiny_pair)
+    rows = json.loads((folder / "out" / "contest.json").read_text())["accuracy"]
+    assert [row["policy"] for row in rows[:3]] == ["base", "paper", "random"] and rows[3]["policy"].startswith("best: ")
+    policies = [None, held.policy(Entrant("paper", "own", 0.5)), held.policy(Entrant("random", "own", 0.5))]
+    for row, policy in zip(rows[:3], policies, strict=True):
+        plain = evaluate(tiny_pair, held.task, 2, policy=policy, seed=held.config.data_seed, progress=False)
+        truncated = fmean(item.finish_reason == "length" for item in plain.items)
+        assert (row["accuracy"], row["truncated"], row["n"]) == (plain.accuracy.interval, truncated, 2)
+    assert rows[0]["change"] == "" and all("[" in row["change"] for row in rows[1:])
+    report = (folder / "out" / "contest.md").read_text()
+    assert "| greedy answers |" in report and "cut at the limit" in report
 
 
 def test_it_goes_on_without_work_and_takes_more_entrants(held_contest, tiny_pair, tmp_path, monkeypatch):
