@@ -38,7 +38,7 @@ def leading(
     Raises:
         SPDError: no examples, a rank out of range, or a site without any known direction.
     """
-    bases = {}
+    bases: dict[Site, list[Tensor]] = {}
     for site, matrix in matrices.items():
         within, bases[site] = BlockSpectrum.of(known[site]).leading(matrix.shape[-1], moments.dtype), []
         for block, own in zip(matrix, within, strict=True):
