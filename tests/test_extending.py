@@ -14,11 +14,13 @@ import pandas as pd
 import pytest
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from spd_lens import methods
+from spd_lens import estimators, methods, tasks
 from spd_lens.analysis.index import ANALYSES
 from spd_lens.cli.commands import app
+from spd_lens.estimators import registry as estimator_registry
 from spd_lens.methods import registry as method_registry
 from spd_lens.models.architectures import ARCHITECTURES
+from spd_lens.models.pair import ModelPair
 from spd_lens.output.console import start
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.run_dir import Run
@@ -54,10 +56,13 @@ def command(*arguments: object) -> int:
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a recipe registers is gone after it, and what it writes is in a folder of its own."""
     methods.names()
+    estimators.names()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with ExitStack() as stack:
-        for table in (task_registry._TASKS, method_registry._METHODS, ANALYSES, ARCHITECTURES):
+        for table in (
+            task_registry._TASKS, method_registry._METHODS, estimator_registry._ESTIMATORS, ANALYSES, ARCHITECTURES,
+        ):  # fmt: skip
             stack.enter_context(patch.dict(table))
         yield
 
@@ -91,6 +96,17 @@ def test_a_method(tiny_settings: dict[str, Any]) -> None:
     assert "spd-gentle" in methods.names()
     with refused("already a method", "'spd-gentle'", "another name"):
         follow("A method", module="of_another", config=config)
+
+
+def test_an_estimator(tiny_pair: ModelPair) -> None:
+    examples = tasks.get("synthetic-math").calibration(4, 1)
+    names = follow("An estimator", pair=tiny_pair, examples=examples)
+    moments, found = names["source"].gradients(keep=("classes",)), names["subspace"]
+    wanted = moments.region("completion", "scored").subspace(0.5)
+    assert found.digest() == wanted.digest() and found.origin["estimator"] == "completion-and-scored"
+    follow("An estimator", pair=tiny_pair, examples=examples)
+    with refused("already an estimator", "'completion-and-scored'", "another name"):
+        follow("An estimator", module="of_another", pair=tiny_pair, examples=examples)
 
 
 def test_an_analysis(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

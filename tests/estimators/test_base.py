@@ -11,7 +11,7 @@ import spd_lens as spd
 from spd_lens import estimators, tasks
 from spd_lens.estimators import Calibration, Estimator, Shape, registry
 from spd_lens.settings import Extraction
-from spd_lens.subspaces import extract
+from spd_lens.subspaces import Subspace, extract
 from tests.helpers import refused
 
 
@@ -30,7 +30,10 @@ def own_registry(monkeypatch):
 
 def test_all_are_found_by_name_controls_last():
     names = estimators.names()
-    assert names[-1] == "random" and {"paper", "random"} <= {*names}
+    assert names == [
+        "attribution", "attribution-contrast", "completion", "contrast", "fisher", "learned", "no-sink", "paper",
+        "prompt", "scored", "whitened", "random",
+    ]  # fmt: skip
     for name in names:
         found = spd.estimators.get(name)
         assert found.name == name and found.says and found.is_control == (name == "random")
@@ -72,3 +75,20 @@ def test_a_calibration_extracts_each_combination_once(source, monkeypatch):
     site = first.sites[0]
     assert not torch.allclose(first.blocks(site), wrong.blocks(site))
     assert wrong.n_examples.sum() == first.n_examples.sum() == 8
+
+
+@pytest.mark.parametrize("name", ["attribution", "attribution-contrast", "contrast", "fisher", "no-sink", "whitened"])
+def test_each_works_on_a_model_and_can_be_kept(source, tmp_path, name):
+    found = estimators.get(name).subspace(source, Shape(rank=3))
+    kept = Subspace.load(found.save(tmp_path / "subspace.safetensors"))
+    assert kept.digest() == found.digest() and kept.origin["estimator"] == name
+    assert kept.sites == source.gradients().sites and kept.ranks[kept.sites[0]] == (3, 3)
+    assert kept.digest() != estimators.get("paper").subspace(source, Shape(rank=3)).digest()
+
+
+def test_sampled_labels_are_drawn_with_the_sources_seed(source):
+    other = Calibration(source.pair, source.calibration, seed=4, settings=source.settings)
+    again = Calibration(source.pair, source.calibration, seed=3, settings=source.settings)
+    one, same, two = (own.gradients(labels="sampled").gradient for own in (source, again, other))
+    site = next(iter(one))
+    assert torch.equal(one[site], same[site]) and not torch.equal(one[site], two[site])
