@@ -13,7 +13,10 @@ import yaml
 Effects = Mapping[tuple[str, str], float]
 """`(method, measure)` → mean change from base."""
 
-LEVELS = {"aligned loss": 1.0, "completion loss": 0.8, "token accuracy": 0.6, "tokens": 80.0}
+LEVELS = {
+    "aligned loss": 1.0, "copied-answer loss": 0.3, "results loss": 1.5, "completion loss": 0.8, "token accuracy": 0.6,
+    "tokens": 80.0,
+}  # fmt: skip
 BINARY = {"accuracy": 0.4, "format": 0.9, "finished": 0.8}
 
 

@@ -8,6 +8,7 @@ from spd_lens.evaluation.corpus_diagnostics import (
     share_after_answer,
 )
 from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.outcomes import NEUTRAL, OUTCOMES, SAYS, fitting, other_texts, with_answer_only
 from spd_lens.evaluation.published import (
     LOSS_TASKS,
     Baseline,
@@ -26,8 +27,8 @@ from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_l
 from spd_lens.subspaces import Policy
 
 __all__ = [
-    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "LOSS_TASKS", "Measured",
-    "OF_COMPLETIONS", "Policy", "Prefix", "Subject", "corpus_diagnostics", "evaluate", "exact_prefix", "forced_logits",
-    "known_as", "models_published", "own_names", "per_item", "published", "repeated_ngrams", "settled_at",
-    "share_after_answer", "teacher_forced", "warning",
+    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "LOSS_TASKS", "Measured", "NEUTRAL",
+    "OF_COMPLETIONS", "OUTCOMES", "Policy", "Prefix", "SAYS", "Subject", "corpus_diagnostics", "evaluate",
+    "exact_prefix", "fitting", "forced_logits", "known_as", "models_published", "other_texts", "own_names", "per_item",
+    "published", "repeated_ngrams", "settled_at", "share_after_answer", "teacher_forced", "warning", "with_answer_only",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from spd_lens import tasks
 from spd_lens.errors import SPDError, whole
 from spd_lens.evaluation.choices import most_likely
+from spd_lens.evaluation.outcomes import with_answer_only
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem, teacher_forced
 from spd_lens.examples import Example
@@ -74,8 +75,8 @@ def evaluate(
     if forced is None:
         # items without spans (prompts of one's own) have no gold tokens to measure on
         with_spans = [item for item in items if item.measurable]
-        found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {}
-        forced = found.get(policy.name, [])
+        found = teacher_forced(pair, with_spans, [policy], progress=progress) if with_spans else {policy.name: []}
+        forced = with_answer_only(pair, task, with_spans, [policy], found, progress=progress)[policy.name]
     choices = {item.id: allowed for item in items if (allowed := task.choices(item))}
     chosen = most_likely(pair, [item for item in items if item.id in choices], choices, policy, progress=progress)
     corpus = generate(

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import DamagedFile, SPDError
+from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.files import read_json, write_json
 from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
+
+_PARTS = {"copies_loss", "results_loss", "answer_only_loss", "rest_loss"}
+"""Losses that an item's record leaves out where the item has none, like records of versions that knew none of them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class ItemResult:
     """Multiple choice: the answer with the largest log-likelihood."""
     choice_score: float | None = None
     """The task's verdict on that answer, in [0, 1]."""
+    results_loss: float | None = None
+    """Nats per token of each value of the gold completion where it is computed; None where the task marks none."""
+    copies_loss: float | None = None
+    """Nats per token of the answer where its value stands earlier in the gold completion; None where none does."""
+    rest_loss: float | None = None
+    """Nats per token of the gold completion that is neither; None where nothing is marked."""
+    answer_only_loss: float | None = None
+    """Nats per token of the answer where it is asked for without reasoning; None where it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,26 @@ class EvalResult:
     def aligned_loss(self) -> Estimate | None:
         """Mean NLL of the correctness tokens, in nats; None where no item has spans."""
         return self._mean(lambda item: item.aligned_loss)
+
+    @property
+    def copies_loss(self) -> Estimate | None:
+        """Mean NLL of the answers' tokens that can be copied, in nats; None where no item has any."""
+        return self._mean(lambda item: item.copies_loss)
+
+    @property
+    def results_loss(self) -> Estimate | None:
+        """Mean NLL of values where they are computed, in nats per token; None where no item has any."""
+        return self._mean(lambda item: item.results_loss)
+
+    @property
+    def answer_only_loss(self) -> Estimate | None:
+        """Mean NLL of the answers asked for without reasoning, in nats per token; None where none can be."""
+        return self._mean(lambda item: item.answer_only_loss)
+
+    @property
+    def rest_loss(self) -> Estimate | None:
+        """Mean NLL of what is neither a result nor a copy, in nats per token; None where nothing is marked."""
+        return self._mean(lambda item: item.rest_loss)
 
     @property
     def completion_loss(self) -> Estimate | None:
@@ -111,14 +143,18 @@ class EvalResult:
 
     def __repr__(self) -> str:
         measures = {"accuracy": self.accuracy, "accuracy by likelihood": self.choice_accuracy}
-        measures |= {"aligned loss": self.aligned_loss, "completion loss": self.completion_loss}
-        measures |= {"token accuracy": self.token_accuracy, "KL from base": self.kl}
+        measures |= {heading: getattr(self, outcome) for outcome, heading in OUTCOMES.items()}
         shown = ", ".join(f"{name} {value}" for name, value in measures.items() if value is not None)
         return f"EvalResult({self.policy} on {self.task}: {shown})"
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
-        return write_json(path, {"kind": "EvalResult", **asdict(self)})
+        record = asdict(self)
+        for item in record["items"]:
+            for name in _PARTS:
+                if item[name] is None:
+                    del item[name]
+        return write_json(path, {"kind": "EvalResult", **record})
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:

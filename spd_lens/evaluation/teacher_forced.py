@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,11 +47,24 @@ class ForcedItem:
     """Mean over the completion's tokens of KL(base || policy)."""
     token_accuracy: float
     """Share of the completion's tokens that are the policy's most probable next token."""
+    results_loss: float | None = None
+    """Mean of `-log p` over the tokens of each value where it is computed; None where the task marks none."""
+    copies_loss: float | None = None
+    """Mean of `-log p` over the answer's tokens whose value stands earlier in the completion; None where none does."""
+    rest_loss: float | None = None
+    """Mean of `-log p` over the completion's tokens that are neither; None where nothing is marked."""
+    answer_only_loss: float | None = None
+    """Mean of `-log p` over the answer's tokens where it is asked for without reasoning; None where it cannot be."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields for JSON, without losses that it does not have."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def per_item(group: Mapping[str, Sequence[ForcedItem]], measure: str) -> list[float]:
-    """A value of each item, averaged over the policies of a group: items are the units, not policies."""
-    return [fmean(getattr(item, measure) for item in items) for items in zip(*group.values(), strict=True)]
+    """A value of each item that has one, averaged over the policies of a group: items are the units, not policies."""
+    rows = zip(*group.values(), strict=True)
+    return [fmean(getattr(item, measure) for item in items) for items in rows if getattr(items[0], measure) is not None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class ForcedBatch:
     """For each row, which of the `n` predictions are of a token in `S`."""
     in_completion: Bool[Tensor, " n"]
     """Which of the predictions are of a token of the completion."""
+    marked: list[dict[str, list[int]]]
+    """For each row, by the name of a mark, which of the predictions are of a token in it (`Encoded.marked`)."""
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded], pair: ModelPair) -> ForcedBatch:
@@ -77,11 +93,20 @@ class ForcedBatch:
         row, target = torch.tensor(places, device=pair.device).T
         scored = [[index[i, t] for t in e.scored] for i, e in enumerate(encoded)]
         starts = torch.tensor([e.completion_start for e in encoded], device=pair.device)
-        return cls(tokens, mask, row, target - 1, tokens[row, target], scored, target >= starts[row])
+        marked = [{name: [index[i, t] for t in at] for name, at in e.marked.items()} for i, e in enumerate(encoded)]
+        return cls(tokens, mask, row, target - 1, tokens[row, target], scored, target >= starts[row], marked)
 
     def of_completion(self, row: int) -> Bool[Tensor, " n"]:
         """Which of the predictions are of a token of the completion in this row."""
         return (self.row == row) & self.in_completion
+
+    def parts(self, row: int) -> dict[str, list[int]]:
+        """Which predictions are of the row's results, its copies, and the rest of its completion, by the loss that is
+        theirs. A part without tokens is left out, and so is the rest where nothing is marked."""
+        found = {f"{name}_loss": self.marked[row].get(name, []) for name in ("results", "copies")}
+        if marked := {n for part in found.values() for n in part}:
+            found["rest_loss"] = [n for n in self.of_completion(row).nonzero()[:, 0].tolist() if n not in marked]
+        return {name: part for name, part in found.items() if part}
 
 
 @neutrally
@@ -95,7 +120,7 @@ def teacher_forced(
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> dict[str, list[ForcedItem]]:
-    """Aligned loss, completion loss and KL from base of each policy on the same gold completions.
+    """Losses on the parts of the same gold completions, and KL from base, of each policy, in one pass each.
 
     Args:
         pair: The model; the base is its twin as it stands.
@@ -135,6 +160,7 @@ def teacher_forced(
                         completion_loss=losses[mine].mean().item(),
                         kl=kl[mine].mean().item(),
                         token_accuracy=right[mine].mean().item(),
+                        **{name: losses[part].mean().item() for name, part in batch.parts(i).items()},
                     )
                 bar.update(len(indices))
     return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from spd_lens.errors import SPDError
@@ -74,7 +73,7 @@ class Artefacts:
 
     def write_effects(self, task: str, effects: Mapping[str, Sequence[ForcedItem]], *, side: bool = False) -> None:
         """Keep teacher-forced effects by policy."""
-        record = {policy: [asdict(item) for item in items] for policy, items in effects.items()}
+        record = {policy: [item.to_dict() for item in items] for policy, items in effects.items()}
         write_json(self.effects_path(task, side=side), record)
 
     def result_path(self, task: str, policy: str) -> Path:

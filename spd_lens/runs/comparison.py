@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ItemResult
+from spd_lens.evaluation import OUTCOMES, EvalResult, ItemResult
 from spd_lens.output import markdown
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import (
@@ -23,9 +23,9 @@ from spd_lens.stats import (
 
 FORCED = {
     "aligned loss": "aligned_loss", "completion loss": "completion_loss", "token accuracy": "token_accuracy",
-    "KL from base": "kl",
+    "KL from base": "kl", **{heading: outcome for outcome, heading in OUTCOMES.items()},
 }  # fmt: skip
-"""Teacher-forced measures, and the attribute of an item that holds each."""
+"""Teacher-forced measures, and the attribute of an item that holds each; first those that every version has."""
 MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
     "accuracy": attrgetter("score"),
     "accuracy by likelihood": attrgetter("choice_score"),
@@ -77,8 +77,8 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> list[Comparison]:
         a, b = sides[0][task, policy], sides[1][task, policy]
         ids = _items(a + b, task)
         for measure, value in MEASURES.items():
-            before, after = _values(a, ids, value), _values(b, ids, value)
-            if before is not None and after is not None:
+            before, after = _values(a, b, ids, value)
+            if before[0]:
                 found.append(_comparison(task, policy, measure, before, after))
     return found
 
@@ -129,12 +129,12 @@ def _items(results: Sequence[EvalResult], task: str) -> list[str]:
 
 
 def _values(
-    results: Sequence[EvalResult], ids: Sequence[str], value: Callable[[ItemResult], float | None]
-) -> list[list[float]] | None:
-    """`scores[seed][item]` of one measure, items in the order of `ids`; None if some item lacks it."""
-    by_id = [{item.id: value(item) for item in result.items} for result in results]
-    table = [[found for key in ids if (found := row[key]) is not None] for row in by_id]
-    return None if any(len(row) < len(ids) for row in table) else table
+    a: Sequence[EvalResult], b: Sequence[EvalResult], ids: Sequence[str], value: Callable[[ItemResult], float | None]
+) -> list[list[list[float]]]:
+    """For each side `scores[seed][item]` of one measure: items that have it in all results, in the order of `ids`."""
+    sides = [[{item.id: value(item) for item in result.items} for result in side] for side in (a, b)]
+    shared = [id for id in ids if all(row[id] is not None for side in sides for row in side)]
+    return [[[row[id] for id in shared] for row in side] for side in sides]  # type: ignore[misc]  # none of them is None
 
 
 def _comparison(task: str, policy: str, measure: str, a: list[list[float]], b: list[list[float]]) -> Comparison:

@@ -12,7 +12,7 @@ from typing import Any
 
 from spd_lens import estimators
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced
+from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced, with_answer_only
 from spd_lens.examples import Example
 from spd_lens.generation import Corpus, generate
 from spd_lens.models import Loss, ModelPair, weights_digest
@@ -310,9 +310,20 @@ class Experiment:
         settings = self.config.training.model_copy(update=training)
         return finetune(self.pair, corpus, settings=settings, out=out, progress=self.progress)
 
-    def measure(self, items: Sequence[Example], policies: Sequence[Policy]) -> dict[str, list[ForcedItem]]:
-        """Teacher-forced effects of policies on held-out items, by the policy's name."""
-        return teacher_forced(self.pair, items, policies, progress=self.progress)
+    def measure(
+        self, items: Sequence[Example], policies: Sequence[Policy], target: str | None = None
+    ) -> dict[str, list[ForcedItem]]:
+        """Teacher-forced outcomes of policies on held-out items, by the policy's name.
+
+        Args:
+            items: Held-out items.
+            policies: The policies.
+            target: The target whose items they are; its answers are then also asked for without reasoning.
+        """
+        found = teacher_forced(self.pair, items, policies, progress=self.progress)
+        if target is None:
+            return found
+        return with_answer_only(self.pair, self.targets[target], items, policies, found, progress=self.progress)
 
     def score(
         self,

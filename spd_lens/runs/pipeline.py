@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.errors import SPDError
+from spd_lens.evaluation import NEUTRAL, fitting, other_texts
 from spd_lens.examples import Example
 from spd_lens.files import is_made, write_json
 from spd_lens.generation import Corpus
@@ -25,6 +26,9 @@ from spd_lens.runs.summary import write_summary
 from spd_lens.subspaces import GradientMoments, Policy, folded, projected
 
 log = logging.getLogger(__name__)
+
+N_OTHER = 16
+"""How many of the other texts a run measures."""
 
 
 @neutral()
@@ -112,9 +116,14 @@ def _steps(record: Run, experiment: Experiment) -> Iterator[Step]:
     for target in experiment.targets:
         if items := experiment.items(target):
             yield Step(
-                "effects", f"measuring aligned loss and KL on {len(items)} held-out solutions of {target}",
+                "effects", f"measuring losses and KL on {len(items)} held-out solutions of {target}",
                 partial(record.has_effects, target), partial(_measure, record, experiment, target, items),
             )  # fmt: skip
+    if texts := fitting(experiment.pair, other_texts(N_OTHER)):
+        yield Step(
+            "effects", f"measuring loss and KL on {len(texts)} other texts",
+            partial(_has_other, record), partial(_measure, record, experiment, NEUTRAL, texts, side=True),
+        )  # fmt: skip
     for target, name in itertools.product(experiment.targets, config.policies):
         yield Step(
             "evaluate", f"scoring {name} on the test items of {target}",
@@ -151,14 +160,24 @@ def _prove(record: Run, experiment: Experiment) -> None:
     record.note(hooks={"firings": firings, "fold_parity": asdict(parity)})
 
 
-def _measure(record: Run, experiment: Experiment, target: str, items: list[Example]) -> None:
-    """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control."""
+def _has_other(record: Run) -> bool:
+    """Whether other texts were measured; a run that an earlier version has finished without them is left as it is."""
+    if record.effects_path(NEUTRAL, side=True).exists():
+        return record.has_effects(NEUTRAL, side=True)
+    return (record.path / "summary.md").exists()
+
+
+def _measure(record: Run, experiment: Experiment, name: str, items: list[Example], *, side: bool = False) -> None:
+    """Teacher-forced: base, projection, fine-tuned, and random subspaces of the same ranks as the control.
+
+    `name` is a target, or with `side` a set of texts that SPD was not aimed at.
+    """
     config, subspace = experiment.config, record.subspace
     policies = [_policy(record, name) for name in ("base", "projected", "spd")]
     policies += [
         Policy(f"random-{i}", subspace.random_like(config.seed + i), config.strength) for i in range(config.n_random)
     ]
-    record.write_effects(target, experiment.measure(items, policies))
+    record.write_effects(name, experiment.measure(items, policies, None if side else name), side=side)
 
 
 def _score(record: Run, experiment: Experiment, target: str, name: str) -> None:

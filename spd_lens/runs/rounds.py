@@ -268,4 +268,4 @@ def _measure(folder: Rounds, number: int, first: ModelPair, experiment: Experime
     if not is_made(place / "effects.json", read_json):
         policy = Policy("current") if current is first else _Weights("current", model=current.hf)
         found = experiment.varied(pair=first).measure(items, [policy])["current"]
-        write_json(place / "effects.json", [asdict(item) for item in found])
+        write_json(place / "effects.json", [item.to_dict() for item in found])

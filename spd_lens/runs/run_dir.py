@@ -146,7 +146,8 @@ class Run(Folder, Artefacts):
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |
     | `adapter/` | PEFT adapter (or a whole checkpoint) |
-    | `effects/TASK.json` | teacher-forced effects per item |
+    | `effects/TASK.json` | teacher-forced outcomes per item |
+    | `side_effects/neutral.json` | the same on other texts |
     | `eval/TASK/POLICY.json` | every test item's prompt, completion, answer and verdict |
     | `summary.md` | the result, readable |
     """

@@ -7,7 +7,18 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from spd_lens.evaluation import LOSS_TASKS, EvalResult, ForcedItem, Format, Measured, Subject, per_item
+from spd_lens.evaluation import (
+    LOSS_TASKS,
+    NEUTRAL,
+    OUTCOMES,
+    SAYS,
+    EvalResult,
+    ForcedItem,
+    Format,
+    Measured,
+    Subject,
+    per_item,
+)
 from spd_lens.files import read_json, write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown
@@ -26,8 +37,11 @@ from spd_lens.stats import (
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 """Teacher-forced items of several policies."""
-_FIELDS = {"aligned loss": "aligned_loss", "KL from base": "kl", "completion loss": "completion_loss",
-           "token accuracy": "token_accuracy"}  # fmt: skip
+_FIELDS = ("aligned_loss", "kl", "completion_loss", "token_accuracy")
+"""What every version has measured."""
+_TOLD = ("aligned_loss", "results_loss", "answer_only_loss", "kl")
+"""Outcomes with a sentence of their own: on correctness, and on how much changed. None of them alone is the effect."""
+_ON_OTHER_TEXTS = {"loss on other texts": "aligned_loss", "KL on other texts": "kl"}
 STAGES = ("extract", "generate", "compare", "finetune", "effects", "evaluate")
 
 
@@ -35,12 +49,13 @@ def write_summary(run: Run) -> str:
     """Write and return `summary.md`."""
     targets = list(run.config.targets)
     parts, subject = [_heading(run)], _subject(run)
+    other = run.effects(NEUTRAL, side=True) if run.effects_path(NEUTRAL, side=True).exists() else None
     for task in targets:
         parts.append(_scores(run, task))
         if subject is not None and (beside := _published(run, task, subject)):
             parts += [beside, subject.caveat if subject.caveat not in parts else ""]
         if (run.path / "effects" / f"{task}.json").exists():
-            parts.append(effects_section(run.effects(task), task, _rounding(run)))
+            parts.append(effects_section(run.effects(task), task, _rounding(run), other))
     parts += [_proof(run), _completions(run, targets[0]), _times(run)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(run.path / "summary.md", text)
@@ -148,52 +163,88 @@ def _subject(run: Run) -> Subject | None:
     return Subject.of(config.model, config.published_name, run.notes.get("published_name"))
 
 
-def effects_section(effects: Forced, task: str, rounding: float | None = None) -> str:
-    """Teacher-forced effects: each policy against the base, and the projection against random subspaces.
+def effects_section(effects: Forced, task: str, rounding: float | None = None, other: Forced | None = None) -> str:
+    """Teacher-forced outcomes: each policy against the base, and the projection against random subspaces.
 
-    `rounding` is the KL that the model's dtype alone leaves between two ways to compute the same thing.
+    `rounding` is the KL that the model's dtype alone leaves between two ways to compute the same thing; `other` are the
+    same policies on other texts.
     """
-    random = {name: items for name, items in effects.items() if name.startswith("random-")}
-    groups: dict[str, Forced] = {
-        name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects
-    }
-    if random:
-        groups[f"{len(random)} random subspaces"] = random
-    changes = {
-        label: paired_difference(per_item(groups["base"], "aligned_loss"), per_item(group, "aligned_loss"))
-        for label, group in groups.items()
-        if label != "base"
-    }
-    rows = []
-    for label, group in groups.items():
-        loss, kl, whole, right = (mean_interval(per_item(group, field)) for field in _FIELDS.values())
-        rows.append([label, loss, changes.get(label, "0"), kl if label in changes else "0", whole, right])
-    columns = ["policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy"]
-    lines = [f"### Teacher-forced on gold solutions of {task}", "", *markdown(columns, rows)]
-    if random and "projected" in effects:
-        lines += ["", *_against_random(groups["projected"], random)]
+    groups = _groups(effects)
+    outcomes = _outcomes(groups["base"])
+    # what earlier versions measured has the table that they wrote
+    table = _by_policy(groups) if set(outcomes) <= set(_FIELDS) and not other else _by_outcome(groups, other)
+    lines = [f"### Teacher-forced on gold solutions of {task}", "", *table, ""]
+    told = [outcome for outcome in _TOLD if outcome in outcomes]
+    random = next((group for label, group in groups.items() if label.endswith("random subspaces")), None)
+    if random and "projected" in groups:
+        lines += [_against_random(groups["projected"], random, outcome) for outcome in told]
     if "spd" in effects:
-        lines += [f"- Aligned loss after fine-tuning, minus before: {changes['spd']}; {verdict(changes['spd'])}."]
+        for outcome in told[:-1]:  # not for KL, which the base has none of
+            change = paired_difference(per_item(groups["base"], outcome), per_item(groups["spd"], outcome))
+            lines += [f"- {_capital(OUTCOMES[outcome])} after fine-tuning, minus before: {change}; {verdict(change)}."]
         moved_by = fmean(item.kl for item in effects["spd"])
         if rounding is not None and moved_by < 2 * rounding:
             lines += [
                 f"- The fine-tuned model's KL from base ({moved_by:.1g}) is no more than rounding in this dtype leaves "
                 f"between two engines ({rounding:.1g}): the training changed little."
             ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def _against_random(projected: Forced, random: Forced) -> list[str]:
+def _groups(effects: Forced) -> dict[str, Forced]:
+    """The policies of a run by what a table calls them; random subspaces are one group."""
+    random = {name: items for name, items in effects.items() if name.startswith("random-")}
+    groups: dict[str, Forced] = {
+        name: {name: effects[name]} for name in ("base", "projected", "spd") if name in effects
+    }
+    return {**groups, **({f"{len(random)} random subspaces": random} if random else {})}
+
+
+def _outcomes(base: Forced) -> list[str]:
+    """The outcomes that some item has; where only the answer is asked for anyway, that is the aligned loss alone."""
+    found = {outcome: values for outcome in OUTCOMES if (values := per_item(base, outcome))}
+    if found.get("answer_only_loss") == found["aligned_loss"]:
+        del found["answer_only_loss"]
+    return list(found)
+
+
+def _by_outcome(groups: Mapping[str, Forced], other: Forced | None) -> list[str]:
+    """Outcomes side by side: a row for each, with the base's mean and every policy's paired change from it."""
+    columns = ["outcome", "base", *(f"{label} − base" for label in groups if label != "base"), "what it says"]
+    asked = [(OUTCOMES[outcome], groups, outcome, SAYS[outcome]) for outcome in _outcomes(groups["base"])]
+    if other:
+        says = f"The same on {len(other['base'])} short texts of plain prose, which SPD was not aimed at."
+        asked += [(what, _groups(other), outcome, says) for what, outcome in _ON_OTHER_TEXTS.items()]
+    rows = []
+    for heading, measured, outcome, says in asked:
+        base, *policies = (per_item(group, outcome) for group in measured.values())
+        rows.append([heading, mean_interval(base), *(paired_difference(base, own) for own in policies), says])
+    return markdown(columns, rows)
+
+
+def _by_policy(groups: Mapping[str, Forced]) -> list[str]:
+    """The outcomes that every version has measured, a row for each policy."""
+    rows = []
+    for label, group in groups.items():
+        loss, kl, whole, right = (mean_interval(per_item(group, field)) for field in _FIELDS)
+        change = paired_difference(per_item(groups["base"], "aligned_loss"), per_item(group, "aligned_loss"))
+        is_base = label == "base"
+        rows.append([label, loss, "0" if is_base else change, "0" if is_base else kl, whole, right])
+    columns = ["policy", "aligned loss", "change from base", "KL from base", "completion loss", "token accuracy"]
+    return markdown(columns, rows)
+
+
+def _against_random(projected: Forced, random: Forced, outcome: str) -> str:
     """The question that matters: does the gradient subspace do what any subspace of its rank would?"""
-    lines = []
-    for measure in ("aligned loss", "KL from base"):
-        field = _FIELDS[measure]
-        difference = paired_difference(per_item(random, field), per_item(projected, field))
-        each = [fmean(getattr(item, field) for item in items) for items in random.values()]
-        name = measure[0].upper() + measure[1:]
-        sentence = difference_sentence(difference, measure=name, first="random", second="projected")
-        lines.append(f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}.")
-    return lines
+    difference = paired_difference(per_item(random, outcome), per_item(projected, outcome))
+    each = [fmean(per_item({name: items}, outcome)) for name, items in random.items()]
+    name = _capital(OUTCOMES[outcome])
+    sentence = difference_sentence(difference, measure=name, first="random", second="projected")
+    return f"- {sentence} Random subspaces ranged from {min(each):.3f} to {max(each):.3f}."
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def changed(first: Sequence[Record], second: Sequence[Record]) -> list[bool]:

@@ -13,6 +13,7 @@ from spd_lens.models import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.shapes import Shape
+from spd_lens.tasks import Task
 
 LENGTHS = {
     "bbh": (105, 4), "codealpaca": (54, 65), "gsm8k": (116, 96), "mbpp": (77, 150), "mmlu": (164, 3),
@@ -21,6 +22,8 @@ LENGTHS = {
 """Mean tokens of prompt (in a chat template) and gold completion, of 100 test items with SmolLM2's tokenizer."""
 _OTHER_LENGTHS, _SIDE_SETS, _SIDE_TOKENS = (150, 100), 4, 200
 """Lengths of any other task; sets of texts, and tokens of a text, that are supposed for side effects."""
+_ANSWER = 10
+"""Tokens of an answer without reasoning; gold completions that are no longer are one already, and measured once."""
 _BATCH_TOKENS = 2048
 """Padded tokens in a batch of an extraction; a batch that is measured teacher-forced has half."""
 _KEPT = 34
@@ -99,7 +102,8 @@ class Costs:
         name = config.shared.targets[unit.target] if unit.target else named(config.sources)[unit.source]
         prompt, gold = LENGTHS.get(name, _OTHER_LENGTHS)
         if unit.stage == "measure":
-            return self._cost(config.n_measured(unit.target) * (prompt + gold) * passes, 2, logits)
+            again = prompt + _ANSWER if gold > _ANSWER and _asks_alone(config.task(name)) else 0
+            return self._cost(config.n_measured(unit.target) * (prompt + gold + again) * passes, 2, logits)
         if unit.stage == "score":
             return self._generation(config.n_scored(unit.target), prompt, config.task(name).max_new_tokens, 32)
         cell = config.cell(name, unit.seed or 0)
@@ -141,6 +145,11 @@ class Costs:
     def _kept(self, tokens: int, n_layers: float) -> float:
         """Bytes of activations that the backward pass through some layers needs."""
         return n_layers * tokens * self.shape.d_model * self.n_bytes * _KEPT
+
+
+def _asks_alone(task: Task) -> bool:
+    """Whether a task can ask for an answer without reasoning."""
+    return type(task).answer_only is not Task.answer_only
 
 
 def _cut(n_tokens: int, most: int | None) -> int:

@@ -63,8 +63,10 @@ def _forced(cell: Cell, name: str, *, side: bool) -> Iterator[tuple[str, str, st
         for item in items:
             for measure, field in FORCED.items():
                 # the base has no KL from itself; a side effect's text is scored on all tokens, so one loss is enough
-                if not (cell.method == BASE and field == "kl") and not (side and field == "aligned_loss"):
-                    yield phase, item.id, measure, getattr(item, field)
+                if (cell.method == BASE and field == "kl") or (side and field == "aligned_loss"):
+                    continue
+                if (value := getattr(item, field)) is not None:
+                    yield phase, item.id, measure, value
 
 
 def _scored(result: EvalResult, task: Task) -> Iterator[tuple[str, str, float]]:

@@ -6,14 +6,12 @@ capability by forgetting others shows a higher loss here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_lens import tasks
-from spd_lens.errors import SPDError
+from spd_lens.evaluation import NEUTRAL, fitting, other_texts
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.tasks import Task
@@ -21,8 +19,6 @@ from spd_lens.tasks import Task
 if TYPE_CHECKING:
     from spd_lens.study.config import StudyConfig
 
-NEUTRAL = "neutral"
-"""Name of the set of neutral prose."""
 SYNTHETIC = ("synthetic-math", "synthetic-code", "synthetic-qa")
 """Tasks that need no files, so that every study has other tasks to look at."""
 PUBLISHED = ("gsm8k", "svamp", "mbpp", "codealpaca", "mmlu", "bbh")
@@ -50,9 +46,9 @@ def side_effect_examples(config: StudyConfig, pair: ModelPair | None = None) -> 
         for name, place in places.items()
         if name not in {*config.sources, *config.targets}
     }
-    sets[NEUTRAL] = neutral_texts()[:n]
+    sets[NEUTRAL] = other_texts(n)
     if pair is not None:
-        sets = {name: [item for item in items if _fits(pair, item)] for name, items in sets.items()}
+        sets = {name: fitting(pair, items) for name, items in sets.items()}
     return {name: items for name, items in sets.items() if items}
 
 
@@ -60,22 +56,4 @@ def held_out_texts(task: Task, n: int, seed: int = 42) -> list[Example]:
     """Up to `n` test items of a task, each with its whole gold completion as the span."""
     available = n if task.name in SYNTHETIC else len(task.pool("test"))
     items = task.test(min(n, available), seed)
-    return [replace(item, spans=((0, len(item.completion)),)) for item in items if item.completion]
-
-
-def neutral_texts() -> list[Example]:
-    """24 short paragraphs of plain English prose on weather, gardens, tools and travel, written for this project."""
-    lines = resources.files("spd_lens.study").joinpath("neutral.jsonl").read_text(encoding="utf-8").splitlines()
-    found = []
-    for record in map(json.loads, lines):
-        prompt = f"Write a few sentences about {record['topic']}."
-        found.append(Example(prompt, record["text"], ((0, len(record["text"])),), record["id"]))
-    return found
-
-
-def _fits(pair: ModelPair, example: Example) -> bool:
-    try:
-        pair.encode(example)
-    except SPDError:
-        return False
-    return True
+    return [replace(item, spans=((0, len(item.completion)),), marks={}) for item in items if item.completion]

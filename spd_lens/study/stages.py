@@ -140,7 +140,7 @@ def _measuring(bench: Bench, unit: Unit, cells: Sequence[Cell]) -> Step:
 
 
 def _measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Example], side: bool) -> None:
-    """Teacher-forced effects of several cells on the same items, in one pass over the base model.
+    """Teacher-forced outcomes of several cells on the same items, in one pass over the base model.
 
     After training, and under the projection before any training; a projection that several cells have in common (other
     seeds of a method whose subspace no seed changes) is measured once.
@@ -156,7 +156,7 @@ def _measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exa
                 known[key] = other.effects(name, side=side)["projected"]
             else:
                 policies[key] = Policy(key, cell.subspace, under[1])
-    found = known | bench.any.measure(items, list(policies.values()))
+    found = known | bench.any.measure(items, list(policies.values()), None if side else name)
     for cell in cells:
         phases = {"trained": found[cell.method]}
         if (under := cell.projection) is not None:

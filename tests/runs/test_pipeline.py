@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 import spd_lens as spd
 from spd_lens.evaluation import Format
 from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.outcomes import fitting, other_texts, with_answer_only
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.runs.stages import note_set_up
 from spd_lens.runs.summary import write_summary
@@ -51,6 +52,7 @@ def assert_same_results(one, other):
     mine, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, other))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.effects("neutral", side=True) == other.effects("neutral", side=True)
     for task in one.config.targets:
         assert one.effects(task) == other.effects(task)
         for policy in one.config.policies:
@@ -113,7 +115,11 @@ def test_stages_are_the_library_calls(finished_run, tiny_settings, tiny_pair, tm
         Policy("spd", adapter=run.adapter),
         *(Policy(f"random-{i}", run.subspace.random_like(42 + i)) for i in range(2)),
     ]
-    assert run.effects("synthetic-math") == teacher_forced(tiny_pair, held_out, policies, progress=False)
+    forced = teacher_forced(tiny_pair, held_out, policies, progress=False)
+    forced = with_answer_only(tiny_pair, task, held_out, policies, forced, progress=False)
+    assert run.effects("synthetic-math") == forced
+    texts = fitting(tiny_pair, other_texts(16))
+    assert texts and run.effects("neutral", side=True) == teacher_forced(tiny_pair, texts, policies, progress=False)
     for policy in policies[:3]:
         again = evaluate(tiny_pair, task, 12, policy.subspace, policy.adapter, name=policy.name, progress=False)
         assert run.result("synthetic-math", policy.name).items == again.items
@@ -164,6 +170,7 @@ STAGES = [
     "adapter.training/checkpoints/*/complete",
     "adapter",
     "effects/synthetic-math.json",
+    "side_effects/neutral.json",
     "eval/synthetic-math/base.jsonl",
     "eval/synthetic-math/projected.json",
 ]
@@ -184,6 +191,7 @@ def test_a_half_written_line_and_a_torn_file_are_made_good(finished_run, tiny_se
     corpus = out / "corpus.jsonl"
     records = corpus.read_bytes().splitlines(keepends=True)
     corpus.write_bytes(b"".join(records[:5]) + records[5][:30])
+    (out / "side_effects" / "neutral.json").write_text("[")
     for name in ("adapter", "effects", "eval"):
         shutil.rmtree(out / name)
     (out / "moments.safetensors").unlink()  # and one that the stages after it do not need

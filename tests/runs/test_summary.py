@@ -13,6 +13,7 @@ from scipy import stats
 
 import spd_lens as spd
 from spd_lens.evaluation import Format
+from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem
 from spd_lens.files.contents import write_json
@@ -68,38 +69,50 @@ def test_scores_are_those_of_the_files(finished_run):
         assert_estimate(row["mean length (tokens)"], fmean(item["n_tokens"] for item in items), n=12)
 
 
-def test_effects_are_those_of_the_file(finished_run):
+def test_outcomes_are_those_of_the_files(finished_run):
     rows = table(finished_run.summary, f"### Teacher-forced on gold solutions of {TASK}")
     effects = json_of(finished_run, f"effects/{TASK}.json")
-    assert list(rows) == ["base", "projected", "spd", "2 random subspaces"]
-    loss = {name: [item["aligned_loss"] for item in items] for name, items in effects.items()}
-    kl = {name: [item["kl"] for item in items] for name, items in effects.items()}
-    for values in (loss, kl):
+    other = json_of(finished_run, "side_effects/neutral.json")
+    places = {heading: (effects, outcome) for outcome, heading in OUTCOMES.items()}
+    places |= {"loss on other texts": (other, "aligned_loss"), "KL on other texts": (other, "kl")}
+    assert list(rows) == list(places)
+    for heading, (found, outcome) in places.items():
+        values = {name: [item[outcome] for item in items if outcome in item] for name, items in found.items()}
         values["2 random subspaces"] = [
             fmean(pair) for pair in zip(values["random-0"], values["random-1"], strict=True)
         ]
-    for name, row in rows.items():
-        assert_estimate(row["aligned loss"], fmean(loss[name]), n=12)
-        group = [effects[name]] if name in effects else [effects["random-0"], effects["random-1"]]
-        for measure in ("completion_loss", "token_accuracy"):
-            values = [item[measure] for items in group for item in items]
-            assert_estimate(row[measure.replace("_", " ")], fmean(values), n=12)
-        if name == "base":
-            assert (row["change from base"], row["KL from base"]) == ("0", "0")
-            continue
-        assert_estimate(row["KL from base"], fmean(kl[name]), n=12)
-        differences = [b - a for a, b in zip(loss["base"], loss[name], strict=True)]
-        boot = stats.bootstrap((differences,), fmean, vectorized=False, method="BCa", n_resamples=999, rng=1)
-        found, _, _ = estimate(row["change from base"])
-        width = boot.confidence_interval.high - boot.confidence_interval.low
-        assert found[0] == pytest.approx(fmean(differences), abs=0.01 * width)
-        assert found[1] == pytest.approx(boot.confidence_interval.low, abs=0.2 * width)  # resampling has noise
-        assert found[2] == pytest.approx(boot.confidence_interval.high, abs=0.2 * width)
-    own = fmean(loss["projected"]) - fmean(loss["2 random subspaces"])
-    sentence = re.search(r"Aligned loss, projected minus random: (.*?\(n=12\))", finished_run.summary)[1]
-    assert_estimate(sentence, own)
-    each = sorted(fmean(loss[f"random-{i}"]) for i in range(2))
-    assert f"ranged from {each[0]:.3f} to {each[1]:.3f}" in finished_run.summary
+        cells, n = rows[heading], len(values["base"])
+        policies = ("projected", "spd", "2 random subspaces")
+        assert list(cells) == ["outcome", "base", *(f"{name} − base" for name in policies), "what it says"]
+        assert_estimate(cells["base"], fmean(values["base"]), n=n)
+        for name in policies:
+            differences = [b - a for a, b in zip(values["base"], values[name], strict=True)]
+            assert_estimate(cells[f"{name} − base"], fmean(differences), n=n)
+            if heading == "aligned loss":
+                boot = stats.bootstrap((differences,), fmean, vectorized=False, method="BCa", n_resamples=999, rng=1)
+                (_, *ends), _, _ = estimate(cells[f"{name} − base"])
+                width = boot.confidence_interval.high - boot.confidence_interval.low
+                assert ends == pytest.approx(list(boot.confidence_interval), abs=0.2 * width)  # resampling has noise
+        assert cells["what it says"].endswith(".")
+    for outcome in ("aligned_loss", "results_loss", "answer_only_loss"):
+        values = {name: fmean(item[outcome] for item in items if outcome in item) for name, items in effects.items()}
+        heading = OUTCOMES[outcome].capitalize()
+        sentence = re.search(rf"{heading}, projected minus random: (.*?\(n=\d+\))", finished_run.summary)[1]
+        assert_estimate(sentence, values["projected"] - (values["random-0"] + values["random-1"]) / 2)
+        each = sorted(values[f"random-{i}"] for i in range(2))
+        assert f"ranged from {each[0]:.3f} to {each[1]:.3f}" in finished_run.summary
+        sentence = re.search(rf"{heading} after fine-tuning, minus before: (.*?\(n=\d+\))", finished_run.summary)[1]
+        assert_estimate(sentence, values["spd"] - values["base"])
+
+
+def test_an_outcome_that_is_another_ones_number_is_not_shown_twice(finished_run):
+    effects = finished_run.effects(TASK)
+    same = {
+        name: [dataclasses.replace(item, answer_only_loss=item.aligned_loss) for item in items]
+        for name, items in effects.items()
+    }
+    assert "answer-only loss" in effects_section(effects, TASK)
+    assert "nswer-only loss" not in effects_section(same, TASK)
 
 
 def test_proofs_are_those_of_the_files(finished_run):

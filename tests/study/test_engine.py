@@ -11,6 +11,7 @@ import torch
 import spd_lens as spd
 from spd_lens import methods
 from spd_lens.evaluation.evaluate import evaluate
+from spd_lens.evaluation.outcomes import with_answer_only
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.methods.base import Method
 from spd_lens.study import engine
@@ -42,6 +43,14 @@ def without_report(monkeypatch):
 
 def task_of(name):
     return spd.tasks.get(name, **TASK_OPTIONS[name])
+
+
+def outcomes_of(pair, name, n, policies):
+    """What is measured teacher-forced of a task's first items."""
+    task = task_of(name)
+    items = task.test(n, 42)
+    found = teacher_forced(pair, items, policies, progress=False)
+    return with_answer_only(pair, task, items, policies, found, progress=False)
 
 
 def contents(folder):
@@ -125,8 +134,7 @@ def test_stages_are_the_library_calls(finished_study, tiny_pair, tmp_path):
     )
     policies = [Policy("trained", adapter=adapter), Policy("projected", cell.subspace)]
     for name, n in (("synthetic-math", 6), ("synthetic-qa", 5)):
-        forced = teacher_forced(tiny_pair, task_of(name).test(n, 42), policies, progress=False)
-        assert cell.effects(name) == forced
+        assert cell.effects(name) == outcomes_of(tiny_pair, name, n, policies)
         own = evaluate(tiny_pair, task_of(name), 4, adapter=adapter, name="spd", progress=False)
         assert cell.result(name).items == own.items
         under = evaluate(tiny_pair, task_of(name), 4, cell.subspace, name="spd", progress=False)
@@ -136,9 +144,7 @@ def test_stages_are_the_library_calls(finished_study, tiny_pair, tmp_path):
 def test_the_base_is_measured_without_anything(finished_study, tiny_pair):
     base = finished_study.base()
     for name, n in (("synthetic-math", 6), ("synthetic-qa", 5)):
-        assert base.effects(name)["trained"] == teacher_forced(
-            tiny_pair, task_of(name).test(n, 42), [Policy("base")], progress=False
-        )["base"]  # fmt: skip
+        assert base.effects(name)["trained"] == outcomes_of(tiny_pair, name, n, [Policy("base")])["base"]
         assert base.result(name).items == evaluate(tiny_pair, task_of(name), 4, progress=False).items
 
 

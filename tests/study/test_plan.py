@@ -110,7 +110,8 @@ def test_costs_are_what_one_counts_by_hand():
     assert full.seconds == pytest.approx(8 * finetune.tokens * 5000 / 1000)
 
     measure = cost("measure")
-    assert measure.tokens == 10 * (prompt + gold) * 3  # the base, after training, under the projection
+    both = prompt + gold + prompt + 10  # the gold completion, and the answer alone
+    assert measure.tokens == 10 * both * 3  # the base, after training, under the projection
     assert measure.seconds == pytest.approx(2 * measure.tokens * 5000 / 1000)
 
 

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import Format
+from spd_lens.evaluation import SAYS, Format
 from spd_lens.study import engine
 from spd_lens.study.folder import Study
 from spd_lens.study.reporting import report
@@ -198,6 +198,37 @@ def test_answers_to_a_planted_gain() -> None:
     assert "aligned loss lower on synthetic-math (" in helped.details[0]
     assert any(detail.startswith("Against psr: aligned loss lower") for detail in helped.details)
     assert subspace.headline.count("bring a gain that random ones do not") == 2
+
+
+MARKED = ("aligned loss", "copied-answer loss", "results loss", "KL from base", "accuracy")
+"""What is measured where the gold solutions have values to compute."""
+
+
+def test_a_gain_that_copying_explains_is_no_help() -> None:
+    copied = {("spd", measure): -0.3 for measure in ("aligned loss", "copied-answer loss")}
+    helped, subspace = _answers(planted(copied, measures=MARKED))
+    assert helped.headline.startswith("Not measurably: by results loss it is not told apart")
+    assert "results loss within noise on synthetic-math" in helped.details[0]
+    for measure in ("aligned loss", "copied-answer loss"):
+        beside = f"Beside it, against the base model: {measure} lower on synthetic-math"
+        assert any(detail.startswith(beside) for detail in helped.details)
+    assert "nothing sets the gradients' directions apart" in subspace.headline
+
+
+def test_a_gain_on_results_is_told_with_accuracy() -> None:
+    results = planted({("spd", "results loss"): -0.3}, measures=MARKED)
+    helped, subspace = _answers(results)
+    assert helped.headline == (
+        "By results loss yes. Not measurably: by accuracy it is not told apart from the base model."
+    )
+    assert "bring a gain that random ones do not" in subspace.headline
+    only_one = results[(results.measure != "results loss") | (results.target == MATH)]
+    assert _answers(only_one)[0].headline.startswith("By results loss and aligned loss yes, on synthetic-math (1 of 2")
+    table = differences(Evidence.of(results), n_resamples=200, min_flips=199)
+    assert set(table[table.family == "primary"].measure) == {"aligned loss", "results loss", "KL from base"}
+    text = Report(Evidence.of(results)).text
+    assert "(aligned loss and results loss and KL from base, on targets)" in text
+    assert f"- Results loss: {SAYS['results_loss']}" in text and SAYS["answer_only_loss"] not in text
 
 
 def test_answers_to_a_planted_null() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from spd_lens import tasks
+from spd_lens.evaluation.outcomes import other_texts
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.study.config import StudyConfig
-from spd_lens.study.side_effects import SYNTHETIC, held_out_texts, neutral_texts, side_effect_examples
+from spd_lens.study.side_effects import SYNTHETIC, held_out_texts, side_effect_examples
 from spd_lens.subspaces.policy import Policy
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -52,13 +53,13 @@ def test_benchmarks_count_where_their_files_are(tmp_path):
     assert len(many) == len(tasks.get("svamp", tmp_path).pool("test"))
 
 
-def test_neutral_texts_are_24_short_paragraphs_of_their_own():
-    texts = neutral_texts()
+def test_other_texts_are_24_short_paragraphs_of_their_own():
+    texts = other_texts()
     assert len(texts) == 24 and whole(texts)
     assert len({item.id for item in texts}) == len({item.prompt for item in texts}) == 24
     assert all(100 < len(item.completion) < 400 and item.completion.isascii() for item in texts)
     assert not any(character.isdigit() for item in texts for character in item.completion)
-    assert neutral_texts() is not texts  # a caller may change its list
+    assert other_texts() is not texts  # a caller may change its list
     assert len(side_effect_examples(config(n_side_effects=100))["neutral"]) == 24
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from spd_lens.evaluation import OUTCOMES
 from spd_lens.stats import (
     TOO_FEW,
     WITHIN_NOISE,
@@ -30,8 +31,8 @@ FLIPS_PER_COMPARISON = 200
 however many comparisons there are."""
 NOT_EVERY_SEED = "not in every seed"
 BETTER = {
-    "aligned loss": -1, "completion loss": -1, "accuracy": 1, "accuracy by likelihood": 1, "token accuracy": 1,
-    "format": 1, "finished": 1,
+    **{heading: -1 for outcome, heading in OUTCOMES.items() if outcome.endswith("_loss")},
+    "accuracy": 1, "accuracy by likelihood": 1, "token accuracy": 1, "format": 1, "finished": 1,
 }  # fmt: skip
 """1 where a higher value is better, -1 where a lower one is. KL from base and length only say how much changed."""
 

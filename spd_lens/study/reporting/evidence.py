@@ -20,10 +20,11 @@ from spd_lens.study.config import BASE, may_project
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
 """The columns of `results.csv`, which has one row per item and measure."""
-PRIMARY = ("aligned loss", "KL from base")
+PRIMARY = ("aligned loss", "results loss", "KL from base")
 """The primary outcomes are paired and teacher-forced, so that small effects show; accuracy comes second."""
 ORDER = (
-    *PRIMARY, "accuracy", "accuracy by likelihood", "completion loss", "token accuracy", "format", "finished", "tokens",
+    *PRIMARY, "accuracy", "accuracy by likelihood", "answer-only loss", "copied-answer loss", "loss on the rest",
+    "completion loss", "token accuracy", "format", "finished", "tokens",
 )  # fmt: skip
 """Measures in the order of tables: primary ones, then accuracy, then the rest."""
 

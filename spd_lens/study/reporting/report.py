@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from spd_lens import methods
+from spd_lens.evaluation import OUTCOMES, SAYS
 from spd_lens.files import write_text
 from spd_lens.output import markdown
 from spd_lens.runs import in_words, quoted
@@ -34,8 +35,8 @@ from spd_lens.study.reporting.verdict import answers
 
 PHASES = {"trained": "After training", "projected": "Under the projection, before any training"}
 UNITS = {
-    "aligned loss": "nats per correctness token", "completion loss": "nats per token", "KL from base": "nats per token",
-    "tokens": "mean length in tokens",
+    **{heading: "nats per token" for outcome, heading in OUTCOMES.items() if outcome != "token_accuracy"},
+    "aligned loss": "nats per correctness token", "tokens": "mean length in tokens",
 }  # fmt: skip
 NAMES = {"tokens": "length", "format": "format compliance", "finished": "ended by itself"}
 """Longer names that a report has for some measures."""
@@ -199,8 +200,10 @@ def _places(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
     def rank(place: tuple[str, str, str]) -> int:
         role, _, measure = place
         if role != "target":
-            return 3
-        return PRIMARY.index(measure) if measure in PRIMARY else 2 if measure.startswith("accuracy") else 4
+            return len(PRIMARY) + 1
+        if measure in PRIMARY:
+            return PRIMARY.index(measure)
+        return len(PRIMARY) + (0 if measure.startswith("accuracy") else 2)
 
     return sorted(found, key=rank)
 
@@ -277,6 +280,8 @@ def _flat(value: Any) -> str:
 def _how_to_read(table: pd.DataFrame) -> str:
     sizes = {family: int((table.family == family).sum()) for family in ("primary", "secondary")}
     flips = max(MIN_FLIPS, FLIPS_PER_COMPARISON * max(sizes.values()))
+    primary = [measure for measure in PRIMARY if (table.measure == measure).any()]
+    told = [(heading, SAYS[outcome]) for outcome, heading in OUTCOMES.items() if (table.measure == heading).any()]
     return "\n".join(
         [
             "## How to read this",
@@ -284,12 +289,14 @@ def _how_to_read(table: pd.DataFrame) -> str:
             "- Items are the sample. Each item's scores are averaged over seeds and paired with the other method's "
             "on the same item; intervals are 95 % bootstrap intervals over items (BCa; Student's t below ten), and "
             f"p is of a sign-flip test over items (exact for few items, else up to {flips} random flips).",
-            f"- Corrected p is Holm's, over {sizes['primary']} comparisons of the primary outcomes (aligned loss and "
-            f"KL on targets) and, apart, over {sizes['secondary']} of all other measures, sources and phases together.",
+            f"- Corrected p is Holm's, over {sizes['primary']} comparisons of the primary outcomes "
+            f"({' and '.join(primary)}, on targets) and, apart, over {sizes['secondary']} of all other measures, "
+            "sources and phases together.",
             f"- A direction is claimed only if corrected p is at most {ALPHA:g}, the interval excludes 0 and every "
             "seed shows the same sign. Other items are thereby accounted for; other seeds as far as those here go.",
             "- KL from base is not tested against the base: it is the difference to it. Less KL is less change, not "
             "better. Losses and KL are teacher-forced on gold completions, in nats per token.",
+            *(f"- {heading[0].upper()}{heading[1:]}: {says}" for heading, says in told),
         ]
     )
 

@@ -1,6 +1,7 @@
 """The two questions of a study, answered from its differences: did SPD help, and was it the gradient subspace?
 
-Nothing is claimed where interval, corrected test and every single seed do not agree.
+Nothing is claimed where interval, corrected test and every single seed do not agree. On targets whose solutions have
+results to compute, the answer rests on the loss on them and on accuracy: most of the scored answer can be copied there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from spd_lens.study.config import BASE
 from spd_lens.study.reporting.differences import FOCUS, NOT_EVERY_SEED, RANDOM, better, estimate_of
 from spd_lens.study.reporting.evidence import Evidence
 
-LOSS, KL = "aligned loss", "KL from base"
+LOSS, RESULTS, KL = "aligned loss", "results loss", "KL from base"
+BESIDE = (LOSS, "copied-answer loss", "answer-only loss")
+"""What stands beside the loss on results, which none of them can replace."""
 PLAIN = ("psr", "psr-reference", "ssd", "ssd-reference", "ssd-config")
 """Methods that retrain on own outputs without any projection: SPD must beat them to have helped."""
 Rows = Mapping[str, Mapping[str, Any]]
@@ -50,16 +53,21 @@ def answers(evidence: Evidence, table: pd.DataFrame) -> dict[str, list[Answer]]:
 
 
 def _helped(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str, list[str]]:
-    against_base = _rows(table, source, "trained", LOSS, BASE)
+    against_base = _losses(table, source, "trained", BASE)
     accuracy = _rows(table, source, "trained", "accuracy", BASE)
     if not against_base and not accuracy:
         return f"Not answered: there are no results of {FOCUS} after training on {source} yet.", []
     headline, good = _headline(against_base or accuracy), _states(against_base, "better")
-    plain = {method: _rows(table, source, "trained", LOSS, method) for method in PLAIN if method in evidence.methods}
+    by_results = any(row["measure"] == RESULTS for row in against_base.values())
+    plain = {method: _losses(table, source, "trained", method) for method in PLAIN if method in evidence.methods}
     equal = [method for method, rows in plain.items() if not set(good) & set(_states(rows, "better"))]
     if good and equal:
         headline += f" But no more than {_and(equal)} did, as far as this study can tell."
+    if by_results and accuracy:
+        headline += f" {_headline(accuracy)}"
     details = [f"Against the base model: {_listed(against_base, LOSS)}."]
+    beside = [(measure, _rows(table, source, "trained", measure, BASE)) for measure in BESIDE if by_results]
+    details += [f"Beside it, against the base model: {_listed(rows, measure)}." for measure, rows in beside if rows]
     details += [f"Against {method}: {_listed(rows, LOSS)}." for method, rows in plain.items()]
     details += [f"Against the base model: {_listed(accuracy, 'accuracy')}."]
     return headline, [*details, *_side_effects(table, source)]
@@ -67,7 +75,7 @@ def _helped(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str, 
 
 def _headline(rows: Rows) -> str:
     """Whether the trained model is better than the base, by one measure."""
-    measure = next(iter(rows.values()))["measure"]
+    measure = _and(list(dict.fromkeys(row["measure"] for row in rows.values())))
     good, bad = _states(rows, "better"), _states(rows, "worse")
     if good and bad:
         return f"By {measure} it did on {_and(good)} and did harm on {_and(bad)}."
@@ -84,12 +92,12 @@ def _subspace(evidence: Evidence, table: pd.DataFrame, source: str) -> tuple[str
         return f"This study cannot say: it has no {RANDOM!r} to compare with.", []
     headline, details = [], []
     for phase, when in (("trained", "After training"), ("projected", "Under the projection, before training")):
-        loss = _rows(table, source, phase, LOSS, RANDOM)
+        loss = _losses(table, source, phase, RANDOM)
         kl = _rows(table, source, phase, KL, RANDOM)
         if not loss:
             headline.append(f"{when}: {LOSS} was not measured against {RANDOM}.")
         else:
-            headline.append(f"{when}: {_reading(loss, _rows(table, source, phase, LOSS, BASE))}.")
+            headline.append(f"{when}: {_reading(loss, _losses(table, source, phase, BASE))}.")
         if loss or kl:
             details.append(f"{when}, against {RANDOM}: {_listed(loss, LOSS)}; {_listed(kl, KL)}.")
     return " ".join(headline), [*details, *_other_controls(evidence, table, source)]
@@ -119,12 +127,14 @@ def _reading(random: Rows, base: Rows) -> str:
 def _other_controls(evidence: Evidence, table: pd.DataFrame, source: str) -> list[str]:
     """Controls other than `spd-random`, by whether SPD is better than they are on any target."""
     found: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    measures: dict[str, None] = {}
     for method in (name for name in evidence.methods if name.startswith(f"{FOCUS}-") and name != RANDOM):
-        if rows := _rows(table, source, "trained", LOSS, method):
+        if rows := _losses(table, source, "trained", method):
+            measures |= {str(row["measure"]): None for row in rows.values()}
             state = next((f"{word} than" for word in ("worse", "better") if _states(rows, word)), "not told apart from")
             found[state].append(method)
     parts = [f"{state} {_and(names)}" for state, names in found.items() if names]
-    return [f"Other controls after training, by {LOSS}: SPD is {', '.join(parts)}."] if parts else []
+    return [f"Other controls after training, by {_and(list(measures))}: SPD is {', '.join(parts)}."] if parts else []
 
 
 def _side_effects(table: pd.DataFrame, source: str) -> list[str]:
@@ -142,6 +152,12 @@ def _side_effects(table: pd.DataFrame, source: str) -> list[str]:
     elif rows and not worse:
         said.append("Side effects: nothing that was measured got worse beyond noise.")
     return said
+
+
+def _losses(table: pd.DataFrame, source: str, phase: str, reference: str) -> Rows:
+    """SPD's differences to one reference in the loss that decides, by target: on results where there are any."""
+    aligned, results = (_rows(table, source, phase, measure, reference) for measure in (LOSS, RESULTS))
+    return {**aligned, **results}
 
 
 def _rows(table: pd.DataFrame, source: str, phase: str, measure: str, reference: str) -> Rows:
@@ -163,8 +179,10 @@ def _listed(rows: Rows, measure: str) -> str:
     """`aligned loss lower on svamp (-0.03 [-0.05, -0.01], p = 0.004), within noise on gsm8k (...)`."""
     if not rows:
         return f"{measure} was not measured"
-    parts = [f"{row['verdict']} on {target} ({_number(row)})" for target, row in rows.items()]
-    return f"{measure} {', '.join(parts)}"
+    parts: dict[str, list[str]] = {}
+    for target, row in rows.items():
+        parts.setdefault(row["measure"], []).append(f"{row['verdict']} on {target} ({_number(row)})")
+    return "; ".join(f"{measure} {', '.join(own)}" for measure, own in parts.items())
 
 
 def _number(row: Mapping[str, Any]) -> str:
