@@ -45,7 +45,7 @@ def losses_under(
     for label, several in subspaces.items():
         for field, base in values["base"].items():
             mean = np.mean([values[f"{label}#{i}"][field] for i in range(len(several))], axis=0)
-            estimate = mean_interval(mean) if field == "kl" else paired_difference(known(base), known(mean))
+            estimate = mean_interval(mean) if field == "kl" else paired_difference(known(base, base), known(mean, base))
             measure = OUTCOMES[field] if field == "kl" else f"change of {OUTCOMES[field]}"
             rows.append({"label": label, "measure": measure, **estimate.to_row()})
     return pd.DataFrame(rows)

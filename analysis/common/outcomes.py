@@ -23,15 +23,14 @@ def by_item(items: Sequence[ForcedItem], fields: Collection[str] = tuple(OUTCOME
 
     An outcome that fewer than `FEWEST` of the items have is left out, as results are where a task computes nothing.
     """
-    found = {field: np.array([getattr(item, field) for item in items], dtype=float) for field in fields}
-    least = min(FEWEST, len(items))
-    return {field: values for field, values in found.items() if len(known(values)) >= least}
+    found = {field: [getattr(item, field) for item in items] for field in fields}
+    most = len(items) - min(FEWEST, len(items))
+    return {field: np.array(own, dtype=float) for field, own in found.items() if own.count(None) <= most}
 
 
-def known(values: Float[np.ndarray, "*draw item"]) -> Float[np.ndarray, "*draw some"]:
-    """The items that have an outcome. Which these are depends on the items, never on the policy."""
-    first = values.reshape(-1, values.shape[-1])[0]
-    return values[..., ~np.isnan(first)]
+def known(values: Float[np.ndarray, "*draw item"], base: Float[np.ndarray, " item"]) -> Float[np.ndarray, "*draw some"]:
+    """The items that have an outcome under the base: which these are depends on the items, never on the policy."""
+    return values[..., ~np.isnan(base)]
 
 
 def deciding(measured: Collection[str]) -> str:

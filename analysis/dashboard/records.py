@@ -62,7 +62,7 @@ def effects(run: Run, task: str, *, side: bool = False) -> dict[str, Any]:
     base = found.pop("base")
     fields = [field for field in base if all(field in values for values in found.values())]
     changes = {
-        name: {field: known(values[field] - (0.0 if field == "kl" else base[field])) for field in fields}
+        name: {field: known(values[field] - (0.0 if field == "kl" else base[field]), base[field]) for field in fields}
         for name, values in found.items()
     }
     controls = [name for name in changes if name.startswith("random-")]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from spd_lens.analysis.common import by_item, known, place
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedItem, exact_prefix, teacher_forced
+from spd_lens.evaluation import exact_prefix, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
 from spd_lens.sites import Site
@@ -86,11 +85,11 @@ def head_effects(
     found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=progress)
     rows = []
     for site, head in cells:
-        for measure in by_item(found["base"], MEASURES):
-            base = _per_item(found["base"], measure)
-            own = _per_item(found[f"{site}/{head}/own"], measure) - base
-            random = torch.stack([_per_item(found[f"{site}/{head}/{i}"], measure) for i in range(n_random)])
-            null = random.mean(dim=0) - base
+        for measure, unprojected in by_item(found["base"], MEASURES).items():
+            names = ("own", *map(str, range(n_random)))
+            values = [by_item(found[f"{site}/{head}/{name}"], [measure])[measure] for name in names]
+            own, *random = known(np.stack(values) - unprojected, unprojected)
+            null = np.mean(random, axis=0)
             estimates = {
                 "subspace": mean_interval(own.tolist(), seed=seed),
                 "random": mean_interval(null.tolist(), seed=seed),
@@ -99,7 +98,3 @@ def head_effects(
             common = {**place(site, head, per_head=True), "rank": subspace.ranks[site][head], "measure": measure}
             rows += [{**common, "policy": policy, **estimate.to_row()} for policy, estimate in estimates.items()]
     return pd.DataFrame(rows).astype({"low": float, "high": float})  # NaN where one item gives no interval
-
-
-def _per_item(items: Sequence[ForcedItem], measure: str) -> Float[Tensor, " item"]:
-    return torch.from_numpy(known(by_item(items, [measure])[measure]))

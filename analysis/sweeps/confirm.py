@@ -123,14 +123,16 @@ def _rows(
         if name not in found["base"]:
             continue
         # losses are changes from base, shares and KL are as they are
-        shift = found["base"][name] if name in LOSS_FIELDS else np.zeros_like(found["base"][name])
-        own = {cell: known(found[cell][name] - shift) for cell in chosen}
+        base = found["base"][name]
+        shift = base if name in LOSS_FIELDS else np.zeros_like(base)
+        own = {cell: known(found[cell][name] - shift, base) for cell in chosen}
         random = {
-            cell: known(np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift) for cell in chosen
+            cell: known(np.stack([found[f"{cell}/{i}"][name] for i in range(n_random)]) - shift, base)
+            for cell in chosen
         }
         against = dict(zip(chosen, contrasts(list(own.values()), list(random.values())), strict=True))
         if name in _SHARES:
-            rows.append({"cell": "base", "measure": name, **_estimate(found["base"][name], name)})
+            rows.append({"cell": "base", "measure": name, **_estimate(base, name)})
         for cell in chosen:
             beside = beside_random(random[cell], against[cell])
             rows.append({"cell": cell, "measure": name, **_estimate(own[cell], name), **beside, "n_random": n_random})

@@ -36,11 +36,11 @@ class Measured:
 
     def change(self, base: Values, measure: str) -> Float[np.ndarray, " item"]:
         """Change of each item that has the measure from the base model, in nats."""
-        return known(self.own[measure] - base[measure])
+        return known(self.own[measure] - base[measure], base[measure])
 
     def random_change(self, base: Values, measure: str) -> Float[np.ndarray, "draw item"]:
         """The same under each random subspace."""
-        return known(np.stack([values[measure] for values in self.random]) - base[measure])
+        return known(np.stack([values[measure] for values in self.random]) - base[measure], base[measure])
 
 
 class Store(JsonFolder):
