@@ -171,6 +171,9 @@ def test_provenance_says_settings_versions_and_proofs(document, finished_run):
     assert tables["All settings"]["n_calibration"] == str(config.n_calibration)
     assert "seed" not in tables["Settings that are not the default"]
     assert tables["Versions and machine"]["torch"] == finished_run.notes["versions"]["torch"]
+    grade = finished_run.subspace.grade
+    assert document["runs"][0]["evidence"].startswith(f"evidence: subspace {grade}, adapter ")
+    assert tables["Evidence"]["subspace"] == "; ".join([str(grade), *grade.reasons])
     assert "1.k: 1" in tables["What was proved"]["hook firings in one forward pass of the lens model"]
     assert float(tables["Seconds per stage"]["total"]) == pytest.approx(
         sum(finished_run.notes["seconds"].values()), abs=0.1
