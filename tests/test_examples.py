@@ -196,3 +196,12 @@ def test_what_is_no_span(spans, words):
         Example("q", "x=42", spans, "mine")
     with refused("'mine'", *[word.replace("spans=", "prompt_spans=") for word in words]):
         Example("x=42", "q", id="mine", prompt_spans=spans)
+    with refused("'mine'", *[word for word in words if "spans=" not in word and word != "pairs"]):
+        Example("q", "x=42", id="mine", marks={"results": spans})
+
+
+def test_marks_are_spans_by_kind():
+    example = Example("q", "x=42", marks={"results": np.array([[2, 4]]), "copies": []})
+    assert example.marks == {"results": ((2, 4),)}  # a kind without spans is not there
+    with refused("marks", "mapping"):
+        Example("q", "x=42", marks=[(2, 4)])

@@ -223,11 +223,14 @@ def evaluate_command(
 
 
 @app.command("spans")
-@with_settings("protocol", "data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed")
+@with_settings("protocol", "data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed", "allow_code_execution")
 def spans_command(
     config: SPDConfig,
     task: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file of your own.")],
     split: Annotated[str, typer.Option("--split", help="calibration, train or test.")] = "calibration",
+    span: Annotated[
+        str | None, typer.Option("--span", help="What decides correctness: the task's option span.")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Examples to audit; by default 20, or all there are.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a standalone page.")] = None,
     show: Annotated[int, typer.Option("--show", help="Examples printed token by token.")] = 3,
@@ -238,7 +241,7 @@ def spans_command(
 
     if html is not None:
         check_writable(html)
-    show_spans(config, task, split, n, html, show, Console())
+    show_spans(config, task, split, n, html, show, Console(), span)
 
 
 @app.command("compare")

@@ -11,7 +11,7 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.models import PromptFormat, load_tokenizer
 from spd_lens.protocols import protocol
-from spd_lens.runs import SPDConfig
+from spd_lens.runs import SPDConfig, allow_execution
 from spd_lens.spans.core import audit
 from spd_lens.spans.page import write_page
 from spd_lens.spans.terminal import print_audit
@@ -21,18 +21,24 @@ _DEFAULT_N = 20
 
 
 def show_spans(
-    config: SPDConfig, name: str, split: str, n: int | None, html: Path | None, show: int, console: Console
-) -> None:
-    """Audit examples of the task `name`; print what was found, and write it to `html` if that is given."""
+    config: SPDConfig, name: str, split: str, n: int | None, html: Path | None, show: int, console: Console,
+    span: str | None = None,
+) -> None:  # fmt: skip
+    """Audit examples of the task `name`; print what was found, and write it to `html` if that is given. With `span`,
+    something else decides correctness than the task's options say (`Task.spanned`)."""
     chosen = protocol(config.protocol)
     options = {**chosen.options(name), **config.task_options}
-    source = chosen.task_for(name, config.data_dir, config.task_options, config.prompt_format)
+    source = chosen.task_for(name, config.data_dir, config.task_options, config.prompt_format).spanned(span)
+    if span is not None:
+        options["span"] = span
+    allow_execution(config, [source])
     examples = _draw(source, split, n, config.data_seed)
     format = PromptFormat.choose(
         load_tokenizer(config.model), config.prompt_format, config.system, config.enable_thinking, config.prompt_date,
         add_special_tokens=config.add_special_tokens, span_rule=config.span_rule,
     )  # fmt: skip
-    found = audit(examples, format, config.loss, task=source.name)
+    # table 6 of the paper is about answers
+    found = audit(examples, format, config.loss, task="" if options.get("span") == "results" else source.name)
     title = f"Span audit: {Path(name).name}"
     plural = "example" if len(examples) == 1 else "examples"
     facts = [

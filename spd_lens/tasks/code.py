@@ -97,7 +97,8 @@ class CodeTask(TwoScorings):
         if (found := self._exercised.get(item.id)) is None:
             found = exercised(code, lambda program: self._passes(program, tests, setup))
             self._exercised[item.id] = found
-        return replace(item, marks={**item.marks, "results": [(start + low, start + high) for low, high in found]})
+        results = tuple((start + low, start + high) for low, high in found)
+        return replace(item, marks={**item.marks, "results": results})
 
     def kept(self, split: Split, examples: list[Example]) -> list[Example]:
         if self.span != "results" or split == "train":  # of training examples, only the prompts are used

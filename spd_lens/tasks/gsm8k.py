@@ -10,12 +10,13 @@ from spd_lens.errors import SPDError
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools
 from spd_lens.tasks.forms import FinalNumber
+from spd_lens.tasks.marks import NUMBER
 from spd_lens.tasks.paper import PaperTask, bare_example
 from spd_lens.tasks.sources import Row
 
 _MARK = re.compile(r"<<[^<>]*?([^<>=]*)>>")
 """A calculator's mark, `<<48/2=24>>`, with its result."""
-_WRITTEN = re.compile(r"\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
+_WRITTEN = re.compile(rf"\$?({NUMBER.pattern})")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,9 @@ class GSM8K(FinalNumber, PaperTask):
             published, prompt = row.text("answer"), f"Question: {row.text('question')}\nAnswer:"
             begin = 1 + len(published) - len(answer.removeprefix(" "))
             made = bare_example(id, prompt, published, {"answer": answer.strip()}, begin=begin)
-            return self.marked(made, [mark.span(1) for mark in _MARK.finditer(made.completion) if mark[1]])
+            return self.marked(
+                made, [mark.span(1) for mark in _MARK.finditer(made.completion) if NUMBER.fullmatch(mark[1])]
+            )
         working, results = without_marks(solution)
         return self.example(id, row.text("question"), working, answer.strip(), results=results)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
 
 from spd_lens.examples import Span
 
-_NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+"""A number of its own as solutions write it, without its sign and unit."""
 
 
 def copies(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
@@ -25,15 +27,14 @@ def firsts(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
 def stands_in(value: str, text: str) -> bool:
     """Whether `value` occurs in `text` as a word or number of its own: 5 does not in 15, 1.5 or 5,000. A number also
     occurs where it is written in another way, as 1,000 in 1000.00."""
-    if not value:
-        return False
-    if re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w)(?![.,]\d)", text):
-        return True
     number = value_of(value)
-    return isinstance(number, Decimal) and number in map(value_of, _NUMBER.findall(text))
+    if isinstance(number, Decimal):
+        return number in map(value_of, NUMBER.findall(text))
+    return value in text and bool(value and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text))
 
 
+@lru_cache(maxsize=4096)
 def value_of(text: str) -> Decimal | str:
     """What makes two texts the same value: a number's size, however it is written; of any other text, the text."""
     bare = text.strip().removeprefix("$")
-    return Decimal(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else text
+    return Decimal(bare.replace(",", "")) if NUMBER.fullmatch(bare) else text

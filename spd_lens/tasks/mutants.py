@@ -42,8 +42,7 @@ def mutants(code: str) -> dict[Span, str]:
 def _changes(code: str) -> Iterator[tuple[Span, str]]:
     for top in compiled(code).body:
         nodes = list(_walk(top))
-        bound = [node.arg if isinstance(node, ast.arg) else node.id for node in nodes if _binds(node)]
-        names = list(dict.fromkeys(bound))
+        names = list(dict.fromkeys(name for node in nodes if (name := _bound(node))))
         for node in nodes:
             match node:
                 case ast.Constant(value) if (text := _another(value)) is not None:
@@ -59,9 +58,9 @@ def _changes(code: str) -> Iterator[tuple[Span, str]]:
                 case ast.BoolOp(operator, values):
                     for left, right in zip(values, values[1:], strict=False):
                         yield from _swapped(operator, left, right, code)
-                case ast.Compare(left, operators, values):
-                    for operator, first, second in zip(operators, [left, *values], values, strict=False):
-                        yield from _swapped(operator, first, second, code)
+                case ast.Compare(left, comparisons, values):
+                    for comparison, first, second in zip(comparisons, [left, *values], values, strict=False):
+                        yield from _swapped(comparison, first, second, code)
                 case ast.UnaryOp(operator, operand):
                     start, _ = place_of(node, code)
                     yield from _between(operator, start, place_of(operand, code)[0], code)
@@ -77,8 +76,12 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
         yield from _walk(child)
 
 
-def _binds(node: ast.AST) -> bool:
-    return isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+def _bound(node: ast.AST) -> str:
+    """The name that a node gives a value, if any."""
+    match node:
+        case ast.arg(name) | ast.Name(name, ast.Store()):
+            return name
+    return ""
 
 
 def _another(value: object) -> str | None:

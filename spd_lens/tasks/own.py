@@ -214,7 +214,7 @@ class OwnData(Task):
         if any(end <= 0 for _, end in (*spans, *results)):
             raise SPDError(f"{row.where}: a span covers nothing but the white space before the completion")
         meta = {"pattern": row.data.get("pattern")}
-        marks = {"results": results, "copies": copies(completion, spans)}
+        marks = {"results": tuple(results), "copies": copies(completion, spans)}
         if self.span == "results":
             if not (results and spans):
                 lacks = "an answer" if results else "the field 'results'"

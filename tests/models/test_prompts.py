@@ -1,6 +1,7 @@
 """Spans in characters to positions of tokens, on a tokenizer whose every merge is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -241,6 +242,33 @@ def test_a_cut_keeps_the_first_tokens_and_what_is_scored_among_them(loss, max_to
     assert found.ids == uncut.ids[:max_tokens]
     assert found.scored == expected
     assert found.completion_start == 3
+
+
+@pytest.mark.parametrize("loss", ["aligned", "full"])
+def test_marked_tokens_are_those_that_hold_a_marked_character(any_tiny_pair, loss):
+    completion = "He has 48/2 = 24 and 24.\n#### 24"
+    marks = {"results": [(14, 16)], "copies": [(21, 23), (30, 32)], "blank": [(16, 17)]}
+    example = Example("How many?", completion, [(30, 32)], "m", marks=marks)
+    form = any_tiny_pair.format
+    encoded, text = form.encode(example, loss), form.text(example.prompt)
+    offsets = form.tokenizer(text + completion, add_special_tokens=form.specials, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    for kind, spans in marks.items():
+        characters = {len(text) + at for low, high in spans for at in range(low, high)}
+        wanted = tuple(t for t, (low, high) in enumerate(offsets) if characters & set(range(low, high)))
+        assert encoded.marked[kind] == wanted != ()
+    assert encoded == form.encode(replace(example, marks={}), loss)
+    n = encoded.marked["copies"][0] + 1
+    cut = form.encode(example, "full", n)
+    assert cut.marked["copies"] == encoded.marked["copies"][:1] and max(map(max, cut.marked.values())) < n
+    assert "results" not in form.encode(example, "full", encoded.marked["results"][0]).marked
+
+
+def test_the_first_token_is_never_marked():
+    form = PromptFormat.choose(known_tokenizer(), "verbatim", add_special_tokens=False)
+    encoded = form.encode(Example("", "x=42.", [(2, 4)], marks={"results": [(0, 1)], "copies": [(0, 4)]}))
+    assert encoded.marked == {"copies": (1, 2)}
 
 
 def test_a_cut_takes_texts_that_are_far_beyond_the_context(tiny_pair):

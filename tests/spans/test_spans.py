@@ -98,6 +98,21 @@ def test_an_ordinary_example_has_no_flags(chat):
     assert (item.flags, item.suspicious, item.copied) == ((), False, 0)
 
 
+def test_an_answer_that_can_be_copied(chat):
+    example = Example("7 * 3", "7 * 3 = 21 dollars.\n#### 21", ((25, 27),))
+    item = one(example, chat)
+    assert kinds(item, suspicious=False) == {"copied"} and not item.suspicious
+    assert item.copied == item.size == len(chat.encode(example).scored)
+    first = replace(example, spans=((8, 10), (25, 27)))  # the first 21 is no copy
+    found = audit([item.example, first, Example("q", "4", ((0, 1),))], chat)
+    n = len(chat.encode(replace(example, spans=((8, 10),))).scored)
+    assert [one.copied for one in found.examples] == [item.size, item.size, 0]
+    assert found.summary()["share_copied"] == 2 * item.size / (2 * item.size + n + found.examples[2].size)
+    assert f"{found.share_copied:.0%} of the scored tokens can be copied" in headline(found)
+    assert f"{found.share_copied:.0%}" in page(found, title="t")
+    assert audit([example], chat, "full").share_copied is None
+
+
 def test_no_span(chat):
     item = one(Example("Hi?", "Hello there"), chat)
     assert kinds(item) == {"empty"}

@@ -88,6 +88,7 @@ def test_the_full_loss(spans):
         (["synthetic-math", "--task-option", "colour=red"], ["no option 'colour'"]),
         (["synthetic-code", "--task-option", "executor=1"], ["no option 'executor'", "allow_code_execution"]),
         (["synthetic-math", "--html", "OWN/page.html"], ["page.html", "cannot be written"]),
+        (["synthetic-qa", "--span", "results"], ["no span 'results'", "letter, line"]),
     ],
 )
 def test_mistakes(spans, own, arguments, words):
@@ -96,6 +97,11 @@ def test_mistakes(spans, own, arguments, words):
     assert err.count("error:") == 1 and len(err.splitlines()) == 1 and "Traceback" not in err
     for word in words:
         assert word in err
+
+
+def test_another_span(spans):
+    code, out, _ = spans("synthetic-code", "--span", "results", "--n", 4)
+    assert code == 0 and "span=results" in out and "4 of 4 examples have scored tokens" in out
 
 
 def test_a_model_that_is_not_there(spans, tmp_path):

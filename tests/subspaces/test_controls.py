@@ -6,6 +6,7 @@ import spd_lens as spd
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.subspaces.controls import shuffled_answers, with_answers
+from spd_lens.tasks import value_of
 
 
 def _example(answer: str, *more: str) -> Example:
@@ -45,6 +46,28 @@ def test_spans_move_with_answers_of_other_lengths() -> None:
     assert _answers(changed) == ("1234567", "1234567")
 
 
+def test_marks_do_not_outlive_the_gold_completion() -> None:
+    example = Example("q", "7 and 7", ((6, 7),), marks={"copies": ((6, 7),)})
+    assert with_answers(example, ["123456789"]).marks == {}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_span_of_several_keeps_its_value(seed: int) -> None:
+    pairs = [("1", "2"), ("1", "3"), ("4", "2"), ("5", "1,000"), ("6", "1000.0"), ("1", "7", "2"), ("8",)]
+    examples = [_example(*pair) for pair in pairs]
+    shuffled = shuffled_answers(examples, seed)
+    assert sorted(len(e.spans) for e in shuffled) == sorted(map(len, pairs))
+    for old, new in zip(examples, shuffled, strict=True):
+        assert all(value_of(a) != value_of(b) for a, b in zip(_answers(old), _answers(new), strict=True))
+    assert shuffled == shuffled_answers(examples, seed)
+
+
+def test_of_results_of_a_real_task() -> None:
+    examples = spd.tasks.get("synthetic-math", difficulty="hard", span="results").calibration(n=40, seed=1)
+    for old, new in zip(examples, shuffled_answers(examples, 0), strict=True):
+        assert all(a != b for a, b in zip(_answers(old), _answers(new), strict=True)) and new.spans
+
+
 def test_of_a_real_task() -> None:
     examples = spd.tasks.get("synthetic-qa").calibration(n=40, seed=1)
     shuffled = shuffled_answers(examples, 0)
@@ -57,6 +80,7 @@ def test_of_a_real_task() -> None:
         ([_example("1")], "two examples"),
         ([_example("1"), _example("1"), _example("2")], "2 of 3 examples have the same answer"),
         ([_example("1"), Example("q", "text")], "correctness spans"),
+        ([_example("x", "1"), _example("x", "2")], "2 of them would keep a value at its place"),
     ],
 )
 def test_refused(examples: list[Example], words: str) -> None:
