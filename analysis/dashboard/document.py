@@ -64,7 +64,8 @@ def from_sources(sources: Sequence[Source]) -> dict[str, Any]:
         if (own := source.subspace) is not None:
             ranks = {str(site): list(of_blocks) for site, of_blocks in own.ranks.items()}
             used = {"per_head": own.per_head, "rank": own.rank, "ranks": ranks}
-        runs.append({"name": visible(source.name), "blocks": blocks, "used": used})
+        evidence = "" if own is None else f"evidence: {own.grade}"
+        runs.append({"name": visible(source.name), "blocks": blocks, "used": used, "evidence": evidence})
     widths = {d.width for d in found.values()}
     return {
         "version": importlib.metadata.version("spd-lens"),

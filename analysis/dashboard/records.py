@@ -22,6 +22,7 @@ from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
+from spd_lens.subspaces import adapter_grade
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 Table = list[tuple[str, str]]
@@ -32,6 +33,10 @@ Link = Callable[[Subject, Path], str]
 def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]:
     """Everything about one run that is not a curve. An unfinished run has less of it, never an error."""
     run, config = subject.run, subject.run.config
+    grades = {"subspace": subject.subspace.grade}
+    if run.is_trained:
+        grades["adapter"] = adapter_grade(run.adapter)
+    reasons = [(name, visible("; ".join([str(grade), *grade.reasons]))) for name, grade in grades.items()]
     return {
         "task": visible(Path(config.task).stem),
         "model": visible(config.model.rsplit("/", 1)[-1]),
@@ -40,7 +45,8 @@ def of_run(subject: Subject, *, link: Link | None, texts: int) -> dict[str, Any]
         "layer_sweep": layer_sweep(subject),
         "texts": list(_text_sets(run, texts)),
         "saved": saved(subject, link),
-        "provenance": provenance(run),
+        "evidence": "evidence: " + ", ".join(f"{name} {grade}" for name, grade in grades.items()),
+        "provenance": [{"title": "Evidence", "rows": reasons}, *provenance(run)],
     }
 
 

@@ -6,7 +6,7 @@ function drawRanks() {
 
 function drawAll() {
   const r = run();
-  $("facts").textContent = [r.model, r.task, `${D.runs.length} run${D.runs.length > 1 ? "s" : ""}`, "spd-lens " + D.version]
+  $("facts").textContent = [r.model, r.task, `${D.runs.length} run${D.runs.length > 1 ? "s" : ""}`, r.evidence, "spd-lens " + D.version]
     .filter(Boolean).join(" · ");
   startEffects();
   drawRanks(); drawTexts(); drawSaved(); drawProvenance();

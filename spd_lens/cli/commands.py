@@ -263,6 +263,18 @@ def compare_command(
     Console().print(Markdown(table))
 
 
+@app.command("grade")
+def grade_command(
+    places: Annotated[list[Path], typer.Argument(help="Run directories and studies; those of other models, too.")],
+) -> None:
+    """How far the evidence for subspaces and adapters reaches, from stored results (docs/evidence.md)."""
+    from spd_lens.output import markdown
+    from spd_lens.study import grades_of
+
+    rows = [[str(path), str(grade), grade.reasons[-1]] for path, grade in grades_of(places).items()]
+    Console().print("\n".join(markdown(["of", "grade", "by"], rows)), highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command("check")
 @with_settings("backend", "dtype", "device", *_FORMAT)
 def check_command(

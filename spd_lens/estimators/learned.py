@@ -24,6 +24,9 @@ from spd_lens.subspaces import GradientMoments, Subspace, upright
 
 log = logging.getLogger(__name__)
 
+_SCALE = 2.0**10
+"""Only the direction of a gradient counts, and small ones would underflow in float16."""
+
 
 @register
 class Learned(Estimator):
@@ -107,9 +110,9 @@ def _descended(objective: Objective, start: Subspace, how: Learned, seed: int) -
             for batch in objective.batches(drawn):
                 bases = {site: _side_by_side(modules) for site, modules in blocks.items()}
                 losses, kl = objective.of(batch, replace(start, bases=bases))
-                ((losses + how.kl_weight * kl).sum() / len(drawn)).backward()
+                (_SCALE * (losses + how.kl_weight * kl).sum()).backward()
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            total = nn.utils.get_total_norm(gradients)
+            total = nn.utils.get_total_norm(gradients).clamp_min(torch.finfo(torch.float64).tiny)
             for gradient in gradients:
                 gradient *= n_directions**0.5 / total
             optimiser.step()

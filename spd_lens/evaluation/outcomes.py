@@ -94,7 +94,7 @@ def with_answer_only(
         prefix: As for `teacher_forced`.
         progress: Whether to show a progress bar.
     """
-    forms = {item.id: asked for item in items if (asked := task.answer_only(item)) is not None}
+    forms = {item.id: form for item in items if (form := task.answer_only(item)) is not None}
     same = {item.id for item in items if forms.get(item.id) == item}
     asked = fitting(pair, [form for id, form in forms.items() if id not in same])
     again = teacher_forced(pair, asked, policies, prefix=prefix, progress=progress) if asked else {}

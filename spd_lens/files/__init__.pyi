@@ -4,10 +4,12 @@ from .contents import load_tensors as load_tensors
 from .contents import read_json as read_json
 from .contents import reading as reading
 from .contents import save_tensors as save_tensors
+from .contents import update_text as update_text
 from .contents import write_json as write_json
 from .contents import write_text as write_text
 from .publishing import check_writable as check_writable
 from .publishing import damage as damage
+from .publishing import file_sha256 as file_sha256
 from .publishing import filling as filling
 from .publishing import inventory as inventory
 from .publishing import is_blank as is_blank
@@ -21,7 +23,7 @@ from .publishing import unreadable_weights as unreadable_weights
 from .stand_ins import refuse_stand_in as refuse_stand_in
 
 __all__ = [
-    "check_writable", "damage", "filling", "inventory", "is_blank", "is_free", "is_made", "load_tensors",
-    "make_directory", "occupants", "publish", "read_json", "reading", "refuse_stand_in", "replacing", "save_tensors",
-    "sync", "unreadable_weights", "write_json", "write_text",
+    "check_writable", "damage", "file_sha256", "filling", "inventory", "is_blank", "is_free", "is_made",
+    "load_tensors", "make_directory", "occupants", "publish", "read_json", "reading", "refuse_stand_in", "replacing",
+    "save_tensors", "sync", "unreadable_weights", "update_text", "write_json", "write_text",
 ]  # fmt: skip

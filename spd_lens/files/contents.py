@@ -91,6 +91,12 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def update_text(path: str | Path, text: str) -> Path:
+    """Write text atomically, unless the file holds it already: its time then says since when."""
+    same = Path(path).is_file() and Path(path).read_bytes() == text.encode("utf-8", "backslashreplace")
+    return Path(path) if same else write_text(path, text)
+
+
 def write_json(path: str | Path, value: Any) -> Path:
     """Write JSON atomically."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -215,7 +215,7 @@ def check_writable(path: str | Path, *, directory: bool = False) -> None:
 def inventory(directory: Path) -> dict[str, dict[str, Any]]:
     """Every file in a directory with its size and sha256, by its name."""
     return {
-        str(file.relative_to(directory)): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(directory)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(_files(directory))
     }
 
@@ -234,7 +234,7 @@ def damage(directory: Path, recorded: Inventory, *, hashed_up_to: float = float(
             return f"{file} is missing"
         if file.stat().st_size != entry["size"]:
             return f"{file} has {file.stat().st_size} bytes and had {entry['size']}"
-        if entry["size"] <= hashed_up_to and _sha256(file) != entry["sha256"]:
+        if entry["size"] <= hashed_up_to and file_sha256(file) != entry["sha256"]:
             return f"{file} is not what was written"
     return None
 
@@ -253,7 +253,8 @@ def unreadable_weights(directory: Path) -> str | None:
     return None if files else f"{directory} holds no weights"
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

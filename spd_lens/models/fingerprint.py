@@ -78,6 +78,12 @@ class Fingerprint:
                 f"{cosine:.3f}); extract it again from this model"
             )
 
+    def digest(self) -> str:
+        """Names the model in 16 hexadecimal digits, the same in every dtype: of the shape and of the sample's signs."""
+        signs = "".join("+" if entry > 0 else "-" for entry in self.sample)
+        shape = f"{self.n_layers} {self.d_model} {self.n_heads} {self.n_kv_heads} {self.d_head}"
+        return hashlib.blake2b(f"{shape} {signs}".encode(), digest_size=8).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sample": list(self.sample)}
 

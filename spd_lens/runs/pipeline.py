@@ -18,6 +18,7 @@ from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment
+from spd_lens.runs.findings import write_evidence
 from spd_lens.runs.loading import decided_by, ready_pair
 from spd_lens.runs.preflight import check_data, check_model
 from spd_lens.runs.run_dir import Run
@@ -66,6 +67,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
                 step.do()
 
         work(list(_steps(record, experiment)), experiment.pair, keeps_lens, do)
+        write_evidence(record)
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record

@@ -149,6 +149,7 @@ class Run(Folder, Artefacts):
     | `effects/TASK.json` | teacher-forced outcomes per item |
     | `side_effects/neutral.json` | the same on other texts |
     | `eval/TASK/POLICY.json` | every test item's prompt, completion, answer and verdict |
+    | `findings.json` | what these say of subspace and adapter: their grade follows from it |
     | `summary.md` | the result, readable |
     """
 

@@ -34,6 +34,7 @@ from spd_lens.stats import (
     score_interval,
     verdict,
 )
+from spd_lens.subspaces import adapter_grade
 
 Forced = Mapping[str, Sequence[ForcedItem]]
 """Teacher-forced items of several policies."""
@@ -56,7 +57,7 @@ def write_summary(run: Run) -> str:
             parts += [beside, subject.caveat if subject.caveat not in parts else ""]
         if (run.path / "effects" / f"{task}.json").exists():
             parts.append(effects_section(run.effects(task), task, _rounding(run), other))
-    parts += [_proof(run), _completions(run, targets[0]), _times(run)]
+    parts += [_evidence(run), _proof(run), _completions(run, targets[0]), _times(run)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(run.path / "summary.md", text)
     return text
@@ -113,6 +114,13 @@ def _taken(config: SPDConfig) -> str:
     by = "" if config.estimator == "paper" else f"estimator {quoted(config.estimator)}; "
     share = "" if config.energy is None else f"the fewest with {config.energy:g} of the squared singular values; "
     return by + share + ("of the gradients less their mean; " if config.center_gradients else "")
+
+
+def _evidence(run: Run) -> str:
+    """The grades of subspace and adapter, with what they rest on."""
+    grades = {"subspace": run.subspace.grade, "adapter": adapter_grade(run.adapter)}
+    lines = [f"- The {name}: **{grade}**. {quoted(grade.reasons[-1])}" for name, grade in grades.items()]
+    return "\n".join(["## Evidence", "", *lines])
 
 
 def _scores(run: Run, task: str) -> str:

@@ -4,6 +4,7 @@ from .config import BASE as BASE
 from .config import StudyConfig as StudyConfig
 from .config import preset_names as preset_names
 from .engine import run_study as run_study
+from .findings import grades_of as grades_of
 from .folder import Cell as Cell
 from .folder import Study as Study
 from .plan import make_plan as make_plan
@@ -23,6 +24,6 @@ from .results import results_frame as results_frame
 
 __all__ = [
     "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig",
-    "backbone", "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "make_plan",
-    "preset_names", "results_frame", "run_study", "study",
+    "backbone", "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "grades_of",
+    "make_plan", "preset_names", "results_frame", "run_study", "study",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from spd_lens.runs import (
 )
 from spd_lens.study.config import StudyConfig, named
 from spd_lens.study.costs import Machine
+from spd_lens.study.findings import write_evidence
 from spd_lens.study.folder import Study
 from spd_lens.study.plan import duration, remaining, unit_costs
 from spd_lens.study.reporting.report import write_report
@@ -74,6 +75,7 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
         study.begin(config)  # or it has grown
         _work(bench, keeps_lens)
         write_tables(study.path)
+        write_evidence(study)
         _report(study)
     return study
 

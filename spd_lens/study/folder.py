@@ -79,6 +79,7 @@ class Study(Folder):
     | `SOURCE/moments-*.safetensors` | extractions, shared by methods and seeds |
     | `SOURCE/METHOD/SEED/` | one `Cell`: projection, corpus, adapter, effects, scored completions |
     | `base/` | the base model, measured once |
+    | `findings.json` | what the cells say of every subspace and adapter: their grades follow from it |
     | `results.csv`, `corpora.csv` | one row per item and measure; one per corpus |
     """
 

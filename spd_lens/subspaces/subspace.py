@@ -18,7 +18,9 @@ from spd_lens.errors import SPDError, plain, whole
 from spd_lens.files import load_tensors, reading, save_tensors
 from spd_lens.models import Fingerprint, neutral, without_autocast
 from spd_lens.sites import Site
+from spd_lens.stats import Finding, Grade, grade
 from spd_lens.subspaces.bases import TOLERANCE, Basis, random_basis, rest, shared, side_by_side, span
+from spd_lens.subspaces.findings import beside, still_stored
 
 Rank = int | float
 
@@ -46,6 +48,8 @@ class Subspace:
     """The model it was extracted from; None fits every model of its shape."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where it came from: loss, dtype and numbers of examples and tokens, or how it was drawn."""
+    findings: tuple[Finding, ...] = ()
+    """What was measured with it, and with others that were made in the same way; what is made of it has none."""
 
     def __post_init__(self) -> None:
         if not self.bases:
@@ -69,7 +73,8 @@ class Subspace:
         """
         bases = {site: side_by_side(own) for site, own in blocks.items()}
         ranks = {site: tuple(block.shape[1] for block in own) for site, own in blocks.items()}
-        return cls(bases, ranks, **fields) if like is None else replace(like, bases=bases, ranks=ranks, **fields)
+        fields |= {"bases": bases, "ranks": ranks}
+        return cls(**fields) if like is None else replace(like, **{"findings": (), **fields})
 
     def blocks(self, site: Site) -> list[Basis]:
         """The basis of each block, without the zero columns behind its rank."""
@@ -87,7 +92,17 @@ class Subspace:
     def __repr__(self) -> str:
         sites = ", ".join(f"{site}: {'/'.join(map(str, self.ranks[site]))}" for site in self.sites)
         width = next(iter(self.bases.values())).shape[1]
-        return f"Subspace({'per head' if self.per_head else 'joint'}, width {width}, ranks {{{sites}}})"
+        shape = f"{'per head' if self.per_head else 'joint'}, width {width}, ranks {{{sites}}}"
+        return f"Subspace({shape}, grade: {self.grade})"
+
+    @property
+    def grade(self) -> Grade:
+        """How far the evidence reaches (docs/evidence.md): computed from `findings`, and given in no other way."""
+        return grade(self.findings, self.digest() if self.findings else None)
+
+    def with_findings(self, *findings: Finding) -> Subspace:
+        """The same subspace with these findings beside those that it has."""
+        return replace(self, findings=(*self.findings, *(one for one in findings if one not in self.findings)))
 
     def __call__(self, activation: Float[Tensor, "..."], site: Site, strength: float = 1.0) -> Float[Tensor, "..."]:
         """`(1 - s) x + s (μ + (x - μ) P)`, with `μ = 0` in the paper's Eq. 12.
@@ -151,7 +166,7 @@ class Subspace:
         parts: dict[str, Any] = {}
         for name in ("bases", "ranks", "singular_values", "offset"):
             parts[name] = {site: value for site, value in getattr(self, name).items() if site in chosen}
-        return replace(self, **parts)
+        return replace(self, **parts, findings=())
 
     @neutral()
     def random_like(self, seed: int) -> Subspace:
@@ -291,12 +306,13 @@ class Subspace:
             "rank": self.rank,
             "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
             "origin": dict(self.origin),
+            **({"findings": [finding.to_dict() for finding in self.findings]} if self.findings else {}),
         }
         return save_tensors(path, "a subspace", tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Subspace:
-        """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
+        """Read what `save` wrote, and `findings.json` beside it; `SPDError` for a damaged or foreign file."""
         tensors, header = load_tensors(path, "a subspace")
 
         def part(name: str) -> dict[Site, Tensor]:
@@ -304,7 +320,8 @@ class Subspace:
             return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
 
         with reading(path):
-            return cls(
+            own = still_stored(map(Finding.from_dict, header.get("findings", ())), Path(path).parent)
+            found = cls(
                 bases=part("basis"),
                 ranks={Site.parse(site): tuple(ranks) for site, ranks in header["ranks"].items()},
                 singular_values=part("singular_values"),
@@ -313,6 +330,7 @@ class Subspace:
                 fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
                 origin=header["origin"],
             )
+        return found.with_findings(*own, *beside(path))
 
 
 def resolve_rank(rank: Rank, width: int) -> int:

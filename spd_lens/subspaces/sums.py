@@ -47,7 +47,7 @@ class TokenSums:
     """`Σ g` over the same tokens. Empty where an earlier version took the moments: they cannot be centred."""
     cross: dict[Site, Gram] = field(default_factory=dict)
     """`Σ gᵀx` over the same tokens. Empty unless they were taken with `keep="cross"`."""
-    classes: dict[str, Self] = field(default_factory=dict)
+    classes: Mapping[str, Self] = field(default_factory=dict)
     """The same sums over each class of positions alone. Empty unless they were taken with `keep="classes"`."""
 
     @classmethod

@@ -30,15 +30,16 @@ def learned(source, rank=4, **changes):
     return type("Changed", (Learned,), {"steps": 4, **changes})().subspace(source, Shape(rank=rank))
 
 
-def test_it_goes_from_random_directions_to_all_but_one_that_nothing_reads(fresh_pair):
+def test_it_goes_from_random_directions_to_all_but_one_that_is_not_used(fresh_pair):
     with torch.no_grad():  # without the first direction of the values nothing changes, without any other one something
+        fresh_pair.hf.model.layers[3].self_attn.v_proj.weight[::8] = 0.0
         fresh_pair.hf.model.layers[3].self_attn.o_proj.weight[:, ::8] = 0.0
     source = Calibration(fresh_pair, examples(8), settings=VALUES)
     found = learned(source, rank=7, starts=("random",), steps=24, kl_weight=1e5)
     start = source.gradients().subspace(7).random_like(source.seed)
-    unread = torch.eye(8, dtype=torch.float64)[:, [0]]
+    unused = torch.eye(8, dtype=torch.float64)[:, [0]]
     for before, after in zip((~start).blocks(SITE), (~found).blocks(SITE), strict=True):
-        assert sine(after, unread) < 0.15 < 0.6 < sine(before, unread)
+        assert sine(after, unused) < 0.3 < 0.6 < sine(before, unused)
     for kind in ("trained", "held_out"):
         first, last = found.origin[kind]
         assert last["kl"] < first["kl"] / 20

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from spd_lens import methods
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json
 from spd_lens.runs import read_kept, result_name
+from spd_lens.stats import Finding
 from spd_lens.study.config import BASE, may_project
+from spd_lens.subspaces import FINDINGS, read_findings
 
 COLUMNS = ["source", "target", "role", "method", "phase", "seed", "item", "measure", "value"]
 """The columns of `results.csv`, which has one row per item and measure."""
@@ -60,6 +62,8 @@ class Evidence:
     """`study.json`; empty where there is none."""
     infinite: list[str] = field(default_factory=list)
     """What was left out because it was infinite, one sentence per method and measure."""
+    findings: Sequence[Finding] = ()
+    """`findings.json`; empty where there is none."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Evidence:
@@ -81,7 +85,8 @@ class Evidence:
         facts = read_json(path) if path.is_file() else {}
         path = folder / "study.yaml"
         plan = read_kept(path) if path.is_file() else {}
-        return cls.of(results, plan, corpora, facts, folder.resolve().name)
+        findings = read_findings(folder) if (folder / FINDINGS).is_file() else ()
+        return replace(cls.of(results, plan, corpora, facts, folder.resolve().name), findings=findings)
 
     @classmethod
     def of(

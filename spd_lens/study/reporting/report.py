@@ -15,7 +15,7 @@ from spd_lens.evaluation import OUTCOMES, SAYS
 from spd_lens.files import write_text
 from spd_lens.output import markdown
 from spd_lens.runs import in_words, quoted
-from spd_lens.stats import TOO_FEW, WITHIN_NOISE
+from spd_lens.stats import TOO_FEW, WITHIN_NOISE, Finding, grade
 from spd_lens.study.config import BASE
 from spd_lens.study.reporting.differences import (
     ALPHA,
@@ -69,7 +69,7 @@ class Report:
                 if (rows.method != BASE).any():
                     heading = f"## {title}: source {_code(source)}"
                     parts += [heading, overview(rows, changes), comparisons(changes), absolute(rows)]
-        parts += [_corpora(evidence), _setup(evidence), _how_to_read(table)]
+        parts += [_grades(evidence), _corpora(evidence), _setup(evidence), _how_to_read(table)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -108,6 +108,18 @@ def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
     if len(evidence.seeds) < 2:
         lines += ["", "One seed: how much of this another seed would change is not known."]
     return "\n".join(lines)
+
+
+def _grades(evidence: Evidence) -> str:
+    """How far the evidence for each method's subspaces and adapters reaches, over all seeds."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in evidence.findings:
+        groups.setdefault((finding.method, finding.kind), []).append(finding)
+    grades = {who: grade(found) for who, found in groups.items()}
+    rows = [[_code(who), kind, str(found), _code(found.reasons[-1])] for (who, kind), found in grades.items()]
+    says = "Computed from `findings.json`; every level and what it asks for is in docs/evidence.md."
+    columns = ["method", "of", "grade", "by"]
+    return "\n".join(["## Evidence", "", *markdown(columns, rows), "", says]) if rows else ""
 
 
 def _published(evidence: Evidence) -> str:
