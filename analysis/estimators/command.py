@@ -55,6 +55,9 @@ def hold(
     asked = Contest.read(contest)
     known = None if predictions is None else Predictions.read(predictions)
     found, folder = open_places(places, out, pair=pair, progress=progress)
+    for place in found:  # what a task cannot mark is refused before another place is measured
+        for span in asked.spans:
+            place.task_of(span)
     tables, reached, scores, shown_texts = [], [], [], []
     for place in found:
         held = Held(place, asked)

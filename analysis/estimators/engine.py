@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _STEPS = 6
 """Strengths that are tried for a subspace until its KL is right, as a rule."""
+_TOGETHER = 8
+"""Subspaces for each pass of the base model, and as many as a contest that is killed measures again."""
 
 
 @dataclass
@@ -74,8 +76,7 @@ class Held:
     def measure(self) -> None:
         """Measure every cell that is not there yet."""
         self.store.check(self._settings())
-        tasks = {span: self.task if span == OWN else self.task.spanned(span) for span in self.contest.all_spans}
-        draws = {span: self._calibrations(task) for span, task in tasks.items()}
+        draws = {span: self._calibrations(self.place.task_of(span)) for span in self.contest.all_spans}
         self._announce()
         for span in draws:  # the task's own first, of whose subspaces random ones have the ranks
             for number, examples in enumerate(draws[span]):
@@ -143,9 +144,12 @@ class Held:
 
     def _measure(self, subspaces: Mapping[str, Subspace | None]) -> None:
         """Measure cells side by side, which share the base model's passes, and keep them."""
-        made = {name: subspace for name, subspace in subspaces.items() if subspace is not None}
-        if not made:
-            return
+        every = [(name, subspace) for name, subspace in subspaces.items() if subspace is not None]
+        for start in range(0, len(every), _TOGETHER):
+            self._measure_some(dict(every[start : start + _TOGETHER]))
+
+    def _measure_some(self, made: Mapping[str, Subspace]) -> None:
+        log.info("%s: measuring %s", self.place.name, ", ".join(made))
         for name, subspace in made.items():
             subspace.save(self._file(name))
         policies = all_at_equal_kl(self.pair, made, self.matching, self.contest.kl, prefix=self.prefix)

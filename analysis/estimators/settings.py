@@ -15,6 +15,7 @@ from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair
 from spd_lens.runs import Experiment, Run, SPDConfig, read_yaml, validated
 from spd_lens.settings import Settings
+from spd_lens.tasks import Task
 
 OWN = "own"
 """The span that a task scores by itself."""
@@ -112,6 +113,10 @@ class Place:
         """The model and the task, for tables."""
         config = self.experiment.config
         return {"place": self.name, "model": config.model, "task": config.task}
+
+    def task_of(self, span: str) -> Task:
+        """The task whose calibration examples have this span; `SPDError` if it cannot mark it."""
+        return self.experiment.task if span == OWN else self.experiment.task.spanned(span)
 
 
 def open_places(

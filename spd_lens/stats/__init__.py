@@ -1,6 +1,6 @@
 """Intervals, paired comparisons and corrections for many of them."""
 
-from spd_lens.stats.contrasts import ALPHA, POWER, CrossedDifference, crossed_difference, crossed_differences
+from spd_lens.stats.contrasts import CrossedDifference, crossed_difference, crossed_differences
 from spd_lens.stats.corrections import holm, sign_flip
 from spd_lens.stats.estimate import Estimate, bracketed
 from spd_lens.stats.finding import BASE, CALIBRATION, EQUAL_DAMAGE, GOOD, HELD_OUT, RANDOM, Finding, corrected

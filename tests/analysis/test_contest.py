@@ -268,6 +268,10 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, settings):
     with refused("written"):
         Predictions.read(written(tmp_path, "predictions.yaml", {"predictions": PREDICTED["predictions"]}))
     place = written(tmp_path, "tiny.yaml", settings)
+    other = written(tmp_path, "other.yaml", {**settings, "task": "synthetic-qa"})
+    with refused("synthetic-qa", "results"):  # before a model is loaded
+        hold([place, other], written(tmp_path, "contest.yaml", ASKED), out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
     with refused("--out"):
         open_places([place], None)
     with refused("'tiny'", "rename"):
