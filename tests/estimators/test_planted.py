@@ -100,10 +100,11 @@ def test_fisher_reads_the_gradients_towards_the_models_own_labels(tiny_pair):
     assert_axis(found("fisher", source), 4)
 
 
-def test_contrast_finds_the_share_that_right_answers_alone_have(tiny_pair):
-    # towards wrong answers every gradient is ten times larger: undivided, the difference would be negative everywhere
-    right, wrong = torch.cat([5 * along(0), 2 * along(1)]), torch.cat([50 * along(0), 20 * along(2)])
-    source = Planted(tiny_pair, lambda shuffled, **_: (wrong if shuffled else right, noise(0, 2)))
+def test_contrast_finds_what_right_answers_have_a_larger_share_of(tiny_pair):
+    # towards wrong answers every gradient is larger: the plain difference would keep what grew least, direction 2
+    right = torch.cat([5 * along(0), 2 * along(1), along(2)])
+    wrong = torch.cat([50 * along(0), 10 * along(1), 2 * along(2)])
+    source = Planted(tiny_pair, lambda shuffled, **_: (wrong if shuffled else right, noise(0, 3)))
     assert_axis(found("paper", source), 0)
     assert_axis(found("contrast", source), 1)
 
