@@ -12,6 +12,7 @@ from rich.console import Console
 from spd_lens.analysis.common import Findings, Quiet
 from spd_lens.analysis.estimators.completions import accuracy, answers, cards
 from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.findings import contest_findings
 from spd_lens.analysis.estimators.page import contest_page
 from spd_lens.analysis.estimators.predictions import Predictions, sha256
 from spd_lens.analysis.estimators.report import report, says, shown
@@ -20,6 +21,7 @@ from spd_lens.analysis.estimators.tables import differences, entrants, everywher
 from spd_lens.files import write_json, write_text
 from spd_lens.models import ModelPair
 from spd_lens.output import set_up_logging
+from spd_lens.subspaces import write_findings
 
 
 def main(
@@ -35,8 +37,8 @@ def main(
 ) -> None:
     """Which estimator's directions do good: all at one KL from base, against random subspaces and the paper's.
 
-    Nothing is trained. A contest that was killed goes on where it was. Writes contest.md, .csv, .json and .html, and
-    contest-entrants.csv.
+    Nothing is trained. A contest that was killed goes on where it was. Writes contest.md, .csv, .json and .html,
+    contest-entrants.csv, and findings.json in the folder of each place.
     """
     set_up_logging(quiet)
     hold(places, contest, predictions, out, progress=not quiet)
@@ -58,12 +60,13 @@ def hold(
     for place in found:  # what a task cannot mark is refused before another place is measured
         for span in asked.spans:
             place.task_of(span)
-    tables, reached, scores, shown_texts = [], [], [], []
+    tables, reached, scores, shown_texts, evidence = [], [], [], [], []
     for place in found:
         held = Held(place, asked)
         held.measure()
         tables.append(differences(held))
         reached.append(entrants(held))
+        evidence.append(write_findings(place.folder, contest_findings(held)))
         written = answers(held, tables[-1])
         scores.append(accuracy(held, written))
         shown_texts += cards(held, written)
@@ -88,6 +91,7 @@ def hold(
         write_text(folder / "contest-entrants.csv", taken.to_csv(index=False)),
         write_json(folder / "contest.json", facts),
         write_text(folder / "contest.html", contest_page(text, table, shown_texts)),
+        *evidence,
     ]
     told = says(table) + [f"Predicted: {one['claim']} {one['outcome']} ({one['of']})." for one in judged]
     for place in found[:-1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from spd_lens.tasks import Task
 
 log = logging.getLogger(__name__)
 
+RESULTS = "results"
+"""The mark of results, and the file of those that had to be found."""
 _STEPS = 6
 """Strengths that are tried for a subspace until its KL is right, as a rule."""
 _TOGETHER = 8
@@ -76,6 +78,7 @@ class Held:
     def measure(self) -> None:
         """Measure every cell that is not there yet."""
         self.store.check(self._settings())
+        self._mark()
         draws = {span: self._calibrations(self.place.task_of(span)) for span in self.contest.all_spans}
         self._announce()
         for span in draws:  # the task's own first, of whose subspaces random ones have the ranks
@@ -114,14 +117,30 @@ class Held:
     def policy(self, entrant: Entrant, draw: int = 0) -> Policy:
         """The policy of a cell that reached the KL."""
         record = self.store.read(entrant.cell(draw))
-        subspace = Subspace.load(self._file(entrant.cell(draw))).truncate(record["rank"])
-        return Policy(entrant.estimator, subspace, record["strength"])
+        saved = Subspace.load(path := self._file(entrant.cell(draw)))
+        if saved.digest() != record["digest"]:
+            raise SPDError(
+                f"{path} is not the subspace that was measured; remove {self.store.path(entrant.cell(draw))}, and hold "
+                "the contest again"
+            )
+        return Policy(entrant.estimator, saved.truncate(record["rank"]), record["strength"])
 
     @cached_property
     def prefix(self) -> Prefix | None:
         """Passes under a subspace begin at the first layer that is projected."""
         sites = self.pair.sites(self.config.layers, self.config.kinds)
         return exact_prefix(self.pair, self.items, [min(site.layer for site in sites)])
+
+    def _mark(self) -> None:
+        """Mark the items' results where a search finds them, such as by running programs: once, for all cells."""
+        if not self.task.finds_results:
+            return
+        if RESULTS not in self.store:
+            log.info("%s: finding the results of %d items", self.place.name, len(self.items))
+            marked = {item.id: self.task.with_results(item).marks.get(RESULTS, ()) for item in self.items}
+            self.store.write(RESULTS, marked)
+        known = self.store.read(RESULTS)
+        self.items = [replace(item, marks={**item.marks, RESULTS: known[item.id]}) for item in self.items]
 
     def _subspace(self, entrant: Entrant, draw: int, source: Draw) -> Subspace | None:
         path = self._file(entrant.cell(draw))
@@ -214,6 +233,7 @@ class Held:
             "weights": weights_digest(self.pair.hf),
             "task_options": self.task.options(),
             "items": [item.id for item in self.items],
+            **({"finds_results": True} if self.task.finds_results else {}),
             **self.contest.model_dump(mode="json", include=fixed),
             **self.config.model_dump(mode="json", include={"data_seed", "per_head", "center", "center_gradients"}),
             "extraction": self.config.extraction.model_dump(mode="json"),

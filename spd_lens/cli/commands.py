@@ -265,7 +265,7 @@ def compare_command(
 
 @app.command("grade")
 def grade_command(
-    places: Annotated[list[Path], typer.Argument(help="Run directories and studies; those of other models, too.")],
+    places: Annotated[list[Path], typer.Argument(help="Runs, studies and contests; those of other models, too.")],
 ) -> None:
     """How far the evidence for subspaces and adapters reaches, from stored results (docs/evidence.md)."""
     from spd_lens.output import markdown

@@ -12,11 +12,12 @@ from spd_lens.runs import Artefacts, Run, contrasts, stored, write_card
 from spd_lens.runs import write_evidence as write_run_evidence
 from spd_lens.stats import BASE, RANDOM, Finding, Grade, corrected, grade
 from spd_lens.study.folder import Study
-from spd_lens.subspaces import read_findings, write_findings
+from spd_lens.subspaces import FINDINGS, Subspace, read_findings, write_findings
 
 
 def grades_of(places: Iterable[str | Path]) -> dict[Path, Grade]:
-    """The grade of every subspace and adapter in run directories and studies, whose findings are made anew.
+    """The grade of every subspace and adapter in run directories and studies, whose findings are made anew, and of
+    every subspace in a contest's folder, whose findings are those that it wrote.
 
     Findings of all places count together, so that those of other seeds and models are replications.
     """
@@ -27,6 +28,12 @@ def grades_of(places: Iterable[str | Path]) -> dict[Path, Grade]:
         if (place / Study.settings_file).exists():
             write_evidence(study := Study.open(place))
             artefacts += study.cells()
+        elif not (place / Run.settings_file).exists() and (contests := _contests(place)):
+            for folder in contests:
+                found += read_findings(folder)
+                made = {path: Subspace.load(path) for path in sorted((folder / "subspaces").glob("*.safetensors"))}
+                digests |= {path: one.digest() for path, one in made.items() if "random" not in one.origin}
+            continue
         else:
             write_run_evidence(run := Run.open(place))
             artefacts.append(run)
@@ -37,6 +44,12 @@ def grades_of(places: Iterable[str | Path]) -> dict[Path, Grade]:
             if one.is_trained:
                 digests[one.adapter] = adapter_digest(one.adapter)
     return {path: grade(found, digest) for path, digest in digests.items()}
+
+
+def _contests(place: Path) -> list[Path]:
+    """The folder of one place of a contest, or those in the folder of its report."""
+    there = [place, *sorted(place.glob("*"))]
+    return [folder for folder in there if (folder / FINDINGS).is_file() and (folder / "subspaces").is_dir()]
 
 
 def study_findings(study: Study) -> list[Finding]:

@@ -109,6 +109,16 @@ class Task(ABC):
         return None
 
     @property
+    def finds_results(self) -> bool:
+        """Whether `with_results` finds marks that the task's examples do not have by themselves."""
+        return False
+
+    def with_results(self, item: Example) -> Example:
+        """The item with the mark `results` where that takes more than reading it, such as running programs; the item
+        itself where the task has nothing to find."""
+        return item
+
+    @property
     def asks_form(self) -> bool:
         """Whether the prompts say what form the answer must have."""
         return True

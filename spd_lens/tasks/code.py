@@ -84,6 +84,10 @@ class CodeTask(TwoScorings):
         meta = {"problem": problem.strip(), "tests": tests, "setup": _tidy(setup)}
         return Example(prompt, completion, tuple(spans), id, meta, marks={"copies": copies(completion, values)})
 
+    @property
+    def finds_results(self) -> bool:
+        return self.executor is not None
+
     def with_results(self, item: Example) -> Example:
         """The item with the mark `results`: the constants, operators and names of its solution at which another one
         makes an assert fail. A solution is run once and then again for each of its places; what was found is kept.

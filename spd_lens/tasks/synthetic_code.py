@@ -57,6 +57,10 @@ class SyntheticCode(CodeTask, SyntheticTask):
         tests = [f"assert {draft.name}({value!r}) == {run(value)!r}" for value in inputs]
         return self.example("", f"Write a function that {draft.words}.", code, tests)
 
+    @property
+    def finds_results(self) -> bool:
+        return True  # its own programs need no leave
+
     def _passes(self, program: str, tests: Sequence[str], setup: str) -> bool:
         scope: dict[str, Any] = {}
         try:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from statistics import fmean
 
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 from spd_lens import estimators
 from spd_lens.analysis.estimators import engine
 from spd_lens.analysis.estimators.command import hold
 from spd_lens.analysis.estimators.engine import Held
+from spd_lens.analysis.estimators.findings import contest_findings
 from spd_lens.analysis.estimators.predictions import FAILED, HELD, OPEN, Prediction, Predictions, sha256
 from spd_lens.analysis.estimators.report import says
 from spd_lens.analysis.estimators.settings import Contest, Entrant, open_places
-from spd_lens.analysis.estimators.tables import best, differences, entrants, everywhere
+from spd_lens.analysis.estimators.tables import best, differences, entrants, everywhere, primary
 from spd_lens.evaluation import KL_TOLERANCE, evaluate, other_texts
 from spd_lens.evaluation.teacher_forced import teacher_forced
-from spd_lens.stats import crossed_differences
+from spd_lens.stats import crossed_differences, holm, sign_flip
+from spd_lens.study import grades_of
+from spd_lens.subspaces import Subspace, read_findings, write_findings
 from tests.helpers import refused
 
 ASKED = {
@@ -140,6 +145,82 @@ def test_greedy_answers_are_scored_as_evaluate_scores_them(held_contest, tiny_pa
     assert rows[0]["change"] == "" and all("[" in row["change"] for row in rows[1:])
     report = (folder / "out" / "contest.md").read_text()
     assert "| greedy answers |" in report and "cut at the limit" in report
+
+
+def test_every_draw_has_findings_against_base_and_random(held_contest, tiny_pair):
+    """Of its own subspace, whose null is that it is one more random one; p by the plain formula, Holm's correction."""
+    folder, _, place = held_contest
+    held = opened(place, folder / "out", tiny_pair)
+    random, base = held.values(Entrant("random", "own", 0.5), "results_loss"), held.values(None, "results_loss")[0]
+    found = read_findings(folder / "out" / "tiny")
+    assert found == tuple(contest_findings(held)) and len(found) == 16
+    every, raw = [(one, draw) for one in held.contest.entrants() for draw in range(2)], {"base": [], "random": []}
+    for i, (entrant, draw) in enumerate(every):
+        own, cell = held.values(entrant, "results_loss")[draw], f"cells/{entrant.cell(draw)}.json"
+        against_base, against_random = found[2 * i : 2 * i + 2]
+        parts = [((own - random.mean(0)).var(ddof=1) / 8, 7), (random.mean(1).var(ddof=1) * (1 + 1 / 3), 2)]
+        total = sum(variance for variance, _ in parts)
+        df = total**2 / sum(variance**2 / n for variance, n in parts)
+        raw["random"].append(2 * stats.t.sf(abs(own.mean() - random.mean()) / total**0.5, df))
+        raw["base"].append(sign_flip(own - base))
+        for one, other, others in ((against_base, base, ["base"]), (against_random, random, [
+            Entrant("random", "own", 0.5).cell(n) for n in range(3)])):  # fmt: skip
+            assert one.difference.value == pytest.approx(own.mean() - other.mean())
+            assert set(one.sources) == {cell, *(f"cells/{name}.json" for name in others)}
+            assert (one.seed, one.kl, one.outcome, one.data) == (draw, 0.05, "results_loss", "held-out")
+            assert one.digest == held.policy(entrant, draw).subspace.digest()
+            assert one.fingerprint == tiny_pair.fingerprint.digest()
+        assert (against_base.kl_against, against_random.kl_against) == (0.0, 0.05) and against_random.faces_random
+    for against, ps in raw.items():
+        of_side = [one for one in found if one.against == against]
+        assert [one.p for one in of_side] == pytest.approx(holm(ps))
+        assert {one.correction for one in of_side} == {"Holm over 8"}
+    assert len({one.method for one in found}) == 4 and found[0].method == "spd, own span, rank 0.5"
+
+
+def test_a_subspace_shows_the_grade_of_its_findings(held_contest, tiny_pair, tmp_path):
+    """Also from outside, but not where fewer directions than the file has reached the KL."""
+    folder, _, place = held_contest
+    held = opened(place, Path(shutil.copytree(folder / "out", tmp_path / "out")), tiny_pair)
+    entrant, random = Entrant("attribution", "own", 0.5), Entrant("random", "own", 0.5)
+    base = held.values(None, "results_loss")[0]
+    for name in [random.cell(n) for n in range(3)] + [entrant.cell(draw) for draw in range(2)]:
+        record, gain = held.store.read(name), 1.0 if name.startswith("attribution") else -1.0
+        noise = [0.01 * (i + int(name[-1])) for i in range(8)]
+        record["items"]["results_loss"] = [*(base - gain + noise)]
+        held.store.write(name, record)
+    held.store.write(entrant.cell(1), {**held.store.read(entrant.cell(1)), "rank": 2})
+    write_findings(held.place.folder, contest_findings(held))
+    whole, lowered = (held.place.folder / "subspaces" / f"{entrant.cell(draw)}.safetensors" for draw in range(2))
+    best, none = "beats random at equal damage", "none"
+    assert (str(Subspace.load(whole).grade), str(Subspace.load(lowered).grade)) == (best, none)
+    assert str(held.policy(entrant, 1).subspace.with_findings(*read_findings(held.place.folder)).grade) == best
+    for where in (held.place.folder, held.place.folder.parent):
+        grades = grades_of([where])
+        assert [str(grades[path]) for path in (whole, lowered)] == [best, none] and len(grades) == 8
+    with refused("run directory"):
+        grades_of([tmp_path])
+    shutil.copy(lowered, whole)
+    with refused("is not the subspace that was measured"):
+        contest_findings(held)
+
+
+def test_the_results_of_programs_are_found_once_and_decide(settings, tiny_pair, tmp_path, monkeypatch):
+    place = written(tmp_path, "code.yaml", {**settings, "task": "synthetic-code", "task_options": {}})
+    asked = {"estimators": ["paper"], "spans": ["own"], "n_items": 4, "n_calibration": 2, "n_texts": 2, "kl": 0.01}
+    held = opened(place, tmp_path / "out", tiny_pair, **asked)
+    plain = [held.task.with_results(item).marks["results"] for item in held.items]
+    assert all(plain) and not any("results" in item.marks for item in held.items)
+    held.measure()
+    assert [item.marks["results"] for item in held.items] == plain
+    assert primary(held) == "results_loss" and all(held.values(None, "results_loss")[0] > 0)
+    again = opened(place, tmp_path / "out", tiny_pair, **asked)
+    monkeypatch.setattr(type(again.task), "with_results", None)  # they are in the folder
+    again.measure()
+    assert [item.marks for item in again.items] == [item.marks for item in held.items]
+    monkeypatch.setattr(type(again.task), "finds_results", False)
+    with refused("finds_results"):
+        opened(place, tmp_path / "out", tiny_pair, **asked).measure()
 
 
 def test_it_goes_on_without_work_and_takes_more_entrants(held_contest, tiny_pair, tmp_path, monkeypatch):

@@ -249,6 +249,7 @@ def test_results_of_programs(mbpp, template):
     n = len(runs)
     assert task.calibration(2) == [example] and len(runs) == n  # kept
     assert all(not item.spans for item in task.train(2)) and len(runs) == n  # only their prompts are used
+    assert task.finds_results and not replace(task, executor=None).finds_results
     shuffled = replace(example, completion=example.completion.replace("+ 1", "* 3"), marks={})
     assert task.kept("calibration", [shuffled])[0].spans == example.spans
 
@@ -262,6 +263,7 @@ def test_results_of_synthetic_code():
     task = tasks.get("synthetic-code", difficulty="hard")
     item = task.test(1, seed=1)[0]
     found = task.with_results(item)
+    assert task.finds_results
     assert found.spans == item.spans
     code = item.completion.split("\n\nassert")[0]
     for span, text in mutants(code).items():
