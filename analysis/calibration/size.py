@@ -170,6 +170,7 @@ def main(
 ) -> None:
     """How many calibration examples a subspace needs, and what spoils it."""
     config, console = subject.run.config, Console()
+    subject.say_estimator()
     examples, possible = _drawn(subject, _sizes(sizes), console)
     settings: dict[str, Any] = {
         "settings": config.extraction,

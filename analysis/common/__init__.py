@@ -16,6 +16,7 @@ from spd_lens.analysis.common.angles import (
     stable_rank,
 )
 from spd_lens.analysis.common.command import Findings, Quiet, analysis
+from spd_lens.analysis.common.estimated import Estimated
 from spd_lens.analysis.common.jackknife import around, filled, half_width, halves, sets, shard_grams, summed
 from spd_lens.analysis.common.outcomes import LOSS_FIELDS, Values, by_item, deciding, in_words, known
 from spd_lens.analysis.common.printed import (
@@ -65,8 +66,8 @@ __all__ = [
     "ABLATED", "CODE_MATH_QA", "FIGURE_4", "FIGURE_4_SIZES", "LABELS", "LOSSES", "PaperTable", "QA_MATH_CODE", "Row",
     "SOURCE_OF", "STAND_FOR", "TABLES", "html_of",
     "LOSS_FIELDS", "Values", "by_item", "deciding", "in_words", "known", "JsonFolder",
-    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE", "Piece",
-    "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
+    "COLORS", "Contrast", "DASHES", "DIVERGING", "ENERGY", "Estimated", "Findings", "MEASURES", "NULL_COLOR", "PACKAGE",
+    "Piece", "Quiet", "SEQUENTIAL", "SYMBOLS", "Subject", "agreement", "analysis", "around", "as_data", "band", "bars",
     "beside_null", "beside_random", "context", "contrasts", "cosine_by_rank", "drawn", "energy_by_rank", "energy_share",
     "entropy_rank", "figure", "filled", "half_width", "halves", "line", "listed", "log_axis", "matched_draws",
     "mean_squared_cosine", "middle_and_range", "p_value", "page", "panel", "panel_for_each", "panels",

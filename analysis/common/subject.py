@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from spd_lens.analysis.common.estimated import Estimated
 from spd_lens.analysis.common.style import page
 from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.examples import Example
@@ -74,15 +75,14 @@ class Subject:
     @property
     def moments(self) -> GradientMoments:
         """Moments of the calibration examples at the run's own layers."""
-        self.say_estimator()
         return self.run.moments
 
     def say_estimator(self) -> None:
-        """Log once, where a run has another estimator, that analyses take the paper's subspaces from its gradients."""
+        """Log once, where a run has another estimator, that its gradients are compared by the paper's subspaces."""
         if not self._said and (name := self.run.config.estimator) != "paper":
             log.warning(
-                "%s was run with estimator %r; the subspaces that analyses make from its gradients, of any rank and at "
-                "any layer, are those of estimator 'paper' (Eq. 9-11)", self.name, name,
+                "%s was run with estimator %r; the directions of its gradients that are compared here are those of "
+                "estimator 'paper' (Eq. 9-11)", self.name, name,
             )  # fmt: skip
         self._said = True
 
@@ -91,9 +91,17 @@ class Subject:
         """The run's own, by whatever estimator."""
         return self.run.subspace
 
+    def estimated(self, name: str | None = None, layers: Literal["all"] | None = None) -> Estimated:
+        """Subspaces of any rank at the run's layers, or at all, by its own estimator or by another."""
+        return Estimated(self.run, self.experiment, name, layers)
+
+    @property
+    def known_layers(self) -> Literal["all"] | None:
+        """Where there are gradients already: at all layers if an analysis has extracted them, else the run's own."""
+        return "all" if (self.folder / "moments-all-layers.safetensors").exists() else None
+
     def moments_everywhere(self) -> GradientMoments:
         """Moments of the same calibration examples at every layer: extracted once, kept in `analysis/`."""
-        self.say_estimator()
         return self.experiment.moments(layers="all")
 
     def shuffled_moments(self, seed: int, layers: Literal["all"] | None = None) -> GradientMoments | None:
@@ -112,7 +120,6 @@ class Subject:
 
         Where the run kept a share of energy, the median rank of its blocks stands for it, and the log says so.
         """
-        self.say_estimator()
         if not text and self.run.config.energy is not None:
             ranks = [rank for of_site in self.subspace.ranks.values() for rank in of_site]
             middle = max(1, round(median(ranks)))

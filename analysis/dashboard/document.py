@@ -58,8 +58,7 @@ def assemble(subjects: Sequence[Subject], *, link: records.Link | None = None, t
 
 def known_moments(subject: Subject) -> GradientMoments:
     """A run's moments: of all layers if an analysis has extracted those, else of its own layers."""
-    everywhere = subject.folder / "moments-all-layers.safetensors"
-    return subject.moments_everywhere() if everywhere.exists() else subject.moments
+    return subject.moments_everywhere() if subject.known_layers else subject.moments
 
 
 def from_sources(sources: Sequence[Source]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class Playground:
 
     def __post_init__(self) -> None:
         self.moments = known_moments(self.subject)
+        self.estimated = self.subject.estimated(layers=self.subject.known_layers)
         self.pair = self.subject.pair
 
     @property
@@ -114,10 +115,7 @@ class Playground:
         sites = [site for layer in layers for kind in kinds if (site := Site(layer, kind)) in self.moments.sites]
         if not sites:
             raise SPDError("none of the chosen layers has one of the chosen kinds; choose others")
-        config = self.subject.run.config
-        return self.moments.subspace(
-            ask.rank, per_head=ask.per_head, sites=sites, center_gradients=config.center_gradients, center=config.center
-        )
+        return self.estimated(ask.rank, sites, per_head=ask.per_head)
 
     def answer(self, ask: Ask) -> Answer:
         """Generate under every policy with the same noise, one after the other.

@@ -20,6 +20,7 @@ import typer
 from rich.table import Table
 
 from spd_lens.analysis.common import (
+    Estimated,
     Findings,
     Subject,
     analysis,
@@ -63,6 +64,7 @@ def read_directions(
     n_random: int = 100,
     seed: int = 0,
     layers: Sequence[int] | None = None,
+    estimated: Estimated | None = None,
     loss: Loss = "aligned",
     engine: str = "lens",
     max_calibration_tokens: int | None = None,
@@ -79,6 +81,7 @@ def read_directions(
         n_random: Number of random directions per head, the null.
         seed: Seed of the random directions.
         layers: Layers whose directions are read; None for all that the moments have.
+        estimated: Where the directions come from; None: the moments (Eq. 9-11).
         loss: The loss that was differentiated.
         engine: The model that is run.
         max_calibration_tokens: Tokens behind which a text is cut. It, loss and engine are those of `extract`.
@@ -102,7 +105,7 @@ def read_directions(
     if not sites:
         raise SPDError("only directions of keys and values can be read, and the moments have neither")
     moments.fingerprint.check(pair.fingerprint, "the moments")
-    subspace = moments.subspace(n, per_head=True, sites=sites)
+    subspace = (estimated or moments.subspace)(n, per_head=True, sites=sites)
     unembed = Unembedding.of(pair.hf) if any(site.kind == "v" for site in sites) else None
     tallies = [Tally(site, subspace.bases[site]) for site in sites]
     drawn = (random_directions(tally.directions, n_random, seed + i) for i, tally in enumerate(tallies))
@@ -120,7 +123,8 @@ def read_directions(
             tokens += read.rows(found, random, subspace.ranks[site])
         for head, i in ((head, i) for head, rank in enumerate(subspace.ranks[site]) for i in range(rank)):
             where = {**place(site, head, per_head=True), "direction": i + 1}
-            sigma, sign = subspace.singular_values[site][head, i].item(), signs[head, i].item()
+            known, sign = subspace.singular_values.get(site), signs[head, i].item()
+            sigma = float("nan") if known is None else known[head, i].item()
             for name, value in values.items():
                 row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
                 measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
@@ -215,12 +219,13 @@ def main(
 ) -> Findings:
     """What the leading singular directions read and write, in tokens; a table and a page of cards."""
     config, examples, pair = subject.run.config, subject.calibration(), subject.pair
-    moments, chosen = subject.moments, resolve_layers(layers, pair.n_layers) if layers else None
-    if chosen and not {site.layer for site in moments.sites} >= set(chosen):
-        moments = subject.moments_everywhere()
+    estimated, chosen = subject.estimated(), resolve_layers(layers, pair.n_layers) if layers else None
+    if chosen and not {site.layer for site in estimated.moments.sites} >= set(chosen):
+        estimated = subject.estimated(layers="all")
     measures, tokens = read_directions(
-        pair, examples, moments, n=n, top=top, n_random=n_random, seed=seed, layers=chosen, loss=config.loss,
-        engine=config.engine, max_calibration_tokens=config.max_calibration_tokens, progress=subject.progress,
+        pair, examples, estimated.moments, estimated=estimated, n=n, top=top, n_random=n_random, seed=seed,
+        layers=chosen, loss=config.loss, engine=config.engine, max_calibration_tokens=config.max_calibration_tokens,
+        progress=subject.progress,
     )  # fmt: skip
     says = say(measures)
     facts: dict[str, Any] = {"examples": len(examples), "n_random": n_random, "seed": seed, "loss": config.loss}

@@ -105,8 +105,9 @@ def _card(
         for own_pole in (queries[queries["pole"] == pole],)
     ]
     sections.append(contexts("pull hardest", pulls, lambda r: f"{r.value:.2g}"))
+    sigma = numbers["singular_value"].iloc[0]
     return {
-        "direction": direction, "value": f"{numbers['singular_value'].iloc[0]:.3g}", "numbers": facts,
+        "direction": direction, "value": "–" if pd.isna(sigma) else f"{sigma:.3g}", "numbers": facts,
         "vocabulary": _vocabulary(own[own["role"] == "vocabulary"]), "contexts": sections,
     }  # fmt: skip
 

@@ -246,6 +246,7 @@ def main(
     after = moments_after(subject.pair, adapter, examples, **settings)
     how: dict[str, Any] = {"per_head": config.per_head, "seed": seed}
     rank = subject.rank("")
+    subject.say_estimator()
     frame = drift(before, after, rank=rank, **how)
     spectra = spectra_before_after(before, after, per_head=config.per_head)
     kls = absorption(

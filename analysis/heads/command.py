@@ -155,7 +155,8 @@ def main(
 ) -> Findings:
     """Which heads: maps of gradient energy and of projecting one head, with what each attends to on an example."""
     pair, examples, directions = subject.pair, subject.calibration(), subject.rank(rank)
-    moments = subject.moments_everywhere()
+    estimated = subject.estimated(layers="all")
+    moments = estimated.moments
     energy = head_energy(moments, subject.shuffled_moments(seed, "all") if shuffled else None)
     facts: dict[str, Any] = {"examples": len(examples), "items": n, "n_random": n_random, "seed": seed}
     subject.save("heads", energy, **facts)
@@ -168,7 +169,7 @@ def main(
     if layers != "none":
         chosen = resolve_layers(layers, pair.n_layers)
         sites = [site for site in moments.sites if site.layer in chosen and site.kind in ("k", "v")]
-        subspace = moments.subspace(directions, per_head=True, sites=sites)
+        subspace = estimated(directions, sites, per_head=True)
         effects = head_effects(
             pair, subject.held_out(n), subspace, n_random=n_random, seed=seed, progress=subject.progress
         )

@@ -47,6 +47,9 @@ def main(
 ) -> Findings:
     """How much of each other's gradient energy the subspaces of several runs hold, and what that says on transfer."""
     subject, moments = found[0], {one.name: one.moments for one in found}
+    subspaces = {one.name: one.estimated() for one in found}
+    for one in found:
+        one.say_estimator()
     settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
     first = subject.moments
     site = first.sites[0]
@@ -59,9 +62,9 @@ def main(
         pair = f"{a} – {b}"
         test = permutation_test(moments[a], moments[b], leading, permutations=permutations, **settings)
         tests.append(test.assign(a=a, b=b, pair=pair))
-        one, other = (moments[name].subspace(leading, per_head=not joint) for name in (a, b))
-        angles.append(angle_table(one, other, seed=seed).assign(a=a, b=b, pair=pair))
-        cosines.append(compare_subspaces(one, other, draws=draws, seed=seed).assign(a=a, b=b, pair=pair))
+        both = [subspaces[name](leading, moments[name].sites, per_head=not joint) for name in (a, b)]
+        angles.append(angle_table(*both, seed=seed).assign(a=a, b=b, pair=pair))
+        cosines.append(compare_subspaces(*both, draws=draws, seed=seed).assign(a=a, b=b, pair=pair))
     exchanged = pd.concat(tests, ignore_index=True)
     figures = [
         draw.heat_map_figure(energy, leading), draw.energy_figure(energy), draw.exchange_figure(exchanged),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, beside_random, contrasts, known
+from spd_lens.analysis.common import LOSS_FIELDS, Estimated, Subject, Values, beside_random, contrasts, known
 from spd_lens.analysis.sweeps.engine import beside_controls, measure
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.store import MEASURES, OTHER_TEXT
@@ -19,7 +19,7 @@ from spd_lens.evaluation import OUTCOMES, EvalResult, evaluate, repeated_ngrams
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, text_ids
 from spd_lens.stats import Estimate, mean_interval, score_interval
-from spd_lens.subspaces import GradientMoments, Subspace
+from spd_lens.subspaces import Subspace
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +36,14 @@ _SHARES = ("accuracy", "repetition", "truncated")
 
 
 def measure_chosen(
-    subject: Subject, moments: GradientMoments, grid: Grid, cells: Sequence[GridCell], name: str, **also: Any
+    subject: Subject, estimated: Estimated, grid: Grid, cells: Sequence[GridCell], name: str, **also: Any
 ) -> pd.DataFrame:
     """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items.
 
     `also`: the keywords `answer_only` and `texts` of `sweep`.
     """
     config = subject.run.config
-    centring = {"center": config.center, "center_gradients": config.center_gradients}
-    chosen = {cell.name: cell.subspace(moments, **centring) for cell in cells}
+    chosen = {cell.name: cell.estimated(estimated) for cell in cells}
     used = {item.id for item in subject.held_out(grid.n_items, grid.task)}
     fresh = [item for item in subject.held_out(2 * grid.n_items, grid.task) if item.id not in used]
     log.info("measuring the chosen cells on %d fresh items", len(fresh))

@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from spd_lens.analysis.common import Contrast, Values, beside_random, by_item, contrasts, deciding, matched_draws
+from spd_lens.analysis.common import (
+    Contrast,
+    Estimated,
+    Values,
+    beside_random,
+    by_item,
+    contrasts,
+    deciding,
+    matched_draws,
+)
 from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.store import FORCED, MEASURES, OTHER_TEXT, Measured, Store
 from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced, with_answer_only
@@ -110,6 +119,7 @@ def sweep(
     strength: float = 1.0,
     center: bool = False,
     center_gradients: bool = False,
+    estimated: Estimated | None = None,
     answer_only: Task | None = None,
     texts: Sequence[Example] = (),
     chunk: int | None = None,
@@ -130,6 +140,7 @@ def sweep(
         strength: Strength of the projections.
         center: Project around the mean activation.
         center_gradients: Take the subspaces from the gradients around their mean.
+        estimated: Where subspaces come from, whose centring is then the one above; None: the moments (Eq. 9-11).
         answer_only: Task of the items, which are then also asked for the answer alone (a pass of its own).
         texts: Texts of another kind (`other_texts()`), on which KL from base is measured too (a pass of its own).
         chunk: Number of cells measured together: more need fewer base passes and lose more when killed. None: as many
@@ -143,7 +154,8 @@ def sweep(
     cells = grid.cells(moments)
     store = Store(None if folder is None else Path(folder), len(items))
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
-        also = {"answer_only": answer_only is not None, "other_texts": [text.id for text in texts]}
+        also: dict[str, Any] = {"answer_only": answer_only is not None, "other_texts": [text.id for text in texts]}
+        also["estimator"] = "" if estimated is None or estimated.is_paper else estimated.name
         settings = _settings(pair, moments, items, grid, float(strength), center)
         store.check(settings | {k: v for k, v in {"center_gradients": center_gradients, **also}.items() if v})
         todo = [cell for cell in cells if cell.name not in store]
@@ -154,6 +166,8 @@ def sweep(
             for start in range(0, len(todo), chunk):
                 chosen = {
                     cell: cell.subspace(moments, center=center, center_gradients=center_gradients)
+                    if estimated is None
+                    else cell.estimated(estimated)
                     for cell in todo[start : start + chunk]
                 }
                 named = {cell.name: subspace for cell, subspace in chosen.items()}

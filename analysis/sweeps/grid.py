@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
+from spd_lens.analysis.common import Estimated
 from spd_lens.errors import SPDError
 from spd_lens.runs import read_yaml, validated
 from spd_lens.settings import Settings
@@ -189,11 +190,19 @@ class GridCell:
         return self.layers, self.kinds, self.head, self.projector
 
     def subspace(self, moments: GradientMoments, *, center: bool = False, center_gradients: bool = False) -> Subspace:
-        """Its subspace; where one head alone is projected, all directions of the others are kept."""
+        """Its subspace by the paper's estimator."""
         full = moments.subspace(
             self.rank, per_head=self.projector == "per_head", sites=self.sites, center_gradients=center_gradients,
             center=center,
         )  # fmt: skip
+        return self._of_head(full)
+
+    def estimated(self, subspaces: Estimated) -> Subspace:
+        """Its subspace by whatever estimator."""
+        return self._of_head(subspaces(self.rank, self.sites, per_head=self.projector == "per_head"))
+
+    def _of_head(self, full: Subspace) -> Subspace:
+        """Where one head alone is projected, all directions of the others are kept."""
         if self.head == "all":
             return full
         blocks = {}

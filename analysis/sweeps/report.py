@@ -50,11 +50,14 @@ def command(name: str, question: str, defaults: Callable[[SPDConfig], dict[str, 
         other_text: Annotated[
             bool, typer.Option("--other-text", help="Also KL from base on prose that has nothing to do with the task.")
         ] = False,
+        estimator: Annotated[
+            str, typer.Option(help="Estimator of the subspaces, in a sweep of its own; the run's if empty.")
+        ] = "",
     ) -> None:
         chosen = Grid.read(grid, defaults(subject.run.config), n_items=items, n_random=random)
         report(
             name, subject, chosen, kl_budget=kl_budget, generate=generate, answer_only=answer_only,
-            other_text=other_text,
+            other_text=other_text, estimator=estimator or None,
         )  # fmt: skip
 
     work.__doc__ = question
@@ -70,10 +73,17 @@ def report(
     generate: bool = True,
     answer_only: bool = False,
     other_text: bool = False,
+    estimator: str | None = None,
 ) -> Recommendation:
-    """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`."""
+    """Run one sweep of one run and keep it in `analysis/`: `NAME.csv`, `.json`, `.html`, and `NAME-chosen.csv`.
+
+    With another estimator than the run's own these are called `NAME-ESTIMATOR`.
+    """
     config = subject.run.config
-    moments = subject.moments_everywhere()
+    estimated = subject.estimated(estimator, layers="all")
+    if estimated.name != config.estimator:
+        name += f"-{estimated.name}"
+    moments = estimated.moments
     grid.cells(moments)  # an impossible grid is refused before the model is loaded
     items = subject.held_out(grid.n_items, grid.task)
     also: dict[str, Any] = {
@@ -82,7 +92,8 @@ def report(
     }
     found = sweep(
         subject.pair, moments, items, grid, folder=subject.folder / name, strength=config.strength,
-        center=config.center, center_gradients=config.center_gradients, progress=subject.progress, **also,
+        center=config.center, center_gradients=config.center_gradients, estimated=estimated,
+        progress=subject.progress, **also,
     )  # fmt: skip
     table = found.table()
     measures = found.measures
@@ -97,11 +108,14 @@ def report(
         "recommended": advice.cell, "reason": advice.reason, "counts": counts, "strength": config.strength,
         "extraction": f"{int(moments.n_examples.sum())} examples",
     }  # fmt: skip
+    if not estimated.is_paper:
+        facts["estimator"] = estimated.name
+        says += f" The subspaces are those of the estimator {estimated.name!r}."
     subject.save(name, table, figures(table, recommended=advice.cell), says=says, **facts)
     _print(name, subject, table, says)
     if generate:
         chosen = {c.name: c for c in (cells.get(advice.cell or ""), default) if c is not None}
-        dear = measure_chosen(subject, moments, grid, list(chosen.values()), name, **also)
+        dear = measure_chosen(subject, estimated, grid, list(chosen.values()), name, **also)
         subject.save(f"{name}-chosen", dear, says="", **facts)
         _print_chosen(dear)
     return advice

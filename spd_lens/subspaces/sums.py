@@ -209,6 +209,17 @@ class TokenSums:
             total = replace(total, **total._plus(part, ("n_tokens", "n_scored")))
         return replace(total, settings={**self.settings, "region": chosen}, classes=own)
 
+    def at(self, sites: Iterable[Site]) -> Self:
+        """Moments of some of their sites alone; `SPDError` for a site that was not extracted."""
+        chosen = sorted(sites)
+        for site in chosen:
+            if site not in self.gradient:
+                raise SPDError(f"site {site} was not extracted; the moments have {', '.join(map(str, self.sites))}")
+        parts: dict[str, Any] = {}
+        for name in ("n_heads", *_PER_SITE):
+            parts[name] = {site: value for site, value in getattr(self, name).items() if site in chosen}
+        return replace(self, **parts, classes={name: part.at(chosen) for name, part in self.classes.items()})
+
     @neutral()
     def shards(self, chosen: Sequence[int]) -> Self:
         """Some shards alone, for halves, jack-knife and bootstrap; an index given twice counts twice."""
