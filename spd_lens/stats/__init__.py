@@ -25,9 +25,9 @@ from spd_lens.stats.intervals import (
 )
 
 __all__ = [
-    "ALPHA", "BASE", "CALIBRATION", "CrossedDifference", "EQUAL_DAMAGE", "Estimate", "Finding", "GOOD", "Grade",
-    "HELD_OUT", "Level", "MIN_BOOTSTRAP", "McNemar", "POWER", "RANDOM", "SeedSummary", "TOO_FEW", "WITHIN_NOISE",
-    "bootstrap_ends", "bracketed", "clustered_difference", "clustered_mean", "corrected", "crossed_difference",
-    "crossed_differences", "difference_sentence", "grade", "holm", "mcnemar_exact", "mean_interval",
-    "paired_difference", "score_interval", "seed_summary", "sign_flip", "verdict", "within_noise",
+    "BASE", "CALIBRATION", "CrossedDifference", "EQUAL_DAMAGE", "Estimate", "Finding", "GOOD", "Grade", "HELD_OUT",
+    "Level", "MIN_BOOTSTRAP", "McNemar", "RANDOM", "SeedSummary", "TOO_FEW", "WITHIN_NOISE", "bootstrap_ends",
+    "bracketed", "clustered_difference", "clustered_mean", "corrected", "crossed_difference", "crossed_differences",
+    "difference_sentence", "grade", "holm", "mcnemar_exact", "mean_interval", "paired_difference", "score_interval",
+    "seed_summary", "sign_flip", "verdict", "within_noise",
 ]  # fmt: skip
