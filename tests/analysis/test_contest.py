@@ -181,7 +181,8 @@ def test_every_draw_has_findings_against_base_and_random(held_contest, tiny_pair
 def test_a_subspace_shows_the_grade_of_its_findings(held_contest, tiny_pair, tmp_path):
     """Also from outside, but not where fewer directions than the file has reached the KL."""
     folder, _, place = held_contest
-    held = opened(place, Path(shutil.copytree(folder / "out", tmp_path / "out")), tiny_pair)
+    out = Path(shutil.copytree(folder / "out", tmp_path / "out"))
+    held = opened(place, out, tiny_pair, estimators=["attribution"], spans=["own"])
     entrant, random = Entrant("attribution", "own", 0.5), Entrant("random", "own", 0.5)
     base = held.values(None, "results_loss")[0]
     for name in [random.cell(n) for n in range(3)] + [entrant.cell(draw) for draw in range(2)]:
@@ -206,8 +207,9 @@ def test_a_subspace_shows_the_grade_of_its_findings(held_contest, tiny_pair, tmp
 
 
 def test_the_results_of_programs_are_found_once_and_decide(settings, tiny_pair, tmp_path, monkeypatch):
-    place = written(tmp_path, "code.yaml", {**settings, "task": "synthetic-code", "task_options": {}})
-    asked = {"estimators": ["paper"], "spans": ["own"], "n_items": 4, "n_calibration": 2, "n_texts": 2, "kl": 0.01}
+    code = {"task": "synthetic-code", "task_options": {"difficulty": "easy", "max_new_tokens": 8}, "too_long": "drop"}
+    place = written(tmp_path, "code.yaml", {**settings, **code})
+    asked = {"estimators": ["paper"], "spans": ["own"], "n_items": 8, "n_calibration": 12, "n_texts": 2, "kl": 0.01}
     held = opened(place, tmp_path / "out", tiny_pair, **asked)
     plain = [held.task.with_results(item).marks["results"] for item in held.items]
     assert all(plain) and not any("results" in item.marks for item in held.items)
