@@ -137,7 +137,7 @@ def test_heads_and_directions_are_of_the_runs_estimator(run_by, tiny_pair, caplo
         grams = subject.moments.blocks(site)
         for head, basis in enumerate(subject.subspace.blocks(site)):  # the leading two of its four
             held = torch.einsum("dn,de,en->n", basis[:, :2], grams[head], basis[:, :2]) / grams[head].trace()
-            assert shares[str(site), str(head)].to_numpy() == pytest.approx(held.numpy(), abs=1e-4)
+            assert shares[str(site), head].to_numpy() == pytest.approx(held.numpy(), abs=1e-4)
     assert not [record for record in caplog.records if "estimator" in record.message]
 
 
@@ -154,4 +154,4 @@ def test_overlap_and_playground_are_of_the_runs_estimator(run_by, caplog):
     for site in one.subspace.sites:
         for head in range(2):
             both = (subject.subspace.projector(site)[head].numpy() for subject in (one, two))
-            assert cosines[str(site), str(head)] == pytest.approx(np.trace(next(both) @ next(both)) / 4)
+            assert cosines[str(site), head] == pytest.approx(np.trace(next(both) @ next(both)) / 4)
