@@ -15,14 +15,17 @@ from spd_lens.analysis.estimators.tables import BASE
 from spd_lens.evaluation import OUTCOMES
 
 
-def figures(table: pd.DataFrame) -> Iterator[go.Figure]:
-    """For every place and rank: the change of each loss from the base model, a panel per loss, random ones in grey."""
+def figures(table: pd.DataFrame, says: str = "bars: 95 % intervals over items and draws") -> Iterator[go.Figure]:
+    """For every place and rank: the change of each loss from the base model, a panel per loss, random ones in grey.
+
+    `says` stands below the title.
+    """
     changes = table[(table.against == BASE) & table.outcome.isin(LOSSES)]
     for (place, rank), part in changes.groupby(["place", "rank"], sort=False):
         there = [name for name in LOSSES if name in set(part.outcome)]
         fig = panels(
             [OUTCOMES[name] for name in there], f"At equal KL: {plain(place)}, rank {rank}",
-            "change from base (nats)", "", columns=len(there), says="bars: 95 % intervals over items and draws",
+            "change from base (nats)", "", columns=len(there), says=says,
         )  # fmt: skip
         for n, name in enumerate(there):
             rows = part[part.outcome == name]
