@@ -41,7 +41,7 @@ from spd_lens.files import write_text
 from spd_lens.models import Loss, ModelPair, neutrally
 from spd_lens.output import terminal
 from spd_lens.sites import resolve_layers
-from spd_lens.subspaces import GradientMoments, token_gradients
+from spd_lens.subspaces import GradientMoments, Subspace, token_gradients
 
 MEASURES: dict[str, str] = {
     "energy share": "share of the head's gradient energy",
@@ -114,22 +114,32 @@ def read_directions(
     _fill([*tallies, *nulls], pair, examples, progress=progress, **taken)
     texts = [[spelled(piece) for piece in tokens_of(pieces)] for pieces in pieces_of(examples, pair.format, loss)]
     measures, tokens = list[dict[str, Any]](), list[dict[str, Any]]()
-    for site, tally, null in zip(sites, tallies, nulls, strict=True):
-        values, chance, signs = tally.measures(), null.measures(), tally.signs
-        if unembed is not None and site.kind == "v":
-            read = Vocabulary(pair, unembed, site, top)
-            values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
-            chance["vocabulary kurtosis"], random = read(null.directions)
-            tokens += read.rows(found, random, subspace.ranks[site])
-        for head, i in ((head, i) for head, rank in enumerate(subspace.ranks[site]) for i in range(rank)):
-            where = {**place(site, head, per_head=True), "direction": i + 1}
-            known, sign = subspace.singular_values.get(site), signs[head, i].item()
-            sigma = float("nan") if known is None else known[head, i].item()
-            for name, value in values.items():
-                row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
-                measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
-            tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
+    for tally, null in zip(tallies, nulls, strict=True):
+        read = Vocabulary(pair, unembed, tally.site, top) if unembed is not None and tally.site.kind == "v" else None
+        rows, words = _of_site(tally, null, read, subspace, texts, top)
+        measures, tokens = measures + rows, tokens + words
     return pd.DataFrame(measures), pd.DataFrame(tokens)
+
+
+def _of_site(
+    tally: Tally, null: Tally, read: Vocabulary | None, subspace: Subspace, texts: Sequence[Sequence[str]], top: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of `measures` and of `tokens` of one site; `read` looks at the vocabulary, of values alone."""
+    measures, tokens = list[dict[str, Any]](), list[dict[str, Any]]()
+    values, chance, signs = tally.measures(), null.measures(), tally.signs
+    ranks, known = subspace.ranks[tally.site], subspace.singular_values.get(tally.site)
+    if read is not None:
+        values["vocabulary kurtosis"], found = read(tally.directions * signs[:, None])
+        chance["vocabulary kurtosis"], random = read(null.directions)
+        tokens += read.rows(found, random, ranks)
+    for head, i in ((head, i) for head, rank in enumerate(ranks) for i in range(rank)):
+        where = {**place(tally.site, head, per_head=True), "direction": i + 1}
+        sigma, sign = float("nan") if known is None else known[head, i].item(), signs[head, i].item()
+        for name, value in values.items():
+            row = {**where, "singular_value": sigma, "sign": sign, "measure": name}
+            measures.append({**row, **beside_null(value[head, i].item(), chance[name][head])})
+        tokens += [{**where, **row} for row in tally.contexts(head, i, sign, texts, top)]
+    return measures, tokens
 
 
 def _fill(tallies: Sequence[Tally], pair: ModelPair, examples: Sequence[Example], **options: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from spd_lens.analysis.common import (
     deciding,
     matched_draws,
 )
-from spd_lens.analysis.sweeps.grid import Grid
+from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.store import FORCED, MEASURES, OTHER_TEXT, Measured, Store
 from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced, with_answer_only
 from spd_lens.examples import Example
@@ -154,40 +154,55 @@ def sweep(
     cells = grid.cells(moments)
     store = Store(None if folder is None else Path(folder), len(items))
     with contextlib.nullcontext() if folder is None else Folder(folder).locked():
-        also: dict[str, Any] = {"answer_only": answer_only is not None, "other_texts": [text.id for text in texts]}
-        also["estimator"] = "" if estimated is None or estimated.is_paper else estimated.name
-        settings = _settings(pair, moments, items, grid, float(strength), center)
-        store.check(settings | {k: v for k, v in {"center_gradients": center_gradients, **also}.items() if v})
+        also = {
+            "center_gradients": center_gradients, "answer_only": answer_only is not None,
+            "other_texts": [text.id for text in texts],
+            "estimator": "" if estimated is None or estimated.is_paper else estimated.name,
+        }  # fmt: skip
+        store.check(_settings(pair, moments, items, grid, float(strength), center, also))
         todo = [cell for cell in cells if cell.name not in store]
         prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
         done = len(cells) - len(todo)
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
             for start in range(0, len(todo), chunk):
-                chosen = {
-                    cell: cell.subspace(moments, center=center, center_gradients=center_gradients)
-                    if estimated is None
-                    else cell.estimated(estimated)
-                    for cell in todo[start : start + chunk]
-                }
-                named = {cell.name: subspace for cell, subspace in chosen.items()}
-                policies = beside_controls(named, grid.n_random, grid.seed, strength)
-                how: dict[str, Any] = {"prefix": prefix, "batch_tokens": grid.batch_tokens}
-                found = measure(pair, items, policies, answer_only=answer_only, texts=texts, **how)
-                if "base" not in store:
-                    store.base = found["base"]
-                for cell, subspace in chosen.items():
-                    ranks = tuple(rank for site in subspace.sites for rank in subspace.ranks[site])
-                    random = [found[f"{cell.name}/{i}"] for i in range(grid.n_random)]
-                    store.put(Measured(cell, ranks, found[cell.name], random))
-                    bar.update()
+                cut = todo[start : start + chunk]
+                how: dict[str, Any] = {"center": center, "center_gradients": center_gradients}
+                chosen = [cell.estimated(estimated) if estimated else cell.subspace(moments, **how) for cell in cut]
+                named = {cell.name: subspace for cell, subspace in zip(cut, chosen, strict=True)}
+                found = measure(
+                    pair, items, beside_controls(named, grid.n_random, grid.seed, strength), answer_only=answer_only,
+                    texts=texts, prefix=prefix, batch_tokens=grid.batch_tokens,
+                )  # fmt: skip
+                _keep(store, zip(cut, chosen, strict=True), found, grid.n_random)
+                bar.update(len(cut))
         return Sweep(store.base, [store.get(cell) for cell in cells])
 
 
+def _keep(
+    store: Store, chosen: Iterable[tuple[GridCell, Subspace]], found: Mapping[str, Values], n_random: int
+) -> None:
+    """Keep cells, and the base model where it is not kept yet."""
+    if "base" not in store:
+        store.base = found["base"]
+    for cell, subspace in chosen:
+        ranks = tuple(rank for site in subspace.sites for rank in subspace.ranks[site])
+        store.put(Measured(cell, ranks, found[cell.name], [found[f"{cell.name}/{i}"] for i in range(n_random)]))
+
+
 def _settings(
-    pair: ModelPair, moments: GradientMoments, items: Sequence[Example], grid: Grid, strength: float, center: bool
+    pair: ModelPair,
+    moments: GradientMoments,
+    items: Sequence[Example],
+    grid: Grid,
+    strength: float,
+    center: bool,
+    also: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells."""
+    """What decides a cell's numbers. Ranks, layers, kinds and heads do not: a folder can take more cells.
+
+    What is in `also` is recorded only where it does something, since earlier sweeps lack it.
+    """
     checksum = sum(float(moments.gradient[site].sum()) for site in moments.sites)
     return {
         "model": pair.name,
@@ -199,6 +214,7 @@ def _settings(
         "center": center,
         "moments": [int(moments.n_examples.sum()), int(moments.n_tokens.sum()), f"{checksum:.9g}"],
         "weights": weights_digest(pair.hf),
+        **{name: value for name, value in also.items() if value},
     }
 
 
