@@ -24,8 +24,8 @@ def figures(table: pd.DataFrame, says: str = "bars: 95 % intervals over items an
     for (place, rank), part in changes.groupby(["place", "rank"], sort=False):
         there = [name for name in LOSSES if name in set(part.outcome)]
         fig = panels(
-            [OUTCOMES[name] for name in there], f"At equal KL: {plain(place)}, rank {rank}",
-            "change from base (nats)", "", columns=len(there), says=says,
+            [OUTCOMES[name] for name in there], f"Change from base at equal KL: {plain(place)}, rank {rank}",
+            "nats per token", "", columns=len(there), says=says,
         )  # fmt: skip
         for n, name in enumerate(there):
             rows = part[part.outcome == name]

@@ -19,7 +19,6 @@ from spd_lens.generation.corpus import Corpus
 from spd_lens.output.pages import digest
 from spd_lens.output.safe_text import visible
 from spd_lens.runs.run_dir import Run
-from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.subspace import Subspace
 from tests.helpers import refused
 
@@ -156,11 +155,7 @@ def test_all_layers_are_shown_where_an_analysis_extracted_them(two_runs, tmp_pat
     shutil.copytree(two_runs[0], copy)
     (copy / "analysis").mkdir(exist_ok=True)
     moments = Run(copy).moments
-    one = {site: moments.gradient[site] for site in moments.sites[:1]}
-    few = GradientMoments(
-        **{**vars(moments), "gradient": one, "activation": {s: moments.activation[s] for s in one},
-           "activation_sum": {s: moments.activation_sum[s] for s in one}, "n_heads": {s: 2 for s in one}}
-    )  # fmt: skip
+    few = moments.at(moments.sites[:1])
     few.save(copy / "analysis" / "moments-all-layers.safetensors")
     assert list(assemble([Subject(copy)])["runs"][0]["blocks"]) == [str(moments.sites[0])]
 
