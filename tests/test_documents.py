@@ -39,7 +39,10 @@ def _all(pattern: str, texts: dict[str, str] = TEXTS) -> list[tuple[str, str]]:
     return list(dict.fromkeys((name, found) for name, text in texts.items() for found in re.findall(pattern, text)))
 
 
-@pytest.mark.parametrize(("document", "line"), _all(r"(?m)^ *(from spd_lens[\w.]* import .+|import spd_lens.*)$"))
+IMPORT = r"(?m)^ *(from spd_lens[\w.]* import (?:\([^)]+\)|[^(\n]+)|import spd_lens.*)$"
+
+
+@pytest.mark.parametrize(("document", "line"), _all(IMPORT))
 def test_import_lines_work(document: str, line: str) -> None:
     exec(line, {})
 
