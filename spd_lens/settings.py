@@ -40,11 +40,16 @@ class Settings(BaseModel):
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1."""
-        kinds = get_args(kind := cls.model_fields[str(info.field_name)].annotation) or (kind,)
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         numbers = int in kinds or float in kinds
         if numbers and bool not in kinds and any(type(part) is bool for part in (value, *_parts(value))):
             raise ValueError("true and false are no numbers")
         return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """An annotation's types, and those of the values in its lists and mappings."""
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
 
 
 def _parts(value: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,13 @@ from spd_lens.analysis.estimators.predictions import Predictions, sha256
 from spd_lens.analysis.estimators.report import report, says, shown
 from spd_lens.analysis.estimators.settings import Contest, open_places
 from spd_lens.analysis.estimators.tables import differences, entrants, everywhere
+from spd_lens.errors import SPDError
 from spd_lens.files import write_json, write_text
 from spd_lens.models import ModelPair
 from spd_lens.output import set_up_logging
 from spd_lens.subspaces import write_findings
+
+log = logging.getLogger(__name__)
 
 
 def main(
@@ -60,16 +64,23 @@ def hold(
     for place in found:  # what a task cannot mark is refused before another place is measured
         for span in asked.spans:
             place.task_of(span)
-    tables, reached, scores, shown_texts, evidence = [], [], [], [], []
+    tables, reached, scores, shown_texts, evidence, left_out = [], [], [], [], [], list[SPDError]()
     for place in found:
         held = Held(place, asked)
         held.measure()
-        tables.append(differences(held))
         reached.append(entrants(held))
+        try:
+            tables.append(differences(held))
+        except SPDError as error:  # the report of the other places is not lost
+            log.warning("%s is left out: %s", place.name, error)
+            left_out.append(error)
+            continue
         evidence.append(write_findings(place.folder, contest_findings(held)))
         written = answers(held, tables[-1])
         scores.append(accuracy(held, written))
         shown_texts += cards(held, written)
+    if not tables:
+        raise left_out[0]
     table, taken = pd.concat(tables, ignore_index=True), pd.concat(reached, ignore_index=True)
     judged = [] if known is None else known.judged(table)
     provenance = [f"Contest file: `{contest.name}`, sha256 `{sha256(contest)}`."]
@@ -93,8 +104,13 @@ def hold(
         write_text(folder / "contest.html", contest_page(text, table, shown_texts)),
         *evidence,
     ]
-    told = says(table) + [f"Predicted: {one['claim']} {one['outcome']} ({one['of']})." for one in judged]
-    for place in found[:-1]:
-        Console().print(shown(table, place.name))
-    Findings(shown(table, found[-1].name), "\n".join(told), files).show()
+    told = (
+        says(table)
+        + [f"Left out: {error}" for error in left_out]
+        + [f"Predicted: {one['claim']} {one['outcome']} ({one['of']})." for one in judged]
+    )
+    *others, last = table.place.unique()
+    for name in others:
+        Console().print(shown(table, name))
+    Findings(shown(table, last), "\n".join(told), files).show()
     return table

@@ -199,12 +199,17 @@ class Held:
     def _calibrations(self, task: Task) -> list[list[Example]]:
         """Draws of calibration examples that share none, or where there are too few, each drawn anew."""
         n, draws, seed = self.contest.n_calibration, self.contest.draws, self.config.data_seed
-        try:
-            together = task.calibration(n * draws, seed)
-        except SPDError:
-            together = []
-        if len(together) == n * draws:
-            return [together[i * n : (i + 1) * n] for i in range(draws)]
+        for more in (
+            0,
+            n,
+            4 * n,
+        ):  # texts that do not fit may be left out; a larger draw begins with a smaller one
+            try:
+                together = task.calibration(n * draws + more, seed)
+            except SPDError:
+                continue
+            if len(together) >= n * draws:
+                return [together[i * n : (i + 1) * n] for i in range(draws)]
         log.warning("%s has no %d disjoint draws of %d calibration examples: they overlap", task.name, draws, n)
         return [task.calibration(n, seed + i) for i in range(draws)]
 
@@ -232,6 +237,7 @@ class Held:
             **self.pair.format.settings,
             "weights": weights_digest(self.pair.hf),
             "task_options": self.task.options(),
+            "sources": self.task.sources(),
             "items": [item.id for item in self.items],
             **({"finds_results": True} if self.task.finds_results else {}),
             **self.contest.model_dump(mode="json", include=fixed),

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import ConfigDict, Field, field_validator
 
 from spd_lens import estimators
+from spd_lens.analysis.estimators.settings import RANDOM
 from spd_lens.evaluation import OUTCOMES
 from spd_lens.registry import did_you_mean
 from spd_lens.runs import read_yaml, validated
@@ -23,7 +24,7 @@ HELD, FAILED, OPEN = "held", "did not hold", "cannot be told"
 class Prediction(Settings):
     """One claim on one difference."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
 
     claim: str = Field(min_length=1, description="The claim in words.")
     estimator: str = Field(description="The estimator that it is about.")
@@ -40,7 +41,15 @@ class Prediction(Settings):
     @classmethod
     def _known_estimator(cls, value: str) -> str:
         estimators.get(value)
+        if value == RANDOM:
+            raise ValueError("random subspaces are what others are compared with; name another estimator")
         return value
+
+    @field_validator("rank")
+    @classmethod
+    def _as_in_tables(cls, value: int | float | None) -> int | float | None:
+        """A number of directions is whole."""
+        return int(value) if value is not None and value > 1 else value
 
     @field_validator("outcome")
     @classmethod

@@ -21,8 +21,8 @@ HOW = (
     "95 %, over items and draws both (crossed random effects, the sum of the two one-way variances: Owen 2007), and "
     "each for itself; p-values are corrected over all differences of one outcome (Holm). Random subspaces have the "
     "ranks of the paper's, and the null is that an estimator's subspace is one more of them. *Detectable* is the "
-    "smallest difference that would have been shown with probability 0.8 at this noise after correction: no difference "
-    "shown is none larger than that, roughly. The best entrant is chosen by the items that measure it."
+    "smallest difference that would have been shown with probability 0.8 at this noise after correction; what is ruled "
+    "out is what lies beyond the interval. The best entrant is chosen by the items that measure it."
 )
 LOSSES = ("results_loss", "copies_loss", "answer_only_loss", "rest_loss", "aligned_loss")
 """The outcomes that stand side by side."""

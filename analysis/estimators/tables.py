@@ -60,11 +60,13 @@ def differences(held: Held) -> pd.DataFrame:
                 if values is not None and other != entrant:
                     compared = (own, values[:, there], against == PAPER)
                     tested.append({**facts, "against": against, "compared": compared})
-        for family in (changes, tested):
-            for row, one in zip(family, crossed_differences([row.pop("compared") for row in family]), strict=True):
-                row |= {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}
-                if family is tested:
-                    row |= {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
+        # changes are not tested, so that each has an interval of its own
+        alone = [crossed_differences([row.pop("compared")])[0] for row in changes]
+        together = crossed_differences([row.pop("compared") for row in tested])
+        for row, one in zip([*changes, *tested], [*alone, *together], strict=True):
+            row |= {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}
+            if row["against"] != BASE:
+                row |= {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
         rows += changes + tested
     if not rows:
         raise SPDError(f"no entrant moves {held.pair.name} as far as a KL of {held.contest.kl:g}; ask for a lower one")

@@ -31,7 +31,7 @@ class Attribution(Estimator):
 
     def gain(self, source: Source, site: Site, shape: Shape) -> Float[Tensor, "block width width"]:
         """`A` per example: `vᵀ A v` is by how many nats the mean loss falls when `v` is removed."""
-        return _attribution(self.moments(source), site, shape)
+        return _attribution(moments := self.moments(source), moments, site, shape)
 
     @neutral()
     def estimate(self, source: Source, shape: Shape) -> Subspace:
@@ -52,12 +52,16 @@ class AttributionContrast(Attribution):
     says = "all but the directions whose removal favours right answers over shuffled ones most, to first order"
 
     def gain(self, source: Source, site: Site, shape: Shape) -> Float[Tensor, "block width width"]:
-        return super().gain(source, site, shape) - _attribution(self.moments(source, shuffled=True), site, shape)
+        wrong = _attribution(self.moments(source, shuffled=True), self.moments(source), site, shape)
+        return super().gain(source, site, shape) - wrong
 
 
-def _attribution(moments: GradientMoments, site: Site, shape: Shape) -> Float[Tensor, "block width width"]:
+def _attribution(
+    moments: GradientMoments, around: GradientMoments, site: Site, shape: Shape
+) -> Float[Tensor, "block width width"]:
+    """`A` per example; `around` has the mean `μ` that the projection leaves in place."""
     found = moments.attribution(site, shape.per_head)
     if shape.center:  # Σ gᵀ(x - μ) = Σ gᵀx - (Σ g)ᵀ μ
-        total, mean = moments.gradient_sum[site].sum(dim=0), moments.mean(site, per_head=False)[0]
+        total, mean = moments.gradient_sum[site].sum(dim=0), around.mean(site, per_head=False)[0]
         found = found - diagonal_blocks(torch.outer(total, mean), len(found))
     return found / moments.n_examples.sum()

@@ -119,6 +119,13 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self.examples, self.seed = list(self.examples), whole("seed", self.seed, least=None)
+        usual = Extraction()
+        for name in ("keep", "sinks", "labels"):
+            if self.settings is not None and getattr(self.settings, name) != getattr(usual, name):
+                raise SPDError(
+                    f"{name} is not for the settings of a Calibration, since estimators ask for what they need; leave "
+                    "it out, or give gradients of your own to `extract` and `GradientMoments.subspace`"
+                )
 
     @property
     def calibration(self) -> list[Example]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
-from spd_lens.estimators.base import Estimator, Source
+from spd_lens.estimators.base import Estimator, Shape, Source
 from spd_lens.estimators.registry import register
-from spd_lens.subspaces import GradientMoments
+from spd_lens.subspaces import GradientMoments, Subspace
 
 
 class Region(Estimator):
@@ -18,6 +19,11 @@ class Region(Estimator):
 
     def moments(self, source: Source, *, shuffled: bool = False) -> GradientMoments:
         return super().moments(source, shuffled=shuffled).region(*self.classes)
+
+    def estimate(self, source: Source, shape: Shape) -> Subspace:
+        """Around the mean over all tokens, like every projection, since all of them are projected."""
+        found, everywhere = super().estimate(source, shape), super().moments(source)
+        return replace(found, offset={site: everywhere.mean(site, shape.per_head) for site in found.offset})
 
 
 @register

@@ -36,7 +36,8 @@ class Whitened(Estimator):
             mean = energy.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
             floor = self.ridge * torch.where(mean > 0, mean, 1.0)
             root = torch.linalg.cholesky(energy + floor[:, None, None] * torch.eye(width, dtype=energy.dtype))
-            half = torch.linalg.solve_triangular(root, spectrum.gram, upper=False)
+            energies, known = spectrum.known(moments.dtype)  # the inverse would blow up what rounding left
+            half = torch.linalg.solve_triangular(root, (known * energies[..., None, :]) @ known.mT, upper=False)
             white = torch.linalg.solve_triangular(root, half.mT, upper=False)
             vectors = torch.linalg.eigh((white + white.mT) / 2).eigenvectors.flip(-1)
             directions = torch.linalg.solve_triangular(root.mT, vectors, upper=True)

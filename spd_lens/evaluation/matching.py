@@ -63,7 +63,7 @@ def all_at_equal_kl(
     Raises:
         SPDError: `kl` is no positive number, or the model gives no finite KL.
     """
-    if not (math.isfinite(kl) and kl > 0):
+    if isinstance(kl, bool) or not isinstance(kl, int | float) or not (math.isfinite(kl) and kl > 0):
         raise SPDError(f"policies cannot be matched at a KL of {kl!r}; give a number of nats per token above 0")
     searches = {name: _search(name, subspace, kl, tolerance) for name, subspace in subspaces.items()}
     asked, found = {name: next(search) for name, search in searches.items()}, {}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
+from scipy.optimize import brentq
 
 from spd_lens.errors import SPDError
 from spd_lens.stats.corrections import holm
@@ -71,8 +72,8 @@ def crossed_differences(family: Sequence[tuple[Draws, Draws, bool]]) -> list[Cro
             do.
 
     Returns:
-        The differences, with `p_holm` over the family. A difference of `se (t(1 - α/2m) + t(0.8))` is `detectable`:
-        it is told from 0 with probability 0.8 at level `α/m`, at which Holm's correction of `m` comparisons begins.
+        The differences, with `p_holm` over the family. `detectable` is the difference that is told from 0 with
+        probability 0.8 (noncentral t) at level `α/m`, at which Holm's correction of `m` comparisons begins.
 
     Raises:
         SPDError: fewer than two draws or items, other items, or numbers that are not finite.
@@ -91,11 +92,16 @@ def crossed_differences(family: Sequence[tuple[Draws, Draws, bool]]) -> list[Cro
         se, df = math.sqrt(total), float(items[1])
         if total > 0:
             df = total**2 / sum(variance**2 / n for variance, n in parts)
-        reach, power = (se * float(stats.t.ppf(q, df)) for q in (1 - ALPHA / 2, POWER))
+        reach = se * float(stats.t.ppf(1 - ALPHA / 2, df))
         p = float(2 * stats.t.sf(abs(value) / se, df)) if total > 0 else float(value == 0)
-        detectable = se * float(stats.t.ppf(level, df)) + power
+        detectable = se * _shift(float(stats.t.ppf(level, df)), df)
         found.append(CrossedDifference(value, value - reach, value + reach, p, se, df, p, detectable))
     return [replace(one, p_holm=p) for one, p in zip(found, holm(one.p for one in found), strict=True)]
+
+
+def _shift(critical: float, df: float) -> float:
+    """By how many standard errors the truth is off where `t` exceeds `critical` with probability 0.8."""
+    return float(brentq(lambda shift: stats.nct.sf(critical, df, shift) - POWER, 0.0, 4 * critical + 4))
 
 
 def _variances(own: Draws, reference: Draws, paired: bool) -> list[tuple[float, int]]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -129,7 +130,28 @@ def test_differences_are_those_of_the_stored_items(held_contest, tiny_pair, outc
         [(held.values(one, outcome) - base).mean() for one in [*held.contest.entrants(), random]]
     )
     assert changes.p_holm.isna().all() and not any(changes.shown)
+    for row, one in zip(changes.itertuples(), [*held.contest.entrants(), random], strict=True):
+        own = held.values(one, outcome)
+        (alone,) = crossed_differences([(own, np.broadcast_to(base, own.shape), True)])
+        assert (row.low, row.high) == (alone.low, alone.high)  # whatever else is among the entrants
     assert table[table.primary].outcome.unique().tolist() == ["results_loss"]
+
+
+def test_other_data_under_the_same_ids_are_refused(settings, tiny_pair, tmp_path):
+    def records(answer):
+        rows = [
+            {"prompt": f"Say {n}.", "completion": f"It is {n + answer}.", "answer": str(n + answer)} for n in range(40)
+        ]
+        (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return opened(place, tmp_path / "out", tiny_pair)
+
+    place = written(tmp_path, "own.yaml", {**settings, "task": str(tmp_path / "mine.jsonl"), "task_options": {}})
+    before = records(0)
+    before.store.check(before._settings())
+    after = records(1)
+    assert [item.id for item in after.items] == [item.id for item in before.items]
+    with refused("sources"):
+        after.store.check(after._settings())
 
 
 def test_greedy_answers_are_scored_as_evaluate_scores_them(held_contest, tiny_pair):

@@ -69,6 +69,13 @@ def test_random_directions_have_the_papers_ranks_and_the_sources_seed(source):
     assert not torch.allclose(found.projector(site), paper.projector(site))
 
 
+def test_what_estimators_ask_for_is_not_in_the_settings_of_a_calibration(source):
+    with refused("sinks", "leave it out"):
+        Calibration(source.pair, source.calibration, settings=Extraction(sinks="attended"))
+    with refused("labels", "leave it out"):
+        Calibration(source.pair, source.calibration, settings=Extraction(labels="sampled"))
+
+
 def test_a_calibration_extracts_each_combination_once(source, monkeypatch):
     first, wrong = source.gradients(), source.gradients(shuffled=True)
     assert source.gradients() is first and source.gradients(shuffled=True) is wrong

@@ -138,11 +138,11 @@ def test_attribution_removes_what_harms(tiny_pair):
 @pytest.mark.parametrize("name", ["attribution", "attribution-contrast"])
 def test_attribution_is_the_bottom_of_gradient_times_activation(noisy, name, center):
     rows = [[heads(part) for part in noisy.rows(shuffled=shuffled, labels="gold")] for shuffled in (False, True)]
-    wanted = []
+    wanted, right = [], rows[0][1]
     for head in range(HEADS):
-        gains = []
+        gains, mean = [], right[head].mean(axis=0)  # the mean that the projection leaves in place, for both
         for g, x in rows:
-            gains.append(plain_attribution(g[head], x[head] - center * x[head].mean(axis=0)))
+            gains.append(plain_attribution(g[head], x[head] - center * mean))
         gain = gains[0] - gains[1] if name == "attribution-contrast" else gains[0]
         wanted.append(np.linalg.eigh(gain)[1][:, :5])
     subspace = found(name, noisy, Shape(rank=5, center=center))
@@ -173,6 +173,27 @@ def test_whitened_spans_the_generalised_eigenvectors(noisy, center):
     assert_spans(subspace, wanted)
     assert_spans(subspace[:2], [vectors[:, :2] for vectors in wanted])
     assert subspace.origin["ridge"] == 1e-3
+
+
+def test_whitened_is_not_moved_by_what_rounding_left(tiny_pair):
+    """Few gradient directions, and activations that hardly use some of the others."""
+    g = noise(4, 40)
+    g[:, [c + head * WIDTH for head in range(HEADS) for c in range(3, WIDTH)]] = 0
+    turn = torch.linalg.qr(noise(5, WIDTH)[:, :WIDTH]).Q
+    g = torch.cat([part @ turn for part in g.split(WIDTH, dim=1)], dim=1)
+    x = noise(6, 400)[:40] * torch.logspace(0, -3, WIDTH, dtype=torch.float64).repeat(HEADS)
+    exact = found("whitened", Planted(tiny_pair, lambda **_: (g, x)), Shape(rank=3))
+    rounded = Planted(tiny_pair, lambda **_: (g.bfloat16().double(), x), dtype="bfloat16")
+    for one, other in zip(exact.blocks(SITE), found("whitened", rounded, Shape(rank=3)).blocks(SITE), strict=True):
+        assert sine(one, other) < 0.05
+
+
+def test_a_region_projects_around_the_mean_of_all_tokens(noisy):
+    source = Planted(noisy.pair, noisy.rows, {"scored": [0, 1, 2], "prompt": list(range(3, N))})
+    whole = source.gradients(keep=("classes",))
+    subspace = found("scored", source, Shape(rank=2, center=True))
+    assert torch.equal(subspace.offset[SITE], whole.mean(SITE))
+    assert not torch.allclose(whole.region("scored").mean(SITE), whole.mean(SITE))
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spd_lens.stats.contrasts import crossed_difference, crossed_differences
+from spd_lens.stats.contrasts import _shift, crossed_difference, crossed_differences
 from tests.helpers import refused
 
 
@@ -102,6 +102,16 @@ def test_the_detectable_difference_is_told_four_times_in_five():
     size = float(np.median([one.detectable for _ in range(30) for one in family(0.0)]))
     told = [family(size)[0].shown == "higher" for _ in range(150)]
     assert 0.68 < np.mean(told) < 0.92
+
+
+def test_the_detectable_difference_has_its_power_at_few_degrees_of_freedom():
+    """Against plain simulation of Student's t with a shifted mean."""
+    rng = np.random.default_rng(7)
+    for df, m in ((3, 31), (8, 10)):
+        critical = stats.t.ppf(1 - 0.05 / (2 * m), df)
+        shift = _shift(critical, df)
+        drawn = (rng.standard_normal(200_000) + shift) / np.sqrt(rng.chisquare(df, 200_000) / df)
+        assert np.mean(drawn > critical) == pytest.approx(0.8, abs=0.005)
 
 
 def test_correction_counts_every_comparison_and_draws_vary_no_less_than_in_the_family():
