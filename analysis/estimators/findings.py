@@ -11,6 +11,7 @@ from spd_lens.analysis.estimators.settings import OWN, PAPER, Entrant
 from spd_lens.analysis.estimators.tables import primary
 from spd_lens.files import file_sha256
 from spd_lens.output import visible
+from spd_lens.runs import made_by
 from spd_lens.stats import BASE, HELD_OUT, RANDOM, Estimate, Finding, corrected, crossed_difference
 
 
@@ -49,9 +50,11 @@ def _about(held: Held, entrant: Entrant, draw: int) -> dict[str, Any]:
     policy = held.policy(entrant, draw)
     assert policy.subspace is not None
     name = "spd" if entrant.estimator == PAPER else f"spd-{entrant.estimator}"
+    span = None if entrant.span == OWN else entrant.span
+    config = held.config.model_copy(update={"span": span, "rank": entrant.rank, "energy": None})
     return {
         "kind": "subspace", "digest": policy.subspace.digest(), "data": HELD_OUT, "seed": draw, "kl": held.contest.kl,
-        "method": f"{name}, {entrant.span} span, rank {entrant.rank}", "task": visible(held.config.task),
+        "method": made_by(name, config), "task": visible(held.config.task),
         "model": visible(held.config.model), "fingerprint": held.pair.fingerprint.digest(),
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ from .context_limit import fitted as fitted
 from .context_limit import in_words as in_words
 from .experiment import Experiment as Experiment
 from .findings import contrasts as contrasts
+from .findings import made_by as made_by
 from .findings import run_findings as run_findings
 from .findings import stored as stored
 from .findings import write_card as write_card
@@ -49,10 +50,10 @@ from .stages import work as work
 from .summary import quoted as quoted
 
 __all__ = [
-    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig",
-    "Step", "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
+    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
+    "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
     "comparison_table", "contrasts", "decided_by", "differ", "environment", "fitted", "in_words", "items_of",
-    "load_pair", "make_tasks", "named", "note_start", "one_protocol", "print_report", "protocol_in_words", "quoted",
-    "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say", "score",
-    "stored", "to_yaml", "validated", "work", "write_card", "write_evidence",
+    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "print_report", "protocol_in_words",
+    "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
+    "score", "stored", "to_yaml", "validated", "work", "write_card", "write_evidence",
 ]  # fmt: skip

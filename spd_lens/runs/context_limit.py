@@ -87,7 +87,8 @@ def left_out(pair: ModelPair, config: SPDConfig, draws: Draws) -> dict[str, Any]
     for split, tasks in draws.items():
         counts[split] = {}
         for name, (task, n) in tasks.items():
-            drawn = task.draw(split, n, config.data_seed)
+            # what a task leaves out for reasons of its own is not beyond the context
+            drawn = task.that_fits(lambda *_: True).kept(split, task.draw(split, n, config.data_seed))
             counts[split][name] = {"left_out": len(drawn) - len(task.kept(split, drawn)), "of": len(drawn)}
     lost = any(entry["left_out"] for split in draws for entry in counts[split].values())
     log.log(logging.WARNING if lost else logging.INFO, "left out, %s", in_words(counts))

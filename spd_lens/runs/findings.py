@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -13,9 +14,13 @@ from spd_lens.files import file_sha256, update_text
 from spd_lens.models import adapter_digest
 from spd_lens.output import visible
 from spd_lens.runs.artefacts import Artefacts
+from spd_lens.runs.config import SPDConfig, result_name
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import BASE, GOOD, HELD_OUT, RANDOM, Finding, corrected
 from spd_lens.subspaces import adapter_grade, write_findings
+
+_NOT_A_USERS = ("tags: [spd-lens]", "[More Information Needed]")
+"""What stands in a card of this module's, and in PEFT's empty one: another is somebody's own, and is left alone."""
 
 
 class Stored(NamedTuple):
@@ -47,15 +52,27 @@ def contrasts(
     mine: Mapping[str, Stored], theirs: Mapping[str, Stored], folder: Path, **about: Any
 ) -> Iterator[Finding]:
     """One finding for each outcome that both sides have on the same items; `about` are the other fields."""
-    kl, kl_against = (fmean(side["kl"].by_item.values()) if "kl" in side else None for side in (mine, theirs))
+    kls = [fmean(side["kl"].by_item.values()) if "kl" in side else math.nan for side in (mine, theirs)]
+    kl, kl_against = (value if math.isfinite(value) else None for value in kls)
     for outcome in (name for name in GOOD if name in mine and name in theirs):
         own, other = mine[outcome], theirs[outcome]
         if shared := [id for id in own.by_item if id in other.by_item]:
             before, after = ([side.by_item[id] for id in shared] for side in (other, own))
+            if not all(map(math.isfinite, (*before, *after))):
+                continue  # a policy that breaks the model on an item has no mean; leaving the item out would flatter it
             sources = {side.file.relative_to(folder).as_posix(): file_sha256(side.file) for side in (own, other)}
             yield Finding.paired(
                 before, after, outcome=outcome, data=HELD_OUT, kl=kl, kl_against=kl_against, sources=sources, **about
             )
+
+
+def made_by(name: str, config: SPDConfig) -> str:
+    """A method with the settings that decide which directions it keeps: findings with other ones replicate nothing."""
+    size = f"rank {config.rank}" if config.energy is None else f"energy {config.energy:g}"
+    return visible(
+        f"{name} on {result_name(config.task)}, {config.span or 'own'} span, {config.loss} loss, {size}, "
+        f"layers {config.layers}"
+    )
 
 
 def run_findings(run: Run) -> list[Finding]:
@@ -63,8 +80,9 @@ def run_findings(run: Run) -> list[Finding]:
     config, subspace = run.config, run.subspace
     assert subspace.fingerprint is not None  # it was extracted from the run's model
     estimator = subspace.origin.get("estimator", "paper")
+    name = "spd" if estimator == "paper" else f"spd-{estimator}"
     about = {
-        "method": "spd" if estimator == "paper" else f"spd-{estimator}", "model": visible(config.model),
+        "method": made_by(name, config), "model": visible(config.model),
         "fingerprint": subspace.fingerprint.digest(), "seed": config.seed,
     }  # fmt: skip
     digests = {"subspace": subspace.digest(), "adapter": adapter_digest(run.adapter)}
@@ -91,4 +109,7 @@ def write_card(adapter: Path, title: str, model: str) -> None:
     grade = adapter_grade(adapter)
     lines = ["---", f"base_model: {json.dumps(visible(model))}", "tags: [spd-lens]", "---", "", f"# {visible(title)}"]
     lines += ["", f"Evidence: **{grade}**, computed from the stored results in `findings.json`.", ""]
-    update_text(adapter / "README.md", "\n".join([*lines, *(f"- {reason}" for reason in grade.reasons)]) + "\n")
+    card = adapter / "README.md"
+    if card.exists() and not any(mark in card.read_text(encoding="utf-8") for mark in _NOT_A_USERS):
+        return
+    update_text(card, "\n".join([*lines, *(f"- {reason}" for reason in grade.reasons)]) + "\n")

@@ -66,7 +66,11 @@ def grade(findings: Iterable[Finding], of: str | None = None) -> Grade:
         _grade([f for f in own if f.question == question], [f for f in known if f.question == question])
         for question in questions
     ]
-    return max(grades, key=lambda found: found.level)
+    found = max(grades, key=lambda found: found.level)
+    if of is None:  # what no single artefact has shown is not pieced together from several
+        best = max((grade(known, digest) for digest in dict.fromkeys(f.digest for f in known)), key=lambda g: g.level)
+        found = min(found, best, key=lambda found: found.level)
+    return found
 
 
 def _grade(own: Sequence[Finding], known: Sequence[Finding]) -> Grade:
@@ -104,7 +108,13 @@ def _carrier(findings: Sequence[Finding]) -> Finding | None:
 
 
 def _seeds(findings: Sequence[Finding]) -> list[int]:
-    """The seeds with which one model beats random; empty where they are too few, or one seed's value is against it."""
+    """The seeds with which one model has a subspace or adapter of its own that is better than the base and beats
+    random; empty where they are too few, or one seed's value is against it."""
     faced = [finding for finding in findings if finding.faces_random]
-    seeds = sorted({f.seed for f in faced if f.beats_random and f.seed is not None})
-    return seeds if len(seeds) >= SEEDS and all(f.goes_well for f in faced) else []
+    based = [f for f in findings if f.against == BASE and f.data == HELD_OUT and f.is_clear]
+    if not all(finding.goes_well for finding in (*faced, *based)):
+        return []
+    better = {finding.digest for finding in based}
+    # one seed for each: what has the same digest under several seeds is one artefact that was measured again
+    made = {f.digest: f.seed for f in faced if f.beats_random and f.seed is not None and f.digest in better}
+    return seeds if len(seeds := sorted(set(made.values()))) >= SEEDS else []

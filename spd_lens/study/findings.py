@@ -8,7 +8,7 @@ from pathlib import Path
 from spd_lens import methods
 from spd_lens.models import Fingerprint, adapter_digest
 from spd_lens.output import visible
-from spd_lens.runs import Artefacts, Run, contrasts, stored, write_card
+from spd_lens.runs import Artefacts, Run, contrasts, made_by, stored, write_card
 from spd_lens.runs import write_evidence as write_run_evidence
 from spd_lens.stats import BASE, RANDOM, Finding, Grade, corrected, grade
 from spd_lens.study.folder import Study
@@ -55,13 +55,16 @@ def _contests(place: Path) -> list[Path]:
 def study_findings(study: Study) -> list[Finding]:
     """Findings of every cell that has results: against the base, and against random directions with the same seed."""
     config = study.config
+    if "fingerprint" not in study.notes:
+        return []  # begun, and nothing is measured
     model = Fingerprint.from_dict(study.notes["fingerprint"]).digest()
     controls = [name for name in config.trained if name.startswith("spd-random")]
     found: list[Finding] = []
     for cell in study.cells(config):
         if methods.get(cell.method).is_control or not cell.is_trained:
             continue
-        about = {"method": cell.method, "model": visible(config.shared.model), "fingerprint": model, "seed": cell.seed}
+        method = made_by(cell.method, config.cell(cell.source, cell.seed or 0))
+        about = {"method": method, "model": visible(config.shared.model), "fingerprint": model, "seed": cell.seed}
         under = cell.projection
         digests = {"adapter": adapter_digest(cell.adapter), **({"subspace": under[0]} if under else {})}
         for kind, digest in digests.items():

@@ -27,7 +27,7 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
             as one that more than half of the examples share.
     """
     examples = worked_examples(examples)
-    answers = [tuple(e.completion[start:end] for start, end in e.spans) for e in examples]
+    answers = [tuple(e.completion[start:end] for start, end in sorted(e.spans)) for e in examples]
     if not all(answers):
         raise SPDError(
             "answers can be shuffled only between examples that all have correctness spans in their completions"

@@ -99,7 +99,7 @@ class Task(ABC):
         if "span" not in {option.name for option in fields(self)}:
             raise SPDError(f"{self.name} has no option span, so that {span!r} cannot be chosen; leave it away")
         other: Any = copy.copy(self)
-        other.span, other._pools = span, None
+        other.span, other._pools, other.duplicates_removed = span, None, 0
         other.__post_init__()  # checks the option
         return other
 

@@ -16,7 +16,7 @@ from spd_lens.tasks.sources import Row
 
 _MARK = re.compile(r"<<[^<>]*?([^<>=]*)>>")
 """A calculator's mark, `<<48/2=24>>`, with its result."""
-_WRITTEN = re.compile(rf"\$?({NUMBER.pattern})")
+_WRITTEN = re.compile(rf"-?\$?({NUMBER.pattern})")
 
 
 @dataclass(kw_only=True)
@@ -45,9 +45,8 @@ class GSM8K(FinalNumber, PaperTask):
             published, prompt = row.text("answer"), f"Question: {row.text('question')}\nAnswer:"
             begin = 1 + len(published) - len(answer.removeprefix(" "))
             made = bare_example(id, prompt, published, {"answer": answer.strip()}, begin=begin)
-            return self.marked(
-                made, [mark.span(1) for mark in _MARK.finditer(made.completion) if NUMBER.fullmatch(mark[1])]
-            )
+            ends = [(mark.end(1), mark[1].lstrip("-")) for mark in _MARK.finditer(made.completion)]
+            return self.marked(made, [(end - len(value), end) for end, value in ends if NUMBER.fullmatch(value)])
         working, results = without_marks(solution)
         return self.example(id, row.text("question"), working, answer.strip(), results=results)
 

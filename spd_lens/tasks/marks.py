@@ -30,7 +30,12 @@ def stands_in(value: str, text: str) -> bool:
     number = value_of(value)
     if isinstance(number, Decimal):
         return number in map(value_of, NUMBER.findall(text))
-    return value in text and bool(value and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text))
+    if not value or value not in text:
+        return False
+    # beside a digit, a digit behind a point or comma is of the same number: 5 % does not stand in 1.5 %
+    before = r"(?<!\w)(?<!\d[.,])" if value[0].isdigit() else r"(?<!\w)"
+    after = r"(?!\w|[.,]\d)" if value[-1].isdigit() else r"(?!\w)"
+    return re.search(f"{before}{re.escape(value)}{after}", text) is not None
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -61,6 +62,23 @@ def test_findings_are_differences_of_what_is_stored(run: Run) -> None:
         assert (finding.task, finding.data, finding.seed, finding.difference.n) == (TASK, "held-out", 42, 6)
     digests = {kind: finding.digest for (kind, *_), finding in found.items()}
     assert digests == {"subspace": run.subspace.digest(), "adapter": adapter_digest(run.adapter)}
+
+
+def test_what_has_an_infinite_value_has_no_finding(run: Run) -> None:
+    rewrite(run, lambda policy, n, _: {"aligned_loss": math.inf} if policy == "projected" and n == 0 else {})
+    found = {(f.kind, f.against, f.outcome) for f in run_findings(run)}
+    assert ("subspace", "base", "aligned_loss") not in found
+    assert {("subspace", "base", "completion_loss"), ("adapter", "base", "aligned_loss")} <= found
+
+
+def test_a_card_that_a_user_wrote_is_left_alone(run: Run) -> None:
+    card = run.adapter / "README.md"
+    card.write_text("# My adapter\n")
+    write_evidence(run)
+    assert card.read_text() == "# My adapter\n"
+    card.unlink()
+    write_evidence(run)
+    assert "Evidence: **" in card.read_text()
 
 
 def test_accuracy_is_of_the_scored_completions(run: Run) -> None:

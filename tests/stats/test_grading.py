@@ -38,10 +38,17 @@ def beats(**changes: Any) -> Finding:
 
 
 def replicated(which: str = "1", n: int = 3, **changes: Any) -> list[Finding]:
-    """One model with several seeds, each of which made another subspace."""
+    """One model with several seeds, each of which made another subspace that is better than the base and than random.
+
+    `changes` are those of the comparison with random.
+    """
     own = {"fingerprint": which * 16, "model": f"model {which}"}
-    digests = [OWN if which == "1" and seed == 1 else OTHER for seed in range(1, n + 1)]
-    return [beats(**{"digest": digest, "seed": seed, **own, **changes}) for seed, digest in enumerate(digests, 1)]
+    found: list[Finding] = []
+    for seed in range(1, n + 1):
+        digest = OWN if which == "1" and seed == 1 else f"{which}{seed}" * 8
+        mine = {"digest": changes.get("digest", digest), "seed": seed, **own}
+        found += [finding(**mine), beats(**{**mine, **changes})]
+    return found
 
 
 def level(*findings: Finding) -> Level:
@@ -107,6 +114,28 @@ def test_beating_random_is_not_enough_where_nothing_is_better_than_the_base() ->
 
 def test_beating_random_is_lost_to_a_clear_defeat_on_the_same_question() -> None:
     assert level(finding(), beats(), beats(seed=2, difference=HARM)) == Level.HELD_OUT
+
+
+def test_one_subspace_that_is_measured_with_several_seeds_is_no_replication() -> None:
+    again = [one for seed in (1, 2, 3) for one in (finding(seed=seed), beats(seed=seed))]
+    assert level(*again) == Level.BEATS_RANDOM
+
+
+def test_replications_must_be_better_than_the_base_too() -> None:
+    mine, others = replicated()[:2], [one for one in replicated()[2:] if one.against == "random"]
+    assert level(*mine, *others) == Level.BEATS_RANDOM
+    worse = [replace(one, against="base", difference=HARM) for one in others]
+    assert level(*mine, *others, *worse) == Level.BEATS_RANDOM
+    here = {"fingerprint": "1" * 16, "model": "model 1"}
+    better = [finding(digest=one.digest, seed=one.seed, **here) for one in others]
+    assert level(*mine, *others, *better) == Level.SEEDS
+
+
+def test_a_methods_grade_is_not_pieced_together_from_several_artefacts() -> None:
+    a = [finding(), beats(difference=NOTHING)]
+    b = [finding(digest=OTHER, difference=NOTHING), beats(digest=OTHER)]
+    assert grade([*a, *b], OWN).level == Level.HELD_OUT and grade([*a, *b], OTHER).level == Level.NONE
+    assert grade([*a, *b]).level == Level.HELD_OUT
 
 
 def test_replicated_over_seeds() -> None:

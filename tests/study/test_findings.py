@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ def study(tmp_path: Path) -> Study:
 
 def test_every_seed_has_findings_of_its_own(study: Study) -> None:
     found = study_findings(study)
-    assert {f.method for f in found} == {"spd"}
+    assert {f.method for f in found} == {f"spd on {TASK}, own span, aligned loss, rank 0.5, layers [1]"}
     for seed in (1, 2):
         cell, control = study.cell(TASK, "spd", seed), study.cell(TASK, "spd-random", seed)
         for kind, phase in (("adapter", "trained"), ("subspace", "projected")):
@@ -51,8 +52,15 @@ def test_the_report_and_the_artefacts_say_the_same(study: Study) -> None:
     cell = study.cell(TASK, "spd", 1)
     assert {f.seed for f in cell.subspace.findings} == {1, 2}
     text = Report(Evidence.read(study.path)).text
-    assert f"| `spd` | subspace | {cell.subspace.grade} |" in text
+    assert re.search(rf"\| `spd on {TASK}, [^|]*` \| subspace \| {cell.subspace.grade} \|", text)
     assert f"Evidence: **{cell.subspace.grade}**" in (cell.adapter / "README.md").read_text()
+
+
+def test_a_study_in_which_nothing_is_measured_has_no_findings(study: Study, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(study.path / Study.settings_file, begun)
+    assert grades_of([begun]) == {}
 
 
 def test_grades_of_several_places(study: Study, tmp_path: Path) -> None:

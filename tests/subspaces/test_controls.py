@@ -62,6 +62,11 @@ def test_no_span_of_several_keeps_its_value(seed: int) -> None:
     assert shuffled == shuffled_answers(examples, seed)
 
 
+def test_spans_that_are_not_in_order_keep_no_value_either() -> None:
+    examples = [Example("p1", "a=1 b=2", ((6, 7), (2, 3))), Example("p2", "a=3 b=1", ((6, 7), (2, 3)))]
+    assert [e.completion for e in shuffled_answers(examples, 0)] == ["a=3 b=1", "a=1 b=2"]
+
+
 def test_of_results_of_a_real_task() -> None:
     examples = spd.tasks.get("synthetic-math", difficulty="hard", span="results").calibration(n=40, seed=1)
     for old, new in zip(examples, shuffled_answers(examples, 0), strict=True):

@@ -12,6 +12,7 @@ import pytest
 import spd_lens.tasks as tasks
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.tasks.gsm8k import without_marks
 from spd_lens.tasks.marks import copies, firsts, stands_in, value_of
 from spd_lens.tasks.mutants import exercised, mutants
 from tests.helpers import refused
@@ -50,6 +51,12 @@ def gsm8k(write):
         ("True", "== True", True),
         ("True", "Truest", False),
         ("", "anything", False),
+        ("5%", "grew by 1.5%", False),
+        ("5%", "grew by 5% a year", True),
+        ("€5", "€5,000", False),
+        ("€5", "€5, then", True),
+        ("5 km", "1.5 km", False),
+        ("-5", "= -5.5", False),
         ("1e400000", "1", False),
     ],
 )
@@ -92,6 +99,12 @@ def test_results_of_gsm8k_stand_behind_the_calculators_marks(gsm8k):
     assert texts(example, example.marks["results"]) == ["40,000", "5", "39,995"]
     assert texts(example, example.marks["copies"]) == ["39,995"]
     assert texts(none, none.marks["results"]) == ["1"] and "copies" not in none.marks  # computed where it is given
+
+
+def test_a_negative_result_is_marked_without_its_sign():
+    working, results = without_marks("-21/3 = <<-21/3=-7>>-7 degrees, or $-<<1-8=-7>>$7")
+    assert working == "-21/3 = -7 degrees, or $-$7"
+    assert [working[slice(*span)] for span in results] == ["7", "7"]
 
 
 def test_in_the_reference_template_the_result_is_in_the_calculators_mark(gsm8k):
