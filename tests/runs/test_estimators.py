@@ -140,6 +140,7 @@ def test_a_run_with_another_estimator_says_so_everywhere(other_run, caplog):
     subject = Subject(other_run, progress=False)
     for _ in range(2):
         assert subject.rank("4") == 4 and subject.moments.sites
+        subject.say_estimator()
     assert [r.getMessage().count("'no-sink'") for r in caplog.records if "run with estimator" in r.getMessage()] == [1]
 
 
