@@ -119,7 +119,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self.examples, self.seed = list(self.examples), whole("seed", self.seed, least=None)
-        usual = Extraction()
+        usual = Extraction.model_validate({})
         for name in ("keep", "sinks", "labels"):
             if self.settings is not None and getattr(self.settings, name) != getattr(usual, name):
                 raise SPDError(
