@@ -197,7 +197,8 @@ def test_every_draw_has_findings_against_base_and_random(held_contest, tiny_pair
         of_side = [one for one in found if one.against == against]
         assert [one.p for one in of_side] == pytest.approx(holm(ps))
         assert {one.correction for one in of_side} == {"Holm over 8"}
-    assert len({one.method for one in found}) == 4 and found[0].method == "spd, own span, rank 0.5"
+    named = "spd on synthetic-math, own span, aligned loss, rank 0.5, layers last_mid"
+    assert len({one.method for one in found}) == 4 and found[0].method == named
 
 
 def test_a_subspace_shows_the_grade_of_its_findings(held_contest, tiny_pair, tmp_path):
