@@ -61,10 +61,14 @@ def all_at_equal_kl(
         or where KL jumps over `kl` from one strength to the next that differs.
 
     Raises:
-        SPDError: `kl` is no positive number, or the model gives no finite KL.
+        SPDError: `kl` is no positive number, `tolerance` no share, or the model gives no finite KL.
     """
     if isinstance(kl, bool) or not isinstance(kl, int | float) or not (math.isfinite(kl) and kl > 0):
         raise SPDError(f"policies cannot be matched at a KL of {kl!r}; give a number of nats per token above 0")
+    if not 0 < tolerance < 1:
+        raise SPDError(
+            f"a tolerance of {tolerance!r} is no share of the KL; give one above 0 and below 1, such as 0.05"
+        )
     searches = {name: _search(name, subspace, kl, tolerance) for name, subspace in subspaces.items()}
     asked, found = {name: next(search) for name, search in searches.items()}, {}
     while asked:

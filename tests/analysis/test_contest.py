@@ -137,6 +137,21 @@ def test_differences_are_those_of_the_stored_items(held_contest, tiny_pair, outc
     assert table[table.primary].outcome.unique().tolist() == ["results_loss"]
 
 
+def test_a_place_that_reaches_nothing_loses_no_report(settings, tiny_pair, tmp_path):
+    """Keys of the last layer alone move the tiny model too little."""
+    places = [
+        written(tmp_path, "far.yaml", settings),
+        written(tmp_path, "near.yaml", {**settings, "kinds": ["k"], "layers": [1]}),
+    ]
+    contest = written(tmp_path, "contest.yaml", {**ASKED, "spans": ["own"], "n_completions": 0, "kl": 0.28})
+    table = hold(places, contest, out=tmp_path / "out", pair=tiny_pair, progress=False)
+    assert set(table.place) == {"far"}
+    entrants_of = pd.read_csv(tmp_path / "out" / "contest-entrants.csv")
+    assert (entrants_of[entrants_of.place == "near"].n_reached == 0).all()
+    with refused("no entrant moves"):
+        hold(places[1:], contest, out=tmp_path / "alone", pair=tiny_pair, progress=False)
+
+
 def test_other_data_under_the_same_ids_are_refused(settings, tiny_pair, tmp_path):
     def records(answer):
         rows = [

@@ -70,6 +70,9 @@ def test_what_cannot_be_matched_is_refused(tiny_pair, subspace, monkeypatch):
     for kl in (0.0, -1.0, float("nan"), float("inf")):
         with refused("KL", kl):
             at_equal_kl(tiny_pair, subspace, TEXTS, kl)
+    for tolerance in (0, 1, -0.1):
+        with refused("tolerance", tolerance):
+            at_equal_kl(tiny_pair, subspace, TEXTS, 0.1, tolerance=tolerance)
 
     def broken(pair, texts, policies, **_options):
         items = teacher_forced(pair, TEXTS[:1], policies, progress=False)
