@@ -110,11 +110,11 @@ $(HOOKED)/library: $(PROJECT) constraints.txt $(HOOKED)/model | $(HOOKED)/torch
 	@touch $@
 
 $(HOOKED)/dev: $(HOOKED)/library
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev,evals,quantised]"
+	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers]"
 	@touch $@
 
 $(HOOKED)/bench: $(HOOKED)/dev
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,dashboard,dev,evals,quantised,bench]"
+	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,bench]"
 	@touch $@
 
 $(BRIDGE)/test: $(PROJECT) constraints-bridge.txt $(BRIDGE)/model | $(BRIDGE)/torch $(HOOKED)/dev
