@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 
 from spd_lens.analysis.common import Findings, Quiet
-from spd_lens.analysis.estimators.completions import accuracy, answers, cards
+from spd_lens.analysis.estimators.completions import accuracy, answers, cards, scores
 from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.findings import contest_findings
 from spd_lens.analysis.estimators.page import contest_page
 from spd_lens.analysis.estimators.predictions import Predictions, sha256
 from spd_lens.analysis.estimators.report import report, says, shown
 from spd_lens.analysis.estimators.settings import Contest, open_places
-from spd_lens.analysis.estimators.tables import differences, entrants, everywhere
+from spd_lens.analysis.estimators.tables import accuracy_differences, differences, entrants, everywhere
 from spd_lens.errors import SPDError
 from spd_lens.files import write_json, write_text
 from spd_lens.models import ModelPair
@@ -64,7 +64,7 @@ def hold(
     for place in found:  # what a task cannot mark is refused before another place is measured
         for span in asked.spans:
             place.task_of(span)
-    tables, reached, scores, shown_texts, evidence, left_out = [], [], [], [], [], list[SPDError]()
+    tables, reached, right, shown_texts, evidence, left_out = [], [], [], [], [], list[SPDError]()
     for place in found:
         held = Held(place, asked)
         held.measure()
@@ -77,7 +77,10 @@ def hold(
             continue
         evidence.append(write_findings(place.folder, contest_findings(held)))
         written = answers(held, tables[-1])
-        scores.append(accuracy(held, written))
+        scored = scores(held, written)
+        compared = accuracy_differences(held, scored)
+        tables += [] if compared.empty else [compared]
+        right.append(accuracy(held, written, scored, compared))
         shown_texts += cards(held, written)
     if not tables:
         raise left_out[0]
@@ -93,9 +96,9 @@ def hold(
         )
         facts |= {"predictions": judged, "predictions_written": str(known.written), "predictions_sha256": digest}
     across = everywhere(table)
-    right = pd.concat(scores, ignore_index=True)
-    text = report(asked, table, taken, right, across, judged, provenance)
-    facts |= {"says": says(table), "across": across.to_dict("records"), "accuracy": right.to_dict("records")}
+    answered = pd.concat(right, ignore_index=True)
+    text = report(asked, table, taken, answered, across, judged, provenance)
+    facts |= {"says": says(table), "across": across.to_dict("records"), "accuracy": answered.to_dict("records")}
     files = [
         write_text(folder / "contest.md", text),
         write_text(folder / "contest.csv", table.to_csv(index=False)),

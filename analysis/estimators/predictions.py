@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from spd_lens import estimators
 from spd_lens.analysis.estimators.settings import RANDOM
+from spd_lens.analysis.estimators.tables import ACCURACY
 from spd_lens.evaluation import OUTCOMES
 from spd_lens.registry import did_you_mean
 from spd_lens.runs import read_yaml, validated
@@ -29,7 +30,7 @@ class Prediction(Settings):
     claim: str = Field(min_length=1, description="The claim in words.")
     estimator: str = Field(description="The estimator that it is about.")
     against: Literal["paper", "random"] = Field(description="What it is compared with.")
-    outcome: str = Field(description="results_loss, copies_loss, ...")
+    outcome: str = Field(description="results_loss, copies_loss, ..., or accuracy, of greedy answers")
     direction: Literal["lower", "higher", "same"] = Field(description="Where the outcome lies.")
     margin: float = Field(0.05, gt=0, description="Differences within it are the same, in the outcome's unit.")
     span: str | None = Field(None, description="Only with calibration examples of this span; null: of any.")
@@ -54,8 +55,8 @@ class Prediction(Settings):
     @field_validator("outcome")
     @classmethod
     def _known_outcome(cls, value: str) -> str:
-        if value not in OUTCOMES:
-            listed = did_you_mean(value, list(OUTCOMES)) or f"; choose from {', '.join(OUTCOMES)}"
+        if value not in (known := [*OUTCOMES, ACCURACY]):
+            listed = did_you_mean(value, known) or f"; choose from {', '.join(known)}"
             raise ValueError(f"unknown outcome {value!r}{listed}")
         return value
 

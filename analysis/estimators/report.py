@@ -133,8 +133,11 @@ def _right(right: pd.DataFrame, place: str) -> list[str]:
     if right.empty:
         return []
     own = right[right.place == place]
-    rows = [[one.policy, one.accuracy, one.change, f"{one.truncated:.0%}", one.n] for one in own.itertuples()]
-    head = ["greedy answers", "accuracy", "change from base, paired", "cut at the limit", "items"]
+    rows = [
+        [one.policy, one.accuracy, one.change, one.minus_random, f"{one.truncated:.0%}", f"{one.n} x {one.draws}"]
+        for one in own.itertuples()
+    ]
+    head = ["greedy answers", "accuracy", "change from base", "minus random", "cut at the limit", "items x draws"]
     return [*_table(head, rows), ""] if rows else []
 
 

@@ -65,6 +65,9 @@ class Contest(Settings):
     n_texts: int = Field(24, ge=2, le=24, description="Other texts: one half to match KL on, the other to report it.")
     random_draws: int = Field(10, ge=3, le=200, description="Random subspaces of each rank.")
     n_completions: int = Field(6, ge=0, description="Items that base, best, paper and random answer greedily.")
+    completion_draws: int = Field(
+        1, ge=1, description="Draws under which they answer; from two on, accuracy is compared as the losses are."
+    )
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of random subspaces, and of what estimators draw.")
     batch_tokens: int = Field(1024, ge=1, description="Padded tokens per batch.")
 

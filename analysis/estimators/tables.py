@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.settings import OWN, PAPER, RANDOM, Entrant
@@ -14,6 +16,10 @@ from spd_lens.evaluation import OUTCOMES
 from spd_lens.stats import crossed_differences
 
 BASE = "base"
+ACCURACY = "accuracy"
+"""The outcome of greedy answers: the share that is right."""
+Values = Mapping[Entrant | None, Float[np.ndarray, "draw item"]]
+"""What the draws of every entrant did to each item; None is the base model, which has one row."""
 COLUMNS = (
     "place", "model", "task", "estimator", "span", "rank", "outcome", "primary", "against", "value", "low", "high", "p",
     "se", "p_holm", "detectable", "shown", "n_items", "n_draws",
@@ -39,38 +45,48 @@ def differences(held: Held) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     first = primary(held)
+    everyone = [*held.contest.entrants(), *(Entrant(RANDOM, OWN, rank) for rank in held.contest.ranks)]
     for outcome in OUTCOMES:
-        base = held.values(None, outcome)
-        there = np.isfinite(base[0])
-        if there.sum() < 2:
-            continue
-        changes: list[dict[str, Any]] = []
-        tested: list[dict[str, Any]] = []
-        for entrant in [*held.contest.entrants(), *(Entrant(RANDOM, OWN, rank) for rank in held.contest.ranks)]:
-            own = held.values(entrant, outcome)
-            if own is None:
-                continue
-            own, unchanged = own[:, there], np.broadcast_to(base[:, there], (len(own), there.sum()))
-            facts = {**held.place.facts, **entrant.columns, "outcome": outcome, "primary": outcome == first}
-            facts |= {"n_items": int(there.sum()), "n_draws": len(own)}
-            changes.append({**facts, "against": BASE, "compared": (own, unchanged, True)})
-            for against in () if entrant.estimator == RANDOM else (RANDOM, PAPER):
-                other = Entrant(against, OWN, entrant.rank)
-                values = held.values(other, outcome)
-                if values is not None and other != entrant:
-                    compared = (own, values[:, there], against == PAPER)
-                    tested.append({**facts, "against": against, "compared": compared})
-        # changes are not tested, so that each has an interval of its own
-        alone = [crossed_differences([row.pop("compared")])[0] for row in changes]
-        together = crossed_differences([row.pop("compared") for row in tested])
-        for row, one in zip([*changes, *tested], [*alone, *together], strict=True):
-            row |= {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}
-            if row["against"] != BASE:
-                row |= {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
-        rows += changes + tested
+        values = {one: found for one in (None, *everyone) if (found := held.values(one, outcome)) is not None}
+        rows += [{**row, "outcome": outcome, "primary": outcome == first} for row in _compared(held, values)]
     if not rows:
         raise SPDError(f"no entrant moves {held.pair.name} as far as a KL of {held.contest.kl:g}; ask for a lower one")
     return pd.DataFrame(rows, columns=COLUMNS).fillna({"shown": ""})
+
+
+def accuracy_differences(held: Held, scores: Values) -> pd.DataFrame:
+    """The same of the accuracy of greedy answers, which is a family of its own; no rows from a single draw."""
+    scores = {one: found for one, found in scores.items() if one is None or len(found) > 1}
+    rows = [{**row, "outcome": ACCURACY, "primary": False} for row in _compared(held, scores)] if scores else []
+    return pd.DataFrame(rows, columns=COLUMNS).fillna({"shown": ""})
+
+
+def _compared(held: Held, values: Values) -> list[dict[str, Any]]:
+    """Everyone minus base, random and paper in one outcome; those to random and paper as one family of tests."""
+    there = np.isfinite(values[None][0])
+    if there.sum() < 2:
+        return []
+    measured = {one: found[:, there] for one, found in values.items()}
+    changes: list[dict[str, Any]] = []
+    tested: list[dict[str, Any]] = []
+    for entrant, own in measured.items():
+        if entrant is None:
+            continue
+        facts = {**held.place.facts, **entrant.columns, "n_items": int(there.sum()), "n_draws": len(own)}
+        unchanged = np.broadcast_to(measured[None], own.shape)
+        changes.append({**facts, "against": BASE, "compared": (own, unchanged, True)})
+        for against in () if entrant.estimator == RANDOM else (RANDOM, PAPER):
+            other = Entrant(against, OWN, entrant.rank)
+            if other in measured and other != entrant:
+                tested.append({**facts, "against": against, "compared": (own, measured[other], against == PAPER)})
+    # changes are not tested, so that each has an interval of its own
+    alone = [crossed_differences([row.pop("compared")])[0] for row in changes]
+    together = crossed_differences([row.pop("compared") for row in tested])
+    for row, one in zip([*changes, *tested], [*alone, *together], strict=True):
+        row |= {"value": one.value, "low": one.low, "high": one.high, "p": one.p, "se": one.se}
+        if row["against"] != BASE:
+            row |= {"p_holm": one.p_holm, "detectable": one.detectable, "shown": one.shown}
+    return changes + tested
 
 
 def entrants(held: Held) -> pd.DataFrame:

@@ -16,12 +16,13 @@ from scipy import stats
 from spd_lens import estimators
 from spd_lens.analysis.estimators import engine
 from spd_lens.analysis.estimators.command import hold
+from spd_lens.analysis.estimators.completions import accuracy, answers, scores
 from spd_lens.analysis.estimators.engine import Held
 from spd_lens.analysis.estimators.findings import contest_findings
 from spd_lens.analysis.estimators.predictions import FAILED, HELD, OPEN, Prediction, Predictions, sha256
 from spd_lens.analysis.estimators.report import says
 from spd_lens.analysis.estimators.settings import Contest, Entrant, open_places
-from spd_lens.analysis.estimators.tables import best, differences, entrants, everywhere, primary
+from spd_lens.analysis.estimators.tables import accuracy_differences, best, differences, entrants, everywhere, primary
 from spd_lens.evaluation import KL_TOLERANCE, evaluate, other_texts
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.stats import crossed_differences, holm, sign_flip
@@ -172,16 +173,44 @@ def test_other_data_under_the_same_ids_are_refused(settings, tiny_pair, tmp_path
 def test_greedy_answers_are_scored_as_evaluate_scores_them(held_contest, tiny_pair):
     folder, _, place = held_contest
     held = opened(place, folder / "out", tiny_pair)
-    rows = json.loads((folder / "out" / "contest.json").read_text())["accuracy"]
+    found = answers(held, differences(held))
+    right = scores(held, found)
+    rows = accuracy(held, found, right, accuracy_differences(held, right)).to_dict("records")
+    assert json.loads((folder / "out" / "contest.json").read_text())["accuracy"] == rows
     assert [row["policy"] for row in rows[:3]] == ["base", "paper", "random"] and rows[3]["policy"].startswith("best: ")
-    policies = [None, held.policy(Entrant("paper", "own", 0.5)), held.policy(Entrant("random", "own", 0.5))]
-    for row, policy in zip(rows[:3], policies, strict=True):
+    for row, entrant in zip(rows[:3], [None, Entrant("paper", "own", 0.5), Entrant("random", "own", 0.5)], strict=True):
+        policy = None if entrant is None else held.policy(entrant)
         plain = evaluate(tiny_pair, held.task, 2, policy=policy, seed=held.config.data_seed, progress=False)
         truncated = fmean(item.finish_reason == "length" for item in plain.items)
+        assert right[entrant].tolist() == [[item.score for item in plain.items]]
         assert (row["accuracy"], row["truncated"], row["n"]) == (plain.accuracy.interval, truncated, 2)
-    assert rows[0]["change"] == "" and all("[" in row["change"] for row in rows[1:])
+    assert rows[0]["change"] == "" and all("[" in row["change"] and not row["minus_random"] for row in rows[1:])
+    assert accuracy_differences(held, right).empty
     report = (folder / "out" / "contest.md").read_text()
     assert "| greedy answers |" in report and "cut at the limit" in report
+
+
+def test_accuracy_over_draws_is_compared_as_the_losses_are(held_contest, tiny_pair):
+    """Where each entrant answers under several draws: planted scores, as one family, and judged by predictions."""
+    folder, _, place = held_contest
+    held = opened(place, folder / "out", tiny_pair, completion_draws=2)
+    assert [len(one) for one in answers(held, differences(held)).values()] == [1, 2, 2, 2]
+    paper, random, rng = Entrant("paper", "own", 0.5), Entrant("random", "own", 0.5), np.random.default_rng(0)
+    right = {None: np.ones((1, 40)), paper: np.ones((2, 40)), random: (rng.random((2, 40)) < 0.2).astype(float)}
+    table = accuracy_differences(held, right)
+    one = table[(table.estimator == "paper") & (table.against == "random")].iloc[0]
+    plain = crossed_differences([(right[paper], right[random], False)])[0]
+    assert (one.value, one.low, one.high, one.p_holm) == (plain.value, plain.low, plain.high, plain.p_holm)
+    assert one.value == pytest.approx(1 - right[random].mean()) and not one.primary and one.outcome == "accuracy"
+    assert list(table[table.against == "base"].value) == pytest.approx([0.0, right[random].mean() - 1])
+    claim = {"claim": "c", "estimator": "paper", "against": "random", "outcome": "accuracy", "direction": "higher"}
+    judged = list(Prediction(**claim).judged(table))
+    assert [each["outcome"] for each in judged] == [HELD if one.shown else OPEN]
+    more = opened(place, folder / "out", tiny_pair, n_completions=4, completion_draws=2)
+    corpora = answers(more, differences(more))
+    shown = accuracy(more, corpora, scores(more, corpora), table)
+    row = shown[shown.policy == "paper"].iloc[0]
+    assert row.minus_random.startswith(f"{one.value:+.2f} [") and row.draws == 2 and row.n == 4
 
 
 def test_every_draw_has_findings_against_base_and_random(held_contest, tiny_pair):
