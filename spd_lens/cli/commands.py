@@ -34,7 +34,7 @@ AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of
 
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
 _FORMAT = ("prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date")
-_MODEL = ("protocol", "model", "backend", "dtype", "device", *_FORMAT)
+_MODEL = ("protocol", "model", "backend", "dtype", "device", "device_map", "offload_folder", *_FORMAT)
 _DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 
 

@@ -14,6 +14,7 @@ from spd_lens.models.attention import attention_received, fastest_attention, one
 from spd_lens.models.backends import choose_backends, lens_logits
 from spd_lens.models.batches import batches_by_length, right_pad
 from spd_lens.models.checkpoint import check_whole
+from spd_lens.models.device_map import is_spread, refuse_spread, stored_weights, writable
 from spd_lens.models.devices import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype
 from spd_lens.models.distributed import Processes, launched, processes
 from spd_lens.models.drawing import draw, drawn_tokens, row_uniforms
@@ -41,18 +42,17 @@ from spd_lens.models.untouched import untouched
 from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_layer, twin_hook
 
 __all__ = [
-    "ARCHITECTURES", "Architecture",
-    "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
-    "Processes", "PromptFormat", "SiteLayer", "SpanRule", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond",
-    "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
-    "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
-    "dtype_name", "fast_products", "fastest_attention", "free_memory",
-    "kl_divergence", "launched", "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads",
-    "named_outputs", "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product",
-    "ordinary_buffers", "out_of_memory", "overlapping", "own_memory", "packed", "positionwise_in_last_block", "probe",
-    "processes",
-    "random_kept", "recomputed_alike", "refuse_compiled", "refuse_processed", "relative_error", "resolve_device",
-    "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "single_process",
-    "site_layer", "takes_slots", "text_ids", "token_losses",
-    "twin_hook", "unembed_only", "untouched", "weights_digest", "without_autocast",
+    "ARCHITECTURES", "Architecture", "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss",
+    "ModelPair", "Parity", "Processes", "PromptFormat", "SiteLayer", "SpanRule", "TOLERANCE", "adapted",
+    "adapter_digest", "angles_change_beyond", "architecture", "attention_implementation", "attention_received",
+    "available", "batches_by_length", "check_saveable", "check_whole", "choose_backends",
+    "default_generation_settings", "draw", "drawn_tokens", "dtype_name", "fast_products", "fastest_attention",
+    "free_memory", "is_spread", "kl_divergence", "launched", "lens_logits", "load", "load_tokenizer",
+    "logits_processors", "merged_copy", "n_kv_heads", "named_outputs", "neutral", "neutrally",
+    "one_query_at_a_time", "onednn_packed", "onednn_product", "ordinary_buffers", "out_of_memory", "overlapping",
+    "own_memory", "packed", "positionwise_in_last_block", "probe", "processes", "random_kept", "recomputed_alike",
+    "refuse_compiled", "refuse_processed", "refuse_spread", "relative_error", "resolve_device", "resolve_dtype",
+    "right_pad", "row_uniforms", "run_only", "run_twin", "single_process", "site_layer", "stored_weights",
+    "takes_slots", "text_ids", "token_losses", "twin_hook", "unembed_only", "untouched", "weights_digest",
+    "without_autocast", "writable",
 ]  # fmt: skip
