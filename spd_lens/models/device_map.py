@@ -29,18 +29,17 @@ def refuse_spread(model: nn.Module, what: str, instead: str) -> None:
 
 
 def check_spread(model: Any) -> None:
-    """Refuse a model whose weights are nowhere, or whose embedding is not on a device that computes.
-
-    Token ids go to the embedding's device, and the fingerprint is read off it.
-
+    """Refuse a model that cannot be run where it is: on several devices without accelerate's hooks, or offloaded with its
+    embedding, to whose device token ids go. The fingerprint is read off the embedding, too.
     Raises:
         SPDError: it is such a model.
     """
     if not is_spread(model):
-        if any(parameter.is_meta for parameter in model.parameters()):
+        places = sorted({parameter.device.type for parameter in model.parameters()})
+        if len({parameter.device for parameter in model.parameters()}) > 1 or places == ["meta"]:
             raise SPDError(
-                f"{type(model).__name__} has weights on the device 'meta', which holds no numbers; load it with "
-                "spd_lens.load"
+                f"the weights of {type(model).__name__} are on {', '.join(places)}, and no hook of accelerate's moves or "
+                "loads anything; load it with spd_lens.load, and name a device for every part if you give a device_map"
             )
         return
     embedding = model.get_input_embeddings().weight

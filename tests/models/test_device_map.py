@@ -146,7 +146,7 @@ def test_a_named_backend_is_refused(tiny_llama_dir):
         ({"device_map": "auto", "device": "cpu"}, ["'cpu'", "'auto'", "leave one out"]),
         ({"offload_folder": "there"}, ["offload_folder='there'", "without device_map"]),
         ({"device_map": {**PLACES, "model.embed_tokens": "disk"}}, ["the embedding", "offloaded"]),
-        ({"device_map": {"model.embed_tokens": "cpu"}}, ["cannot be loaded", "device"]),
+        ({"device_map": {"model.embed_tokens": "cpu", "model.layers": "disk"}}, ["cannot be loaded", "lm_head"]),
         ({"device_map": "everywhere"}, ["cannot be loaded", "everywhere"]),
     ],
 )
@@ -155,14 +155,15 @@ def test_maps_that_cannot_be_followed(tiny_llama_dir, options, words):
         load(str(tiny_llama_dir), dtype="float32", **options)
 
 
-def test_an_adapter_or_weights_nowhere_are_refused(pairs, tmp_path):
+def test_an_adapter_and_weights_nowhere_are_refused(pairs, tmp_path):
     adapter = make_adapter(pairs[0].hf, tmp_path / "adapter")
     with refused(str(adapter), "is an adapter", "device_map"):
         load(str(adapter), device_map="auto")
+    tokenizer = build_tokenizer(chat=False)
     with torch.device("meta"):
-        nowhere = build_llama(build_tokenizer(chat=False))
-    with refused("'meta'", "no numbers"):
-        ModelPair(nowhere, build_tokenizer(chat=False))
+        nowhere = build_llama(tokenizer)
+    with refused("are on meta", "spd_lens.load"):
+        ModelPair(nowhere, tokenizer)
 
 
 def test_a_map_of_one_device_changes_nothing(pairs, tiny_llama_dir):
