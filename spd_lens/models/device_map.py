@@ -29,8 +29,9 @@ def refuse_spread(model: nn.Module, what: str, instead: str) -> None:
 
 
 def check_spread(model: Any) -> None:
-    """Refuse a model that cannot be run where it is: on several devices without accelerate's hooks, or offloaded with its
-    embedding, to whose device token ids go. The fingerprint is read off the embedding, too.
+    """Refuse a model that cannot be run where it is: on several devices without accelerate's hooks, or with its
+    embedding offloaded, to whose device token ids go, and off which the fingerprint is read.
+
     Raises:
         SPDError: it is such a model.
     """
@@ -38,8 +39,8 @@ def check_spread(model: Any) -> None:
         places = sorted({parameter.device.type for parameter in model.parameters()})
         if len({parameter.device for parameter in model.parameters()}) > 1 or places == ["meta"]:
             raise SPDError(
-                f"the weights of {type(model).__name__} are on {', '.join(places)}, and no hook of accelerate's moves or "
-                "loads anything; load it with spd_lens.load, and name a device for every part if you give a device_map"
+                f"the weights of {type(model).__name__} are on {', '.join(places)}, and no hook of accelerate's moves "
+                "or loads anything; load it with spd_lens.load, and name a device for every part if you give a device_map"
             )
         return
     embedding = model.get_input_embeddings().weight
