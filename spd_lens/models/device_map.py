@@ -40,7 +40,7 @@ def check_spread(model: Any) -> None:
         if len({parameter.device for parameter in model.parameters()}) > 1 or places == ["meta"]:
             raise SPDError(
                 f"the weights of {type(model).__name__} are on {', '.join(places)}, and no hook of accelerate's moves "
-                "or loads anything; load it with spd_lens.load, and name a device for every part if you give a device_map"
+                "or loads anything; load it with spd_lens.load, and name a device for every part in a device_map"
             )
         return
     embedding = model.get_input_embeddings().weight
