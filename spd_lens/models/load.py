@@ -75,18 +75,11 @@ def load(
             `add_special_tokens` would do nothing. With a `device_map`: a device beside it, a map that names no device
             for a part, an embedding that is offloaded, an adapter, or weights that are quantised.
     """
-    if device_map is None and offload_folder is not None:
-        raise SPDError(f"offload_folder={str(offload_folder)!r} does nothing without device_map; leave it out")
-    if device_map is not None and device != "auto":
-        raise SPDError(f"device {device!r} and device_map {device_map!r} both say where the model is; leave one out")
+    placed = _placed(device, device_map, offload_folder)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     choose_backends(backend)  # a wrong backend is refused before the model is read
     directory = hub.local_directory(model, revision=revision, gguf_file=gguf_file)
-    placed: dict[str, Any] = {}
-    if device_map is not None:
-        placed = {"device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map}
-        placed |= {} if offload_folder is None else {"offload_folder": str(offload_folder)}
     twin = read_checkpoint(directory, kind, trust_remote_code, **placed)
     tokenizer = read_tokenizer(directory, trust_remote_code)
     # adapters name their base by this: what the user can load again, not where a cache happens to lie
@@ -97,3 +90,17 @@ def load(
         system=system, enable_thinking=enable_thinking, prompt_date=prompt_date,
         add_special_tokens=add_special_tokens, span_rule=span_rule,
     )  # fmt: skip
+
+
+def _placed(
+    device: str, device_map: str | int | Mapping[str, str | int] | None, offload_folder: str | Path | None
+) -> dict[str, Any]:
+    """What transformers is told of where the parts of a model belong; nothing without a `device_map`."""
+    if device_map is None:
+        if offload_folder is not None:
+            raise SPDError(f"offload_folder={str(offload_folder)!r} does nothing without device_map; leave it out")
+        return {}
+    if device != "auto":
+        raise SPDError(f"device {device!r} and device_map {device_map!r} both say where the model is; leave one out")
+    given = dict(device_map) if isinstance(device_map, Mapping) else device_map
+    return {"device_map": given} | ({} if offload_folder is None else {"offload_folder": str(offload_folder)})
