@@ -126,7 +126,8 @@ def extract(
                 moments.count(shard, rows.loss, len(e.ids), e.scored, positions)
 
         everyone.together(add_all)
-        return moments if everyone.n == 1 else moments.mapped(everyone.summed)
+        everyone.add_up(moments.sums)
+    return moments
 
 
 def _facts(pair: ModelPair, encoded: Sequence[Encoded], settings: Mapping[str, Any]) -> dict[str, str]:

@@ -153,12 +153,19 @@ class TokenSums:
             own = positions[name]
             part.count(shard, loss, len(own), [position for position in scored if position in own], {})
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same moments with every sum changed by the same function, which is given `[shard, ...]` tensors."""
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums and counts, with those of the classes: the tensors themselves, in an order that `keep` decides."""
+        own = [getattr(self, name) for name in _PER_SHARD]
+        own += [value for name in _PER_SITE for value in getattr(self, name).values()]
+        return own + [value for part in self.classes.values() for value in part.sums]
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same moments with every sum changed in the same way along its shards."""
         parts: dict[str, Any] = {name: change(getattr(self, name)) for name in _PER_SHARD}
         for name in _PER_SITE:
             parts[name] = {site: change(value) for site, value in getattr(self, name).items()}
-        return replace(self, **parts, classes={name: part.mapped(change) for name, part in self.classes.items()})
+        return replace(self, **parts, classes={name: part._mapped(change) for name, part in self.classes.items()})
 
     def _plus(self, other: Self, counts: Sequence[str]) -> dict[str, Any]:
         """The sums of both, where both have them, and some of their counts."""
@@ -226,11 +233,11 @@ class TokenSums:
         index = torch.tensor([whole("a shard", shard, least=None) for shard in chosen], dtype=torch.long)
         if not len(index) or index.min() < 0 or index.max() >= self.n_shards:
             raise SPDError(f"shards {list(chosen)} do not exist: the moments have shards 0 to {self.n_shards - 1}")
-        return self.mapped(lambda sums: sums[index])
+        return self._mapped(lambda sums: sums[index])
 
     def pooled(self) -> Self:
         """All shards added up into one, so that moments of different numbers of shards can be added."""
-        return self.mapped(lambda sums: sums.sum(dim=0, keepdim=True))
+        return self._mapped(lambda sums: sums.sum(dim=0, keepdim=True))
 
     def halves(self) -> tuple[Self, Self]:
         """Two disjoint halves of the examples: even and odd shards."""
