@@ -76,7 +76,7 @@ def extracted_and_refused(rank, place, directory):
             examples = []
         elif rank == 1 and fault == "weights":
             pair.hf.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
-        elif fault == "late error":  # the weights differ by now in their numbers alone where the digest looks
+        elif fault == "late error":  # the weights are those of the file again, but for one where no digest looks
             pair.hf.load_state_dict(load(directory, dtype="float64", device="cpu").hf.state_dict())
             if rank == 1:
                 pair.hf.lm_head.weight.data.view(-1)[1] = torch.inf
