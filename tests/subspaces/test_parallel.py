@@ -71,7 +71,7 @@ def extracted_and_refused(rank, place, directory):
         elif rank == 1 and fault == "number":
             examples = EXAMPLES[:-1]
         elif rank == 1 and fault == "settings":
-            options["layers"] = "last"
+            options["layers"] = "last_mid"
         elif rank == 1 and fault == "error":
             examples = []
         elif rank == 1 and fault == "weights":
