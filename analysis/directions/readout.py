@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
-from spd_lens.models import Fingerprint, architecture, site_layer
+from spd_lens.models import Fingerprint, architecture, refuse_spread, site_layer
 from spd_lens.sites import Site
 
 Directions = Float[Tensor, "head d_head n"]
@@ -35,7 +35,9 @@ class Unembedding:
 
     @classmethod
     def of(cls, hf: Any) -> Unembedding:
-        """Find both in a transformers model; `SPDError` where it has no final norm that is known here."""
+        """Find both in a transformers model; `SPDError` where it has no final norm that is known here, or is spread
+        over several devices."""
+        refuse_spread(hf, "reading directions out", "analyse on a machine that holds the model, without device_map")
         head = hf.get_output_embeddings()
         decoder = hf.get_submodule(architecture(hf).blocks.rpartition(".")[0])  # what holds the list of blocks
         norm = next((getattr(decoder, name) for name in _FINAL_NORMS if hasattr(decoder, name)), None)

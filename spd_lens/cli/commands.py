@@ -34,7 +34,7 @@ AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of
 
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
 _FORMAT = ("prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date")
-_MODEL = ("protocol", "model", "backend", "dtype", "device", *_FORMAT)
+_MODEL = ("protocol", "model", "backend", "dtype", "device", "device_map", "offload_folder", *_FORMAT)
 _DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 
 
@@ -133,23 +133,31 @@ def extract_command(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Gradient moments and subspace of a task's calibration examples, into a directory."""
-    set_up_logging(quiet)
-    from spd_lens import estimators
-    from spd_lens.runs import Experiment, check_stage
+    """Gradient moments and subspace of a task's calibration examples, into a directory.
 
-    check_writable(out, directory=True)
-    flags = {"keep": keep, "sinks": sinks, "labels": labels}
-    needs = estimators.get(config.estimator).needs
-    how = validated(Extraction, {**needs, **{name: value for name, value in flags.items() if value is not None}})
-    experiment = Experiment(config, out, progress=not quiet, keep=how.keep)
-    check_stage(experiment, "calibration", config.n_calibration)
-    moments = experiment.extract(sinks=how.sinks, labels=how.labels)
-    beside = estimators.Calibration(experiment.pair, experiment.calibration, config.seed, config.extraction, not quiet)
-    subspace = experiment.subspace(moments, others=beside)
-    moments.save(out / "moments.safetensors")
-    subspace.save(out / "subspace.safetensors")
-    Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)
+    Under torchrun or accelerate launch its processes share the work.
+    """
+    from spd_lens.models import launched
+
+    with launched() as everyone:
+        set_up_logging(quiet, errors_only=not everyone.is_main)
+        from spd_lens import estimators
+        from spd_lens.runs import Experiment, check_stage
+
+        check_writable(out, directory=True)
+        flags = {"keep": keep, "sinks": sinks, "labels": labels}
+        needs = estimators.get(config.estimator).needs
+        how = validated(Extraction, {**needs, **{name: value for name, value in flags.items() if value is not None}})
+        shown = everyone.is_main and not quiet
+        experiment = Experiment(config, out, progress=shown, keep=how.keep)
+        check_stage(experiment, "calibration", config.n_calibration)
+        moments = experiment.extract(sinks=how.sinks, labels=how.labels)
+        beside = estimators.Calibration(experiment.pair, experiment.calibration, config.seed, config.extraction, shown)
+        subspace = experiment.subspace(moments, others=beside)
+        if everyone.is_main:
+            moments.save(out / "moments.safetensors")
+            subspace.save(out / "subspace.safetensors")
+            Console().print(f"{moments}\n{subspace}\nwritten to {out}", highlight=False, markup=False)
 
 
 @app.command("generate")

@@ -19,6 +19,7 @@ from spd_lens.generation.jobs import Completions, Decoding, Job, Row
 from spd_lens.models import (
     attention_implementation,
     fastest_attention,
+    is_spread,
     one_query_at_a_time,
     ordinary_buffers,
     right_pad,
@@ -63,9 +64,9 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token per row, in place, and return all rows' columns."""
         n, length = len(key_states), self.place.length
-        rows = torch.arange(n, device=self.keys.device)
-        self.keys[rows, :, self.place.positions] = key_states[:, :, 0]
-        self.values[rows, :, self.place.positions] = value_states[:, :, 0]
+        rows, positions = torch.arange(n, device=self.keys.device), self.place.positions.to(self.keys.device)
+        self.keys[rows, :, positions] = key_states[:, :, 0]
+        self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:n, :, :length], self.values[:n, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -91,6 +92,7 @@ class Slots:
         self.model, self.decoding, self.n_slots = model, decoding, n_slots
         self._device: torch.device = model.device
         self._on = "cuda" if self._device.type == "cuda" else "cpu"
+        self._spread = is_spread(model)
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> Iterator[Completions]:
@@ -102,7 +104,7 @@ class Slots:
         self._cache: SlotCache | None = None
         self._capacity = self._rounded(len(waiting[0].prompt_ids) + self.decoding.max_new_tokens)
         self._tokens, self._positions = torch.zeros(2, self.n_slots, dtype=torch.long, device=self._device)
-        self._forward = CudaGraphs(self._logits) if self._on == "cuda" else self._logits
+        self._forward = CudaGraphs(self._logits) if self._on == "cuda" and not self._spread else self._logits
         try:
             yield from self._until_all_ended(waiting)
         finally:
@@ -191,8 +193,11 @@ class Slots:
         return output.logits[:, -1].float()
 
     def _unrecorded(self) -> contextlib.AbstractContextManager[Any]:
-        """Inference mode on a CPU, where autograd's bookkeeping takes a twentieth of a small model's step."""
-        return torch.inference_mode() if self._on == "cpu" else contextlib.nullcontext()
+        """Inference mode on a CPU, where autograd's bookkeeping takes a twentieth of a small model's step.
+
+        Not where accelerate loads weights in each pass, which would stay inference tensors.
+        """
+        return torch.inference_mode() if self._on == "cpu" and not self._spread else contextlib.nullcontext()
 
     def _rounded(self, length: int) -> int:
         step = _COLUMNS[self._on]

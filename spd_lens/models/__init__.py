@@ -14,7 +14,9 @@ from spd_lens.models.attention import attention_received, fastest_attention, one
 from spd_lens.models.backends import choose_backends, lens_logits
 from spd_lens.models.batches import batches_by_length, right_pad
 from spd_lens.models.checkpoint import check_whole
+from spd_lens.models.device_map import is_spread, refuse_spread, stored_weights, writable
 from spd_lens.models.devices import dtype_name, free_memory, out_of_memory, resolve_device, resolve_dtype
+from spd_lens.models.distributed import Processes, launched, processes
 from spd_lens.models.drawing import draw, drawn_tokens, row_uniforms
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
@@ -53,4 +55,6 @@ __all__ = [
     "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "single_process",
     "site_layer", "takes_slots", "text_ids", "token_losses",
     "twin_hook", "unembed_only", "untouched", "weights_digest", "without_autocast",
+    "Processes", "launched", "processes",
+    "is_spread", "refuse_spread", "stored_weights", "writable",
 ]  # fmt: skip

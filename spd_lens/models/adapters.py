@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError, one_line
 from spd_lens.models.adapter_files import check_adapter, is_peft, peft_config
+from spd_lens.models.device_map import refuse_spread
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.neutral import neutral, random_kept
 from spd_lens.models.parity import Parity
@@ -28,6 +29,9 @@ from spd_lens.models.untouched import untouched
 _COMPUTED = ("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of buffers that checkpoints of earlier versions of transformers hold: rotary frequencies and causal
 masks."""
+
+
+_ON_ONE = "load the model without device_map, or merge the adapter on a machine that holds it and load the result"
 
 
 @contextlib.contextmanager
@@ -43,12 +47,14 @@ def adapted(twin: PreTrainedModel, adapter: str | Path | None) -> Iterator[nn.Mo
             yields the twin itself.
 
     Raises:
-        SPDError: it is of a kind that is not taken, is damaged, or does not fit the twin.
+        SPDError: it is of a kind that is not taken, is damaged, or does not fit the twin, or the twin is on several
+            devices.
     """
     if adapter is None:
         yield twin
         return
     directory = check_adapter(adapter)
+    refuse_spread(twin, "an adapter", _ON_ONE)
     base = Fingerprint.of(twin)
     with untouched(twin):
         with neutral():
@@ -65,6 +71,7 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
         SPDError: as `adapted`; or the adapter cannot be written into the weights, which the logits of the two tell.
     """
     directory = None if adapter is None else check_adapter(adapter)
+    refuse_spread(twin, "a merged copy", _ON_ONE)
     with neutral(twin):
         wide = in_float32(twin)
         if directory is None:

@@ -118,6 +118,7 @@ def attention_received(model: Any, ids: Sequence[int], layers: Sequence[int]) ->
         SPDError: the architecture's attention does not give its weights.
     """
     found: list[Tensor] = []
+    tokens = torch.tensor([list(ids)], device=model.device)
 
     def keep(module: Any, _args: Any, output: Any) -> Any:
         parts = output if isinstance(output, tuple) else (output,)
@@ -127,10 +128,10 @@ def attention_received(model: Any, ids: Sequence[int], layers: Sequence[int]) ->
                 f"{type(module).__name__} does not give its attention weights, so the position that receives most "
                 "attention is not known; take sinks='first'"
             )
-        found.append(weights[0][0].sum(dim=1, dtype=torch.float64).mean(dim=0))  # over queries, and over heads
+        received = weights[0][0].sum(dim=1, dtype=torch.float64).mean(dim=0)  # over queries, and over heads
+        found.append(received.to(tokens.device))
         return tuple(None if x is weights[0] else x for x in parts)
 
-    tokens = torch.tensor([list(ids)], device=model.device)
     first = torch.zeros(1, dtype=torch.long, device=model.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_plain_attention(model))

@@ -1,4 +1,4 @@
-"""From a local directory to a transformers model whose weights are whole: de-quantised, merged, on one device."""
+"""From a local directory to a transformers model with whole weights: de-quantised, merged, on one device or several."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
 from spd_lens.models.architectures import numbers_in
 from spd_lens.models.decoder import refuse_encoder
+from spd_lens.models.device_map import check_spread
 from spd_lens.models.multimodal import auto_class, text_part
 from spd_lens.models.twin import cast
 
@@ -30,9 +31,17 @@ _COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
 """Names of settings that say how many modules are made."""
 
 
-def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn."""
+def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool, **placed: Any) -> PreTrainedModel:
+    """A checkpoint, or an adapter merged in float32 into its base, which may be an adapter's directory in its turn.
+
+    `placed` are `device_map` and `offload_folder` of transformers, for a checkpoint whose weights stay as they are.
+    """
     checkpoint, stack = layers_of_models(directory)
+    if stack and placed:
+        raise SPDError(
+            f"{directory} is an adapter, and a model with a device_map takes none; load it on one device, or save "
+            "spd_lens.load(...).hf and load that with the device_map"
+        )
     if stack:
         for adapter in stack:
             check_adapter(adapter)  # before anything large is read
@@ -42,6 +51,11 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
         return cast(twin, dtype)
     settings = _settings(directory)
     quantised = _quantisation(directory, settings)
+    if quantised and placed:
+        raise SPDError(
+            f"the weights in {directory} are quantised and would be de-quantised on one device; save "
+            "spd_lens.load(...).hf and load that with the device_map"
+        )
     _check_layers(directory, settings)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -52,6 +66,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **placed,
         )
     except SPDError:
         raise
@@ -70,19 +85,13 @@ def check_whole(twin: nn.Module) -> None:
     """Refuse a model whose weights cannot be read and written in place.
 
     Raises:
-        SPDError: they are quantised; or spread over several devices, in part on the disk for instance; or there is an
-            adapter on them.
+        SPDError: they are quantised, or on the device "meta"; the embedding is offloaded; or there is an adapter on
+            them.
     """
     if getattr(twin, "is_quantized", False):
         raise SPDError(
             f"the weights of {type(twin).__name__} are quantised, so no projection can be written into them; load it "
             "by name or directory with spd_lens.load, which de-quantises bitsandbytes and GGUF weights"
-        )
-    places = {str(place) for place in getattr(twin, "hf_device_map", {}).values()}
-    if len(places) > 1 or places & {"disk", "meta"} or any(p.is_meta for p in twin.parameters()):
-        raise SPDError(
-            f"{type(twin).__name__} is spread over several devices ({', '.join(sorted(places)) or 'meta'}), which "
-            "spd_lens has not been tried with; load it on one (spd_lens.load(..., device='cuda') or device='cpu')"
         )
     if any(isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in twin.modules()):
         raise SPDError(
@@ -94,6 +103,7 @@ def check_whole(twin: nn.Module) -> None:
             f"{type(twin).__name__} is not a model of transformers; give the model itself, which wrappers for several "
             "devices or processes keep as .module"
         )
+    check_spread(twin)
 
 
 def _settings(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
 from spd_lens.models.architectures import n_kv_heads
+from spd_lens.models.device_map import stored_weights
 from spd_lens.models.neutral import neutral
 from spd_lens.sites import Site
 
@@ -96,7 +97,7 @@ class Fingerprint:
 def weights_digest(model: nn.Module) -> str:
     """Tells whether weights changed, from about 16 entries per parameter: training shows, one edited entry may not."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_weights(model):
         flat = parameter.detach().flatten()
         digest.update(name.encode())
         some = flat[:: max(flat.numel() // 16, 1)].to("cpu", torch.float32, copy=True)

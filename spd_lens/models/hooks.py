@@ -62,7 +62,12 @@ def unembed_only(head: nn.Module, row: Int[Tensor, " n"], position: Int[Tensor, 
     A vocabulary of 150,000 is a quarter of a 0.5B model's work, and a float32 row of it is 600 kB. Whatever the model
     does to its logits afterwards (soft caps, scaling) is per position and still happens.
     """
-    return head.register_forward_pre_hook(lambda _, args: (args[0][row, position][None], *args[1:]))
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        where = args[0].device  # of the layer before the head, which may be another than the embedding's
+        return (args[0][row.to(where), position.to(where)][None], *args[1:])
+
+    return head.register_forward_pre_hook(select)
 
 
 @contextlib.contextmanager
@@ -81,14 +86,14 @@ def run_only(
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shapes[module] = args[0].shape[:-1]
-        picked = args[0].flatten(0, -2)[flat]
+        picked = args[0].flatten(0, -2)[flat.to(args[0].device)]
         return (picked.view(*[1] * (args[0].ndim - 2), *picked.shape), *args[1:])
 
     def scatter(module: nn.Module, _: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # some mixtures of experts return the router's output as well
             return (scatter(module, _, output[0]), *output[1:])
         whole = output.new_zeros(shapes[module].numel(), output.shape[-1])
-        return whole.index_copy(0, flat, output.flatten(0, -2)).view(*shapes[module], -1)
+        return whole.index_copy(0, flat.to(output.device), output.flatten(0, -2)).view(*shapes[module], -1)
 
     with contextlib.ExitStack() as stack:
         for module in modules:

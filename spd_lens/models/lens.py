@@ -16,6 +16,7 @@ from spd_lens.models import parity
 from spd_lens.models.architectures import context_length
 from spd_lens.models.backends import Backend, NoLens, lens_logits
 from spd_lens.models.batches import right_pad
+from spd_lens.models.device_map import is_spread
 from spd_lens.models.devices import dtype_name, free_memory, out_of_memory
 from spd_lens.models.neutral import neutral
 from spd_lens.models.processed import remember
@@ -51,10 +52,18 @@ class ProvenLens:
         """The lens model, compared with the twin on a text of `length` tokens or longer.
 
         Raises:
-            NoLens: no backend takes the model and agrees with the twin at that length.
+            NoLens: no backend takes the model and agrees with the twin at that length, or the twin is on several
+                devices.
         """
         if self.model is not None and length <= self.proven:
             return self.model
+        if is_spread(self._twin):
+            self.found_none = True
+            raise NoLens(
+                f"{self._name} is spread over several devices, and a lens model needs a second copy of all weights on "
+                "one of them",
+                "take engine='twin', or load the model without device_map",
+            )
         with neutral(self._twin, *([] if self.model is None else [self.model])):
             return self._first_that_agrees(length)
 

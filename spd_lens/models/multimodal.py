@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from spd_lens.errors import SPDError, one_line
+from spd_lens.models.device_map import refuse_spread
 from spd_lens.models.neutral import neutral
 from spd_lens.models.parity import Parity
 from spd_lens.models.transformers_private import attention_implementation, call_attention, causal_class, is_known_to
@@ -38,6 +39,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     senses = [name for name in getattr(config, "sub_configs", None) or {} if name.startswith(_OTHER_SENSES)]
     if not senses:
         return model
+    refuse_spread(model, "taking the text part of a multimodal model", "save the text part, and load that")
     text = config.get_text_config(decoder=True)
     named = f"{type(model).__name__} is multimodal (its configuration has {', '.join(senses)})"
     instead = (

@@ -122,6 +122,8 @@ def _is_wrapped(module: nn.Module) -> bool:
     """Whether the module's `forward` is its class's own in a wrapper, as `torch.compile(module.forward)` is one, and
     what accelerate leaves behind a training in mixed precision."""
     forward = vars(module).get("forward")
+    if hasattr(module, "_hf_hook"):  # accelerate's wrapper moves inputs and loads weights
+        return False
     return forward is not None and without_wrappers(forward) is without_wrappers(type(module).forward)
 
 

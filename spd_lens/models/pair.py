@@ -60,7 +60,7 @@ class ModelPair:
         """Make a pair of a transformers model in memory, for instance one that was just edited or fine-tuned.
 
         Raises:
-            SPDError: its weights are quantised or lie on several devices; it is no causal language model, or
+            SPDError: its weights are quantised, or its embedding is offloaded; it is no causal language model, or
                 multimodal with a text part that cannot be had alone; its architecture is not in the table, and its
                 heads are not where Llama has them; or its tokenizer makes no prompts of the form asked for.
         """
@@ -146,6 +146,7 @@ class ModelPair:
 
     @property
     def device(self) -> torch.device:
+        """Where the twin is; of one that is spread over several devices, where its embedding is and its logits are."""
         return self.hf.device
 
     @property

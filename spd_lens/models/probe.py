@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError
+from spd_lens.models.device_map import writable
 from spd_lens.models.fingerprint import Fingerprint
 from spd_lens.models.parity import CHECK_TEXTS, relative_error
 from spd_lens.models.tokenizer import text_ids
@@ -97,21 +98,24 @@ class _Question:
         if first.shape[1] % self.n_heads or first.shape[2] != self.d_head:
             raise self._shape_error(f"caches {first.shape[1]} heads of {first.shape[2]}")
         # Falcon caches a KV head once per query head
-        expected = first[0] * self.signs.repeat_interleave(first.shape[1] // self.n_heads, dim=0)
+        expected = first[0] * self.signs.to(first.device).repeat_interleave(first.shape[1] // self.n_heads, dim=0)
         return max(relative_error(first[self.row], expected), self.affine_error)
 
     def _flip(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         if activation.shape[-1] != self.n_heads * self.d_head:
             raise self._shape_error(f"computes {activation.shape[-1]} features")
         flipped = activation.clone()
-        flipped[self.row] *= self.signs.flatten()
+        flipped[self.row] *= self.signs.flatten().to(flipped.device)
         return flipped
 
     def _compare(self, _module: Any, args: tuple[Tensor], output: Tensor) -> None:
         """Compare the layer's output with what its weight and bias make of its input, on the row without signs."""
         base = self.layer.base
-        weight = base.weight.T if self.layer.transposed else base.weight
-        self.affine_error = relative_error(output[0], F.linear(args[0][0], weight, base.bias))
+        with writable(base) as own:
+            weight, bias = (None if x is None else x.to(output) for x in (own["weight"], own.get("bias")))
+            assert weight is not None
+            made = F.linear(args[0][0].to(output), weight.T if self.layer.transposed else weight, bias)
+        self.affine_error = relative_error(output[0], made)
 
     def _shape_error(self, found: str) -> SPDError:
         return SPDError(

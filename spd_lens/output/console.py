@@ -127,12 +127,16 @@ def _patient_streams() -> Iterator[Callable[[], str | None]]:
         sys.stdout, sys.stderr = out, err
 
 
-def set_up_logging(quiet: bool) -> None:
-    """Log to stderr, only warnings if `quiet`, and silence the notices of other libraries."""
+def set_up_logging(quiet: bool, *, errors_only: bool = False) -> None:
+    """Log to stderr, only warnings if `quiet`, and silence the notices of other libraries.
+
+    `errors_only`: not even warnings, in a process whose neighbour says the same.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    logging.getLogger("spd_lens").setLevel(logging.WARNING if quiet else logging.INFO)
+    level = logging.ERROR if errors_only else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("spd_lens").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     import transformers
 

@@ -52,6 +52,12 @@ class ModelGroup(Settings):
     backend: Literal["auto", "hooked", "bridge"] = Field("auto", description="TransformerLens backend.")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="Over several devices: auto, balanced, sequential, or PART=DEVICE,...; else all on one."
+    )
+    offload_folder: str | None = Field(
+        None, description="Folder for weights on disk that the checkpoint holds in another form."
+    )
     prompt_format: Literal["auto", "chat", "raw", "verbatim"] = Field(
         "auto", description="Chat template, raw text and a line break (raw), or the text as it is (verbatim)."
     )
@@ -71,6 +77,16 @@ class ModelGroup(Settings):
     published_name: str | None = Field(
         None, description="The name under which results of a local model were published; else what its files say."
     )
+
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        """`"model.embed_tokens=0,model.layers=disk"` is a device for each part; a number is a GPU."""
+        if isinstance(value, str) and "=" in value:
+            value = {part.partition("=")[0].strip(): part.partition("=")[2].strip() for part in value.split(",")}
+        if not isinstance(value, dict):
+            return value
+        return {name: int(to) if isinstance(to, str) and to.isdecimal() else to for name, to in value.items()}
 
     @field_validator("prompt_date", mode="before")
     @classmethod
@@ -187,7 +203,7 @@ class SPDConfig(
     def _filled_in(cls, given: Any) -> Any:
         return with_protocol(given, _N_EVAL) if isinstance(given, dict) else given
 
-    @field_validator("model", "data_dir", mode="before")
+    @field_validator("model", "data_dir", "offload_folder", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value

@@ -19,8 +19,8 @@ Tasks = tuple[Task, dict[str, Task]]
 """The source task, and the tasks to evaluate on by the names that their results are kept under."""
 
 OF_THE_PAIR = (
-    "model", "backend", "dtype", "device", "prompt_format", "add_special_tokens", "span_rule", "system",
-    "enable_thinking", "prompt_date",
+    "model", "backend", "dtype", "device", "device_map", "offload_folder", "prompt_format",
+    "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date",
 )  # fmt: skip
 """The settings that decide which pair is loaded."""
 

@@ -100,7 +100,7 @@ def require_core(pair: ModelPair, layers: str | int | Iterable[int], kinds: str 
             "use dtype='float32', or report this architecture"
         )
     plain = pair.with_span_rule("overlap")  # for which the spans of the examples are written
-    moments = extract(plain, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False)
+    moments = extract(plain, EXAMPLES[:1], layers=layers, kinds=kinds, engine="twin", progress=False, parallel=False)
     if silent := _silent(moments):
         raise SPDError(f"no gradient reaches {', '.join(silent)} in {pair.name}; choose other layers or kinds")
 
@@ -180,12 +180,12 @@ def _heads(pair: ModelPair, layers: str) -> tuple[bool, str]:
 
 def _gradients(pair: ModelPair, layers: str) -> tuple[bool, str]:
     """Every site gets a gradient, the same on lens and twin."""
-    twin = extract(pair, EXAMPLES, layers="all", engine="twin", progress=False)
+    twin = extract(pair, EXAMPLES, layers="all", engine="twin", progress=False, parallel=False)
     if silent := _silent(twin):
         return False, f"no gradient reaches {', '.join(silent)}"
     if pair.lens_if_any(0) is None:
         return True, f"all {len(twin.sites)} sites of the twin"
-    lens = extract(pair, EXAMPLES, layers="all", engine="lens", progress=False)
+    lens = extract(pair, EXAMPLES, layers="all", engine="lens", progress=False, parallel=False)
     errors = [relative_error(lens.gradient[site].sum(0), twin.gradient[site].sum(0)) for site in twin.sites]
     says = f"all {len(twin.sites)} sites; lens and twin differ by up to {max(errors):.2g} of the moments' norm"
     return max(errors) <= MOMENTS_TOLERANCE[pair.dtype], says

@@ -8,7 +8,7 @@ from spd_lens import estimators
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import known_as, models_published
 from spd_lens.generation import Decoding, check_room
-from spd_lens.models import ModelPair, choose_backends, resolve_device, resolve_dtype
+from spd_lens.models import ModelPair, choose_backends, refuse_spread, resolve_device, resolve_dtype
 from spd_lens.protocols import protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
@@ -92,6 +92,7 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
         targets: Whether to look at the tasks to evaluate on too.
     """
     config, pair = experiment.config, experiment.pair
+    check_one_device(pair)
     check_subspace(config, pair)
     Decoding.of(pair, config.sampling)
     scored_padding(pair, config.training)
@@ -112,6 +113,12 @@ def check_model(experiment: Experiment, *, targets: bool = True) -> None:
             raise SPDError(f"{name} cannot be evaluated (its option max_new_tokens is the limit): {error}") from error
         for text in (text for item in items for text in forced_texts(task, item)):
             pair.encode(text)
+
+
+def check_one_device(pair: ModelPair) -> None:
+    """Refuse a model on several devices before anything that ends with a training."""
+    instead = "leave device_map out, or call spd-lens extract, generate and evaluate, which take it"
+    refuse_spread(pair.hf, "a run, which trains,", instead)
 
 
 def check_completions(experiment: Experiment) -> None:

@@ -24,7 +24,7 @@ from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.loading import decided_by, ready_pair
 from spd_lens.runs.pipeline import run
-from spd_lens.runs.preflight import check_data
+from spd_lens.runs.preflight import check_data, check_one_device
 from spd_lens.runs.round_drift import Drift, StopRule, drift_frame
 from spd_lens.runs.run_dir import Folder, Run
 from spd_lens.subspaces import GradientMoments, Policy
@@ -133,6 +133,7 @@ def run_rounds(
     with folder.locked():
         _note(folder, config, {"reextract": reextract, "stop": asdict(rule), "n_held_out": n_held_out})
         first = experiment.pair = ready_pair(pair, config, folder)
+        check_one_device(first)
         folder.note_date(first)
         held_out = held_out_items(config, experiment.task, n_held_out)
         folder.note_once("the first model", weights=weights_digest(first.hf))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
@@ -23,6 +25,7 @@ from spd_lens.models import (
     LensHook,
     ModelPair,
     Parity,
+    Processes,
     drawn_tokens,
     dtype_name,
     fast_products,
@@ -31,6 +34,7 @@ from spd_lens.models import (
     lens_logits,
     neutrally,
     positionwise_in_last_block,
+    processes,
     right_pad,
     row_uniforms,
     run_only,
@@ -39,6 +43,7 @@ from spd_lens.models import (
     token_losses,
     twin_hook,
     unembed_only,
+    weights_digest,
 )
 from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
@@ -61,6 +66,7 @@ def extract(
     shards: int = 8,
     batch_tokens: int | None = None,
     progress: bool = True,
+    parallel: bool = True,
     **keywords: Unpack[ExtractionKeywords],
 ) -> GradientMoments:
     """Moments of the token gradients of all examples, for any rank afterwards.
@@ -68,6 +74,9 @@ def extract(
     One forward and one backward pass per batch of similar length. Weights are frozen, nothing below the first target
     layer keeps a graph, and logits are computed only where a scored token is predicted. Each example's loss is a mean
     over its own `S`, so neither batching nor padding changes a row.
+
+    Where torch.distributed has a group of several processes, all of them call `extract` with the same arguments, each
+    takes every n-th batch, and all get the same sums, those of one process up to rounding in float64.
 
     Args:
         pair: The model pair.
@@ -78,31 +87,60 @@ def extract(
             `keep="classes"`.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar; the first of several processes shows one.
+        parallel: Whether to share the batches with the other processes of torch.distributed's group. False: this
+            process alone takes all of them.
         **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine,
             max_calibration_tokens, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
             are all behind `max_calibration_tokens`, an unknown layer or kind, or sinks of classes that are not kept.
+            In every one of several processes: one of them fails or ends, or their versions, models, weights, examples
+            or settings are not the same.
     """
     shards = whole("shards", shards)
+    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens)
     settings = _checked(Extraction.given(settings, keywords, "extract"))
     if settings.sinks != "first" and "classes" not in settings.keep:
         raise SPDError(
             f"sinks={settings.sinks!r} would do nothing: the sums are kept over all positions; add keep='classes'"
         )
-    sites = pair.sites(settings.layers, settings.kinds)
-    recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
-    recorded |= {**_unusual(pair, settings), **settings.label}
-    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
-    for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
-        shard, encoded = rows.index % shards, rows.encoded
-        positions = positions_by_class(encoded, rows.sinks)
-        for site in sites:
-            moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
-        moments.count(shard, rows.loss, len(encoded.ids), encoded.scored, positions)
+    with processes(parallel) as everyone:
+        encoded = everyone.together(lambda: _encoded(pair, examples, settings))
+        sites = pair.sites(settings.layers, settings.kinds)
+        recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
+        recorded |= {**_unusual(pair, settings), **settings.label}
+        moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
+        if everyone.n > 1:
+            more = {"layers": sites, "shards": shards, "batch_tokens": batch_tokens, **recorded}
+            everyone.agree(_facts(pair, encoded, dict(settings) | more))
+        batches = _batches(pair, encoded, sites, batch_tokens, everyone)
+
+        def add_all() -> None:
+            for rows in _rows(pair, encoded, batches, settings, progress and everyone.is_main):
+                shard, e = rows.index % shards, rows.encoded
+                positions = positions_by_class(e, rows.sinks)
+                for site in sites:
+                    moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
+                moments.count(shard, rows.loss, len(e.ids), e.scored, positions)
+
+        everyone.together(add_all)
+        everyone.add_up(moments.sums)
     return moments
+
+
+def _facts(pair: ModelPair, encoded: Sequence[Encoded], settings: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in all processes that share an extraction, by what a message calls it."""
+    texts = hashlib.blake2b(repr([(e.ids, e.completion_start, e.scored) for e in encoded]).encode(), digest_size=8)
+    return {
+        "the version of spd_lens": importlib.metadata.version("spd_lens"),
+        "the model (by its fingerprint)": pair.fingerprint.digest(),
+        "the digest of its weights": weights_digest(pair.hf),
+        "the number of examples": str(len(encoded)),
+        "the digest of their tokens": texts.hexdigest(),
+        "the choice of settings": repr(sorted(settings.items())),
+    }
 
 
 def _checked(settings: Extraction) -> Extraction:
@@ -185,23 +223,46 @@ def token_gradients(
 ) -> Iterator[TokenGradients]:
     """The rows that `extract` sums up, example by example in order of length; arguments and errors as there."""
     settings = _checked(Extraction.given(settings, keywords, "token_gradients"))
-    engine = settings.engine
+    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens)
+    encoded = _encoded(pair, examples, settings)
+    batches = _batches(pair, encoded, pair.sites(settings.layers, settings.kinds), batch_tokens, Processes())
+    yield from _rows(pair, encoded, batches, settings, progress)
+
+
+def _encoded(pair: ModelPair, examples: Sequence[Example], settings: Extraction) -> list[Encoded]:
+    """The examples as tokens; `SPDError` for what cannot be extracted."""
     examples = worked_examples(examples, "calibration examples")
-    if batch_tokens is not None:
-        batch_tokens = whole("batch_tokens", batch_tokens)
     if not examples:
         raise SPDError("there are no calibration examples; give at least one")
-    sites = pair.sites(settings.layers, settings.kinds)
+    pair.sites(settings.layers, settings.kinds)
     most = settings.max_calibration_tokens
     most = None if most is None else whole("max_calibration_tokens", most, least=2)
-    encoded = [pair.encode(example, settings.loss, engine, max_tokens=most) for example in examples]
+    encoded = [pair.encode(example, settings.loss, settings.engine, max_tokens=most) for example in examples]
     _say_shared(examples, encoded)
+    return encoded
+
+
+def _batches(
+    pair: ModelPair, encoded: Sequence[Encoded], sites: Sequence[Site], batch_tokens: int | None, everyone: Processes
+) -> list[list[int]]:
+    """The batches that this process takes: all, or every n-th of those that several processes share."""
     if batch_tokens is None:
-        batch_tokens = fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites))
-    tap = _tap(pair, sites, engine, max(len(e.ids) for e in encoded))
+        fitting = everyone.gathered(fitting_tokens(pair, pair.n_layers - min(site.layer for site in sites)))
+        # as all of them can hold, and few enough that each has a batch
+        shares = [sum(len(e.ids) for e in encoded) // everyone.n] if everyone.n > 1 else []
+        batch_tokens = max(1, min(fitting + shares))
+    return pair.batches(encoded, batch_tokens)[everyone.rank :: everyone.n]
+
+
+def _rows(
+    pair: ModelPair, encoded: Sequence[Encoded], batches: Sequence[list[int]], settings: Extraction, progress: bool
+) -> Iterator[TokenGradients]:
+    """The rows of some batches, example by example."""
+    sites = pair.sites(settings.layers, settings.kinds)
+    tap = _tap(pair, sites, settings.engine, max(len(e.ids) for e in encoded))
     layers = sorted({site.layer for site in sites})
-    with tqdm(total=len(examples), desc="extract", unit="example", disable=not progress) as bar:
-        for batch in pair.batches(encoded, batch_tokens):
+    with tqdm(total=sum(map(len, batches)), desc="extract", unit="example", disable=not progress) as bar:
+        for batch in batches:
             for rows in _batch_gradients(tap, batch, [encoded[i] for i in batch], pair, settings):
                 yield replace(rows, sinks=sinks_of(pair, rows.encoded, layers, settings.sinks))
             bar.update(len(batch))

@@ -28,6 +28,7 @@ from spd_lens.models import (
     refuse_processed,
     site_layer,
     twin_hook,
+    writable,
 )
 from spd_lens.sites import Site
 from spd_lens.subspaces.subspace import Subspace
@@ -215,31 +216,35 @@ def _folded_site(layer: SiteLayer, subspace: Subspace, site: Site, strength: flo
     base, adapters = layer.base, getattr(layer.module, "lora_A" if layer.reads else "lora_B", {})
     outer = [adapter for name, adapter in adapters.items() if name in layer.module.active_adapters]
     matrix, constant = subspace.affine(site, strength)
-    changed = [base.weight, *(adapter.weight for adapter in outer)]
-    changed += [part.bias for part in (base, *outer) if part.bias is not None]
-    saved = [(parameter, parameter.detach().clone()) for parameter in changed]
     own_bias = base.bias
-    try:
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(writable(base))
+        changed = [*own.values(), *(adapter.weight for adapter in outer)]
+        changed += [adapter.bias for adapter in outer if adapter.bias is not None]
+        for parameter in changed:
+            stack.callback(_put_back, parameter, parameter.detach().clone())
+        stack.callback(setattr, base, "bias", own_bias)
         with torch.no_grad():
-            _map_features(base.weight, layer, matrix, turned=layer.transposed)
+            _map_features(own["weight"], layer, matrix, turned=layer.transposed)
             for adapter in outer:
                 _map_features(adapter.weight, layer, matrix)
                 if adapter.bias is not None and not layer.reads:
                     _map_features(adapter.bias[:, None], layer, matrix)
-            if base.bias is not None and not layer.reads:
-                _map_features(base.bias[:, None], layer, matrix, constant)
+            if own_bias is not None and not layer.reads:
+                _map_features(own["bias"][:, None], layer, matrix, constant)
             elif site in subspace.offset:
                 # in an architecture without biases it lasts as long as the projection
-                bias = torch.zeros(base.weight.shape[0]).to(base.weight)
+                bias = torch.zeros(own["weight"].shape[0]).to(own["weight"])
                 features = slice(None) if layer.features is None else layer.features
                 bias[features] = constant.flatten().to(bias)
                 base.bias = nn.Parameter(bias, requires_grad=False)
+                own["bias"] = bias  # which an offloaded layer takes from here
         yield
-    finally:
-        base.bias = own_bias
-        with torch.no_grad():
-            for parameter, bits in saved:
-                parameter.copy_(bits)
+
+
+@torch.no_grad()
+def _put_back(parameter: Tensor, bits: Tensor) -> None:
+    parameter.copy_(bits)
 
 
 def _map_features(

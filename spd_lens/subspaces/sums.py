@@ -153,6 +153,13 @@ class TokenSums:
             own = positions[name]
             part.count(shard, loss, len(own), [position for position in scored if position in own], {})
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums and counts, with those of the classes: the tensors themselves, in an order that `keep` decides."""
+        own = [getattr(self, name) for name in _PER_SHARD]
+        own += [value for name in _PER_SITE for value in getattr(self, name).values()]
+        return own + [value for part in self.classes.values() for value in part.sums]
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same moments with every sum changed in the same way along its shards."""
         parts: dict[str, Any] = {name: change(getattr(self, name)) for name in _PER_SHARD}

@@ -30,6 +30,7 @@ from spd_lens.models import (
     neutrally,
     random_kept,
     recomputed_alike,
+    refuse_spread,
     single_process,
     untouched,
     weights_digest,
@@ -90,11 +91,12 @@ def finetune(
     Raises:
         SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a text of which nothing is
             left to train on; padding to train on that the tokenizer does not have; a target that the model does not
-            have; other settings in `out`; a loss that is no number; memory or disk full.
+            have; other settings in `out`; a loss that is no number; memory or disk full; a model on several devices.
     """
     save_steps = None if save_steps is None else whole("save_steps", save_steps)
     settings = TrainingSettings.given(settings, keywords, "finetune")
     settings.check()
+    refuse_spread(pair.hf, "training", "load the model without device_map")
     _check_corpus(pair, corpus)
     rows = corpus_rows(pair, corpus, settings)
     if pair.has_lens:

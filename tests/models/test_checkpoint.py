@@ -145,13 +145,17 @@ def test_a_device_map_of_one_device(tmp_path):
     assert works(ModelPair(twin, build_tokenizer(chat=False)))
 
 
-def test_a_model_spread_over_devices_is_refused(tmp_path):
+def test_a_model_spread_over_devices_works_but_for_its_lens_model(tmp_path):
+    pair = ModelPair(build_twin("llama"), build_tokenizer(chat=False))
+    own = pair.check_logits(pair.hf)
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     twin = dispatch_model(
         build_twin("llama"), {**places, "lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path)
     )
-    with refused("LlamaForCausalLM", "several devices (cpu, disk)", "device='cpu'"):
-        ModelPair(twin, build_tokenizer(chat=False))
+    pair = ModelPair(twin, build_tokenizer(chat=False))
+    assert torch.equal(pair.check_logits(pair.hf), own)
+    with refused("several devices", "engine='twin'"):
+        pair.lens_at(8)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "hqq"])
