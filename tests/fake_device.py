@@ -84,23 +84,37 @@ class OnFake(Tensor):
 
 def _computed(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """What an operation makes: on the device that it names, else where its tensors are."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
     there = any(isinstance(x, OnFake) for x in tensors)
-    if kwargs.get("device") is not None:
-        there = torch.device(kwargs["device"]).type == NAME
-        kwargs["device"] = torch.device("cpu")
+    if named := [x for x in leaves if isinstance(x, torch.device)]:
+        there = named[0].type == NAME
+    elif operation is _aten.to.other:
+        there = isinstance(args[1], OnFake)
     elif there and operation is not _aten.copy_.default:
         _check_together(operation, args, tensors)
-    given, named = tree_map(lambda x: x.held if isinstance(x, OnFake) else x, (args, kwargs))
-    known = {id(x.held if isinstance(x, OnFake) else x): x for x in tensors}  # operations in place return what they got
+    args, kwargs = tree_map(_on_cpu, (args, kwargs))
+    given = {id(_on_cpu(x)): x for x in tensors}  # operations in place return what they got
 
     def placed(x: Any) -> Any:
-        return known.get(id(x), OnFake(x) if there else x) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        own = given.get(id(x))
+        if own is not None and (isinstance(own, OnFake) == there or operation is _aten.copy_.default):
+            return own
+        x = x if own is None else x.clone()  # moved, which left it where it was
+        return OnFake(x) if there else x
 
     # a view of an ordinary tensor is ordinary in inference mode, too
     ordinary = operation.is_view and not any(x.is_inference() for x in tensors)
     with torch.inference_mode(False) if ordinary else contextlib.nullcontext():
-        return tree_map(placed, operation(*given, **named))
+        return tree_map(placed, operation(*args, **kwargs))
+
+
+def _on_cpu(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.held if isinstance(x, OnFake) else x
 
 
 def _check_together(operation: Any, args: Any, tensors: list[Tensor]) -> None:

@@ -35,7 +35,7 @@ def test_every_stage_passes_on_the_cpu_and_stands_in_the_page(tiny_llama_dir, pa
     told = dict.fromkeys(("check", "extraction", "generation", "evaluation", "training"), "passed")
     assert verdicts == told | {"benchmarks": "–", "peak memory": "–"}
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-    assert "the tokens of plain generation" in text and "2 steps" in text
+    assert "the tokens of plain generation" in text and "4 steps" in text
     assert "training: passed" in capsys.readouterr().out
 
 
