@@ -32,11 +32,12 @@ class PlacedArguments(TrainingArguments):
     def device(self) -> torch.device:
         """Where Trainer and accelerate put model and batches."""
         super().device  # noqa: B018  # sets accelerate up
-        return self.distributed_state.device  # type: ignore[union-attr]
+        place: torch.device = self.distributed_state.device
+        return place
 
     def place(self, device: torch.device) -> None:
         """Train on this device."""
-        self.distributed_state.device = device  # type: ignore[union-attr]
+        self.distributed_state.device = device
 
 
 class CorpusTrainer(Trainer):
