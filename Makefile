@@ -18,6 +18,7 @@ LANES ?= hooked bridge
 WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -33,7 +34,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench speed-table notebooks model-table constraints system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table constraints system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +58,9 @@ format: $(HOOKED)/dev  ## write what ruff can mend
 
 bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generation --quick'
 	.venv/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+gpu-check: $(HOOKED)/library  ## what a GPU computes against the CPU, and how fast; writes docs/gpu.md; GPU_CHECK_ARGS='--only generation'
+	PYTHONPATH=. .venv/bin/python scripts/gpu_check.py --out docs/gpu.md $(GPU_CHECK_ARGS)
 
 speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md from benchmarks/results/
 	.venv/bin/python -m benchmarks.speed_table

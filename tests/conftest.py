@@ -34,9 +34,12 @@ from spd_lens.models.pair import ModelPair
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.pipeline import run
 from spd_lens.runs.run_dir import Run
+from tests import fake_device
 
 # One thread each: tiny models gain nothing from more, and threads of several test workers hold each other up.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    fake_device.register()
 
 TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",

@@ -82,18 +82,18 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
 def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
     """PEFT's model around the twin, holding every tensor of the file."""
     config = peft_config(directory, [name for name, _ in twin.named_modules() if name])
-    place = str(twin.device)
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
     try:
         with random_kept(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # a fault below
             torch.manual_seed(0)  # PEFT draws even what it overwrites, and of some kinds it stays: the same each time
-            wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device=place)
+            # files are read on the CPU, as safetensors knows few devices; PEFT copies to where the model is
+            wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device="cpu")
             if config.peft_type == PeftType.ADALORA:
                 config.rank_pattern = None  # it has been followed: what it leaves out is not there any more
             # again, for what PEFT tells here alone: it takes what it finds, and warns at most
             mapping = getattr(twin, "_checkpoint_conversion_mapping", {})
-            stored = load_peft_weights(str(directory), device=place, key_mapping=mapping)
+            stored = load_peft_weights(str(directory), device="cpu", key_mapping=mapping)
             fault = _fault(wrapped, stored, set_peft_model_state_dict(wrapped, stored), own)
     except Exception as error:  # peft, torch and safetensors raise many types on a damaged or foreign adapter
         reason = one_line(error, 300)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from spd_lens.errors import SPDError, whole
 from spd_lens.files import reading
@@ -42,7 +42,7 @@ from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
 from spd_lens.training.loss import IGNORED
 from spd_lens.training.rows import Row, corpus_rows
-from spd_lens.training.trainer import CorpusTrainer, save_weights
+from spd_lens.training.trainer import CorpusTrainer, PlacedArguments, save_weights
 
 
 @neutrally
@@ -108,9 +108,7 @@ def finetune(
     place = TrainingPlace(Path(out))
     if resume and place.finished(identity):
         return place.directory
-    # Trainer takes the current CUDA device: make it the model's
-    on_device = torch.cuda.device(pair.device) if pair.device.type == "cuda" else contextlib.nullcontext()
-    with place.working(identity, resume), random_kept(), on_device:
+    with place.working(identity, resume), random_kept():
         set_seed(settings.seed)  # PEFT and Trainer draw from the global generators
         summary = _train(pair, settings, rows, place, save_steps, gradient_checkpointing, progress)
         with _explained(place):
@@ -162,8 +160,9 @@ def _train(
         per_epoch = _steps_per_epoch(settings, len(rows))
         args = _arguments(pair, settings, per_epoch, place, save_steps)
         stop = EarlyStop(place, per_epoch) if settings.early_stop else None
-        trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress, [stop] if stop else [])
-        with _explained(place), fast_products(pair.device, pair.dtype):
+        on_device = torch.cuda.device(pair.device) if pair.device.type == "cuda" else contextlib.nullcontext()
+        with on_device, _explained(place), fast_products(pair.device, pair.dtype):
+            trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress, [stop] if stop else [])
             noted = _fit(trainer, place, stop, settings.epochs)
             if settings.full:
                 pair.tokenizer.save_pretrained(place.result)
@@ -228,9 +227,9 @@ def _steps_per_epoch(settings: TrainingSettings, n_rows: int) -> int:
 
 def _arguments(
     pair: ModelPair, settings: TrainingSettings, per_epoch: int, place: TrainingPlace, save_steps: int | None
-) -> TrainingArguments:
+) -> PlacedArguments:
     every = save_steps or (per_epoch if settings.full else min(per_epoch, 100))
-    args = TrainingArguments(
+    args = PlacedArguments(
         output_dir=str(place.checkpoints),
         per_device_train_batch_size=settings.train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -256,6 +255,7 @@ def _arguments(
         dataloader_pin_memory=pair.device.type == "cuda",
         remove_unused_columns=False,
     )
+    args.place(pair.device)
     args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make Trainer split every batch over them
     return args
 

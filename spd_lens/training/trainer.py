@@ -24,6 +24,22 @@ from spd_lens.training.loss import NextTokenLoss
 from spd_lens.training.rows import Row, collated
 
 
+class PlacedArguments(TrainingArguments):
+    """Trainer's arguments for a model that stays where it is: of themselves they name `cuda:0`, or a CPU where
+    accelerate does not know the accelerator, and Trainer moves the model there."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where Trainer and accelerate put model and batches."""
+        super().device  # noqa: B018  # sets accelerate up
+        place: torch.device = self.distributed_state.device
+        return place
+
+    def place(self, device: torch.device) -> None:
+        """Train on this device."""
+        self.distributed_state.device = device
+
+
 class CorpusTrainer(Trainer):
     """`Trainer` that runs batches in passes of similar length, writes safetensors alone, shows one bar or nothing."""
 
