@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import spd_lens as spd
 from spd_lens.cli.commands import app, main
@@ -438,6 +440,35 @@ def test_stages_in_sequence_are_the_run(call, in_tmp, flags, model_flags, finish
     assert (result.policy, [i.completion for i in result.items]) == ("tuned", [i.completion for i in expected.items])
     assert [i.kl for i in result.items] == pytest.approx([i.kl for i in expected.items], rel=1e-6)
     assert str(result.accuracy) in out
+
+
+@pytest.mark.parametrize("form", ["lora", "checkpoint"])
+def test_export_is_the_library_call(call, in_tmp, model_flags, finished_run, tiny_pair, form):
+    """What other engines read gives the tokens of the folded twin, in plain transformers and PEFT."""
+    subspace = finished_run.path / "subspace.safetensors"
+    command = ["export", subspace, "--as", form, *model_flags, "--strength", "0.5", "--out", "x", "--quiet"]
+    code, out, err = call(*command)
+    assert code == 0, err
+    note = "vLLM takes it with --enable-lora --max-lora-rank 8\n" if form == "lora" else "every engine"
+    assert out.startswith("written to x\n") and note in out
+    tokens = torch.tensor([tiny_pair.tokenizer("7 * 3").input_ids])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_pair.name if form == "lora" else "x")
+    model = PeftModel.from_pretrained(plain, "x") if form == "lora" else plain
+    with spd.folded(tiny_pair.hf, spd.Subspace.load(subspace), 0.5), torch.no_grad():
+        expected = tiny_pair.hf(tokens).logits
+        assert torch.allclose(model(tokens).logits, expected, atol=1e-4 * expected.std().item())
+    one_error(call(*command), "x is not empty")
+
+
+def test_export_refuses_as_generate_does(call, in_tmp, model_flags, finished_run, tiny_qwen2_dir):
+    subspace = finished_run.path / "subspace.safetensors"
+    one_error(call("export", "none.safetensors", *model_flags), "none.safetensors")
+    one_error(call("export", finished_run.path / "moments.safetensors", *model_flags), "gradient moments")
+    one_error(call("export", subspace, "--model", tiny_qwen2_dir, "--dtype", "float32"), "the subspace")
+    one_error(call("export", subspace, *model_flags, "--strength", "2"), "strength", "2")
+    code, _, err = call("export", subspace, *model_flags, "--as", "gguf")
+    assert code == 2 and "'gguf'" in err
+    assert not any(in_tmp.iterdir())
 
 
 def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags, finished_run):
