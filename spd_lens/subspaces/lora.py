@@ -134,5 +134,5 @@ def _config(model: Any, changes: Mapping[str, _Change], strength: float, *, tran
         lora_bias=any(bool(change.bias.any()) for change in changes.values()),
         fan_in_fan_out=transposed,
     )
-    config.target_modules = sorted(ranks)  # type: ignore[assignment]  # PEFT makes a set of it, in no order
+    config.target_modules = sorted(ranks)  # PEFT makes a set of it, in no order
     return config
