@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import spd_lens as spd
 from spd_lens.cli.commands import app, main
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
+from spd_lens.subspaces import random_basis
 from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
 
@@ -438,6 +441,44 @@ def test_stages_in_sequence_are_the_run(call, in_tmp, flags, model_flags, finish
     assert (result.policy, [i.completion for i in result.items]) == ("tuned", [i.completion for i in expected.items])
     assert [i.kl for i in result.items] == pytest.approx([i.kl for i in expected.items], rel=1e-6)
     assert str(result.accuracy) in out
+
+
+@pytest.fixture
+def subspace_file(tiny_pair, tmp_path):
+    """Half of the directions of each head's keys in block 1 and values in block 3, at random."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = {site: list(random_basis(8, 4, generator, 2)) for site in (Site(1, "k"), Site(3, "v"))}
+    return spd.Subspace.from_blocks(blocks, fingerprint=tiny_pair.fingerprint).save(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("form", ["lora", "checkpoint"])
+def test_export_is_the_library_call(call, in_tmp, model_flags, subspace_file, tiny_pair, form):
+    """What other engines read computes what the folded twin computes, in plain transformers and PEFT."""
+    command = ["export", subspace_file, "--as", form, *model_flags, "--strength", "0.5", "--out", "x", "--quiet"]
+    code, out, err = call(*command)
+    assert code == 0, err
+    note = "vLLM takes it with --enable-lora --max-lora-rank 8\n" if form == "lora" else "every engine"
+    assert out.startswith("written to x\n") and note in out
+    tokens = torch.tensor([tiny_pair.tokenizer("7 * 3").input_ids])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_pair.name if form == "lora" else "x")
+    model = PeftModel.from_pretrained(plain, "x") if form == "lora" else plain
+    with torch.no_grad():
+        base = tiny_pair.hf(tokens).logits
+        with spd.folded(tiny_pair.hf, spd.Subspace.load(subspace_file), 0.5):
+            expected = tiny_pair.hf(tokens).logits
+        assert (model(tokens).logits - expected).abs().max() < 1e-4 * expected.std() < (base - expected).abs().max()
+    one_error(call(*command), "x is not empty")
+
+
+def test_export_refuses_in_one_sentence(call, in_tmp, model_flags, subspace_file, tiny_qwen2_dir):
+    save_file({"x": torch.zeros(2)}, in_tmp.parent / "foreign.safetensors")
+    one_error(call("export", "none.safetensors", *model_flags), "none.safetensors")
+    one_error(call("export", in_tmp.parent / "foreign.safetensors", *model_flags), "another program")
+    one_error(call("export", subspace_file, "--model", tiny_qwen2_dir, "--dtype", "float32"), "the subspace")
+    one_error(call("export", subspace_file, *model_flags, "--strength", "2"), "strength", "2")
+    code, _, err = call("export", subspace_file, *model_flags, "--as", "gguf")
+    assert code == 2 and "'gguf'" in err
+    assert not any(in_tmp.iterdir())
 
 
 def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags, finished_run):

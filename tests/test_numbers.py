@@ -61,6 +61,7 @@ def test_the_whole_job_with_numpy_numbers_is_the_job_with_pythons(tiny_pair, tmp
         with spd.projected(tiny_pair.lens, subspace, real(0.5)):
             torch.save(tiny_pair.check_logits(tiny_pair.lens), folder / "logits.pt")
         spd.fold_to(tiny_pair.hf, subspace, folder / "folded", real(0.5))
+        subspace.to_lora(tiny_pair.hf, folder / "lora", strength=real(0.5))
         assert [record.id for record in corpus] == ["0", "0", "5", "5"]
         left_out = ("training.json",)  # seconds
         files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

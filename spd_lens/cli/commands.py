@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -228,6 +228,33 @@ def evaluate_command(
     check_stage(experiment, "test", n)
     result = experiment.score(next(iter(experiment.targets)), policy, out, n=n)
     Console().print(f"{result}\nwritten to {out}", highlight=False, markup=False)
+
+
+@app.command("export")
+@with_settings("model", "dtype", "device", "strength")
+def export_command(
+    config: SPDConfig,
+    subspace: Annotated[Path, typer.Argument(help="Subspace file to project with.")],
+    form: Annotated[
+        Literal["lora", "checkpoint"], typer.Option("--as", help="A PEFT adapter, or the whole projected model.")
+    ] = "lora",
+    out: Out = Path("exported"),
+    quiet: Quiet = False,
+) -> None:
+    """A projection for other engines: exactly as a LoRA adapter, or in the weights of a whole checkpoint."""
+    set_up_logging(quiet)
+    from spd_lens.runs import load_pair
+    from spd_lens.subspaces import Subspace, fold_to, vllm_note
+
+    check_writable(out, directory=True)
+    kept = Subspace.load(subspace)
+    pair = load_pair(config)
+    if form == "lora":
+        note = vllm_note(kept.to_lora(pair.hf, out, strength=config.strength))
+    else:
+        fold_to(pair.hf, kept, out, config.strength, tokenizer=pair.tokenizer)
+        note = "every engine takes it as it takes the model itself"
+    Console().print(f"written to {out}\n{note}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("spans")

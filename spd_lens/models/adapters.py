@@ -86,6 +86,7 @@ def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         with random_kept(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # a fault below
+            warnings.filterwarnings("ignore", "(?s).*LoRA tensor.*lora_B.bias")  # PEFT takes its LoRA bias for a shard
             torch.manual_seed(0)  # PEFT draws even what it overwrites, and of some kinds it stays: the same each time
             # files are read on the CPU, as safetensors knows few devices; PEFT copies to where the model is
             wrapped = PeftModel.from_pretrained(twin, str(directory), config=config, torch_device="cpu")

@@ -4,6 +4,7 @@ from spd_lens.subspaces.bases import random_basis, squared_cosines, upright
 from spd_lens.subspaces.controls import shuffled_answers, with_answers
 from spd_lens.subspaces.extract import TokenGradients, check_texts, extract, token_gradients
 from spd_lens.subspaces.findings import FINDINGS, adapter_grade, read_findings, write_findings
+from spd_lens.subspaces.lora import vllm_note
 from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.policy import Policy
 from spd_lens.subspaces.projection import fold_to, folded, projected, projected_twin
@@ -14,5 +15,5 @@ __all__ = [
     "BlockSpectrum", "FINDINGS", "GradientMoments", "Policy", "Rank", "Subspace", "TokenGradients", "adapter_grade",
     "check_texts", "diagonal_blocks", "energies_of", "extract", "fold_to", "folded", "projected", "projected_twin",
     "random_basis", "rank_holding", "read_findings", "resolve_rank", "shuffled_answers", "squared_cosines",
-    "token_gradients", "upright", "with_answers", "write_findings",
+    "token_gradients", "upright", "vllm_note", "with_answers", "write_findings",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from torch import nn
 
 from spd_lens.errors import SPDError
 from spd_lens.models import ModelPair, adapted
-from spd_lens.subspaces.projection import check_strength, folded
-from spd_lens.subspaces.subspace import Subspace
+from spd_lens.subspaces.projection import folded
+from spd_lens.subspaces.subspace import Subspace, check_strength
 
 
 @dataclass(frozen=True)

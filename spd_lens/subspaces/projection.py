@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError, plain
+from spd_lens.errors import SPDError
 from spd_lens.files import filling, is_free
 from spd_lens.models import (
     Fingerprint,
@@ -31,7 +31,7 @@ from spd_lens.models import (
     writable,
 )
 from spd_lens.sites import Site
-from spd_lens.subspaces.subspace import Subspace
+from spd_lens.subspaces.subspace import Subspace, check_strength
 
 
 class Projection:
@@ -102,7 +102,7 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
 
     `x W -> x W M + c` with the map `M`, `c` of `Subspace.affine`, computed in float64 and then cast. The weights' own
     bits come back always. A model with a LoRA adapter on is folded exactly too: the map goes into the base weight and
-    into the adapter's `B` (of `z`, which a layer reads, its `A`). What no weight can hold, see `foldable`, or
+    into the adapter's `B` (of `z`, which a layer reads, its `A`). What no weight can hold, see `Subspace.foldable`, or
     what an adapter of another kind computes, see `SiteLayer.is_linear`, gets a hook on the twin while the context is
     open. None leaves the model as it is.
 
@@ -118,7 +118,7 @@ def folded(hf: nn.Module, subspace: Subspace | None, strength: float = 1.0) -> I
             subspace.check(hf)
             for site in subspace.sites if strength else ():
                 layer = site_layer(hf, site)
-                if foldable(subspace, site) and layer.is_linear:
+                if subspace.foldable(site) and layer.is_linear:
                     stack.enter_context(_folded_site(layer, subspace, site, strength))
                 else:
                     stack.callback(_hooked_site(hf, subspace, site, strength).remove)
@@ -139,15 +139,6 @@ def projected_twin(hf: nn.Module, subspace: Subspace, strength: float = 1.0) -> 
             for site in subspace.sites:
                 stack.callback(_hooked_site(hf, subspace, site, strength).remove)
         yield hf
-
-
-def foldable(subspace: Subspace, site: Site) -> bool:
-    """Whether the projection at a site can be written into one linear layer.
-
-    The residual stream is read by several layers through a norm; the mean of a centred projection of `z` would have to
-    pass through `W_O` and through any adapter on it. There the twin gets a hook instead, which does the same.
-    """
-    return site.kind in ("k", "v", "q") or (site.kind == "z" and site not in subspace.offset)
 
 
 @neutral()
@@ -172,12 +163,7 @@ def fold_to(
     if not is_free(directory):
         raise SPDError(f"{directory} is not empty; give a new directory for the folded checkpoint")
     check_saveable(hf)
-    for site in subspace.sites:
-        if not foldable(subspace, site):
-            raise SPDError(
-                f"the projection at site {site} cannot be written into the weights of one layer, so a checkpoint "
-                "cannot hold it; use folded() or projected(), or a subspace of k and v"
-            )
+    subspace.check_foldable("a checkpoint")
     for site in subspace.offset:
         if site_layer(hf, site).base.bias is None:
             raise SPDError(
@@ -190,14 +176,6 @@ def fold_to(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
     return directory
-
-
-def check_strength(strength: float) -> float:
-    """The strength as Python's own number; `SPDError` unless it is one from 0 to 1."""
-    strength = plain(strength)
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= 1.0:
-        raise SPDError(f"strength {strength!r} is not between 0 (identity) and 1 (full projection)")
-    return strength
 
 
 def _hooked_site(hf: nn.Module, subspace: Subspace, site: Site, strength: float) -> Any:

@@ -13,14 +13,16 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError, plain, whole
 from spd_lens.files import load_tensors, reading, save_tensors
-from spd_lens.models import Fingerprint, neutral, without_autocast
+from spd_lens.models import Fingerprint, check_whole, neutral, weights_digest, without_autocast
 from spd_lens.sites import Site
 from spd_lens.stats import Finding, Grade, grade
 from spd_lens.subspaces.bases import TOLERANCE, Basis, random_basis, rest, shared, side_by_side, span
 from spd_lens.subspaces.findings import beside, still_stored
+from spd_lens.subspaces.lora import write_lora
 
 Rank = int | float
 
@@ -281,6 +283,57 @@ class Subspace:
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
 
+    def foldable(self, site: Site) -> bool:
+        """Whether the projection at a site can be written into one linear layer.
+
+        The residual stream is read by several layers through a norm; the mean of a centred projection of `z` would have
+        to pass through `W_O` and through any adapter on it. There the twin gets a hook instead, which does the same.
+        """
+        return site.kind in ("k", "v", "q") or (site.kind == "z" and site not in self.offset)
+
+    def check_foldable(self, what: str) -> None:
+        """Raise `SPDError` if `what`, which holds weights alone, cannot hold the projection."""
+        for site in self.sites:
+            if not self.foldable(site):
+                raise SPDError(
+                    f"the projection at site {site} cannot be written into the weights of one layer, so {what} "
+                    "cannot hold it; use folded() or projected(), or a subspace of k and v"
+                )
+
+    @neutral()
+    def to_lora(self, hf: PreTrainedModel, directory: str | Path, *, strength: float = 1.0) -> Path:
+        """Write the projection as a LoRA adapter in PEFT's format, for any engine that serves LoRA adapters.
+
+        A projection changes the weight of a linear layer by a matrix of low rank: `P W - W = -(I - P) W = B A`, with an
+        orthonormal basis of what the subspace leaves out as the columns of `B`, and `A = -Bᵀ W`. So the adapter is the
+        projection exactly, up to float32: it is not trained. Its rank at a layer is the number of directions left out
+        there, `n_kv_heads (d_head - r)` for keys alone; `lora_alpha` over the rank is the strength. A bias of the layer
+        and the mean of a centred projection go into PEFT's LoRA bias, which some engines do not take (`vllm_note`).
+
+        Beside a trained adapter (`set_adapter([...])`) the changes add up: what the trained one adds is not projected.
+        For the projection of the tuned model, give the model that `load` makes of the trained adapter's directory.
+
+        Args:
+            hf: The twin whose weights `W` are; left as it was. The adapter fits these weights and no others.
+            directory: The adapter's directory, which must be empty or not there yet.
+            strength: How strongly to project, from 0 to 1.
+
+        Returns:
+            `directory`, with PEFT's two files and `projection.json`, which says what it was made of.
+
+        Raises:
+            SPDError: the directory is not empty; the subspace is of another model, holds a site that no weight can hold
+                (`foldable`), or keeps everything; the model carries an adapter.
+        """
+        strength = check_strength(strength)
+        check_whole(hf)
+        self.check(hf)
+        self.check_foldable("an adapter")
+        removed = {site: torch.block_diag(*map(rest, self.blocks(site))) for site in self.sites}
+        constants = {site: self.affine(site)[1].flatten() for site in self.sites}
+        origin = {"subspace": self.digest(), "model": hf.name_or_path, "weights": weights_digest(hf)}
+        return write_lora(hf, directory, removed, constants, strength, origin)
+
     def explore(self, moments: Any = None, *, others: Mapping[str, Any] | None = None) -> Any:
         """Spectra, energies and overlaps with `others`, as one page in a notebook: `analysis.dashboard.explore`."""
         # found by name when asked for: the library does not depend on its analyses
@@ -331,6 +384,14 @@ class Subspace:
                 origin=header["origin"],
             )
         return found.with_findings(*own, *beside(path))
+
+
+def check_strength(strength: float) -> float:
+    """The strength as Python's own number; `SPDError` unless it is one from 0 to 1."""
+    strength = plain(strength)
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= 1.0:
+        raise SPDError(f"strength {strength!r} is not between 0 (identity) and 1 (full projection)")
+    return strength
 
 
 def resolve_rank(rank: Rank, width: int) -> int:

@@ -140,6 +140,7 @@ CALLS: dict[str, Callable[[ModelPair, Path], Any]] = {
     ),
     "a pair of a model": lambda pair, _: of_a_copy(pair).check().logits,
     "fold_to": lambda pair, out: files(fold_to(pair.hf, fixed()["subspace"], out / "f")),
+    "to_lora": lambda pair, out: files(fixed()["subspace"].to_lora(pair.hf, out / "l")),
     "folded": lambda pair, _: under(folded(pair.hf, fixed()["subspace"]), pair, pair.hf),
     "projected": lambda pair, _: under(projected(pair.lens, fixed()["subspace"]), pair, pair.lens),
     "projected_twin": lambda pair, _: under(projected_twin(pair.hf, fixed()["subspace"]), pair, pair.hf),
