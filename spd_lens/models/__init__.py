@@ -18,7 +18,7 @@ from spd_lens.models.devices import dtype_name, free_memory, out_of_memory, reso
 from spd_lens.models.drawing import draw, drawn_tokens, row_uniforms
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
-from spd_lens.models.launchers import fails_first, several_processes, single_process
+from spd_lens.models.launchers import fails_first, own_device, several_processes, single_process
 from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
@@ -48,7 +48,8 @@ __all__ = [
     "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",
     "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads",
     "named_outputs", "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product",
-    "ordinary_buffers", "out_of_memory", "overlapping", "own_memory", "packed", "positionwise_in_last_block", "probe",
+    "ordinary_buffers", "out_of_memory", "overlapping", "own_device", "own_memory", "packed",
+    "positionwise_in_last_block", "probe",
     "random_kept", "recomputed_alike", "refuse_compiled", "refuse_processed", "relative_error", "resolve_device",
     "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "several_processes", "single_process",
     "site_layer", "takes_slots", "text_ids", "token_losses",

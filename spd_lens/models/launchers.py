@@ -80,6 +80,13 @@ def several_processes(device: torch.device) -> Iterator[PartialState]:
             torch.distributed.destroy_process_group()
 
 
+def own_device(name: str) -> str:
+    """Which GPU `auto` and `cuda` mean in one of a launcher's processes: the one that the launcher gives to it."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return name
+
+
 def fails_first() -> bool:
     """Whether no other process of the same launcher has asked this before: of several that fail, one says why.
 

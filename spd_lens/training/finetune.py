@@ -41,7 +41,7 @@ from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
 from spd_lens.training.loss import IGNORED
 from spd_lens.training.parallel import Processes, joined
-from spd_lens.training.reports import check_report_to
+from spd_lens.training.reports import keep_logs, trackers
 from spd_lens.training.rows import Row, corpus_rows
 from spd_lens.training.trainer import CorpusTrainer
 
@@ -53,7 +53,7 @@ class How:
     gradient_checkpointing: bool | None
     save_steps: int | None
     progress: bool
-    report_to: str
+    report_to: list[str]
     processes: Processes
 
 
@@ -115,9 +115,9 @@ def finetune(
     save_steps = None if save_steps is None else whole("save_steps", save_steps)
     settings = TrainingSettings.given(settings, keywords, "finetune")
     settings.check()
-    check_report_to(report_to)
+    reports = trackers(report_to)
     with joined(pair.device, parallel) as processes:
-        how = How(gradient_checkpointing, save_steps, progress, report_to, processes)
+        how = How(gradient_checkpointing, save_steps, progress, reports, processes)
         return _finetune(pair, corpus, settings, out, resume, how)
 
 
@@ -178,15 +178,19 @@ def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
 def _train(
     pair: ModelPair,
     settings: TrainingSettings,
-    rows: list[Row],
+    rows: Sequence[Row],
     place: TrainingPlace,
     how: How,
 ) -> dict[str, Any]:
     """Write the adapter or checkpoint to `place.result`, and say how the training went."""
     start = time.monotonic()
     processes = how.processes
+    n_scored = longest = 0
+    for row in rows:
+        n_scored += sum(label != IGNORED for label in row["labels"])
+        longest = max(longest, len(row["input_ids"]))
     with _trainable(pair, settings, processes.sharded) as model:
-        if _checkpoints_gradients(pair, settings, rows, model, how):
+        if _checkpoints_gradients(pair, settings, longest, model, how):
             _checkpoint_gradients(model)
         per_epoch = _steps_per_epoch(settings, len(rows))
         args = _arguments(pair, settings, per_epoch, place, how)
@@ -202,7 +206,7 @@ def _train(
                 processes.first(lambda: pair.tokenizer.save_pretrained(place.result))
     return {
         "n_sequences": len(rows),
-        "n_scored_tokens": sum(label != IGNORED for row in rows for label in row["labels"]),
+        "n_scored_tokens": n_scored,
         "n_steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
         **noted,
@@ -211,12 +215,11 @@ def _train(
 
 
 def _checkpoints_gradients(
-    pair: ModelPair, settings: TrainingSettings, rows: Sequence[Row], model: nn.Module, how: How
+    pair: ModelPair, settings: TrainingSettings, longest: int, model: nn.Module, how: How
 ) -> bool:
     """Whether activations are recomputed: what was asked for, else what memory allows the first process."""
     if how.gradient_checkpointing is not None:
         return how.gradient_checkpointing
-    longest = max(len(row["input_ids"]) for row in rows)
     n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     n_tokens = settings.train_batch_size // how.processes.count * longest
     return how.processes.first(lambda: needs_checkpointing(pair, n_tokens, n_trained))
@@ -277,6 +280,7 @@ def _arguments(
     pair: ModelPair, settings: TrainingSettings, per_epoch: int, place: TrainingPlace, how: How
 ) -> TrainingArguments:
     every = how.save_steps or (per_epoch if settings.full else min(per_epoch, 100))
+    keep_logs(place.directory)
     args = TrainingArguments(
         output_dir=str(place.checkpoints),
         per_device_train_batch_size=settings.train_batch_size // how.processes.count,
@@ -297,7 +301,8 @@ def _arguments(
         save_total_limit=2,  # the newest may be half-written when the process is killed
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
-        report_to=how.report_to.split(","),
+        report_to=how.report_to,
+        project="spd_lens",
         run_name=place.directory.name,
         disable_tqdm=True,  # `CorpusTrainer` shows its own bar
         use_cpu=pair.device.type == "cpu",

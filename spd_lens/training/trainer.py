@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +41,7 @@ class CorpusTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        rows: list[Row],
+        rows: Sequence[Row],
         pad_id: int,
         progress: bool,
         callbacks: Sequence[TrainerCallback] = (),
@@ -58,6 +59,14 @@ class CorpusTrainer(Trainer):
         self._next_token_loss = NextTokenLoss(self._inner, processes.sharded)
         self._padding_is_scored = "attention_mask" in rows[0]
         self._processes = processes
+        if processes.sharded and self.accelerator.distributed_type not in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        ):
+            raise SPDError(
+                f"the launcher's configuration asks for {processes.engine}, which accelerate does on GPUs alone, and the "
+                f"model is on {self.args.device}; launch with docs/accelerate/ddp-cpu.yaml, or load the model on GPUs"
+            )
         if processes.engine == "ddp":  # it would write the first process's frozen weights over those of the others
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model,
