@@ -87,7 +87,8 @@ class Corpus(Sequence[Record]):
         header = Header.read(path) if settings_path(path).exists() else None
         records: Iterable[Record]
         if path.stat().st_size > STREAMED_FROM:
-            lines = {record.key: (start, size) for start, size, record in scanned(path, ours=header is not None)}
+            found = scanned(path, ours=header is not None)
+            lines = {record.key: (start, size) for start, size, record in found if record is not None}
             records = Streamed(path, lines.values() if header is None else header.sort(lines))
         else:
             held, _ = read_records(path, ours=header is not None)
@@ -156,14 +157,17 @@ def read_records(path: Path, *, ours: bool = True) -> tuple[dict[Key, Record], i
     Raises:
         SPDError: a whole line is no record, or two lines are the same completion.
     """
-    records, whole = {}, 0
+    records: dict[Key, Record] = {}
+    whole = 0
     for start, size, record in scanned(path, ours=ours):
-        records[record.key], whole = record, start + size
+        whole = start + size
+        if record is not None:
+            records[record.key] = record
     return records, whole
 
 
-def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record]]:
-    """The whole records of a corpus file, each with the place of its line: where it starts, and its size, in bytes.
+def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None]]:
+    """The whole lines of a corpus file: where each starts and its size, in bytes, and its record; None if it is blank.
 
     Raises as `read_records`.
     """
@@ -175,6 +179,7 @@ def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record]]:
             if ours and not line.endswith(b"\n"):
                 return
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            record = None
             if text.strip():
                 try:
                     record = Record.from_json(text.decode("utf-8"))
@@ -187,7 +192,7 @@ def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record]]:
                         f"line {number} of {path} repeats the completion of prompt {record.id!r}; remove one of them"
                     )
                 seen.add(record.key)
-                yield start, len(line), record
+            yield start, len(line), record
             start += len(line)
 
 

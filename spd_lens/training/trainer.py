@@ -64,7 +64,7 @@ class CorpusTrainer(Trainer):
             DistributedType.DEEPSPEED,
         ):
             raise SPDError(
-                f"the launcher's configuration asks for {processes.engine}, which accelerate does on GPUs alone, and the "
+                f"the launcher's configuration asks for {processes.engine}, which accelerate does on GPUs alone; the "
                 f"model is on {self.args.device}; launch with docs/accelerate/ddp-cpu.yaml, or load the model on GPUs"
             )
         if processes.engine == "ddp":  # it would write the first process's frozen weights over those of the others
