@@ -21,8 +21,8 @@ from spd_lens.generation.record import Key, Record, prompt_id, typed
 
 _T = TypeVar("_T")
 STREAMED_FROM = 2**26
-"""Bytes of a corpus file that are held in memory. Its records take about ten times as much there, and training's rows
-as much again, so that a larger file would crowd the model out; the paper's corpora have at most 30 million bytes."""
+"""Bytes of a corpus file that are held in memory. Its records take five times as much there, and training's rows twice
+as much (docs/parallel-training.md), so that a larger file would crowd the model out."""
 NOT_APPLIED = "generation_config_not_applied"
 """The one setting that no completion depends on; it is not compared when a corpus is continued."""
 

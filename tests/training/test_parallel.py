@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from spd_lens.errors import SPDError
 from spd_lens.generation.corpus import Corpus
@@ -21,6 +24,7 @@ from spd_lens.models.launchers import own_device
 from spd_lens.models.load import load
 from spd_lens.training.finetune import finetune
 from spd_lens.training.parallel import Processes
+from spd_lens.training.trainer import CorpusTrainer
 from tests.helpers import refused, signal_once_there
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +42,40 @@ def corpus(tiny_pair, tiny_prompts, tmp_path_factory) -> Corpus:
     )
 
 
-def one_of(index, port, model, corpora, calls, said, killed_at) -> None:
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What `accelerate launch` makes of docs/accelerate/fsdp2.yaml."""
+
+
+def sharded_on_the_cpu() -> None:
+    """accelerate shards weights on GPUs alone; here it takes this machine's processes for such. The rest is real."""
+    os.environ.update(FSDP)
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    step = CorpusTrainer.training_step
+
+    def checked(self, model, *args, **kwargs):
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        return step(self, model, *args, **kwargs)
+
+    CorpusTrainer.training_step = checked
+
+
+def one_of(index, port, model, corpora, calls, said, killed_at, sharded) -> None:
     """One process of `N`: trains each of `calls` in turn, and sends the sentences of those that are refused."""
     own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": N, "LOCAL_WORLD_SIZE": N, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"})
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    if killed_at:
+    if sharded:
+        sharded_on_the_cpu()
+    if killed_at and index == 0:
         signal_once_there(*killed_at, signal.SIGKILL)
     pair, corpus = load(model, dtype="float32", device="cpu"), Corpus.load(corpora[index])
     for options in calls:
@@ -55,15 +86,16 @@ def one_of(index, port, model, corpora, calls, said, killed_at) -> None:
     torch.distributed.destroy_process_group()
 
 
-def together(processes, corpora, calls, *, killed_at=None) -> list[tuple[int, str]]:
-    """Run `one_of` in `N` processes; with `killed_at` both are killed once a file of that pattern is in that folder."""
+def together(processes, corpora, calls, *, killed_at=None, sharded=False) -> list[tuple[int, str]]:
+    """Run `one_of` in `N` processes; with `killed_at` all are killed once a file of that pattern is in that folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = processes.Queue()
     files, model = [str(corpus.path) for corpus in corpora], corpora[0].settings["model"]
     group = [
-        processes.Process(target=one_of, args=(index, port, model, files, calls, said, killed_at)) for index in range(N)
+        processes.Process(target=one_of, args=(index, port, model, files, calls, said, killed_at, sharded))
+        for index in range(N)
     ]
     for process in group:
         process.start()
@@ -73,7 +105,8 @@ def together(processes, corpora, calls, *, killed_at=None) -> list[tuple[int, st
             process.kill()
     for process in group:
         process.join(timeout=250)
-    assert {process.exitcode for process in group} == ({-signal.SIGKILL} if killed_at else {0})
+    codes = [process.exitcode for process in group]
+    assert codes[0] == -signal.SIGKILL if killed_at else not any(codes), codes
     return sorted(said.get() for _ in range(said.qsize()))
 
 
@@ -128,6 +161,16 @@ def test_killed_and_continued_it_is_the_undisturbed_training(tiny_pair, corpus, 
     assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(out).items())
     assert noted(out)["log"] == noted(undisturbed)["log"]
     assert finetune(tiny_pair, corpus, out=out, **OPTIONS | how) == out  # finished is finished, whoever trained it
+
+
+def test_sharded_weights_train_the_adapter_and_the_model_of_one(tiny_pair, corpus, tmp_path, processes):
+    calls = {"lora": UNEVEN | {"save_steps": 1}, "full": {"method": "full", "save_steps": 1}}
+    calls = {name: {**how, "out": tmp_path / f"{name}-2"} for name, how in calls.items()}
+    assert not together(processes, [corpus] * N, list(calls.values()), sharded=True)
+    for name, how in calls.items():
+        alone = finetune(tiny_pair, corpus, **OPTIONS | how | {"out": tmp_path / f"{name}-1"})
+        assert_close(tmp_path / f"{name}-2", alone)
+        assert noted(tmp_path / f"{name}-2")["processes"] == {"count": N, "engine": "fsdp"}
 
 
 def test_what_processes_cannot_do_together_is_said_by_all(corpus, tmp_path, processes):

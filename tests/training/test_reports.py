@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.utils.import_utils import is_tensorboard_available
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, is_tensorboard_available
 
 from spd_lens.generation.generate import generate
 from spd_lens.runs.config import SPDConfig
