@@ -103,12 +103,15 @@ class CorpusTrainer(Trainer):
     def _with_sync(
         self, model: nn.Module, parts: Sequence[dict[str, Tensor]]
     ) -> Iterator[tuple[dict[str, Tensor], Any]]:
-        """Passes, and a context for each: gradients of several processes meet once, with the last pass of a step."""
+        """Passes, and a context for each: gradients of several processes meet once, with the last pass of a step.
+
+        Where weights are sharded they meet after every pass, since a process keeps its own part of them alone.
+        """
         state = self.accelerator.gradient_state
         ends_step = state.sync_gradients
         for part in parts[:-1]:
             state._set_sync_gradients(False)
-            yield part, self.accelerator.no_sync(model)
+            yield part, contextlib.nullcontext() if self._processes.sharded else self.accelerator.no_sync(model)
         state._set_sync_gradients(ends_step)
         yield parts[-1], contextlib.nullcontext()
 

@@ -55,7 +55,6 @@ FSDP = {
 
 def sharded_on_the_cpu() -> None:
     """accelerate shards weights on GPUs alone; here it takes this machine's processes for such. The rest is real."""
-    os.environ.update(FSDP)
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     step = CorpusTrainer.training_step
@@ -74,6 +73,8 @@ def one_of(index, port, model, corpora, calls, said, killed_at, sharded) -> None
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     if sharded:
+        os.environ.update(FSDP)
+    if sharded == "anyway":
         sharded_on_the_cpu()
     if killed_at and index == 0:
         signal_once_there(*killed_at, signal.SIGKILL)
@@ -86,7 +87,7 @@ def one_of(index, port, model, corpora, calls, said, killed_at, sharded) -> None
     torch.distributed.destroy_process_group()
 
 
-def together(processes, corpora, calls, *, killed_at=None, sharded=False) -> list[tuple[int, str]]:
+def together(processes, corpora, calls, *, killed_at=None, sharded="") -> list[tuple[int, str]]:
     """Run `one_of` in `N` processes; with `killed_at` all are killed once a file of that pattern is in that folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -166,7 +167,7 @@ def test_killed_and_continued_it_is_the_undisturbed_training(tiny_pair, corpus, 
 def test_sharded_weights_train_the_adapter_and_the_model_of_one(tiny_pair, corpus, tmp_path, processes):
     calls = {"lora": UNEVEN | {"save_steps": 1}, "full": {"method": "full", "save_steps": 1}}
     calls = {name: {**how, "out": tmp_path / f"{name}-2"} for name, how in calls.items()}
-    assert not together(processes, [corpus] * N, list(calls.values()), sharded=True)
+    assert not together(processes, [corpus] * N, list(calls.values()), sharded="anyway")
     for name, how in calls.items():
         alone = finetune(tiny_pair, corpus, **OPTIONS | how | {"out": tmp_path / f"{name}-1"})
         assert_close(tmp_path / f"{name}-2", alone)
@@ -185,6 +186,8 @@ def test_what_processes_cannot_do_together_is_said_by_all(corpus, tmp_path, proc
     assert all("linked.training is a link" in text for _, text in said[1::2])  # which the first alone looks at
     said = together(processes, [corpus, part], [{"out": tmp_path / "other"}])
     assert len(said) == N and all("the processes of one training differ in corpus" in text for _, text in said)
+    said = together(processes, [corpus] * N, [{"out": tmp_path / "other"}], sharded="as asked")
+    assert len(said) == N and all("asks for fsdp, which accelerate does on GPUs alone" in text for _, text in said)
 
 
 def test_one_process_alone_cannot_train_in_parallel(tiny_pair, corpus, tmp_path, monkeypatch):

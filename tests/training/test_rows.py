@@ -216,7 +216,7 @@ def test_a_length_that_leaves_nothing_of_a_completion_is_refused_before_any_is_w
     assert json.loads((done.adapter / "training.json").read_text())["n_scored_tokens"] <= 8 * len(done.corpus)
 
 
-@pytest.mark.parametrize("how", [{}, {"retokenise": True, "loss_on": "completion", "max_length": 24}])
+@pytest.mark.parametrize("how", [{}, {"retokenise": True, "max_length": 24}])
 def test_a_streamed_corpus_trains_the_same_bits(tiny_pair, tiny_prompts, tmp_path, monkeypatch, how):
     options = {"lr": 1e-3, "epochs": 2, "batch_size": 4, "progress": False, **how}
     path = tmp_path / "corpus.jsonl"
