@@ -29,7 +29,7 @@ from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat, SpanRule, overlapping
 from spd_lens.models.tokenizer import load_tokenizer, text_ids
-from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory
+from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory, sync_trained_alone
 from spd_lens.models.transformers_private import (
     attention_implementation,
     default_generation_settings,
@@ -52,6 +52,6 @@ __all__ = [
     "positionwise_in_last_block", "probe",
     "random_kept", "recomputed_alike", "refuse_compiled", "refuse_processed", "relative_error", "resolve_device",
     "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "several_processes", "single_process",
-    "site_layer", "takes_slots", "text_ids", "token_losses",
+    "site_layer", "sync_trained_alone", "takes_slots", "text_ids", "token_losses",
     "twin_hook", "unembed_only", "untouched", "weights_digest", "without_autocast",
 ]  # fmt: skip

@@ -15,14 +15,13 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json, write_text
-from spd_lens.models import angles_change_beyond, fastest_attention
+from spd_lens.models import angles_change_beyond, fastest_attention, sync_trained_alone
 from spd_lens.training.checkpoint_dir import complete_checkpoint
 from spd_lens.training.length_groups import passes
 from spd_lens.training.loss import NextTokenLoss
@@ -67,12 +66,8 @@ class CorpusTrainer(Trainer):
                 f"the launcher's configuration asks for {processes.engine}, which accelerate does on GPUs alone; the "
                 f"model is on {self.args.device}; launch with docs/accelerate/ddp-cpu.yaml, or load the model on GPUs"
             )
-        if processes.engine == "ddp":  # it would write the first process's frozen weights over those of the others
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model,
-                [name for name, weight in model.named_parameters() if not weight.requires_grad]
-                + [name for name, _ in model.named_buffers()],
-            )
+        if processes.engine == "ddp":
+            sync_trained_alone(model)
 
     def get_train_dataloader(self) -> Any:
         """Whole batches in every process, in the order of a single one."""
