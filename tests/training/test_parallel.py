@@ -108,7 +108,7 @@ def together(processes, corpora, calls, *, killed_at=None, sharded="") -> list[t
         process.join(timeout=250)
     codes = [process.exitcode for process in group]
     assert codes[0] == -signal.SIGKILL if killed_at else not any(codes), codes
-    return sorted(said.get() for _ in range(said.qsize()))
+    return sorted((said.get() for _ in range(said.qsize())), key=lambda pair: pair[0])
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
