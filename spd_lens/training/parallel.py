@@ -51,7 +51,7 @@ class Processes:
         distributed.broadcast_object_list(found)
         if found[1] is not None:
             raise SPDError(found[1])
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def check(self, batch_size: int, identity: Mapping[str, Any]) -> None:
         """Raise `SPDError` if the processes cannot share batches, or were not given the same."""

@@ -164,9 +164,12 @@ def test_killed_and_continued_it_is_the_undisturbed_training(tiny_pair, corpus, 
     assert finetune(tiny_pair, corpus, out=out, **OPTIONS | how) == out  # finished is finished, whoever trained it
 
 
-def test_sharded_weights_train_the_adapter_and_the_model_of_one(tiny_pair, corpus, tmp_path, processes):
+def test_sharded_weights_train_the_adapter_and_the_model_of_one_killed_or_not(tiny_pair, corpus, tmp_path, processes):
     calls = {"lora": UNEVEN | {"save_steps": 1}, "full": {"method": "full", "save_steps": 1}}
     calls = {name: {**how, "out": tmp_path / f"{name}-2"} for name, how in calls.items()}
+    killed_at = (tmp_path / "lora-2.training/checkpoints", "checkpoint-2/complete")
+    together(processes, [corpus] * N, [calls["lora"]], killed_at=killed_at, sharded="anyway")
+    assert not (tmp_path / "lora-2").exists()
     assert not together(processes, [corpus] * N, list(calls.values()), sharded="anyway")
     for name, how in calls.items():
         alone = finetune(tiny_pair, corpus, **OPTIONS | how | {"out": tmp_path / f"{name}-1"})
