@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.cli.flags import with_settings
+from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
 from spd_lens.output import set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig, validated
@@ -188,21 +190,36 @@ def generate_command(
 @with_settings(
     *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
     "lora_targets", "loss_on", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding", "seed",
+    "report_to",
 )  # fmt: skip
 def finetune_command(
     config: SPDConfig,
     corpus: Annotated[Path, typer.Option("--corpus", help="JSONL file that `generate` wrote.")],
     out: Out = Path("adapter"),
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Train with the other processes of accelerate launch or torchrun.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune on a corpus (Eq. 14); writes a PEFT adapter directory."""
-    set_up_logging(quiet)
+    speaks = not parallel or os.environ.get("RANK", "0") == "0"
+    set_up_logging(quiet or not speaks)
     from spd_lens.generation import Corpus
+    from spd_lens.models import fails_first, own_device
     from spd_lens.runs import Experiment, check_settings
 
-    check_settings(config)
-    path = Experiment(config, out.parent, progress=not quiet).finetune(Corpus.load(corpus), out)
-    Console().print(f"written to {path}", highlight=False, markup=False)
+    if parallel:
+        config = config.model_copy(update={"device": own_device(config.device)})
+    try:
+        check_settings(config)
+        experiment = Experiment(config, out.parent, progress=not quiet)
+        path = experiment.finetune(Corpus.load(corpus), out, parallel=parallel)
+    except SPDError:
+        if parallel and not fails_first():  # another process says it
+            raise typer.Exit(2) from None
+        raise
+    if speaks:
+        Console().print(f"written to {path}", highlight=False, markup=False)
 
 
 @app.command("evaluate")

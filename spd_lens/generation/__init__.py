@@ -5,6 +5,7 @@ from spd_lens.generation.corpus import (
     Corpus,
     Header,
     Record,
+    Streamed,
     corpus_digest,
     disk_errors_explained,
     recorded_settings,
@@ -18,7 +19,7 @@ from spd_lens.generation.model_settings import APPLIED, shown
 from spd_lens.generation.sampling import Sampling
 
 __all__ = [
-    "APPLIED", "Corpus", "Decoding", "Header", "Job", "NOT_APPLIED", "Record", "Sampling", "check_room",
+    "APPLIED", "Corpus", "Decoding", "Header", "Job", "NOT_APPLIED", "Record", "Sampling", "Streamed", "check_room",
     "corpus_digest", "disk_errors_explained", "generate", "recorded_settings", "refuse_other_settings",
     "settings_path", "shown", "stop_tokens", "twin_engine",
 ]  # fmt: skip

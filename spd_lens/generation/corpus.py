@@ -10,20 +10,28 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, shortened
 from spd_lens.files import is_blank, make_directory, read_json, refuse_stand_in, sync, write_json
 from spd_lens.generation.record import Key, Record, prompt_id, typed
 
+_T = TypeVar("_T")
+STREAMED_FROM = 2**26
+"""Bytes of a corpus file that are held in memory. Its records take five times as much there, and training's rows twice
+as much (docs/parallel-training.md), so that a larger file would crowd the model out."""
 NOT_APPLIED = "generation_config_not_applied"
 """The one setting that no completion depends on; it is not compared when a corpus is continued."""
 
 
 class Corpus(Sequence[Record]):
-    """Completions in prompt order, and the settings they were made with."""
+    """Completions in prompt order, and the settings they were made with.
+
+    Those of a file of more than `STREAMED_FROM` bytes are read from it as they are asked for, and not held.
+    """
 
     def __init__(
         self,
@@ -34,7 +42,7 @@ class Corpus(Sequence[Record]):
         expected: int | None = None,
     ) -> None:
         """`expected`: how many records a finished run would hold; None if nothing says."""
-        self.records: list[Record] = list(records)
+        self.records: Sequence[Record] = records if isinstance(records, Streamed) else list(records)
         self.settings: dict[str, Any] = dict(settings or {})
         self.path = path
         self._expected = len(self.records) if expected is None else expected
@@ -77,10 +85,17 @@ class Corpus(Sequence[Record]):
         if not path.is_file():
             raise SPDError(f"corpus {path} does not exist; generate one with spd_lens.generate(..., path=...)")
         header = Header.read(path) if settings_path(path).exists() else None
-        records, _ = read_records(path, ours=header is not None)
+        records: Iterable[Record]
+        if path.stat().st_size > STREAMED_FROM:
+            found = scanned(path, ours=header is not None)
+            lines = {record.key: (start, size) for start, size, record in found if record is not None}
+            records = Streamed(path, lines.values() if header is None else header.sort(lines))
+        else:
+            held, _ = read_records(path, ours=header is not None)
+            records = held.values() if header is None else header.sort(held)
         if header is None:
-            return cls(records.values(), path=path)
-        return cls(header.sort(records), settings=header.settings, path=path, expected=len(header.order))
+            return cls(records, path=path)
+        return cls(records, settings=header.settings, path=path, expected=len(header.order))
 
 
 def corpus_digest(corpus: Iterable[Record]) -> str:
@@ -126,8 +141,8 @@ class Header:
         """Replace the header of the corpus file `path`, atomically."""
         write_json(settings_path(path), {"settings": self.settings, "order": list(self.order)})
 
-    def sort(self, records: Mapping[Key, Record]) -> list[Record]:
-        """Records in prompt order; those of prompts that are not in the order come last, as found."""
+    def sort(self, records: Mapping[Key, _T]) -> list[_T]:
+        """What there is of each record, in prompt order; of prompts that are not in it it comes last, as found."""
         listed = [records[key] for key in self.order if key in records]
         known = set(self.order)
         return listed + [record for key, record in records.items() if key not in known]
@@ -142,24 +157,66 @@ def read_records(path: Path, *, ours: bool = True) -> tuple[dict[Key, Record], i
     Raises:
         SPDError: a whole line is no record, or two lines are the same completion.
     """
-    refuse_stand_in(path)
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1 if ours else len(content)
     records: dict[Key, Record] = {}
-    lines = content[:whole].removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = Record.from_json(line.decode("utf-8"))
-        except UNREADABLE as error:
-            raise SPDError(f"line {number} of {path} is no record of a corpus ({error}); remove that line") from error
-        if record.key in records:
-            raise SPDError(
-                f"line {number} of {path} repeats the completion of prompt {record.id!r}; remove one of them"
-            )
-        records[record.key] = record
+    whole = 0
+    for start, size, record in scanned(path, ours=ours):
+        whole = start + size
+        if record is not None:
+            records[record.key] = record
     return records, whole
+
+
+def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None]]:
+    """The whole lines of a corpus file: where each starts and its size, in bytes, and its record; None if it is blank.
+
+    Raises as `read_records`.
+    """
+    refuse_stand_in(path)
+    seen: set[Key] = set()
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if ours and not line.endswith(b"\n"):
+                return
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            record = None
+            if text.strip():
+                try:
+                    record = Record.from_json(text.decode("utf-8"))
+                except UNREADABLE as error:
+                    raise SPDError(
+                        f"line {number} of {path} is no record of a corpus ({error}); remove that line"
+                    ) from error
+                if record.key in seen:
+                    raise SPDError(
+                        f"line {number} of {path} repeats the completion of prompt {record.id!r}; remove one of them"
+                    )
+                seen.add(record.key)
+            yield start, len(line), record
+            start += len(line)
+
+
+class Streamed(Sequence[Record]):
+    """Records that stay in their file: 16 bytes of memory for each, and a line is read whenever it is asked for."""
+
+    def __init__(self, path: Path, lines: Iterable[tuple[int, int]]) -> None:
+        """`lines`: where each record's line starts, and its size, in bytes; in the order of the records."""
+        self._path = path
+        self._lines = np.array(list(lines), dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, size = map(int, self._lines[index])
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                line = os.pread(file.fileno(), size, start)
+            return Record.from_json(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        except (OSError, *UNREADABLE) as error:
+            raise SPDError(f"{self._path} has changed since it was opened ({error}); load it again") from error
 
 
 class CorpusWriter:

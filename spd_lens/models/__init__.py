@@ -20,7 +20,7 @@ from spd_lens.models.distributed import Processes, launched, processes
 from spd_lens.models.drawing import draw, drawn_tokens, row_uniforms
 from spd_lens.models.fingerprint import Fingerprint, weights_digest
 from spd_lens.models.hooks import LensHook, run_only, unembed_only
-from spd_lens.models.launchers import single_process
+from spd_lens.models.launchers import fails_first, own_device, several_processes, single_process
 from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
@@ -31,7 +31,7 @@ from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat, SpanRule, overlapping
 from spd_lens.models.tokenizer import load_tokenizer, text_ids
-from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory
+from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory, sync_trained_alone
 from spd_lens.models.transformers_private import (
     attention_implementation,
     default_generation_settings,
@@ -47,13 +47,14 @@ __all__ = [
     "PromptFormat", "SiteLayer", "SpanRule", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond",
     "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
     "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
-    "dtype_name", "fast_products", "fastest_attention", "free_memory",
+    "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",
     "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads",
     "named_outputs", "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product",
-    "ordinary_buffers", "out_of_memory", "overlapping", "own_memory", "packed", "positionwise_in_last_block", "probe",
+    "ordinary_buffers", "out_of_memory", "overlapping", "own_device", "own_memory", "packed",
+    "positionwise_in_last_block", "probe",
     "random_kept", "recomputed_alike", "refuse_compiled", "refuse_processed", "relative_error", "resolve_device",
-    "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "single_process",
-    "site_layer", "takes_slots", "text_ids", "token_losses",
+    "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "several_processes", "single_process",
+    "site_layer", "sync_trained_alone", "takes_slots", "text_ids", "token_losses",
     "twin_hook", "unembed_only", "untouched", "weights_digest", "without_autocast",
     "Processes", "launched", "processes",
     "is_spread", "refuse_spread", "stored_weights", "writable",

@@ -14,7 +14,8 @@ in the environment when the library is imported, or `torch_private.enabled = Fal
 | `times_written` | weights that were edited in place are noticed | only replaced weights, and those in digests |
 
 What `torch.compile` leaves on modules is known by the names of attributes (`before_compile` and below). Looking for
-them cannot fail, and a projection has no effect on some compiled models, so that this is never switched off.
+them cannot fail, and a projection has no effect on some compiled models, so that this is never switched off. Nor is
+`sync_trained_alone`, which sets an attribute, too: where a release does not read it, `untouched` says so.
 
 `tests/models/test_torch_private.py` says with which release each was seen to work.
 """
@@ -134,6 +135,13 @@ def hook_tables(module: nn.Module | None, kind: str) -> dict[int, Callable[..., 
 def times_written(tensor: Tensor) -> int | None:
     """How often a tensor was written to in place; None for an inference tensor, which does not count that."""
     return None if not enabled or tensor.is_inference() else getattr(tensor, "_version", None)
+
+
+def sync_trained_alone(model: nn.Module) -> None:
+    """Let `DistributedDataParallel` leave frozen weights and buffers as they are, instead of writing those of the first
+    process over them."""
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]  # type: ignore[assignment]
 
 
 def before_compile(model: Any) -> Any:

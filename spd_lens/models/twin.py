@@ -17,7 +17,7 @@ from spd_lens.errors import SPDError, one_line
 
 def run_twin(model: Any, tokens: Int[Tensor, "batch pos"], **options: Any) -> Any:
     """One forward pass with named outputs, without attention weights and hidden states."""
-    with named_outputs(model):
+    with named_outputs(model if hasattr(model, "config") else model.module):  # DDP shows no attribute of its model
         return model(input_ids=tokens, output_attentions=False, output_hidden_states=False, **options)
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _N_EVAL = 100
+BESIDE = ("published_name", "report_to")
+"""Settings that change no result: whose published numbers a report shows beside it, and where losses are watched."""
 
 
 class ProtocolGroup(Settings):
@@ -169,6 +171,16 @@ class SubspaceGroup(Settings):
         return rank
 
 
+class ReportGroup(Settings):
+    """Where a training is watched."""
+
+    panel = "Training"
+
+    report_to: str = Field(
+        "none", description="Trackers that also get the training losses: none, tensorboard, trackio, wandb."
+    )
+
+
 class EvaluationGroup(Settings):
     """What is measured, and the seed of the draws of examples."""
 
@@ -186,8 +198,8 @@ class EvaluationGroup(Settings):
 
 # Settings are written in the order of the groups from the last to the first, since bases come before their classes.
 class SPDConfig(
-    SeedGroup, EvaluationGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup, SiteGroup, DataGroup,
-    ModelGroup, ProtocolGroup,
+    SeedGroup, EvaluationGroup, ReportGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup,
+    SiteGroup, DataGroup, ModelGroup, ProtocolGroup,
 ):  # fmt: skip
     """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md.
 
@@ -324,9 +336,9 @@ def differ(key: str, one: Any, other: Any) -> bool:
     """Whether two values of a setting are not the same.
 
     `1 == 1.0` in Python, but rank 1 is one direction and 1.0 is all. A model's directory has more than one spelling.
-    Whose published numbers a report shows beside the results changes none of them.
+    What is in `BESIDE` changes no result.
     """
-    if key == "published_name":
+    if key in BESIDE:
         return False
     if key == "model" and isinstance(one, str) and isinstance(other, str):
         one, other = (str(Path(model).resolve()) if Path(model).exists() else model for model in (one, other))

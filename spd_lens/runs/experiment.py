@@ -299,16 +299,22 @@ class Experiment:
             path=path, progress=self.progress,
         )  # fmt: skip
 
-    def finetune(self, corpus: Corpus, out: Path, *, training: Mapping[str, Any] | None = None) -> Path:
+    def finetune(
+        self, corpus: Corpus, out: Path, *, training: Mapping[str, Any] | None = None, parallel: bool = False
+    ) -> Path:
         """An adapter, or a whole checkpoint, trained on a corpus (Eq. 14).
 
         Args:
             corpus: The completions.
             out: Where the adapter belongs.
             training: Fields of `TrainingSettings`, where they are not the config's.
+            parallel: Whether this process is one of several that train together.
         """
         settings = self.config.training.model_copy(update=training)
-        return finetune(self.pair, corpus, settings=settings, out=out, progress=self.progress)
+        return finetune(
+            self.pair, corpus, settings=settings, out=out, progress=self.progress, report_to=self.config.report_to,
+            parallel=parallel,
+        )  # fmt: skip
 
     def measure(
         self, items: Sequence[Example], policies: Sequence[Policy], target: str | None = None

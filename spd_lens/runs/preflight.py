@@ -17,7 +17,7 @@ from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.model_check import require_core
 from spd_lens.subspaces import resolve_rank
 from spd_lens.tasks import Split
-from spd_lens.training import resolve_targets, scored_padding
+from spd_lens.training import resolve_targets, scored_padding, trackers
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def check_settings(config: SPDConfig) -> None:
     choose_backends(config.backend)
     resolve_dtype(config.dtype, resolve_device(config.device))
     config.training.check()
+    trackers(config.report_to)
 
 
 def check_data(experiment: Experiment) -> None:

@@ -19,7 +19,7 @@ from spd_lens.files import is_blank, is_free, make_directory, read_json, write_j
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair
 from spd_lens.runs.artefacts import Artefacts
-from spd_lens.runs.config import SPDConfig, read_kept
+from spd_lens.runs.config import BESIDE, SPDConfig, read_kept
 from spd_lens.subspaces import GradientMoments
 
 _LOCK = ".lock"
@@ -167,10 +167,12 @@ class Run(Folder, Artefacts):
             with run.locked():
                 run.check(config)  # another process may have begun a run meanwhile
                 write_text(run.config_path, config.to_yaml())
-        elif config.published_name != (earlier := run.config).published_name:
-            with run.locked():
-                named = earlier.model_copy(update={"published_name": config.published_name})
-                write_text(run.config_path, named.to_yaml())
+        else:
+            earlier = run.config
+            now = earlier.model_copy(update={name: getattr(config, name) for name in BESIDE})
+            if now != earlier:
+                with run.locked():
+                    write_text(run.config_path, now.to_yaml())
         return run
 
     def check(self, config: SPDConfig) -> None:

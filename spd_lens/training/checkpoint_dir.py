@@ -33,7 +33,9 @@ LOG = "training.json"
 COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
 _BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-"""What a checkpoint holds beside the weights."""
+"""What a checkpoint of one process holds beside the weights."""
+_OF_SEVERAL = ("rng_state_*.pth", "optimizer_*", "pytorch_model_*", "global_step*", "latest", "zero_to_fp32.py")
+"""What one of several processes holds besides: each one's random state, and what FSDP and DeepSpeed keep."""
 
 
 class TrainingPlace:
@@ -121,7 +123,7 @@ class TrainingPlace:
         """
         kept = self.epochs / str(epoch)
         shutil.rmtree(kept, ignore_errors=True)  # of a process that was killed here, or of a checkpoint that was lost
-        shutil.copytree(checkpoint, kept, ignore=shutil.ignore_patterns(*_BESIDE_WEIGHTS, COMPLETE))
+        shutil.copytree(checkpoint, kept, ignore=shutil.ignore_patterns(*_BESIDE_WEIGHTS, *_OF_SEVERAL, COMPLETE))
         complete_checkpoint(kept)
         shutil.rmtree(self.epochs / str(epoch - 2), ignore_errors=True)
 

@@ -31,7 +31,8 @@ class EarlyStop(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         epoch, rest = divmod(state.global_step, self._steps_per_epoch)
         if not rest:
-            self._place.keep_epoch(epoch, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+            if state.is_world_process_zero:
+                self._place.keep_epoch(epoch, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
             control.should_training_stop |= is_over(self.losses(state))
 
     def losses(self, state: Any) -> list[float]:

@@ -8,7 +8,8 @@ import errno
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -31,7 +32,6 @@ from spd_lens.models import (
     random_kept,
     recomputed_alike,
     refuse_spread,
-    single_process,
     untouched,
     weights_digest,
 )
@@ -41,12 +41,24 @@ from spd_lens.training.early_stop import EarlyStop
 from spd_lens.training.length_groups import needs_checkpointing
 from spd_lens.training.lora_targets import resolve_targets
 from spd_lens.training.loss import IGNORED
+from spd_lens.training.parallel import Processes, joined
+from spd_lens.training.reports import keep_logs, trackers
 from spd_lens.training.rows import Row, corpus_rows
-from spd_lens.training.trainer import CorpusTrainer, PlacedArguments, save_weights
+from spd_lens.training.trainer import CorpusTrainer, PlacedArguments
+
+
+@dataclass(frozen=True)
+class How:
+    """How a training is done, which does not decide its result."""
+
+    gradient_checkpointing: bool | None
+    save_steps: int | None
+    progress: bool
+    report_to: list[str]
+    processes: Processes
 
 
 @neutrally
-@single_process()
 def finetune(
     pair: ModelPair,
     corpus: Corpus,
@@ -57,6 +69,8 @@ def finetune(
     resume: bool = True,
     save_steps: int | None = None,
     progress: bool = True,
+    report_to: str = "none",
+    parallel: bool = False,
     **keywords: Unpack[TrainingKeywords],
 ) -> Path:
     """Train on the corpus' own tokens with next-token loss (Eq. 14), and leave the model as it was, bit for bit.
@@ -79,6 +93,11 @@ def finetune(
         save_steps: Steps between checkpoints. None: one per epoch, and for LoRA, whose checkpoints are small, at least
             every 100 steps. They are deleted at the end.
         progress: Whether to show a progress bar.
+        report_to: Where the loss log also goes while it grows: `"none"`, `"tensorboard"`, `"trackio"`, `"wandb"`, or
+            another name that transformers knows; several with commas between them.
+        parallel: Whether to train together with the other processes that a launcher has started: each calls this with
+            the same arguments, and gets the same adapter (docs/parallel-training.md). False: train alone, whatever
+            variables a launcher has left.
         **keywords: Single settings, which take precedence over `settings`: method, rank, alpha, dropout,
             targets, lr, weight_decay, epochs, batch_size, gradient_accumulation, loss_on, seed, warmup_epochs,
             early_stop, retokenise, max_length, loss_on_padding.
@@ -91,29 +110,46 @@ def finetune(
     Raises:
         SPDError: An empty or unfinished corpus, or another model's; a setting out of range; a text of which nothing is
             left to train on; padding to train on that the tokenizer does not have; a target that the model does not
-            have; other settings in `out`; a loss that is no number; memory or disk full; a model on several devices.
+            have; other settings in `out`; a loss that is no number; memory or disk full; a model on several devices; a
+            batch that the processes cannot share; a package to report to that is not installed.
     """
     save_steps = None if save_steps is None else whole("save_steps", save_steps)
     settings = TrainingSettings.given(settings, keywords, "finetune")
     settings.check()
     refuse_spread(pair.hf, "training", "load the model without device_map")
+    reports = trackers(report_to)
+    with joined(pair.device, parallel) as processes:
+        how = How(gradient_checkpointing, save_steps, progress, reports, processes)
+        return _finetune(pair, corpus, settings, out, resume, how)
+
+
+def _finetune(
+    pair: ModelPair, corpus: Corpus, settings: TrainingSettings, out: str | Path | None, resume: bool, how: How
+) -> Path:
     _check_corpus(pair, corpus)
     rows = corpus_rows(pair, corpus, settings)
     if pair.has_lens:
         pair.check()
     settings = _for_model(settings, pair)
     identity = _identity(pair, corpus, settings)
-    if out is None:
-        out = (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
-    place = TrainingPlace(Path(out))
-    if resume and place.finished(identity):
+    processes = how.processes
+    processes.check(settings.train_batch_size, identity)
+    place = TrainingPlace(Path(processes.first(lambda: _default_out(corpus)) if out is None else out))
+    if resume and processes.first(lambda: place.finished(identity)):
         return place.directory
-    with place.working(identity, resume), random_kept():
+    with contextlib.ExitStack() as stack, random_kept():
+        # another number of processes or another engine cannot go on from a checkpoint
+        working = place.working(identity | processes.recorded, resume)
+        processes.first(lambda: stack.enter_context(working))
         set_seed(settings.seed)  # PEFT and Trainer draw from the global generators
-        summary = _train(pair, settings, rows, place, save_steps, gradient_checkpointing, progress)
+        summary = _train(pair, settings, rows, place, how)
         with _explained(place):
-            place.publish({"settings": identity, **summary})
+            processes.first(lambda: place.publish({"settings": identity, **processes.recorded, **summary}))
     return place.directory
+
+
+def _default_out(corpus: Corpus) -> Path:
+    return (Path(tempfile.mkdtemp(prefix="spd_")) if corpus.path is None else corpus.path.parent) / "adapter"
 
 
 def _identity(pair: ModelPair, corpus: Corpus, settings: TrainingSettings) -> dict[str, Any]:
@@ -142,33 +178,36 @@ def _for_model(settings: TrainingSettings, pair: ModelPair) -> TrainingSettings:
 def _train(
     pair: ModelPair,
     settings: TrainingSettings,
-    rows: list[Row],
+    rows: Sequence[Row],
     place: TrainingPlace,
-    save_steps: int | None,
-    gradient_checkpointing: bool | None,
-    progress: bool,
+    how: How,
 ) -> dict[str, Any]:
     """Write the adapter or checkpoint to `place.result`, and say how the training went."""
     start = time.monotonic()
-    with _trainable(pair, settings) as model:
-        if gradient_checkpointing is None:
-            longest = max(len(row["input_ids"]) for row in rows)
-            n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            gradient_checkpointing = needs_checkpointing(pair, settings.train_batch_size * longest, n_trained)
-        if gradient_checkpointing:
+    processes = how.processes
+    n_scored = longest = 0
+    for row in rows:
+        n_scored += sum(label != IGNORED for label in row["labels"])
+        longest = max(longest, len(row["input_ids"]))
+    with _trainable(pair, settings, processes.sharded) as model:
+        if _checkpoints_gradients(pair, settings, longest, model, how):
             _checkpoint_gradients(model)
         per_epoch = _steps_per_epoch(settings, len(rows))
-        args = _arguments(pair, settings, per_epoch, place, save_steps)
+        args = _arguments(pair, settings, per_epoch, place, how)
         stop = EarlyStop(place, per_epoch) if settings.early_stop else None
         on_device = torch.cuda.device(pair.device) if pair.device.type == "cuda" else contextlib.nullcontext()
         with on_device, _explained(place), fast_products(pair.device, pair.dtype):
-            trainer = CorpusTrainer(model, args, rows, pair.pad_id, progress, [stop] if stop else [])
-            noted = _fit(trainer, place, stop, settings.epochs)
+            trainer = CorpusTrainer(
+                model, args, rows, pair.pad_id, how.progress and not processes.index, [stop] if stop else [], processes
+            )
+            if processes.index:
+                torch.manual_seed(settings.seed + processes.index)  # noise of its own; the weights are the first's
+            noted = _fit(trainer, place, stop, settings.epochs, processes)
             if settings.full:
-                pair.tokenizer.save_pretrained(place.result)
+                processes.first(lambda: pair.tokenizer.save_pretrained(place.result))
     return {
         "n_sequences": len(rows),
-        "n_scored_tokens": sum(label != IGNORED for row in rows for label in row["labels"]),
+        "n_scored_tokens": n_scored,
         "n_steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - start, 1),  # of this process: a resumed training took longer
         **noted,
@@ -176,19 +215,32 @@ def _train(
     }
 
 
-def _fit(trainer: CorpusTrainer, place: TrainingPlace, stop: EarlyStop | None, n_epochs: int) -> dict[str, Any]:
+def _checkpoints_gradients(
+    pair: ModelPair, settings: TrainingSettings, longest: int, model: nn.Module, how: How
+) -> bool:
+    """Whether activations are recomputed: what was asked for, else what memory allows the first process."""
+    if how.gradient_checkpointing is not None:
+        return how.gradient_checkpointing
+    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    n_tokens = settings.train_batch_size // how.processes.count * longest
+    return how.processes.first(lambda: needs_checkpointing(pair, n_tokens, n_trained))
+
+
+def _fit(
+    trainer: CorpusTrainer, place: TrainingPlace, stop: EarlyStop | None, n_epochs: int, processes: Processes
+) -> dict[str, Any]:
     """Train from the latest checkpoint on, write the weights to `place.result`, and say what `training.json` notes."""
     if stop is None:
-        trainer.train(resume_from_checkpoint=place.latest_checkpoint())
-        save_weights(trainer.model, place.result)
+        trainer.train(resume_from_checkpoint=processes.first(place.latest_checkpoint))
+        trainer.save_model(str(place.result), _internal_call=True)
         return {}
-    checkpoint = place.latest_checkpoint(stop.best_epoch)
+    checkpoint = processes.first(lambda: place.latest_checkpoint(stop.best_epoch))
     if checkpoint is not None and (ended := stop.ended(checkpoint)):  # killed at the very end: Trainer would go on
         trainer.state = ended
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     report = stop.report(trainer.state, n_epochs)
-    place.take_epoch(report["epoch"])
+    processes.first(lambda: place.take_epoch(report["epoch"]))
     return {"early_stop": report}
 
 
@@ -226,12 +278,13 @@ def _steps_per_epoch(settings: TrainingSettings, n_rows: int) -> int:
 
 
 def _arguments(
-    pair: ModelPair, settings: TrainingSettings, per_epoch: int, place: TrainingPlace, save_steps: int | None
+    pair: ModelPair, settings: TrainingSettings, per_epoch: int, place: TrainingPlace, how: How
 ) -> PlacedArguments:
-    every = save_steps or (per_epoch if settings.full else min(per_epoch, 100))
+    every = how.save_steps or (per_epoch if settings.full else min(per_epoch, 100))
+    keep_logs(place.directory)
     args = PlacedArguments(
         output_dir=str(place.checkpoints),
-        per_device_train_batch_size=settings.train_batch_size,
+        per_device_train_batch_size=settings.train_batch_size // how.processes.count,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs,
         optim="adamw_torch",
@@ -249,11 +302,15 @@ def _arguments(
         save_total_limit=2,  # the newest may be half-written when the process is killed
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log an earlier loss in place of NaN
-        report_to="none",
+        report_to=how.report_to,
+        project="spd_lens",
+        run_name=place.directory.name,
         disable_tqdm=True,  # `CorpusTrainer` shows its own bar
         use_cpu=pair.device.type == "cpu",
         dataloader_pin_memory=pair.device.type == "cuda",
         remove_unused_columns=False,
+        average_tokens_across_devices=False,  # every process counts those of whole batches
+        ddp_find_unused_parameters=settings.full,  # such as experts that no token went to; LoRA has none
     )
     args.place(pair.device)
     args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make Trainer split every batch over them
@@ -261,8 +318,9 @@ def _arguments(
 
 
 @contextlib.contextmanager
-def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Module]:
-    """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained."""
+def _trainable(pair: ModelPair, settings: TrainingSettings, sharded: bool) -> Iterator[nn.Module]:
+    """The model to train. LoRA matrices are put on the twin and come off again; in full, a copy is trained, and where
+    its weights are sharded, LoRA is put on a copy."""
     if settings.full:
         # float32, since steps of 1e-5 vanish in bfloat16 weights
         model = copy.deepcopy(pair.hf).to(torch.float32).requires_grad_(True)
@@ -276,8 +334,9 @@ def _trainable(pair: ModelPair, settings: TrainingSettings) -> Iterator[nn.Modul
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
     )
+    twin = copy.deepcopy(pair.hf) if sharded else pair.hf
     with untouched(pair.hf, writable=False):  # PEFT writes into modules and configs, and trains only what it adds
-        model: Any = get_peft_model(pair.hf, config)  # type: ignore[no-redef]  # keeps its own weights in float32
+        model: Any = get_peft_model(twin, config)  # type: ignore[no-redef]  # keeps its own weights in float32
         model.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
         yield model.train()
 

@@ -32,13 +32,14 @@ def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def passes(batch: dict[str, Tensor], apart: int | None = None) -> list[dict[str, Tensor]]:
+def passes(batch: dict[str, Tensor], apart: int | None = None, n_processes: int = 1) -> list[dict[str, Tensor]]:
     """A padded batch as several, each cut to its longest row; padding that is scored belongs to its row.
 
-    Rows of more than `apart` tokens (`angles_change_beyond`) never share a pass with shorter rows.
+    Rows of more than `apart` tokens (`angles_change_beyond`) never share a pass with shorter rows. Where the rows of a
+    pass are shared by `n_processes`, each has a part of its tokens, and starts it as one process would.
     """
     lengths: list[int] = (batch["attention_mask"].bool() | (batch["labels"] != IGNORED)).sum(1).tolist()
-    groups = split_by_length(lengths, _PASS_COSTS.get(batch["input_ids"].device.type, 0))
+    groups = split_by_length(lengths, n_processes * _PASS_COSTS.get(batch["input_ids"].device.type, 0))
     if apart is not None:
         sides = [[[i for i in group if (lengths[i] > apart) == long] for long in (True, False)] for group in groups]
         groups = [side for both in sides for side in both if side]

@@ -29,14 +29,15 @@ class NextTokenLoss:
     and back to the hidden states, before the next one does. Adapters and biases on the unembedding, training it, tying
     it to the embedding work as usual, since it is called as a module. What the architecture does to its logits
     afterwards is looked up in its configuration, and compared with what it really does to a few tokens. Where that
-    differs, the model's own logits are used, all scored positions at once.
+    differs, the model's own logits are used, all scored positions at once. So they are where the weights are `sharded`
+    over several processes: the unembedding's are then whole only while the model runs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sharded: bool = False) -> None:
         inner: Any = model
         self._head: nn.Module = inner.get_output_embeddings()
         self._tail = tail_of(inner.config.get_text_config())
-        self._tail_is_known = self._check_tail(inner)
+        self._tail_is_known = not sharded and self._check_tail(inner)
 
     def __call__(
         self,

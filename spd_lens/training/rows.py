@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
-from spd_lens.generation import Record, stop_tokens
+from spd_lens.generation import Corpus, Record, Streamed, stop_tokens
 from spd_lens.models import ModelPair, right_pad
 from spd_lens.settings import TrainingSettings
 from spd_lens.training.loss import IGNORED
@@ -115,8 +116,23 @@ def scored_padding(pair: ModelPair, settings: TrainingSettings) -> int | None:
     return int(pad_id)
 
 
-def corpus_rows(pair: ModelPair, records: Sequence[Record], settings: TrainingSettings) -> list[Row]:
-    """The completions as these settings train on them.
+class LazyRows(Sequence[Row]):
+    """Rows that are made of their records whenever they are asked for, as `torch.utils.data` takes a dataset."""
+
+    def __init__(self, records: Sequence[Record], row_of: Callable[[Record], Row]) -> None:
+        self._records, self._row_of = records, row_of
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._row_of(record) for record in self._records[index]]
+        return self._row_of(self._records[index])
+
+
+def corpus_rows(pair: ModelPair, records: Sequence[Record], settings: TrainingSettings) -> Sequence[Row]:
+    """The completions as these settings train on them: all at once, or each in its turn where the corpus is streamed.
 
     Raises:
         SPDError: As `scored_padding`; or a completion of which nothing is left to train on, or that is beyond the model
@@ -131,13 +147,15 @@ def corpus_rows(pair: ModelPair, records: Sequence[Record], settings: TrainingSe
             "pair.hf.generation_config.eos_token_id",
             pad, pair.name, ", ".join(map(str, shown)) or "none",
         )  # fmt: skip
-    rows = token_rows(
-        records,
-        settings.loss_on,
+    made = partial(
+        token_rows,
+        loss_on=settings.loss_on,
         tokenizer=pair.tokenizer if settings.retokenise else None,
         max_length=settings.max_length,
         pad_id=pad_id,
     )
+    streamed = isinstance(records, Corpus) and isinstance(records.records, Streamed)
+    rows = LazyRows(records, lambda record: made([record])[0]) if streamed else made(records)
     if not settings.retokenise and settings.max_length is None:
         return rows  # the corpus' own ids, all of them
     n_rows = pair.hf.get_input_embeddings().weight.shape[0]

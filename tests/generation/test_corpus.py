@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spd_lens.errors import SPDError
-from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, settings_path, write_json
+from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, Streamed, settings_path, write_json
 from tests.helpers import refused
 
 SETTINGS = {"model": "tiny", "seed": 42, "temperature": 0.7}
@@ -217,6 +217,34 @@ def test_other_programs_may_end_lines_and_files_as_they_like(path: Path, content
     corpus = Corpus.load(foreign(path, content))
     assert corpus.records == RECORDS[:3]
     assert corpus.complete
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spd_lens.generation.corpus.STREAMED_FROM", 0)
+        assert list(Corpus.load(path)) == RECORDS[:3]
+
+
+def test_a_large_file_is_read_record_by_record_in_prompt_order(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("spd_lens.generation.corpus.STREAMED_FROM", 0)
+    write(path, [RECORDS[2], RECORDS[0]])
+    write(path, [RECORDS[3]])
+    path.write_bytes(path.read_bytes() + b"\n" + RECORDS[1].to_json().encode()[:-3])
+    part = Corpus.load(path)
+    assert isinstance(part.records, Streamed) and not part.complete
+    assert list(part) == [RECORDS[0], *RECORDS[2:]] and part.settings == SETTINGS
+    write(path, [RECORDS[1]])
+    corpus = Corpus.load(path)
+    assert list(corpus) == RECORDS and corpus.complete and len(corpus) == 4
+    assert corpus[-1] == RECORDS[3] and corpus[1:3] == RECORDS[1:3]
+    with pytest.raises(IndexError):
+        corpus[4]
+    with refused("line 2", "repeats"):
+        Corpus.load(foreign(path.with_name("twice.jsonl"), LINES[0] + b"\n" + LINES[0]))
+    path.write_bytes(path.read_bytes()[9:])
+    with refused(path, "has changed since it was opened"):
+        corpus[2]
+    path.unlink()
+    with refused(path, "has changed since it was opened"):
+        corpus[2]
 
 
 def test_one_record_without_a_line_break_is_a_corpus(path: Path) -> None:

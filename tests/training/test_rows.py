@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from spd_lens.generation.corpus import Corpus, Record
+from spd_lens.generation.generate import generate
 from spd_lens.models.load import load
 from spd_lens.models.pair import ModelPair
 from spd_lens.runs.config import SPDConfig
@@ -16,7 +17,7 @@ from spd_lens.runs.pipeline import run
 from spd_lens.settings import TrainingSettings
 from spd_lens.training.finetune import finetune
 from spd_lens.training.length_groups import passes
-from spd_lens.training.rows import collated, corpus_rows, retokenised, scored_padding, token_rows
+from spd_lens.training.rows import LazyRows, collated, corpus_rows, retokenised, scored_padding, token_rows
 from tests.conftest import N_CTX, build_llama, build_tokenizer
 from tests.helpers import refused
 from tests.models.zoo import build_twin
@@ -213,3 +214,19 @@ def test_a_length_that_leaves_nothing_of_a_completion_is_refused_before_any_is_w
     assert not (tmp_path / "run").exists()
     done = run(SPDConfig.make(settings | {"max_prompt_tokens": 12, "epochs": 1}), tmp_path / "run", progress=False)
     assert json.loads((done.adapter / "training.json").read_text())["n_scored_tokens"] <= 8 * len(done.corpus)
+
+
+@pytest.mark.parametrize("how", [{}, {"retokenise": True, "max_length": 24}])
+def test_a_streamed_corpus_trains_the_same_bits(tiny_pair, tiny_prompts, tmp_path, monkeypatch, how):
+    options = {"lr": 1e-3, "epochs": 2, "batch_size": 4, "progress": False, **how}
+    path = tmp_path / "corpus.jsonl"
+    generate(tiny_pair, tiny_prompts, max_new_tokens=24, temperature=3.0, top_p=1.0, seed=9, progress=False, path=path)
+    held = finetune(tiny_pair, Corpus.load(path), out=tmp_path / "held", **options)
+    monkeypatch.setattr("spd_lens.generation.corpus.STREAMED_FROM", 0)
+    streamed = Corpus.load(path)
+    assert isinstance(corpus_rows(tiny_pair, streamed, TrainingSettings(retokenise="retokenise" in how)), LazyRows)
+    out = finetune(tiny_pair, streamed, out=tmp_path / "streamed", **options)
+    ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (out, held))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (json.loads((place / "training.json").read_text()) for place in (out, held))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
