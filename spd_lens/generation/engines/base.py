@@ -18,7 +18,7 @@ Run = Callable[[Sequence[Job]], Iterator[Completions]]
 """A function from jobs to their completions, as they end and in whatever order."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Engine(ABC):
     """An engine for one model and one way to draw tokens. `generate` prepares it, and then runs it under each policy.
 
