@@ -263,22 +263,14 @@ class EngineSettings(Settings):
 
     panel = "Self-generation"
 
-    generation_engine: str = Field(
-        default="twin", description="What generates corpora: twin, lens, openai, vllm or ray."
-    )
+    generation_engine: str = Field("twin", description="What generates corpora: twin, lens, openai, vllm or ray.")
     engine_url: str | None = Field(
-        default=None, description="Address of the engine's server, such as http://localhost:8000/v1 for openai."
+        None, description="Address of the engine's server, such as http://localhost:8000/v1 for openai."
     )
-    engine_model: str | None = Field(
-        default=None, description="Name under which the server has the model; else its only one."
-    )
-    engine_concurrency: int | None = Field(default=None, ge=1, description="Requests in flight at most; by default 32.")
-    engine_timeout: float | None = Field(
-        default=None, gt=0, description="Seconds that a request may take; by default 600."
-    )
-    engine_retries: int | None = Field(
-        default=None, ge=0, description="How often a request is tried again; by default 5."
-    )
+    engine_model: str | None = Field(None, description="Name under which the server has the model; else its only one.")
+    engine_concurrency: int | None = Field(None, ge=1, description="Requests in flight at most; by default 32.")
+    engine_timeout: float | None = Field(None, gt=0, description="Seconds that a request may take; by default 600.")
+    engine_retries: int | None = Field(None, ge=0, description="How often a request is tried again; by default 5.")
 
     @property
     def given(self) -> list[str]:

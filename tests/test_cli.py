@@ -20,6 +20,7 @@ import spd_lens as spd
 from spd_lens.cli.commands import app, main
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
+from tests.completions_server import serving
 from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
 
@@ -438,6 +439,19 @@ def test_stages_in_sequence_are_the_run(call, in_tmp, flags, model_flags, finish
     assert (result.policy, [i.completion for i in result.items]) == ("tuned", [i.completion for i in expected.items])
     assert [i.kl for i in result.items] == pytest.approx([i.kl for i in expected.items], rel=1e-6)
     assert str(result.accuracy) in out
+
+
+def test_generate_with_a_server(call, in_tmp, model_flags, tiny_llama_dir):
+    command = ["generate", *model_flags, *GENERATE, "--temperature", "0"]
+    with serving({"tiny": tiny_llama_dir}) as served:
+        server = ["--engine", "openai", "--engine-url", served.url, "--engine-model", "tiny"]
+        assert call(*command, *server, "--engine-concurrency", "2", "--out", "s.jsonl")[0] == 0
+        one_error(call(*command, "--engine-url", served.url, "--out", "x.jsonl"), "'twin'", "engine_url")
+        one_error(call(*command, *server, "--engine-retries", "-1", "--out", "x.jsonl"), "engine_retries", "-1")
+    one_error(call(*command, *server, "--out", "x.jsonl"), served.url, "no answer")
+    assert call(*command, "--out", "t.jsonl")[0] == 0
+    assert spd.Corpus.load("s.jsonl").records == spd.Corpus.load("t.jsonl").records
+    assert not (in_tmp / "x.jsonl").exists()
 
 
 def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags, finished_run):

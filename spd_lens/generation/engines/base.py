@@ -37,6 +37,8 @@ class Engine(ABC):
     """What it is, in a few words."""
     takes: ClassVar[tuple[str, ...]] = ()
     """The fields of `EngineSettings` that it reads; any other that is given is refused."""
+    serves_one: ClassVar[bool] = False
+    """Whether it runs only the one policy that somebody serves; any other is generated on the twin."""
     runs: ClassVar[Literal["twin", "lens"]] = "twin"
     """Which of the pair's models it is: whose weights a corpus records, and whose context limits a prompt."""
 

@@ -57,6 +57,8 @@ class OpenAIEngine(Engine):
     says = "a model on any server that speaks OpenAI's completions protocol"
     takes = ("engine_url", "engine_model", "engine_concurrency", "engine_timeout", "engine_retries")
 
+    serves_one = True
+
     served: _Served = field(init=False)
 
     @classmethod

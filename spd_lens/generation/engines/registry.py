@@ -37,7 +37,7 @@ def chosen(name: str | None, settings: EngineSettings | None) -> tuple[type[Engi
     """
     if not isinstance(settings, EngineSettings | None):
         raise SPDError(f"engine_settings is a {type(settings).__name__}; it must be spd_lens.settings.EngineSettings")
-    settings = settings or EngineSettings()
+    settings = settings or EngineSettings.model_validate({})
     engine = find(name or settings.generation_engine)
     engine.check(settings)
     return engine, settings
