@@ -5,6 +5,7 @@ It shares no code with the library: tokens come from plain recomputation of the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 import time
@@ -14,8 +15,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEEDS_OPENAI = pytest.mark.skipif(
+    importlib.util.find_spec("openai") is None, reason="the package openai (extra servers) is not in this environment"
+)
 
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "generation_config"}
 """What a strict server takes, as `transformers serve` does."""

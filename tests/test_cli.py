@@ -20,7 +20,7 @@ import spd_lens as spd
 from spd_lens.cli.commands import app, main
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
-from tests.completions_server import serving
+from tests.completions_server import NEEDS_OPENAI, serving
 from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
 
@@ -441,6 +441,7 @@ def test_stages_in_sequence_are_the_run(call, in_tmp, flags, model_flags, finish
     assert str(result.accuracy) in out
 
 
+@NEEDS_OPENAI
 def test_generate_with_a_server(call, in_tmp, model_flags, tiny_llama_dir):
     command = ["generate", *model_flags, *GENERATE, "--temperature", "0"]
     with serving({"tiny": tiny_llama_dir}) as served:

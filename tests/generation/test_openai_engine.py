@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +23,10 @@ from spd_lens.generation.generate import generate
 from spd_lens.settings import EngineSettings
 from spd_lens.subspaces.projection import fold_to
 from spd_lens.subspaces.subspace import Subspace
-from tests.completions_server import serving
+from tests.completions_server import NEEDS_OPENAI, serving
 from tests.helpers import refused
 
+pytestmark = NEEDS_OPENAI
 N = 12
 PROBES = len(TEXTS) + 1
 """Requests before the first prompt, where nothing is sampled: one to see the form, and the texts."""
@@ -104,6 +111,44 @@ def test_text_stands_in_for_ids_that_a_server_does_not_take_or_show(tiny_llama_d
     assert [r.completion for r in corpus] == [r.completion for r in twin]
     assert [r.prompt_ids for r in corpus] == [r.prompt_ids for r in twin]
     assert len({r.completion_ids for r in sampled}) == len(sampled)
+
+
+def test_transformers_serve_gives_the_same_completions(tiny_llama_dir, made, twin, tmp_path):
+    """Another's server, with its own model and tokenizer in a process of its own."""
+    pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import app; app()", "serve", tiny_llama_dir]
+    options = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        server = subprocess.Popen([*map(str, command), *options], stdout=log, stderr=log, env=environment)
+    try:
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        served = SimpleNamespace(url=f"http://127.0.0.1:{port}/v1")
+        engine = {"model": str(tiny_llama_dir), "concurrency": 1}
+        corpus = made(served, engine=engine)
+        sampled = made(served, engine=engine, prompts=["a", "b"], **SAMPLED, top_k=7)
+        with refused("400", "Server is pinned to"):
+            made(served, engine={"model": "other"})
+    finally:
+        server.terminate()
+        server.wait()
+    assert [(r.completion, r.finish_reason) for r in corpus] == [(r.completion, r.finish_reason) for r in twin]
+    assert corpus.settings["engine_tokens"] == {"prompt": "text", "completion": "text"}
+    assert corpus.settings["engine_server"] == "uvicorn"
+    assert json.loads(sampled.settings["engine_request"]["generation_config"])["top_k"] == 7
+
+
+def _answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def test_the_served_projection_is_told_from_the_plain_model_and_from_another(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from spd_lens.errors import SPDError
@@ -85,6 +85,9 @@ class OpenAIEngine(Engine):
             self.served = _Served(self._model(names))
             probe = GreedyProbe(self.pair, policies[0], self.decoding, self._seen)
             self._find_form(connection, probe)
+            if not self.served.ids:
+                for job in jobs:  # all of them now, and not one of them when half are done
+                    self._text(job)
             where = f"the model {self.served.model!r} at {connection.url}"
             greedy = self._answered(connection, probe.greedy, probe.jobs)
             probe.check(greedy, where)
@@ -252,13 +255,13 @@ class OpenAIEngine(Engine):
         n_rows = self.pair.hf.get_input_embeddings().weight.shape[0]
         if foreign := next((id for id in ids if not 0 <= id < n_rows), None):
             raise self._odd(job, f"the token {foreign}, which is not among the model's {n_rows}")
-        for end in range(1, len(ids) + 1):
-            if decoding.reason(job, ids[:end]) != "length":
-                return ids[:end]
-        if choice.finish_reason == "stop":  # what ended it is not shown
-            return [*ids, self._stop_token]
+        ids = self._through_its_end(job, ids, stopped=choice.finish_reason == "stop")
+        if choice.finish_reason == "stop" or decoding.reason(job, ids) != "length":
+            return ids
         n_new = len(ids) if choice.token_ids is not None else answer.usage and answer.usage.completion_tokens
-        if not ids or n_new not in (None, decoding.max_new_tokens):
+        if not ids:
+            raise self._odd(job, "a completion without a token")
+        if n_new not in (None, decoding.max_new_tokens):
             raise self._odd(job, f"a completion cut at {n_new} tokens, not {decoding.max_new_tokens}")
         return ids
 
@@ -268,9 +271,16 @@ class OpenAIEngine(Engine):
             "kept, and the same again continues once the server is right"
         )
 
-    @property
+    def _through_its_end(self, job: Job, ids: list[int], *, stopped: bool) -> list[int]:
+        """A completion cut behind the first token that ends it; `stopped`: there is one, though it may not be shown."""
+        for end in range(1, len(ids) + 1):
+            if self.decoding.reason(job, ids[:end]) != "length":
+                return ids[:end]
+        return [*ids, self._stop_token] if stopped else ids
+
+    @cached_property
     def _stop_token(self) -> int:
-        """The token that ends a completion where a server does not show it: the chat's end of turn, else EOS."""
+        """What ends a completion where a server does not show it: the chat's end of turn, else EOS."""
         ends = (self.pair.format.end_of_turn(), self.pair.tokenizer.eos_token_id, *self.decoding.stop_ids)
         return int(next(id for id in ends if id is not None))
 
@@ -281,6 +291,8 @@ class OpenAIEngine(Engine):
         """The twin's completion as this server would show it."""
         if self.served.shows_ids:
             return ids
-        ended = ids[-1] in self.decoding.stop_ids
-        text = self.pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [*self._retokenised(text), *([self._stop_token] if ended else [])]
+        stopped = ids[-1] in self.decoding.stop_ids
+        text = self.pair.tokenizer.decode(
+            ids[:-1] if stopped else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return self._through_its_end(job, self._retokenised(text), stopped=stopped)
