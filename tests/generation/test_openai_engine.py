@@ -281,9 +281,12 @@ def test_a_wrong_address_is_one_sentence(tiny_pair, tmp_path, settings, words):
     assert not path.exists()
 
 
-def test_an_address_that_is_no_list_of_models(healthy, made):
+def test_an_address_without_completions(healthy, made):
+    elsewhere = {"url": healthy.url.removesuffix("/v1")}
+    with refused("lists no model", "engine_url"):
+        made(healthy, engine=elsewhere)
     with refused("404", "engine_url"):
-        made(healthy, engine={"url": healthy.url.removesuffix("/v1")})
+        made(healthy, engine={**elsewhere, "model": "tiny"})
 
 
 def test_what_the_engines_do_not_go_with(healthy, made, tiny_pair, subspace, monkeypatch):

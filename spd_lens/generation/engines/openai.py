@@ -132,8 +132,10 @@ class OpenAIEngine(Engine):
         if self.settings.engine_model is not None:
             return self.settings.engine_model
         if len(names) != 1:
-            listed = ", ".join(names) or "none by name"
-            raise SPDError(f"the server at {self.settings.engine_url} has several models ({listed}); name engine_model")
+            listed = f"has several models ({', '.join(names)})" if names else "lists no model"
+            raise SPDError(
+                f"the server at {self.settings.engine_url} {listed}; name one in engine_model, or correct engine_url"
+            )
         return names[0]
 
     def _find_form(self, connection: Connection, probe: GreedyProbe) -> None:

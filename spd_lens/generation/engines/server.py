@@ -64,11 +64,16 @@ class Connection:
     def about(self) -> tuple[list[str], str]:
         """The names of the models that are served, and the software as it calls itself: a name and a version."""
 
+        import openai
+
         async def look() -> tuple[list[str], str]:
             once = self.client.with_options(max_retries=0)
             with _explained(self.url):
-                listed = await once.models.with_raw_response.list()
-            models = _Models.model_validate_json(listed.http_response.content).data
+                try:
+                    listed = (await once.models.with_raw_response.list()).http_response
+                except openai.APIStatusError as error:  # not every server has a list, nor one that works
+                    listed = error.response
+            models = _Models.model_validate_json(listed.content).data if listed.is_success else []
             version = None
             with contextlib.suppress(Exception):  # few servers have it
                 root = self.url.rstrip("/").removesuffix("/v1")
@@ -164,7 +169,7 @@ def _explained(url: str) -> Iterator[None]:
     except openai.APIConnectionError as error:
         why = one_line(error.__cause__ or error)
         raise SPDError(
-            f"the server at {url} does not answer ({why}); start it or correct engine_url ({kept})"
+            f"no answer from the server at {url} ({why}); start it or correct engine_url ({kept})"
         ) from error
     except openai.APIStatusError as error:
         says = shortened(" ".join(error.response.text.split()), 200)
