@@ -33,6 +33,12 @@ PROBES = len(TEXTS) + 1
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
 
 
+@pytest.fixture(autouse=True)
+def _short_probe(monkeypatch):
+    """Fewer tokens to compare: models this small differ at once."""
+    monkeypatch.setattr("spd_lens.generation.engines.greedy_probe.N_NEW", 5)
+
+
 @pytest.fixture(scope="module")
 def subspace(tiny_pair):
     template = torch.eye(8, dtype=torch.float64)[:, :4].expand(2, -1, -1).clone()

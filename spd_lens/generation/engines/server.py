@@ -63,7 +63,6 @@ class Connection:
 
     def about(self) -> tuple[list[str], str]:
         """The names of the models that are served, and the software as it calls itself: a name and a version."""
-
         import openai
 
         async def look() -> tuple[list[str], str]:
