@@ -160,12 +160,12 @@ def _explained(url: str) -> Iterator[None]:
     kept = "what was written is kept, and the same again continues"
     try:
         yield
-    except openai.APITimeoutError as error:
-        raise SPDError(
-            f"the server at {url} took longer than engine_timeout; give it more time or lower engine_concurrency "
-            f"({kept})"
-        ) from error
     except openai.APIConnectionError as error:
+        if isinstance(error, openai.APITimeoutError) and "Connect" not in type(error.__cause__).__name__:
+            raise SPDError(
+                f"the server at {url} took longer than engine_timeout; give it more time or lower engine_concurrency "
+                f"({kept})"
+            ) from error
         why = one_line(error.__cause__ or error)
         raise SPDError(
             f"no answer from the server at {url} ({why}); start it or correct engine_url ({kept})"
