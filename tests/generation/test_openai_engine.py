@@ -228,8 +228,8 @@ def test_a_wrong_answer_is_one_sentence_and_loses_nothing(tiny_llama_dir, made, 
 
 def test_what_was_in_flight_beside_a_failure_is_kept(tiny_llama_dir, made, tmp_path):
     path = tmp_path / "c.jsonl"
-    served = serving({"tiny": tiny_llama_dir}, fault=lambda n: "no choice" if n == PROBES else None)
-    with served as server, refused("0 completions"):
+    at_once = {"fault": lambda n: "500" if n == PROBES else None, "delay": 0.3}  # while the others take their time
+    with serving({"tiny": tiny_llama_dir}, **at_once) as server, refused("HTTP 500"):
         made(server, path, engine={"concurrency": 4})
     assert len(Corpus.load(path)) == 3
 
