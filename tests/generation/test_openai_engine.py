@@ -281,7 +281,8 @@ def test_another_server_does_not_continue_a_corpus(healthy, tiny_llama_dir, made
 def test_a_wrong_address_is_one_sentence(tiny_pair, tmp_path, settings, words):
     path = tmp_path / "c.jsonl"
     with pytest.raises(SPDError) as caught:
-        generate(tiny_pair, ["a"], engine="openai", engine_settings=EngineSettings(**settings), path=path)
+        own = {"engine_settings": EngineSettings(**settings), "max_new_tokens": N, "path": path}
+        generate(tiny_pair, ["a"], engine="openai", **own)
     message = str(caught.value)
     assert not [word for word in words if word not in message], message
     assert "secret" not in message and "\n" not in message
