@@ -50,7 +50,9 @@ class Registry(dict[str, _Class]):
 
 
 class PlugIns(Registry[_Class]):
-    """Classes with a `name` and `is_control`: those in the files of a package, in installed plug-ins, and a user's own.
+    """Classes with a `name`: those in the files of a package, in installed plug-ins, and a user's own.
+
+    A class may say with `is_control` that it is only there to be compared with.
 
     Args:
         noun: What the classes are called in messages, such as `"method"`.
@@ -88,7 +90,7 @@ class PlugIns(Registry[_Class]):
             for plugin in importlib.metadata.entry_points(group=self.package):
                 plugin.load()
             self.complete = True
-        return sorted(self, key=lambda name: (self[name].is_control, name))  # type: ignore[attr-defined]
+        return sorted(self, key=lambda name: (getattr(self[name], "is_control", False), name))
 
     def _find_own(self) -> None:
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):

@@ -258,6 +258,26 @@ class SamplingSettings(CompletionGroup, SeedGroup, CallSettings):
         whole("seed", self.seed, least=None)
 
 
+class EngineSettings(Settings):
+    """Where completions are generated, and how the engine is reached. Each engine says which settings it reads."""
+
+    panel = "Self-generation"
+
+    generation_engine: str = Field("twin", description="What generates corpora: twin, lens, openai, vllm or ray.")
+    engine_url: str | None = Field(
+        None, description="Address of the engine's server, such as http://localhost:8000/v1 for openai."
+    )
+    engine_model: str | None = Field(None, description="Name under which the server has the model; else its only one.")
+    engine_concurrency: int | None = Field(None, ge=1, description="Requests in flight at most; by default 32.")
+    engine_timeout: float | None = Field(None, gt=0, description="Seconds that a request may take; by default 600.")
+    engine_retries: int | None = Field(None, ge=0, description="How often a request is tried again; by default 5.")
+
+    @property
+    def given(self) -> list[str]:
+        """The settings of an engine that are set, by name."""
+        return [name for name, value in self if name.startswith("engine_") and value is not None]
+
+
 class OptimisationGroup(Settings):
     """How a corpus is distilled into the model. The defaults are the paper's (appendix A.3)."""
 

@@ -23,6 +23,7 @@ from spd_lens.cli.commands import app, main
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
 from spd_lens.subspaces import random_basis
+from tests.completions_server import NEEDS_OPENAI, serving
 from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
 
@@ -479,6 +480,20 @@ def test_export_refuses_in_one_sentence(call, in_tmp, model_flags, subspace_file
     code, _, err = call("export", subspace_file, *model_flags, "--as", "gguf")
     assert code == 2 and "'gguf'" in err
     assert not any(in_tmp.iterdir())
+
+
+@NEEDS_OPENAI
+def test_generate_with_a_server(call, in_tmp, model_flags, tiny_llama_dir):
+    command = ["generate", *model_flags, *GENERATE, "--temperature", "0"]
+    with serving({"tiny": tiny_llama_dir}) as served:
+        server = ["--engine", "openai", "--engine-url", served.url, "--engine-model", "tiny"]
+        assert call(*command, *server, "--engine-concurrency", "2", "--out", "s.jsonl")[0] == 0
+        one_error(call(*command, "--engine-url", served.url, "--out", "x.jsonl"), "'twin'", "engine_url")
+        one_error(call(*command, *server, "--engine-retries", "-1", "--out", "x.jsonl"), "engine_retries", "-1")
+    one_error(call(*command, *server, "--out", "x.jsonl"), served.url, "no answer")
+    assert call(*command, "--out", "t.jsonl")[0] == 0
+    assert spd.Corpus.load("s.jsonl").records == spd.Corpus.load("t.jsonl").records
+    assert not (in_tmp / "x.jsonl").exists()
 
 
 def test_generate_with_the_lens_engine_gives_the_same(call, in_tmp, model_flags, finished_run):

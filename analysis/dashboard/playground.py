@@ -142,7 +142,9 @@ class Playground:
         config = self.subject.run.config.model_copy(update={"max_new_tokens": ask.max_new_tokens, "seed": ask.seed})
         experiment = self.subject.experiment.varied(config=config, progress=False)
         sampling = {"temperature": ask.temperature}
-        texts = [experiment.generate(None, policy, [prompt], sampling=sampling)[0] for policy in policies]
+        texts = [
+            experiment.generate(None, policy, [prompt], sampling=sampling, engine="twin")[0] for policy in policies
+        ]
         logits = torch.stack([self._next_logits(policy, prompt) for policy in policies])
         probabilities = logits.softmax(-1)
         order = probabilities[:2].amax(0).topk(min(TOP, probabilities.shape[-1])).indices

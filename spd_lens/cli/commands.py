@@ -17,7 +17,7 @@ from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
 from spd_lens.output import set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig, validated
-from spd_lens.settings import DEFAULT_MODEL, Extraction
+from spd_lens.settings import DEFAULT_MODEL, EngineSettings, Extraction
 
 if TYPE_CHECKING:
     from spd_lens.subspaces import Policy
@@ -165,14 +165,13 @@ def extract_command(
 @app.command("generate")
 @with_settings(
     *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
-    "max_prompt_tokens", "seed",
+    "max_prompt_tokens", *EngineSettings.model_fields, "seed",
 )  # fmt: skip
 def generate_command(
     config: SPDConfig,
     out: Out = Path("corpus.jsonl"),
     subspace: SubspaceFile = None,
     adapter: AdapterDir = None,
-    engine: Annotated[str, typer.Option("--engine", help="twin (folded, batched) or lens (hooks).")] = "twin",
     quiet: Quiet = False,
 ) -> None:
     """Completions of a task's training prompts, into a JSONL file. Started again, it continues."""
@@ -182,7 +181,7 @@ def generate_command(
     policy = _policy(config, subspace, adapter)
     experiment = Experiment(config, out.parent, progress=not quiet)
     check_stage(experiment, "train", config.n_train)
-    corpus = experiment.generate(out, policy, engine=engine)
+    corpus = experiment.generate(out, policy)
     Console().print(f"{corpus}", highlight=False, markup=False)
 
 

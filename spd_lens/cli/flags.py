@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +53,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
             command(config=SPDConfig.read(file, overrides, preset), **arguments)
 
         parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        parameters += [_parameter(name) for name in chosen]
+        parameters += [_parameter(name, chosen) for name in chosen]
         option = typer.Option("--config", help="YAML file with settings; flags override it.")
         parameters.append(_keyword("config", Annotated[Path | None, option]))
         if {"n_train", "n_eval"} <= set(chosen):
@@ -69,12 +69,14 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _parameter(name: str, chosen: Sequence[str]) -> inspect.Parameter:
     field = SPDConfig.model_fields[name]
     default = field.get_default(call_default_factory=True)
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = f"{field.description} (default: {shown})" if shown not in (None, {}, "") else field.description
-    flag = f"--{name.replace('_', '-')}"
+    flags = [f"--{name.replace('_', '-')}"]
+    if name == "generation_engine" and "engine" not in chosen:  # no other engine that the short name could mean
+        flags.insert(0, "--engine")
     groups = [group for group in SPDConfig.__bases__ if issubclass(group, Settings)]
     panel = next(group.panel for group in groups if name in group.model_fields)
     if name == "task_options":
@@ -85,7 +87,7 @@ def _parameter(name: str) -> inspect.Parameter:
     if name in _SWITCHES:
         return _keyword(name, Annotated[bool | None, typer.Option(_SWITCHES[name], help=text, rich_help_panel=panel)])
     return _keyword(
-        name, Annotated[_plain(field.annotation) | None, typer.Option(flag, help=text, rich_help_panel=panel)]
+        name, Annotated[_plain(field.annotation) | None, typer.Option(*flags, help=text, rich_help_panel=panel)]
     )
 
 

@@ -263,7 +263,8 @@ class CorpusWriter:
         )
         refuse_other_settings(f"{self.path} was generated", then, now)
         self.done, size = read_records(self.path)
-        foreign = next((key for key in self.done if key not in set(self.header.order)), None)
+        asked = set(self.header.order)
+        foreign = next((key for key in self.done if key not in asked), None)
         if foreign is not None:
             raise SPDError(
                 f"{self.path} holds a completion of prompt {foreign[0]!r}, which is not among the prompts now; "

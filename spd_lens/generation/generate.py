@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError, whole
 from spd_lens.examples import Example, as_examples, id_text
+from spd_lens.generation import engines
 from spd_lens.generation.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
-from spd_lens.generation.engines import lens_engine, twin_engine
 from spd_lens.generation.jobs import Decoding, Job
 from spd_lens.models import ModelPair, adapter_digest, dtype_name, neutrally, weights_digest
-from spd_lens.settings import SamplingKeywords, SamplingSettings
+from spd_lens.settings import EngineSettings, SamplingKeywords, SamplingSettings
 from spd_lens.subspaces import Policy, Subspace
 
 PerPrompt = Mapping[str, Subspace | None] | Callable[[Example], Subspace | None]
@@ -33,7 +33,8 @@ def generate(
     subspace: Subspace | PerPrompt | None = None,
     strength: float = 1.0,
     adapter: str | Path | None = None,
-    engine: str = "twin",
+    engine: str | None = None,
+    engine_settings: EngineSettings | None = None,
     path: str | Path | None = None,
     progress: bool = True,
     **keywords: Unpack[SamplingKeywords],
@@ -60,7 +61,9 @@ def generate(
         adapter: The policy's adapter or checkpoint.
         engine: `"twin"`: batched on the Hugging Face twin, the projection folded into its weights. `"lens"`: the lens
             model under hooks, one prompt at a time and slow, with the same tokens in float32; compared with the twin at
-            the length of the longest prompt and its completion first.
+            the length of the longest prompt and its completion first. Others are in docs/engines.md. None: the one that
+            `engine_settings` names, by default the twin.
+        engine_settings: Settings of the engine, which refuses those that it does not read.
         path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
             prompts than before (with a choice by prompt: with the same ones).
         progress: Whether to show a progress bar.
@@ -77,43 +80,27 @@ def generate(
     settings = SamplingSettings.given(settings, keywords, "generate")
     settings.check()
     policy = Policy.given(policy, subspace, strength, adapter)
-    _check_engine(engine, policy)
+    kind, engine_settings = engines.chosen(engine, engine_settings)
     earlier = recorded_settings(path)
     pair = pair.dated((earlier or {}).get("prompt_date"))
     decoding = Decoding.of(pair, settings)
-    jobs = _jobs(pair, prompts, settings, engine)
-    if engine == "lens":  # before its weights are recorded
-        pair.lens_at(max(len(job.prompt_ids) for job in jobs) + settings.max_new_tokens)
+    jobs = _jobs(pair, prompts, settings, kind.runs)
     groups = _groups(pair, jobs, policy)
     by_prompt = not isinstance(policy.subspace, Subspace | None)
-    recorded = {**_recorded(pair, decoding, engine, groups, by_prompt=by_prompt), **settings.label}
+    runs = kind(pair, decoding, engine_settings, settings.generation_batch_size)
+    own = runs.prepare(jobs, [group.policy for group in groups])  # before a lens model's weights are recorded
+    recorded = {**_recorded(runs, own, groups, by_prompt=by_prompt), **settings.label}
     if earlier is not None and "prompt_date" not in earlier:
         recorded.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
     decoding.own.tell()
     opened = contextlib.nullcontext() if path is None else CorpusWriter(path, recorded, [job.key for job in jobs])
     with opened as writer:
-        done = _complete(pair, decoding, groups, engine, settings.generation_batch_size, writer, progress)
+        done = _complete(runs, groups, writer, progress)
     return Corpus([done[job.key] for job in jobs], settings=recorded, path=None if path is None else Path(path))
 
 
-def _check_engine(engine: str, policy: Policy) -> None:
-    if engine not in ("twin", "lens"):
-        raise SPDError(f"unknown engine {engine!r}; choose 'twin' (batched, fast) or 'lens' (hooks, one at a time)")
-    if engine == "lens" and policy.adapter is not None:
-        raise SPDError(
-            "the lens engine runs the lens model's own weights; bring the adapter there with "
-            "pair.sync(to='lens', adapter=...) and leave adapter out, or use engine='twin'"
-        )
-
-
 def _complete(
-    pair: ModelPair,
-    decoding: Decoding,
-    groups: Sequence[_Group],
-    engine: str,
-    batch_size: int | None,
-    writer: CorpusWriter | None,
-    progress: bool,
+    engine: engines.Engine, groups: Sequence[_Group], writer: CorpusWriter | None, progress: bool
 ) -> dict[Key, Record]:
     """The records of all jobs: those that the corpus file has already, and new ones, which are written to it."""
     jobs = [job for group in groups for job in group.jobs]
@@ -129,13 +116,9 @@ def _complete(
             left = [job for job in group.jobs if job.key not in done]
             if not left:
                 continue
-            with (
-                twin_engine(pair, decoding, group.policy, batch_size)
-                if engine == "twin"
-                else lens_engine(pair, decoding, group.policy)
-            ) as run:
+            with engine.under(group.policy) as run:
                 for completions in run(left):
-                    records = [_record(pair, job, ids, decoding) for job, ids in completions]
+                    records = [_record(engine.pair, job, ids, engine.decoding) for job, ids in completions]
                     if writer is not None:
                         writer.append(records)
                     done |= {record.key: record for record in records}
@@ -198,18 +181,20 @@ def _chosen(choice: Subspace | PerPrompt | None, example: Example) -> Subspace |
 
 
 def _recorded(
-    pair: ModelPair, decoding: Decoding, engine: str, groups: Sequence[_Group], *, by_prompt: bool
+    engine: engines.Engine, own: Mapping[str, Any], groups: Sequence[_Group], *, by_prompt: bool
 ) -> dict[str, Any]:
     """What decides a corpus' content: written beside it, and compared when it is continued.
 
     `batch_size` is not among them, since completions do not depend on it. `subspace` is a digest, or with a choice by
-    prompt each prompt's.
+    prompt each prompt's. `own` is what the engine records of itself.
     """
+    pair, decoding = engine.pair, engine.decoding
     each = {job.example.id: group.digest for group in groups for job in group.jobs}
     policy = groups[0].policy  # they differ in their subspace alone
     return {
         "model": pair.name,
-        "engine": engine,
+        "engine": engine.name,
+        **own,
         "dtype": dtype_name(pair.dtype),
         **pair.format.settings,
         "subspace": each if by_prompt else groups[0].digest,
@@ -223,7 +208,7 @@ def _recorded(
         "seed": decoding.seed,
         # last: the first setting that differs is the one a refusal names
         "fingerprint": pair.fingerprint.to_dict(),
-        "weights": weights_digest(pair.hf if engine == "twin" else pair.lens),
+        "weights": weights_digest(pair.hf if engine.runs == "twin" else pair.lens),
     }
 
 

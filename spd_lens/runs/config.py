@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,6 +19,7 @@ from spd_lens.settings import (
     COMMAS,
     DEFAULT_MODEL,
     CompletionGroup,
+    EngineSettings,
     Extraction,
     GradientGroup,
     OptimisationGroup,
@@ -198,7 +199,8 @@ class EvaluationGroup(Settings):
 
 # Settings are written in the order of the groups from the last to the first, since bases come before their classes.
 class SPDConfig(
-    SeedGroup, EvaluationGroup, ReportGroup, OptimisationGroup, CompletionGroup, GradientGroup, SubspaceGroup,
+    SeedGroup, EvaluationGroup, ReportGroup, OptimisationGroup, EngineSettings, CompletionGroup, GradientGroup,
+    SubspaceGroup,
     SiteGroup, DataGroup, ModelGroup, ProtocolGroup,
 ):  # fmt: skip
     """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md.
@@ -219,6 +221,15 @@ class SPDConfig(
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _engine_reads_its_settings(self) -> Self:
+        """There is such an engine, and it reads what is given of its settings."""
+        if self.generation_engine != "twin" or self.given:
+            from spd_lens.generation import engines  # they import torch, which settings and --help do not need
+
+            engines.find(self.generation_engine).check(self)
+        return self
 
     @property
     def departures(self) -> dict[str, tuple[Any, Any]]:
@@ -241,6 +252,11 @@ class SPDConfig(
     def sampling(self) -> SamplingSettings:
         """The settings of `generate`."""
         return SamplingSettings.of(self)
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        """The engine that generates corpora, and its settings."""
+        return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
 
     @property
     def training(self) -> TrainingSettings:
@@ -336,9 +352,10 @@ def differ(key: str, one: Any, other: Any) -> bool:
     """Whether two values of a setting are not the same.
 
     `1 == 1.0` in Python, but rank 1 is one direction and 1.0 is all. A model's directory has more than one spelling.
-    What is in `BESIDE` changes no result.
+    What is in `BESIDE` changes no result, nor does where a server is: what it serves is compared with the twin, and the
+    corpus records it.
     """
-    if key in BESIDE:
+    if key in BESIDE or key.startswith("engine_"):
         return False
     if key == "model" and isinstance(one, str) and isinstance(other, str):
         one, other = (str(Path(model).resolve()) if Path(model).exists() else model for model in (one, other))

@@ -14,7 +14,7 @@ from spd_lens import estimators
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced, with_answer_only
 from spd_lens.examples import Example
-from spd_lens.generation import Corpus, generate
+from spd_lens.generation import Corpus, engines, generate
 from spd_lens.models import Loss, ModelPair, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
@@ -280,7 +280,8 @@ class Experiment:
         prompts: Iterable[Example] | None = None,
         *,
         sampling: Mapping[str, Any] | None = None,
-        engine: str = "twin",
+        engine: str | None = None,
+        saved: Path | None = None,
     ) -> Corpus:
         """Completions of the training prompts, or of others, under a policy (Eq. 12-13); an interrupted file goes on.
 
@@ -289,15 +290,20 @@ class Experiment:
             policy: What to generate under; None: the model as it is.
             prompts: None: all training prompts.
             sampling: `temperature`, `top_p` and `top_k`, where they are not the config's.
-            engine: `"twin"` (folded weights) or `"lens"` (hooks).
+            engine: `"twin"` (folded weights), `"lens"` (hooks) or another; None: the config's, with its settings.
+            saved: The file of the policy's subspace, to name it where a server does not serve the policy.
         """
         settings = self.config.sampling
         if sampling is not None:
             settings = settings.model_copy(update={key: sampling.get(key) for key in ("temperature", "top_p", "top_k")})
-        return generate(
-            self.pair, self.prompts if prompts is None else prompts, policy=policy, settings=settings, engine=engine,
-            path=path, progress=self.progress,
-        )  # fmt: skip
+        try:
+            return generate(
+                self.pair, self.prompts if prompts is None else prompts, policy=policy, settings=settings,
+                engine=engine, engine_settings=None if engine else self.config.engine_settings,
+                path=path, progress=self.progress,
+            )  # fmt: skip
+        except engines.OtherPolicy as error:
+            raise SPDError(str(error).replace("SUBSPACE", str(saved or "SUBSPACE"))) from error
 
     def finetune(
         self, corpus: Corpus, out: Path, *, training: Mapping[str, Any] | None = None, parallel: bool = False

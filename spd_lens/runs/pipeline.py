@@ -14,7 +14,7 @@ from spd_lens.errors import SPDError
 from spd_lens.evaluation import NEUTRAL, fitting, other_texts
 from spd_lens.examples import Example
 from spd_lens.files import is_made, write_json
-from spd_lens.generation import Corpus
+from spd_lens.generation import Corpus, engines
 from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment
@@ -101,14 +101,17 @@ def _steps(record: Run, experiment: Experiment) -> Iterator[Step]:
     yield Step(
         "generate", f"generating {len(prompts)} completions with the projection",
         lambda: record.has_corpus,
-        lambda: experiment.generate(record.corpus_path, _policy(record, "projected"), prompts),
+        lambda: experiment.generate(
+            record.corpus_path, _policy(record, "projected"), prompts, saved=record.subspace_path
+        ),
     )  # fmt: skip
     # some of the same prompts with the same noise: what differs, the projection changed
     compared = prompts[: config.n_compared]
+    unserved = "twin" if engines.find(config.generation_engine).serves_one else None
     yield Step(
         "compare", f"generating {len(compared)} completions without the projection",
         lambda: Corpus.is_finished(record.unprojected_path),
-        lambda: experiment.generate(record.unprojected_path, None, compared),
+        lambda: experiment.generate(record.unprojected_path, None, compared, engine=unserved),
     )  # fmt: skip
     yield Step(
         "finetune",

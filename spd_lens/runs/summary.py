@@ -279,7 +279,14 @@ def _proof(run: Run) -> str:
     dtype, rounding = notes["resolved"]["dtype"], ""
     if dtype not in ("float32", "float64") and len(unprojected) != len(corpus):
         rounding = f" In {dtype} some of them differ by their batch alone (it held other prompts)."
-    lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.{rounding}")
+    engine, other = (each.settings.get("engine") for each in (corpus, unprojected))
+    if engine == other:
+        lines.append(f"- Completions that the projection changed, same prompts and same noise: {share}.{rounding}")
+    else:
+        lines.append(
+            f"- Completions that differ from those without the projection, same prompts: {share}. The engine {other!r} "
+            f"wrote those, and {engine!r} the corpus, with noise of its own: sampling alone makes completions differ."
+        )
     lines.append(f"- Completions that the model ended by itself: {ended}.")
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def _self_generate(bench: Bench, cell: Cell) -> bool:
             with replacing(place(cell.corpus_path)) as scratch:
                 shutil.copyfile(place(twin.corpus_path), scratch)
         return False
-    experiment.generate(cell.corpus_path, cell.projected, sampling=sampling)
+    experiment.generate(cell.corpus_path, cell.projected, sampling=sampling, saved=cell.subspace_path)
     return True
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
 from spd_lens.generation.corpus import Corpus
+from spd_lens.generation.engines.twin import TwinEngine
 from spd_lens.generation.generate import generate
 from spd_lens.generation.slots import Slots
 from spd_lens.subspaces.subspace import Subspace
@@ -81,14 +80,13 @@ def test_the_settings_say_which(tiny_pair, prompts, choice):
 def test_equal_subspaces_are_one_group(tiny_pair, prompts, monkeypatch):
     """Folding costs time, so objects with the same numbers share it."""
     opened = []
-    module = importlib.import_module("spd_lens.generation.generate")
-    engine = module.twin_engine
+    under = TwinEngine.under
 
-    def counted(pair, decoding, subspace, *rest):
-        opened.append(subspace)
-        return engine(pair, decoding, subspace, *rest)
+    def counted(engine, policy):
+        opened.append(policy)
+        return under(engine, policy)
 
-    monkeypatch.setattr(module, "twin_engine", counted)
+    monkeypatch.setattr(TwinEngine, "under", counted)
     generate(tiny_pair, prompts, subspace=lambda example: subspaces(tiny_pair)[0], **OPTIONS)
     assert len(opened) == 1
     generate(tiny_pair, prompts, subspace=lambda e: subspaces(tiny_pair)[len(e.prompt) % 2], **OPTIONS)

@@ -1,11 +1,12 @@
-"""The two engines that turn prompts into completions: the batched twin, and the lens model under hooks."""
+"""The engine `twin`: the Hugging Face model, batched, with the projection folded into its weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from spd_lens.errors import SPDError
+from spd_lens.generation.engines.base import Engine, Run
+from spd_lens.generation.engines.registry import register
 from spd_lens.generation.jobs import Completions, Decoding, Job, Row
 from spd_lens.generation.slots import Slots
 from spd_lens.models import (
@@ -30,18 +33,14 @@ from spd_lens.models import (
     angles_change_beyond,
     attention_implementation,
     free_memory,
-    lens_logits,
     named_outputs,
     out_of_memory,
     packed,
     takes_slots,
 )
-from spd_lens.subspaces import Policy, projected
+from spd_lens.subspaces import Policy
 
 log = logging.getLogger(__name__)
-
-Engine = Callable[[Sequence[Job]], Iterator[Completions]]
-"""A function from jobs to their completions, as they end."""
 
 MOST_AT_A_TIME = {"cpu": 32, "cuda": 256}
 """More rows hardly raise tokens per second: from here on the arithmetic limits, not reading the weights."""
@@ -49,22 +48,26 @@ _SHARE = 0.5
 """Share of the free memory that cache and logits may take."""
 
 
+@register
+class TwinEngine(Engine):
+    """The twin, batched, the projection folded into its weights and the adapter on copies of them."""
+
+    name = "twin"
+    says = "the Hugging Face model, batched, on folded weights"
+
+    def under(self, policy: Policy) -> AbstractContextManager[Run]:
+        """The twin under the policy, as it was afterwards."""
+        return twin_engine(self.pair, self.decoding, policy, self.batch_size)
+
+
 @contextlib.contextmanager
-def twin_engine(pair: ModelPair, decoding: Decoding, policy: Policy, batch_size: int | None = None) -> Iterator[Engine]:
+def twin_engine(pair: ModelPair, decoding: Decoding, policy: Policy, batch_size: int | None = None) -> Iterator[Run]:
     """The twin, batched, under the policy.
 
     `batch_size` completions at a time; None: as many as memory allows, up to `MOST_AT_A_TIME`.
     """
     with policy.applied(pair), _contiguous_unembed(pair), packed(pair.hf):
         yield partial(_together, pair, decoding, batch_size)
-
-
-@contextlib.contextmanager
-def lens_engine(pair: ModelPair, decoding: Decoding, policy: Policy) -> Iterator[Engine]:
-    """The lens model, one prompt at a time, with the projection as hooks."""
-    lens, subspace = pair.proven_lens, policy.subspace
-    with projected(lens, subspace, policy.strength) if subspace is not None else contextlib.nullcontext():
-        yield lambda jobs: ([(job, _complete_on_lens(pair, job, decoding))] for job in jobs)
 
 
 def _together(
@@ -200,14 +203,3 @@ def plain_batch(pair: ModelPair, decoding: Decoding, jobs: Sequence[Job]) -> lis
             stopping_criteria=StoppingCriteriaList([_AllOver(decoding, rows)]),
         )
     return [row.new_ids for row in rows]
-
-
-@torch.no_grad()
-def _complete_on_lens(pair: ModelPair, job: Job, decoding: Decoding) -> list[int]:
-    """Complete one job; every step runs the whole sequence, so that hooks see everything."""
-    row = decoding.row(job)
-    while not decoding.over(row):
-        tokens = torch.tensor([row.ids], device=pair.device)
-        logits = lens_logits(pair.lens, tokens, torch.ones_like(tokens))
-        decoding.extend([row], logits[:, -1].float())
-    return row.new_ids
