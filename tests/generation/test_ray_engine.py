@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import psutil
@@ -19,6 +20,7 @@ from spd_lens.subspaces.policy import Policy
 from spd_lens.subspaces.subspace import Subspace
 from tests.helpers import make_adapter, refused
 
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine; Ray reads it when it is imported
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'spd-lens[cluster]'")
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.9, "samples_per_prompt": 2, "progress": False}

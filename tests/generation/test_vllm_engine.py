@@ -47,7 +47,7 @@ def test_prompts_go_out_as_tokens_under_subspace_and_adapter_and_come_back_as_th
     assert made.records == generate(tiny_pair, tiny_prompts, **GREEDY, **policy).records
     assert made.records != generate(tiny_pair, tiny_prompts, **GREEDY, subspace=policy["subspace"]).records
     assert made.settings["engine_version"] == "0.0-stand-in"
-    assert made.settings["engine_sampling"]["stop_token_ids"] == made.settings["stop_ids"]
+    assert made.settings["engine_request"]["stop_token_ids"] == made.settings["stop_ids"]
 
 
 def test_a_process_that_dies_keeps_what_it_answered_and_the_rest_follows(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, one_line
 from spd_lens.generation.engines.base import Engine, Run
 from spd_lens.generation.engines.registry import register
 from spd_lens.generation.engines.twin import TwinEngine
@@ -192,10 +192,10 @@ def _cluster(ray: Any, address: str | None, workers: int, num_gpus: int = 0) -> 
             here = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False, **here)
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray itself raises no narrower one
                 raise SPDError(
-                    f"no Ray cluster answers at {address!r}; start one with 'ray start --head', or leave engine_url "
-                    "out for workers on this machine"
+                    f"no Ray cluster answers at {address!r} ({one_line(error)}); start one with 'ray start --head', or "
+                    "leave engine_url out for workers on this machine"
                 ) from error
             stack.callback(ray.shutdown)
         there = ray.cluster_resources()
