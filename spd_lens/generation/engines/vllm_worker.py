@@ -17,6 +17,7 @@ def main() -> None:
     """Read requests from the standard input, and write answers to what was the standard output."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.path.pop(0)  # this folder, in which `vllm` and `ray` are other files
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.platforms import current_platform
 
