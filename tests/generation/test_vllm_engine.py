@@ -46,7 +46,7 @@ def test_prompts_go_out_as_tokens_under_subspace_and_adapter_and_come_back_as_th
     made = by_vllm(tiny_pair, tiny_prompts, path=tmp_path / "corpus.jsonl", **policy)
     assert made.records == generate(tiny_pair, tiny_prompts, **GREEDY, **policy).records
     assert made.records != generate(tiny_pair, tiny_prompts, **GREEDY, subspace=policy["subspace"]).records
-    assert made.settings["engine_version"] == "0.0-stand-in"
+    assert made.settings["engine_server"] == "vLLM 0.0-stand-in"
     assert made.settings["engine_request"]["stop_token_ids"] == made.settings["stop_ids"]
 
 

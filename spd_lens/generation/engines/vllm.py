@@ -53,7 +53,7 @@ class VllmEngine(Engine):
                 "vLLM draws with noise of its own: the seed repeats a completion on the same version and hardware "
                 "only, and not those of the engines twin, lens and ray"
             )
-        return {"engine_version": self._version(), "engine_request": self._sampling}
+        return {"engine_server": f"vLLM {self._version()}", "engine_request": self._sampling}
 
     @contextlib.contextmanager
     def under(self, policy: Policy) -> Iterator[Run]:
