@@ -123,7 +123,7 @@ class Worker:
         """The twin engine under the policy."""
         given = self.recipe.decoding
         decoding = replace(given, own=ModelSettings.of(self.pair, given.sampling, given.stop_ids))
-        engine = TwinEngine(self.pair, decoding, EngineSettings(), self.recipe.batch_size)
+        engine = TwinEngine(self.pair, decoding, EngineSettings.model_validate({}), self.recipe.batch_size)
         return self.open.enter_context(engine.under(self.recipe.policy))
 
     def complete(self, jobs: Sequence[Job]) -> dict[Key, list[int]]:
@@ -164,7 +164,7 @@ def _spread(ray: Any, workers: Sequence[Any], retries: int, jobs: Sequence[Job])
     by_key = {job.key: job for job in jobs}
     size = min(_MOST_AT_A_TIME, math.ceil(len(jobs) / (_CHUNKS_PER_WORKER * len(workers))))
     chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
-    answers = ActorPool(workers).map_unordered(lambda worker, chunk: worker.complete.remote(chunk), chunks)
+    answers = ActorPool(list(workers)).map_unordered(lambda worker, chunk: worker.complete.remote(chunk), chunks)
     try:
         for answer in answers:
             yield [(by_key[key], ids) for key, ids in answer.items()]
