@@ -20,20 +20,23 @@ from spd_lens.generation import Corpus
 from spd_lens.settings import DEFAULT_MODEL, EngineSettings
 
 
-def make(args: argparse.Namespace, engine: str, path: Path, pair: spd.ModelPair | None = None) -> Corpus:
-    """The corpus of an engine, at `path`; a process of its own loads the pair."""
+def make(
+    args: argparse.Namespace, engine: str, path: Path, pair: spd.ModelPair | None = None, size: int | None = None
+) -> Corpus:
+    """The corpus of an engine at `path`, by `size` completions at a time; a process of its own loads the pair."""
     pair = pair or spd.load(args.model, dtype="float32")
     settings = EngineSettings(generation_engine=engine, engine_python=args.vllm_python if engine == "vllm" else None)
     return spd.generate(
         pair, spd.tasks.get("synthetic-math").train(n=args.prompts, seed=42), engine_settings=settings, path=path,
         subspace=None if args.subspace == "none" else spd.Subspace.load(args.subspace), max_new_tokens=args.tokens,
-        temperature=0.0, progress=False,
+        temperature=0.0, batch_size=size, progress=False,
     )  # fmt: skip
 
 
 def killed(args: argparse.Namespace, engine: str, path: Path) -> str:
     """What a process that was killed by `kill -9` left of a corpus."""
-    process = multiprocessing.get_context("spawn").Process(target=make, args=(args, engine, path))
+    few = max(1, args.prompts // 4)  # else the twin's completions may all end at once
+    process = multiprocessing.get_context("spawn").Process(target=make, args=(args, engine, path, None, few))
     process.start()
     while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n")):
         time.sleep(0.05)
