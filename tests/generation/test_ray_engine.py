@@ -84,11 +84,11 @@ def test_a_worker_lost_for_good_loses_nothing_that_was_written(cluster, tiny_pai
     path = tmp_path / "corpus.jsonl"
     with refused("lost for good after 0 restarts", "run the same again"):
         by_ray(tiny_pair, tiny_prompts, path, engine_workers=1, engine_retries=0)
-    kept = Corpus.load(path)
-    assert 0 < len(kept) < 12
+    kept = path.read_text()
+    assert 0 < len(kept.splitlines()) < 12
     made = by_ray(tiny_pair, tiny_prompts, path, engine_workers=1, engine_retries=0)
     assert made.records == generate(tiny_pair, tiny_prompts, subspace=half(tiny_pair), **OPTIONS).records
-    assert path.read_text().splitlines()[: len(kept)] == [record.to_json() for record in kept]
+    assert path.read_text().startswith(kept)
 
 
 def test_what_a_worker_refuses_is_one_sentence_here(cluster, fresh_pair, tiny_prompts, tmp_path):
