@@ -265,12 +265,16 @@ class EngineSettings(Settings):
 
     generation_engine: str = Field("twin", description="What generates corpora: twin, lens, openai, vllm or ray.")
     engine_url: str | None = Field(
-        None, description="Address of the engine's server, such as http://localhost:8000/v1 for openai."
+        None,
+        description="Address of the engine's server, such as http://localhost:8000/v1 for openai, or of a Ray cluster.",
     )
     engine_model: str | None = Field(None, description="Name under which the server has the model; else its only one.")
     engine_concurrency: int | None = Field(None, ge=1, description="Requests in flight at most; by default 32.")
     engine_timeout: float | None = Field(None, gt=0, description="Seconds that a request may take; by default 600.")
     engine_retries: int | None = Field(None, ge=0, description="How often a request is tried again; by default 5.")
+    engine_workers: int | None = Field(None, ge=1, description="Processes of ray, each with the model; by default 2.")
+    engine_python: str | None = Field(None, description="Python that has vLLM; by default the one that runs this.")
+    engine_tensor_parallel: int | None = Field(None, ge=1, description="GPUs that share vLLM's model; by default 1.")
 
     @property
     def given(self) -> list[str]:
