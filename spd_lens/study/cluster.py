@@ -84,7 +84,7 @@ def on_ray(address: str, **options: Any) -> Workers:
             how: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR", **how)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except Exception as error:  # a node that does not start in time raises no more than that
                 raise SPDError(
                     f"no Ray cluster answers at {address!r} ({one_line(error)}); give the address of one, or local"
                 ) from error
