@@ -30,6 +30,7 @@ from spd_lens.study.parts import (
     make_part,
     parts_of,
     units_of,
+    unlike,
 )
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,7 @@ def assemble(store: str, out: str | Path) -> Study:
         config = study.admits(StudyConfig.make(record.settings))
         study.begin(config)
         gathering = _Gathering(study, place, config)
+        gathering.check(record)
         missing = {part: why for part in parts_of(config) if (why := gathering.collect(part)) is not None}
         gathering.conclude(missing)
     return study
@@ -241,12 +243,22 @@ class _Gathering:
         """Record the study in the store, with what is in the folder and not there: a study goes on where it was."""
         notes = {key: value for key, value in self.study.notes.items() if key not in ("measured", "continued_with")}
         record = Record.of(self.store)
+        self.check(record)
         known = (record.notes if record else {}) or {key: notes[key] for key in COMPARED if key in notes}
         Record(settings=self.config.model_dump(mode="json"), notes=known).write(self.store)
         for part in parts_of(self.config) if notes.get("weights") else ():
             names = files_at(self.study.path, part.pattern)
             if names and not Manifest.of(self.store, part).files:
                 Manifest(files=self.store.put(self.study.path, names), notes=notes).write(self.store, part)
+
+    def check(self, record: Record | None) -> None:
+        """Raise `SPDError` where the folder was begun with something else than the store says."""
+        notes = self.study.notes
+        if record is not None and notes.get("weights") and (phrases := unlike(notes, record.notes)):
+            raise SPDError(
+                f"{self.study.path} was not begun with what the study in {self.store.url} was begun with "
+                f"({'; '.join(phrases)}); choose another --out or another --store"
+            )
 
     def collect(self, part: Part) -> str | None:
         """Put a part's files into the folder. Returns why not, in words; None if all are there and whole."""
@@ -255,8 +267,12 @@ class _Gathering:
             return "it is not finished" if manifest.files else "it was not begun"
         if record is not None and (phrases := manifest.unlike(record.notes)):
             return differs(self.store, manifest.host, phrases)
+        if foreign := [name for name in manifest.files if not name.startswith(f"{part.path.partition('/')[0]}/")]:
+            return f"its manifest names the file {foreign[0]!r}, which is not a part's"
+        # every cell has the projection that it was made with, whatever its source has made since
+        own = {name: entry for name, entry in manifest.files.items() if part.method or name.count("/") == 1}
         try:
-            self.store.get(manifest.files, self.study.path)
+            self.store.get(own, self.study.path)
         except DamagedFile as error:
             return str(error)
         self._note(manifest.notes, record)
@@ -307,9 +323,7 @@ def _work(gathering: _Gathering, submit: Submit, at_once: int | None) -> dict[Pa
                 log.warning("%s is tried again: %s", part, why)
                 waiting.append(part)
             else:
-                lost = [part, *(p for p in waiting if not part.method and p.source == part.source)]
-                failed |= {p: why if p == part else "its source failed" for p in lost}
-                waiting = [p for p in waiting if p not in lost]
+                failed[part] = why  # cells of a source that failed make for themselves what it lacks
         if running and not ended:
             time.sleep(_WAIT)
     return failed

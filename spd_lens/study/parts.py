@@ -232,7 +232,8 @@ class _Worker:
             self.published = self._whole(mine.files)
         if self.part.seed is not None:
             source = Manifest.of(self.store, Part(self.part.source)).files
-            self._whole({name: source[name] for name in source if name.startswith(f"{self.part.path}/")})
+            mine_too = (name for name in source if name.startswith(f"{self.part.path}/"))
+            self._whole({name: source[name] for name in mine_too if name not in self.published})
             if any(step.stage == "extract" and not step.is_done() for step in steps):
                 self.shared |= self._whole({name: source[name] for name in source if name.count("/") == 1}).keys()
         self.done = [step.what for step in steps if step.is_done()]

@@ -179,14 +179,15 @@ def test_a_lost_worker_is_replaced_twice(parted, url, tmp_path, caplog):
 
 
 def test_a_part_that_cannot_be_made_is_named_and_the_rest_reported(parted, url, tmp_path):
-    files, root = fsspec.core.url_to_fs(url)
-    for part in (SOURCE, SPD):
-        files.rm_file(f"{root}/manifests/{part.path}.json")
+    store = Store(url)
+    for part in (SOURCE, SPD):  # the cell has all of its files, and is to be looked at again
+        Manifest.of(store, part).model_copy(update={"units": []}).write(store, part)
     workers = failing(SOURCE, times=9)
-    with refused("2 of 4 parts", f"{SOURCE} (its worker was lost", f"{SPD} (its source failed)", "goes on"):
+    with refused("1 of 4 parts", f"{SOURCE} (its worker was lost (the machine is gone))", "goes on"):
         run_parts(parted.config, tmp_path / "study", workers, store=url)
     assert workers.tries == 3
-    assert "psr" in (tmp_path / "study/report.md").read_text()
+    assert Study(tmp_path / "study").cell(*SPD).done
+    assert "spd" in (tmp_path / "study/report.md").read_text()
 
 
 # other versions, other models, other data
@@ -202,16 +203,26 @@ def test_a_part_of_another_version_is_refused_by_name(parted, url, tmp_path):
     assert not (tmp_path / "study" / SPD.path).exists()
 
 
-@pytest.mark.parametrize("key, words", [("weights", "weights: "), ("data", "data of synthetic-math")])
-def test_a_worker_with_other_weights_or_data_refuses_before_it_works(key, words, url):
+def test_a_worker_with_other_weights_or_data_refuses_before_it_works(url):
     store = Store(url)
     record = Record.of(store)
-    other = {"weights": "0" * 64, "data": {"synthetic-math": {"file": "0" * 64}}}[key]
-    record.model_copy(update={"notes": {**record.notes, key: other}}).write(store)
+    other = {"weights": "0" * 64, "data": {"synthetic-math": {"file": "0" * 64}}}
+    record.model_copy(update={"notes": {**record.notes, **other}}).write(store)
     with counting() as calls:
         why = make_part(url, SPD)
-    assert words in why and "give all machines the same packages, model and data" in why
+    assert "weights: " in why and "data of synthetic-math: " in why
+    assert "give all machines the same packages, model and data" in why
     assert calls["generate"] == calls["finetune"] == 0
+
+
+def test_a_folder_of_another_model_takes_nothing_from_a_store(alone, url, tmp_path):
+    shutil.copytree(alone.path, tmp_path / "study")
+    study = Study(tmp_path / "study")
+    study.note(weights="0" * 64)
+    before = contents(study.path)
+    with refused("was not begun with what the study in", "weights: ", "another --out"):
+        assemble(url, study.path)
+    assert contents(study.path) == before
 
 
 # refused before any work
