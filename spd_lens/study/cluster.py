@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spd_lens.errors import DamagedFile, SPDError, one_line
-from spd_lens.files import Store
+from spd_lens.files import Store, damage, make_directory, publish
 from spd_lens.output import set_up_logging
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.engine import checked_experiments, conclude
@@ -271,10 +272,15 @@ class _Gathering:
             return f"its manifest names the file {foreign[0]!r}, which is not a part's"
         # every cell has the projection that it was made with, whatever its source has made since
         own = {name: entry for name, entry in manifest.files.items() if part.method or name.count("/") == 1}
-        try:
-            self.store.get(own, self.study.path)
-        except DamagedFile as error:
-            return str(error)
+        new = {name: entry for name, entry in own.items() if damage(self.study.path, {name: entry}) is not None}
+        with tempfile.TemporaryDirectory(prefix=".", dir=self.study.path) as scratch:  # all of a part, or nothing
+            try:
+                self.store.get(new, Path(scratch))
+            except DamagedFile as error:
+                return str(error)
+            for name in new:
+                make_directory((self.study.path / name).parent)
+                publish(Path(scratch) / name, self.study.path / name)
         self._note(manifest.notes, record)
         return None
 

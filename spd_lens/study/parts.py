@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from spd_lens.errors import DamagedFile, SPDError, shortened
 from spd_lens.files import Store
@@ -108,6 +108,13 @@ class Manifest(Settings):
     notes: dict[str, Any] = Field(default_factory=dict)
     host: str = ""
     pid: int = 0
+
+    @field_validator("files")
+    @classmethod
+    def _entries(cls, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if any(entry.keys() != {"size", "sha256"} for entry in files.values()):
+            raise ValueError("every file has a size and a sha256")
+        return files
 
     @classmethod
     def of(cls, store: Store, part: Part) -> Manifest:
