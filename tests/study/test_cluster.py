@@ -228,11 +228,11 @@ def test_a_folder_of_another_model_takes_nothing_from_a_store(alone, url, tmp_pa
 # refused before any work
 
 
-def test_refused_before_any_work(parted, study_of, url, tmp_path):
-    out = tmp_path / "study"
+def test_refused_before_any_work(parted, url, tmp_path):
+    out, settings = tmp_path / "study", parted.config.settings
     (tmp_path / "file").write_text("")
     with refused("holds a study with other settings", "lr", "another --store"):
-        run_parts(study_of(settings={"lr": 0.5}), out, store=url)
+        run_parts(parted.config.model_copy(update={"settings": {**settings, "lr": 0.5}}), out, store=url)
     with refused("cannot be written", "your rights"):
         run_parts(parted.config, out, store=str(tmp_path / "file" / "store"))
     with refused("cannot be opened", "nowhere"):
@@ -281,6 +281,7 @@ def killed_after(url, part, stage):
 def test_ray_with_a_worker_killed_in_the_middle(config, alone, tmp_path, caplog, monkeypatch):
     pytest.importorskip("ray", reason="ray is not installed (extra cluster)")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the tests' own process
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it would kill ours for the memory of others
     store = str(tmp_path / "store")
     end = killed_after(store, SPD, "generate")
     try:
