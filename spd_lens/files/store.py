@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,7 +77,7 @@ class Store:
             file = folder / name
             entry = {"size": file.stat().st_size, "sha256": file_sha256(file)}
             if (known or {}).get(name) != entry:
-                self._send(_object(name, entry), lambda scratch, file=file: self._files.put_file(str(file), scratch))
+                self._send(_object(name, entry), partial(self._files.put_file, str(file)))
             found[name] = entry
         return found
 

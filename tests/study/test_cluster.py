@@ -233,8 +233,10 @@ def test_refused_before_any_work(parted, url, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("holds a study with other settings", "lr", "another --store"):
         run_parts(parted.config.model_copy(update={"settings": {**settings, "lr": 0.5}}), out, store=url)
-    with refused("cannot be written", "your rights"):
+    with refused("cannot be read", "your rights"):
         run_parts(parted.config, out, store=str(tmp_path / "file" / "store"))
+    with refused("cannot be written", "your rights"):  # where not even root may
+        run_parts(parted.config, out, store="/proc/store")
     with refused("cannot be opened", "nowhere"):
         run_parts(parted.config, out, store="nowhere://x")
     with refused("there is no study in memory:"):
