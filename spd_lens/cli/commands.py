@@ -78,14 +78,34 @@ def study_command(
         str | None, typer.Option("--protocol", help="As --set settings.protocol=NAME: paper, reference or apple-ssd.")
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, over file and preset.")] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Make it on the Ray cluster at this address; local starts one here.")
+    ] = None,
+    submitit: Annotated[
+        str | None, typer.Option("--submitit", help="Make it by jobs of slurm, or by processes here: local.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="Directory or URL through which workers pass on what they make.")
+    ] = None,
+    worker: Annotated[
+        list[str] | None, typer.Option("--worker", help="KEY=VALUE: what Ray or submitit gives each worker.")
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", min=1, help="Most parts at work; else what the cluster takes (local: 2).")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Methods x sources x targets x seeds on one model, with a report. Started again, it continues."""
     set_up_logging(quiet)
-    from spd_lens.study import study
+    from spd_lens.study import study, workers_of
 
     settings = [*(setting or []), *([] if protocol is None else [f"settings.protocol={protocol}"])]
-    study(file, preset, out, settings, dry_run=dry_run, console=Console())
+    workers = workers_of(ray, submitit, worker or [])
+    few = 2 if "local" in (ray, submitit) else None
+    study(
+        file, preset, out, settings, dry_run=dry_run, console=Console(), workers=workers, store=store,
+        at_once=at_once or few,
+    )  # fmt: skip
 
 
 @app.command("rounds")

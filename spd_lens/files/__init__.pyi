@@ -21,9 +21,10 @@ from .publishing import replacing as replacing
 from .publishing import sync as sync
 from .publishing import unreadable_weights as unreadable_weights
 from .stand_ins import refuse_stand_in as refuse_stand_in
+from .store import Store as Store
 
 __all__ = [
-    "check_writable", "damage", "file_sha256", "filling", "inventory", "is_blank", "is_free", "is_made",
+    "Store", "check_writable", "damage", "file_sha256", "filling", "inventory", "is_blank", "is_free", "is_made",
     "load_tensors", "make_directory", "occupants", "publish", "read_json", "reading", "refuse_stand_in", "replacing",
     "save_tensors", "sync", "unreadable_weights", "update_text", "write_json", "write_text",
 ]  # fmt: skip

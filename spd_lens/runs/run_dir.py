@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,9 +81,13 @@ class Folder:
         if pair.format.prompt_date is not None:
             self.note_once("the date in the prompts", prompt_date=pair.format.prompt_date)
 
-    def note_environment(self) -> None:
-        """Versions and machine: those a run was begun with, and those of later starts where they differ."""
-        now, notes = environment(), self.notes
+    def note_environment(self, now: Mapping[str, Any] | None = None) -> None:
+        """Versions and machine: those a run was begun with, and those of later starts where they differ.
+
+        Args:
+            now: What `environment` gives in the process that works; None: this one.
+        """
+        now, notes = now or environment(), self.notes
         if "versions" not in notes:
             self.note(**now)
         elif now not in (known := [{key: notes[key] for key in now}, *notes.get("continued_with", [])]):

@@ -1,5 +1,10 @@
 # What the face hands on, each loaded when it is first used.
+from .cluster import assemble as assemble
+from .cluster import on_ray as on_ray
+from .cluster import on_submitit as on_submitit
+from .cluster import run_parts as run_parts
 from .command import study as study
+from .command import workers_of as workers_of
 from .config import BASE as BASE
 from .config import StudyConfig as StudyConfig
 from .config import preset_names as preset_names
@@ -23,7 +28,8 @@ from .results import corpora_frame as corpora_frame
 from .results import results_frame as results_frame
 
 __all__ = [
-    "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig",
-    "backbone", "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "grades_of",
-    "make_plan", "preset_names", "results_frame", "run_study", "study",
+    "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study",
+    "StudyConfig", "assemble", "backbone", "base_and_published", "base_warnings", "corpora_frame",
+    "differences_from_paper", "grades_of", "make_plan", "on_ray", "on_submitit", "preset_names", "results_frame",
+    "run_parts", "run_study", "study", "workers_of",
 ]  # fmt: skip

@@ -162,7 +162,7 @@ class StudyConfig(Settings):
             if key in _GROWING:
                 missing = [str(value) for value in theirs[key] if value not in mine[key]]
                 phrases += [f"{key}: {', '.join(missing)} there and not now"] if missing else []
-            elif isinstance(mine[key], dict):
+            elif isinstance(mine[key], dict) and isinstance(theirs[key], dict):
                 both = {name: (theirs[key].get(name), mine[key].get(name)) for name in {**theirs[key], **mine[key]}}
                 phrases += [f"{name}: {t!r} there, {m!r} now" for name, (t, m) in both.items() if differ(name, t, m)]
             elif differ(key, mine[key], theirs[key]):

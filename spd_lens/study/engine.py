@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from spd_lens import methods
@@ -55,12 +56,24 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
     if pair is not None:
         decided = decided_by(pair, config.settings["prompt_format"])
         config = StudyConfig.make({**config.model_dump(), "settings": {**config.settings, **decided}})
+    keeps_lens = pair is not None and pair.has_lens
+    with begun(config, out, progress=progress, pair=pair) as bench:
+        _work(bench, keeps_lens)
+        conclude(bench.study)
+    return bench.study
+
+
+@contextlib.contextmanager
+def begun(
+    config: StudyConfig, out: str | Path, *, progress: bool = False, pair: ModelPair | None = None
+) -> Iterator[Bench]:
+    """A study that can be worked on: model and data are checked and noted, and its folder is locked meanwhile.
+
+    To be opened inside of `neutral`; arguments and errors are those of `run_study`.
+    """
     study = Study(out)
     config = study.admits(config)
-    experiments = experiments_of(config, study.path, progress)
-    _check(config, experiments)
-    side_effect_examples(config)
-    keeps_lens = pair is not None and pair.has_lens
+    experiments = checked_experiments(config, study.path, progress)
     pair = ready_pair(pair, config.shared, study)
     for experiment in experiments.values():
         experiment.pair = pair
@@ -73,11 +86,22 @@ def run_study(config: StudyConfig, out: str | Path, *, progress: bool = False, p
         bench = Bench(study, config, experiments, texts)
         _note(bench)
         study.begin(config)  # or it has grown
-        _work(bench, keeps_lens)
-        write_tables(study.path)
-        write_evidence(study)
-        _report(study)
-    return study
+        yield bench
+
+
+def conclude(study: Study) -> None:
+    """Tables, findings and report of what is there, which may be less than the whole study."""
+    write_tables(study.path)
+    write_evidence(study)
+    _report(study)
+
+
+def checked_experiments(config: StudyConfig, path: Path, progress: bool = False) -> dict[str, Experiment]:
+    """`experiments_of`, once all is refused that can be without a model."""
+    experiments = experiments_of(config, path, progress)
+    _check(config, experiments)
+    side_effect_examples(config)
+    return experiments
 
 
 def experiments_of(config: StudyConfig, path: Path, progress: bool = False) -> dict[str, Experiment]:
