@@ -44,6 +44,7 @@ from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.positions import positions_by_class, sinks_of
+from spd_lens.subspaces.sums import moments_size
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +75,19 @@ def extract(
         examples: Calibration examples with completion and spans.
         settings: Which gradients are captured, and where. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
-            numbers per shard and site, half as many again with `keep="cross"`, and all of that five times with
-            `keep="classes"`.
+            numbers per shard and site (divided by the number of heads with `across_heads=False`), half as many again
+            with `keep="cross"`, and all of that five times with `keep="classes"`.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Whether to show a progress bar.
         **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine,
-            max_calibration_tokens, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what they mean.
+            max_calibration_tokens, across_heads, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what
+            they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
-            are all behind `max_calibration_tokens`, an unknown layer or kind, or sinks of classes that are not kept.
+            are all behind `max_calibration_tokens`, an unknown layer or kind, sinks of classes that are not kept, or
+            moments that would not fit in the free memory.
     """
     shards = whole("shards", shards)
     settings = _checked(Extraction.given(settings, keywords, "extract"))
@@ -93,9 +96,12 @@ def extract(
             f"sinks={settings.sinks!r} would do nothing: the sums are kept over all positions; add keep='classes'"
         )
     sites = pair.sites(settings.layers, settings.kinds)
+    _check_memory(pair, sites, shards, settings)
     recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
     recorded |= {**_unusual(pair, settings), **settings.label}
-    moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
+    moments = GradientMoments.empty(
+        pair.fingerprint, sites, shards, recorded, settings.keep, across_heads=settings.across_heads
+    )
     for rows in token_gradients(pair, examples, settings=settings, batch_tokens=batch_tokens, progress=progress):
         shard, encoded = rows.index % shards, rows.encoded
         positions = positions_by_class(encoded, rows.sinks)
@@ -103,6 +109,30 @@ def extract(
             moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
         moments.count(shard, rows.loss, len(encoded.ids), encoded.scored, positions)
     return moments
+
+
+def _check_memory(pair: ModelPair, sites: Sequence[Site], shards: int, settings: Extraction) -> None:
+    """Refuse moments that would not fit: the system grants zeros that nobody has written to, and kills later."""
+    heads = [pair.fingerprint.heads_at(site) for site in sites]
+    size, free = partial(moments_size, heads, keep=settings.keep), free_memory(torch.device("cpu"))
+    if (needed := size(shards, across_heads=settings.across_heads)) <= free:
+        return
+    ways = ["extract some layers at a time (layers=..., --layers)"]
+    if shards > 1:
+        ways.insert(0, f"take shards=1 ({_gb(size(1, across_heads=settings.across_heads))})")
+    if settings.across_heads:
+        ways.insert(
+            0,
+            f"keep each head's alone (across_heads=False, --no-across-heads: {_gb(size(shards, across_heads=False))})",
+        )
+    raise SPDError(
+        f"the moments of {len(sites)} sites in {shards} shards take {_gb(needed)} of main memory, and {_gb(free)} are "
+        f"free; {', or '.join(ways)}"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def _checked(settings: Extraction) -> Extraction:
@@ -153,6 +183,10 @@ def check_texts(moments: GradientMoments, pair: ModelPair, settings: Extraction,
             raise SPDError(f"{what} holds an extraction whose {name} was {found}, and not {wanted}; {instead}")
     if lost := [name for name in settings.keep if name not in moments.kept]:
         raise SPDError(f"{what} holds an extraction that does not keep {lost[0]}; {instead}")
+    if settings.across_heads and not moments.across_heads:
+        raise SPDError(
+            f"{what} holds an extraction with across_heads=False (--no-across-heads), and not True; {instead}"
+        )
 
 
 @dataclass(frozen=True)
