@@ -3,6 +3,12 @@ from .command import study as study
 from .config import BASE as BASE
 from .config import StudyConfig as StudyConfig
 from .config import preset_names as preset_names
+from .costs import A100 as A100
+from .costs import HELD_PROMPT as HELD_PROMPT
+from .costs import HELD_TOKEN as HELD_TOKEN
+from .costs import Costs as Costs
+from .costs import Machine as Machine
+from .costs import Unit as Unit
 from .engine import run_study as run_study
 from .findings import grades_of as grades_of
 from .folder import Cell as Cell
@@ -21,9 +27,12 @@ from .reporting.setup import backbone as backbone
 from .reporting.setup import differences_from_paper as differences_from_paper
 from .results import corpora_frame as corpora_frame
 from .results import results_frame as results_frame
+from .shapes import read_shape as read_shape
+from .shapes import shape_of as shape_of
 
 __all__ = [
-    "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig",
-    "backbone", "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "grades_of",
-    "make_plan", "preset_names", "results_frame", "run_study", "study",
+    "A100", "BACKBONES", "BASE", "Cell", "Costs", "Evidence", "FOCUS", "HELD_PROMPT", "HELD_TOKEN", "Machine",
+    "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig", "Unit", "backbone", "base_and_published",
+    "base_warnings", "corpora_frame", "differences_from_paper", "grades_of", "make_plan", "preset_names",
+    "read_shape", "results_frame", "run_study", "shape_of", "study",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from spd_lens.settings import Extraction
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import check_texts, extract
 from spd_lens.subspaces.moments import GradientMoments
+from spd_lens.subspaces.subspace import Subspace
 from spd_lens.subspaces.sums import moments_size
 from tests.helpers import EXAMPLES, reference_rows, refused, relative_error
 
@@ -136,8 +137,10 @@ def test_moments_that_do_not_fit_are_refused_before_anything_is_computed(tiny_qw
 def test_layers_taken_a_few_at_a_time_make_one_subspace(tiny_qwen2_pair):
     parts = [extract(tiny_qwen2_pair, EXAMPLES, layers=own, engine="twin", progress=False) for own in ([0, 1], [2, 3])]
     together = extract(tiny_qwen2_pair, EXAMPLES, layers="all", engine="twin", progress=False).subspace(3)
-    first, second = (part.subspace(3) for part in parts)
-    both = first | second
+    found = [part.subspace(3) for part in parts]
+    both = Subspace.from_blocks(
+        {site: part.blocks(site) for part in found for site in part.sites}, fingerprint=tiny_qwen2_pair.fingerprint
+    )
     assert both.sites == together.sites
     for site in both.sites:
         assert relative_error(both.projector(site), together.projector(site)) < 1e-4  # the gradients are float32
