@@ -58,8 +58,9 @@ format: $(HOOKED)/dev  ## write what ruff can mend
 bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generation --quick'
 	.venv/bin/python -m benchmarks.run $(BENCH_ARGS)
 
-speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md from benchmarks/results/
+speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md and docs/scaling.md from benchmarks/results/
 	.venv/bin/python -m benchmarks.speed_table
+	.venv/bin/python -m benchmarks.scaling_table
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py

@@ -2,7 +2,8 @@
 
 Each process has one thread, and its processor time is what counts, so that other work on the machine shows little. As
 in a study that has begun, measured seconds replace the assumed rate, stage by stage: those of the smallest units of the
-first model. All others are foreseen from these. Beside them stands the main memory that prompts take.
+first model. All others are foreseen from these. Beside them stand the main memory that prompts take, and the time of
+the eigendecomposition of a joint block.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from benchmarks import subjects
 from benchmarks.measure import in_fresh_process, timed
 from benchmarks.table import Row
 from spd_lens.study import HELD_PROMPT, HELD_TOKEN, Costs, Machine, StudyConfig, Unit, shape_of
+from spd_lens.subspaces import BlockSpectrum
 
-SIZES = {"extract": (6, 18), "generate": (16, 32), "finetune": (4, 12)}
-"""Examples, prompts or texts of each stage: those of the calibration, and the larger set."""
-NEW_TOKENS, DTYPE = 24, "bfloat16"
+SIZES = {"extract": (3, 8), "generate": (4, 12), "finetune": (2, 6)}
+"""Examples, prompts or texts of each stage: those of the calibration, and the larger set, which the first model has."""
+NEW_TOKENS, DTYPE = 16, "bfloat16"
 CORE = Machine("one CPU core in bfloat16", 0.125e12, 4e9, 0.5e-3, recomputes=False)
 """Half of what a plan assumes of two."""
 PROMPTS, PROMPT_TOKENS = (10_000, 100_000), 48
+WIDTH = 1024
+"""Of the smaller of two joint blocks; the other one is twice as wide."""
 
 
 class Took(NamedTuple):
@@ -44,23 +48,31 @@ class Took(NamedTuple):
 
 def rows(names: list[str], quick: bool) -> Iterator[Row]:
     """Stage by stage, processor time over the time that is foreseen; and bytes of main memory over those foreseen."""
-    sizes = {stage: n[:1] for stage, n in SIZES.items()} if quick else SIZES
-    rates: dict[str, float] = {}
-    for name in names:
-        for (stage, n), took in in_fresh_process(_stages, name, sizes).items():
+    small, rates = {stage: n[:1] for stage, n in SIZES.items()}, {}
+    for i, name in enumerate(names):
+        for (stage, n), took in in_fresh_process(stages, name, small if quick or i else SIZES).items():
             rates.setdefault(stage, took.cpu / took.planned)
-            yield _row(name, stage, n, [took], rates[stage])
+            yield row(name, stage, n, [took], rates[stage])
     for stage in ("extract", "generate"):
-        half, n = (partial(_stages, names[0], {stage: (SIZES[stage][-1] // 2,)}), SIZES[stage][-1])
+        half, n = (partial(stages, names[0], {stage: (SIZES[stage][-1] // 2,)}), SIZES[stage][-1])
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             both = [future.result() for future in [pool.submit(half) for _ in range(2)]]
-        yield _row(names[0], stage, n, [took for found in both for took in found.values()], rates[stage])
+        yield row(names[0], stage, n, [took for found in both for took in found.values()], rates[stage])
     for n in PROMPTS[:1] if quick else PROMPTS:
-        yield in_fresh_process(_held, n)
+        yield in_fresh_process(held, n)
+    yield in_fresh_process(decomposed)
 
 
-def _row(name: str, stage: str, n: int, took: list[Took], rate: float) -> Row:
-    """Half of the work in each of two processes is done when the later one is."""
+def row(name: str, stage: str, n: int, took: list[Took], rate: float) -> Row:
+    """Seconds of a stage beside those foreseen; half of the work in each of two processes is done with the later one.
+
+    Args:
+        name: The model.
+        stage: The stage.
+        n: Examples, prompts or texts in all.
+        took: What each process took.
+        rate: Measured seconds for each second that a plan foresees at assumed rates.
+    """
     measured, foreseen = max(one.cpu for one in took), max(one.planned for one in took) * rate
     noun = {"extract": "examples", "generate": "prompts", "finetune": "texts"}[stage]
     processes = "one process" if len(took) == 1 else f"{len(took)} processes at once, a share of them each"
@@ -72,7 +84,7 @@ def _row(name: str, stage: str, n: int, took: list[Took], rate: float) -> Row:
     )  # fmt: skip
 
 
-def _stages(name: str, sizes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], Took]:
+def stages(name: str, sizes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], Took]:
     """The stages at each of their sizes, after a short one that is not counted."""
     torch.set_num_threads(1)
     subject = subjects.subject(name, DTYPE, device="cpu")
@@ -120,7 +132,7 @@ def _planned(pair: spd.ModelPair, stage: str, n: int, tokens: int) -> float:
     return cost.seconds * tokens / cost.tokens
 
 
-def _held(n: int) -> Row:
+def held(n: int) -> Row:
     """Main memory of `n` prompts and their records, with a corpus file, beside a model that has next to nothing."""
     torch.set_num_threads(1)
     pair = _smallest()
@@ -134,6 +146,23 @@ def _held(n: int) -> Row:
     return Row.of(
         "scaling", "tiny", "float32", f"generate, {n:,} prompts of {tokens:.0f} tokens: main memory for each",
         [sample.peak / n / foreseen], ours=f"{sample.peak / n / 1e3:.2f} kB", peer=f"{foreseen / 1e3:.2f} kB",
+    )  # fmt: skip
+
+
+def decomposed() -> Row:
+    """Seconds of the eigendecomposition of a joint block, beside eight times those of a block half as wide."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    seconds = []
+    for width in (WIDTH, 2 * WIDTH):
+        rows = torch.randn(width, width, dtype=torch.float64)
+        began = time.process_time()
+        BlockSpectrum.of(rows.T @ rows)
+        seconds.append(time.process_time() - began)
+    foreseen = 8 * seconds[0]
+    return Row.of(
+        "scaling", "", "float64", f"eigendecomposition of a joint block, width {2 * WIDTH:,}, by the cube of its width",
+        [seconds[1] / foreseen], ours=f"{seconds[1]:.1f} s", peer=f"{foreseen:.1f} s",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from .engine import run_study as run_study
 from .findings import grades_of as grades_of
 from .folder import Cell as Cell
 from .folder import Study as Study
+from .plan import duration as duration
 from .plan import make_plan as make_plan
 from .reporting.differences import FOCUS as FOCUS
 from .reporting.differences import RANDOM as RANDOM
@@ -27,12 +28,13 @@ from .reporting.setup import backbone as backbone
 from .reporting.setup import differences_from_paper as differences_from_paper
 from .results import corpora_frame as corpora_frame
 from .results import results_frame as results_frame
+from .shapes import Shape as Shape
 from .shapes import read_shape as read_shape
 from .shapes import shape_of as shape_of
 
 __all__ = [
     "A100", "BACKBONES", "BASE", "Cell", "Costs", "Evidence", "FOCUS", "HELD_PROMPT", "HELD_TOKEN", "Machine",
-    "Outcome", "PHASES", "RANDOM", "Report", "Study", "StudyConfig", "Unit", "backbone", "base_and_published",
-    "base_warnings", "corpora_frame", "differences_from_paper", "grades_of", "make_plan", "preset_names",
-    "read_shape", "results_frame", "run_study", "shape_of", "study",
+    "Outcome", "PHASES", "RANDOM", "Report", "Shape", "Study", "StudyConfig", "Unit", "backbone",
+    "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "duration", "grades_of",
+    "make_plan", "preset_names", "read_shape", "results_frame", "run_study", "shape_of", "study",
 ]  # fmt: skip
