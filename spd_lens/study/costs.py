@@ -150,7 +150,7 @@ class Costs:
             host = moments_size(
                 [(shape.n_kv_heads, shape.d_head)] * len(sites), _SHARDS, across_heads=cell.across_heads
             )
-            return self._cost(tokens, 4, lens + kept, _BATCH_TOKENS, kept=kept, host=host)
+            return self._cost(tokens, 4, kept, _BATCH_TOKENS, kept=kept, spread=lens, host=host)
         length, full = _cut(prompt + cell.max_new_tokens, cell.max_length), cell.method == "full"
         if cell.loss_on_padding and cell.max_length is not None:
             length = cell.max_length  # every text is as long as that
@@ -170,12 +170,12 @@ class Costs:
         host: float = 0.0,
     ) -> Cost:  # fmt: skip
         """The cost of `operations` per weight and token in batches of `batch` tokens, with `memory` bytes beside those
-        of the weights, and `spread` bytes that belong to layers as the weights do. `kept` bytes of each batch are
+        of the weights, and `spread` bytes that belong to layers as the weights do. `kept` bytes of a batch are
         written in its forward pass and read in its backward pass.
         """
         shape, spread = self.shape, spread + self.shape.n_params * self.n_bytes
         flops, n_batches = operations * tokens * shape.n_active, -(-tokens // batch)
-        moved = n_batches * (operations // 2 * shape.n_read(batch) * self.n_bytes + 2 * kept)
+        moved = n_batches * operations // 2 * shape.n_read(batch) * self.n_bytes + 2 * kept * tokens / batch
         return Cost(tokens, flops / self.machine.flops, memory + spread, spread, flops, moved, host)
 
     def _generation(self, n: int, prompt: int, new: int, batch_size: int) -> Cost:
