@@ -35,7 +35,7 @@ _KEPT = 34
 """Values kept per token, layer and unit of d_model for the backward pass (attention scores are not kept)."""
 _SHARDS = 8
 """Shards of the moments of an extraction."""
-HELD_PROMPT, HELD_TOKEN = 2200, 48
+HELD_PROMPT, HELD_TOKEN = 1200, 48
 """Bytes of main memory for each prompt and each of its tokens, from prompt to record (benchmarks/scaling.py)."""
 HELD_ROW, HELD_ROW_TOKEN = 400, 16
 """The same for a text that is trained on, beside its record."""
