@@ -48,7 +48,8 @@ class Took(NamedTuple):
 
 def rows(names: list[str], quick: bool) -> Iterator[Row]:
     """Stage by stage, processor time over the time that is foreseen; and bytes of main memory over those foreseen."""
-    small, rates = {stage: n[:1] for stage, n in SIZES.items()}, {}
+    small = {stage: n[:1] for stage, n in SIZES.items()}
+    rates: dict[str, float] = {}
     for i, name in enumerate(names):
         for (stage, n), took in in_fresh_process(stages, name, small if quick or i else SIZES).items():
             rates.setdefault(stage, took.cpu / took.planned)
@@ -88,7 +89,8 @@ def stages(name: str, sizes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int]
     """The stages at each of their sizes, after a short one that is not counted."""
     torch.set_num_threads(1)
     subject = subjects.subject(name, DTYPE, device="cpu")
-    pair, found = subject.pair, {}
+    pair = subject.pair
+    found: dict[tuple[str, int], Took] = {}
     with tempfile.TemporaryDirectory() as folder:
         for stage, numbers in sizes.items():
             for n in (1, *numbers):
