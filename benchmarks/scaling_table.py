@@ -8,7 +8,6 @@ Each `<!-- NAME -->` ... `<!-- end of NAME -->` in the page becomes the table `N
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -119,9 +118,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {"costs": costs, "moments": moments
 def written(text: str) -> str:
     """The page with all of its tables as they are now."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        rows = "\n".join(table())
-        text = re.sub(f"{begin}\n.*?{end}", lambda _, b=begin, e=end, r=rows: f"{b}\n{r}\n{e}", text, flags=re.DOTALL)
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in text:
+            head, rest = text.split(begin)
+            text = f"{head}{begin}{chr(10).join(table())}\n{end}{rest.split(end)[1]}"
     return text
 
 
