@@ -121,7 +121,8 @@ def written(text: str) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if begin in text:
             head, rest = text.split(begin)
-            text = f"{head}{begin}{chr(10).join(table())}\n{end}{rest.split(end)[1]}"
+            rows = "\n".join(table())
+            text = f"{head}{begin}{rows}\n{end}{rest.split(end)[1]}"
     return text
 
 
