@@ -39,7 +39,7 @@ def _stages(subject: subjects.Subject, n: int) -> dict[str, Callable[[], Any]]:
     pair = subject.pair
     examples = subjects.task().calibration(n, seed=42)
     subspace = spd.extract(pair, examples[:4], engine="twin", progress=False).subspace()
-    corpus = training.made_corpus(pair, n)
+    corpus = subjects.made_corpus(pair, n)
     return {
         f"extraction, {n} examples": lambda: spd.extract(pair, examples, engine="twin", shards=1, progress=False),
         f"generation, {n} prompts × 32 tokens": partial(

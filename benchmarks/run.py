@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks import machine, subjects, table
 from spd_lens.output import set_up_logging, single_command, start
 
-STAGES = ("extraction", "lens", "generation", "training", "sweep", "memory", "profile")
+STAGES = ("extraction", "lens", "generation", "training", "sweep", "memory", "profile", "scaling")
 """Each is a module here with `rows(models, quick)`."""
 
 

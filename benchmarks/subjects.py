@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import spd_lens as spd
+from spd_lens.generation import Record
 from spd_lens.models import resolve_device
 from spd_lens.settings import DEFAULT_MODEL
 
@@ -62,3 +63,15 @@ def task() -> spd.tasks.Task:
     """GSM8K, or its synthetic stand-in."""
     path = DATA / "gsm8k"
     return spd.tasks.get("gsm8k", path=path) if path.is_dir() else spd.tasks.get("synthetic-math")
+
+
+def made_corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:
+    """GSM8K's prompts with their gold answers, in the prompt format of the model."""
+    records = []
+    for example in task().train(n=n, seed=0):
+        encoded = pair.encode(example, "full")
+        prompt, completion = encoded.ids[: encoded.completion_start], encoded.ids[encoded.completion_start :]
+        records.append(
+            Record(example.id, example.prompt, example.completion, tuple(prompt), tuple(completion), "length")
+        )
+    return spd.Corpus(records)

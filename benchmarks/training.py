@@ -66,7 +66,7 @@ def rows(models: list[str], quick: bool) -> Iterator[Row]:
 
 
 def _training(subject: subjects.Subject, quick: bool) -> Iterator[Row]:
-    corpus = made_corpus(subject.pair, n=BATCH * _n_steps(subject, quick))
+    corpus = subjects.made_corpus(subject.pair, n=BATCH * _n_steps(subject, quick))
     ways: dict[str, Callable[[], Training]] = {
         "ours": partial(ours, subject.pair, corpus),
         "default": partial(theirs, subject.pair, corpus),
@@ -92,18 +92,6 @@ def _n_steps(subject: subjects.Subject, quick: bool) -> int:
     if subject.pair.device.type == "cuda":
         return 24
     return {"smollm2": 4, "qwen2.5-0.5b-shape": 3}[subject.name]
-
-
-def made_corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:
-    """GSM8K's prompts with their gold answers, in the prompt format of the model."""
-    records = []
-    for example in subjects.task().train(n=n, seed=0):
-        encoded = pair.encode(example, "full")
-        prompt, completion = encoded.ids[: encoded.completion_start], encoded.ids[encoded.completion_start :]
-        records.append(
-            Record(example.id, example.prompt, example.completion, tuple(prompt), tuple(completion), "length")
-        )
-    return spd.Corpus(records)
 
 
 def ours(pair: spd.ModelPair, corpus: spd.Corpus) -> Training:

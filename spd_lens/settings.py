@@ -161,6 +161,7 @@ class GradientGroup(Settings):
     max_calibration_tokens: int | None = Field(
         None, ge=2, description="Tokens behind which a calibration text is cut; else it is taken whole."
     )
+    across_heads: bool = Field(True, description="Keep sums of products across heads, which joint subspaces need.")
 
 
 class ExtractionKeywords(TypedDict, total=False):
@@ -171,6 +172,7 @@ class ExtractionKeywords(TypedDict, total=False):
     loss: Literal["aligned", "full"]
     engine: str
     max_calibration_tokens: int | None
+    across_heads: bool
     keep: str | Sequence[str]
     sinks: str
     labels: str
@@ -186,6 +188,9 @@ class Extraction(GradientGroup, SiteGroup, SeedGroup, CallSettings):
     with the twin on a text as long as the longest example first. Where none agrees, `backend="auto"` captures on the
     twin, which is logged, and any other backend is an error. With `max_calibration_tokens` a text ends behind so many
     tokens, prompt included: rows of `G`, scored tokens and loss are those of what is left.
+
+    Without `across_heads`, moments hold each head's sums alone. They take the memory divided by the number of heads,
+    give the same subspaces per head, and no joint ones.
 
     Moments always keep `Σ gᵀg` and `Σ xᵀx` over all positions. With `keep="classes"` they also keep them over each
     class of positions (sink, prompt, completion, scored) for `region`, with `"cross"` also `Σ gᵀx` for `attribution`.

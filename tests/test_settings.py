@@ -32,7 +32,7 @@ CHANGED = {
     "weight_decay": 0.25, "train_batch_size": 3, "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.5,
     "lora_targets": ["q_proj"], "loss_on": "completion", "warmup_epochs": 0.5, "early_stop": True, "retokenise": True,
     "max_length": 16, "loss_on_padding": True, "max_prompt_tokens": 12, "keep": ["cross"], "sinks": "attended",
-    "labels": "sampled",
+    "labels": "sampled", "across_heads": False,
 }  # fmt: skip
 """A value other than the default for every setting that a function takes."""
 OF_A_CALL = {"samples_per_prompt", "gradient_accumulation", "keep", "sinks", "labels"}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import Site
-from spd_lens.subspaces import GradientMoments, diagonal_blocks
+from spd_lens.subspaces import GradientMoments
 
 MAX_HALVES = 128
 """Where there are more halves than this, as many are drawn at random; 8 shards have 70."""
@@ -71,8 +71,7 @@ def shard_grams(
     moments: GradientMoments, site: Site, per_head: bool, of: str = "gradient"
 ) -> Float[Tensor, "shard block width width"]:
     """`Σ gᵀg` or `Σ xᵀx` of each shard, per head or as one joint block; their sum is `moments.blocks(...)`."""
-    grams = {"gradient": moments.gradient, "activation": moments.activation}[of][site]
-    return diagonal_blocks(grams, moments.n_heads[site] if per_head else 1)
+    return moments.grams(site, per_head, of=of)
 
 
 def summed(weights: Float[Tensor, "set shard"], shards: Float[Tensor, "shard ..."]) -> Float[Tensor, "set ..."]:

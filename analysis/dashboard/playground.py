@@ -106,8 +106,8 @@ class Playground:
 
     def width(self, per_head: bool) -> int:
         """Number of directions of a block; of the narrowest block if kinds differ."""
-        heads, grams = self.moments.n_heads, self.moments.gradient
-        return min(gram.shape[-1] // (heads[site] if per_head else 1) for site, gram in grams.items())
+        moments = self.moments
+        return min(moments.width(site) // (moments.n_heads[site] if per_head else 1) for site in moments.sites)
 
     def subspace(self, ask: Ask) -> Subspace:
         """The subspace that is asked for; `SPDError` for layers, kinds or ranks that do not exist."""

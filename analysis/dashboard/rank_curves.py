@@ -35,8 +35,9 @@ class Source:
     def directions(self) -> Iterator[tuple[Site, bool, SiteDirections]]:
         """Every site's directions per head (True) and joint (False), where there are both; one block is joint."""
         if self.moments is not None:
+            views = (True, False) if self.moments.across_heads else (True,)
             for site in self.moments.sites:
-                for per_head in (True, False) if self.moments.n_heads[site] > 1 else (False,):
+                for per_head in views if self.moments.n_heads[site] > 1 else (False,):
                     yield site, per_head, SiteDirections.of(self.moments, site, per_head)
         elif self.subspace is not None:
             for site in self.subspace.sites:

@@ -13,7 +13,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 import typer
-from einops import rearrange
 from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
@@ -182,8 +181,7 @@ def main(
 
 
 def _by_head(moments: GradientMoments, site: Site) -> Float[Tensor, "shard head"]:
-    squares = moments.gradient[site].diagonal(dim1=1, dim2=2)
-    return rearrange(squares, "shard (head d_head) -> shard head d_head", head=moments.n_heads[site]).sum(dim=2)
+    return moments.grams(site).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
 def _maps(frame: pd.DataFrame, title: str, unit: str, *, hover: Any, says: str, marks: Any = None) -> go.Figure:

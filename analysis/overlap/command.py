@@ -53,7 +53,7 @@ def main(
     settings: dict[str, Any] = {"per_head": not joint, "seed": seed}
     first = subject.moments
     site = first.sites[0]
-    leading = resolve_rank(subject.rank(rank), first.gradient[site].shape[-1] // (1 if joint else first.n_heads[site]))
+    leading = resolve_rank(subject.rank(rank), first.width(site) // (1 if joint else first.n_heads[site]))
     nulls = {one.name: one.shuffled_moments(seed) for one in found} if shuffled else {}
     wrong = {name: null for name, null in nulls.items() if null is not None}
     energy = energy_overlap(moments, sorted({*CURVE, leading}), shuffled=wrong, draws=draws, **settings)

@@ -235,7 +235,7 @@ def _exchanges(n_a: int, n_b: int, permutations: int, seed: int) -> Float[Tensor
 def _check_moments(a: GradientMoments, b: GradientMoments, any_model: bool) -> None:
     check_sites("the first moments", a.sites, "the second", b.sites)
     for site in a.sites:
-        mine, theirs = (one.gradient[site].shape[-1] for one in (a, b))
+        mine, theirs = (one.width(site) for one in (a, b))
         if mine != theirs or a.n_heads[site] != b.n_heads[site]:
             raise SPDError(
                 f"at site {site} the moments have {a.n_heads[site]} heads, width {mine}, and {b.n_heads[site]} heads, "

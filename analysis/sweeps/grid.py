@@ -113,7 +113,7 @@ class Grid(Settings):
                     )
                 for projector in self.projectors:
                     n_blocks = moments.n_heads[sites[0]] if projector == "per_head" else 1
-                    width = moments.gradient[sites[0]].shape[-1] // n_blocks
+                    width = moments.width(sites[0]) // n_blocks
                     for head, rank in product(self._heads_of(moments, sites, projector), self.ranks):
                         size = resolve_rank(rank, width)
                         if size < width:

@@ -139,7 +139,7 @@ def rounds_command(
 @app.command("extract")
 @with_settings(
     *_MODEL, *_DATA, "n_calibration", "span", "layers", "kinds", "estimator", "rank", "energy", "per_head", "center",
-    "center_gradients", "loss", "engine", "max_calibration_tokens", "seed", "allow_code_execution",
+    "center_gradients", "loss", "engine", "max_calibration_tokens", "across_heads", "seed", "allow_code_execution",
 )  # fmt: skip
 def extract_command(
     config: SPDConfig,

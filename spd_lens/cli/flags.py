@@ -22,6 +22,7 @@ _SWITCHES = {
     "enable_thinking": "--enable-thinking/--no-enable-thinking",
     "allow_code_execution": "--allow-code-execution",
     "per_head": "--per-head/--joint",
+    "across_heads": "--across-heads/--no-across-heads",
     "center_gradients": "--center-gradients/--no-center-gradients",
     "center": "--center/--no-center",
     "early_stop": "--early-stop/--no-early-stop",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.files import refuse_stand_in
@@ -216,6 +216,13 @@ class SPDConfig(
     @classmethod
     def _filled_in(cls, given: Any) -> Any:
         return with_protocol(given, _N_EVAL) if isinstance(given, dict) else given
+
+    @field_validator("across_heads")
+    @classmethod
+    def _joint_needs_products_across_heads(cls, value: bool, info: ValidationInfo) -> bool:
+        if not (value or info.data.get("per_head", True)):
+            raise ValueError("joint subspaces (--joint) need products across heads; choose --per-head, or leave it on")
+        return value
 
     @field_validator("model", "data_dir", "offload_folder", mode="before")
     @classmethod

@@ -8,10 +8,17 @@ from .command import workers_of as workers_of
 from .config import BASE as BASE
 from .config import StudyConfig as StudyConfig
 from .config import preset_names as preset_names
+from .costs import A100 as A100
+from .costs import HELD_PROMPT as HELD_PROMPT
+from .costs import HELD_TOKEN as HELD_TOKEN
+from .costs import Costs as Costs
+from .costs import Machine as Machine
+from .costs import Unit as Unit
 from .engine import run_study as run_study
 from .findings import grades_of as grades_of
 from .folder import Cell as Cell
 from .folder import Study as Study
+from .plan import duration as duration
 from .plan import make_plan as make_plan
 from .reporting.differences import FOCUS as FOCUS
 from .reporting.differences import RANDOM as RANDOM
@@ -26,10 +33,14 @@ from .reporting.setup import backbone as backbone
 from .reporting.setup import differences_from_paper as differences_from_paper
 from .results import corpora_frame as corpora_frame
 from .results import results_frame as results_frame
+from .shapes import Shape as Shape
+from .shapes import read_shape as read_shape
+from .shapes import shape_of as shape_of
 
 __all__ = [
-    "BACKBONES", "BASE", "Cell", "Evidence", "FOCUS", "Outcome", "PHASES", "RANDOM", "Report", "Study",
-    "StudyConfig", "assemble", "backbone", "base_and_published", "base_warnings", "corpora_frame",
-    "differences_from_paper", "grades_of", "make_plan", "on_ray", "on_submitit", "preset_names", "results_frame",
-    "run_parts", "run_study", "study", "workers_of",
+    "A100", "BACKBONES", "BASE", "Cell", "Costs", "Evidence", "FOCUS", "HELD_PROMPT", "HELD_TOKEN", "Machine",
+    "Outcome", "PHASES", "RANDOM", "Report", "Shape", "Study", "StudyConfig", "Unit", "assemble", "backbone",
+    "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "duration", "grades_of",
+    "make_plan", "on_ray", "on_submitit", "preset_names", "read_shape", "results_frame", "run_parts", "run_study",
+    "shape_of", "study", "workers_of",
 ]  # fmt: skip

@@ -1,7 +1,11 @@
-"""What the units of a study cost in tokens, seconds and memory, from the model's size alone (docs/study.md)."""
+"""What the units of a study cost in tokens, operations, bytes, seconds and memory, from the model's size alone.
+
+docs/study.md has the rules, docs/scaling.md what they say of large models and how far they are off.
+"""
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +17,7 @@ from spd_lens.models import resolve_device, resolve_dtype
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.shapes import Shape
+from spd_lens.subspaces import moments_size
 from spd_lens.tasks import Task
 
 LENGTHS = {
@@ -28,6 +33,12 @@ _BATCH_TOKENS = 2048
 """Padded tokens in a batch of an extraction; a batch that is measured teacher-forced has half."""
 _KEPT = 34
 """Values kept per token, layer and unit of d_model for the backward pass (attention scores are not kept)."""
+_SHARDS = 8
+"""Shards of the moments of an extraction."""
+HELD_PROMPT, HELD_TOKEN = 1200, 48
+"""Bytes of main memory for each prompt and each of its tokens, from prompt to record (benchmarks/scaling.py)."""
+HELD_ROW, HELD_ROW_TOKEN = 400, 16
+"""The same for a text that is trained on, beside its record."""
 
 
 class Unit(NamedTuple):
@@ -47,12 +58,16 @@ class Unit(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Effective rates: operations per second, bytes of weights read per second, seconds per layer and new token."""
+    """Effective rates of one device: operations per second, bytes read per second, seconds per layer and new token."""
 
     name: str
     flops: float
     bandwidth: float
     step: float
+    memory: float = math.inf
+    """Bytes of memory."""
+    recomputes: bool = True
+    """Whether training keeps few activations and computes the others once more, as on a GPU."""
 
     def __str__(self) -> str:
         return (
@@ -69,17 +84,30 @@ class Machine(NamedTuple):
 
 
 # 35 % of a GPU's 312 TFLOP/s and 60 % of its 2 TB/s; SmolLM2-135M on two cores of 2024, with avx512_bf16 and without
-A100 = Machine("one A100-80G in bfloat16", 110e12, 1.2e12, 0.8e-3)
-TWO_CORES = Machine("two CPU cores in bfloat16", 0.25e12, 8e9, 0.5e-3)
-TWO_CORES_FLOAT32 = Machine("two CPU cores in float32", 0.1e12, 8e9, 0.5e-3)
+A100 = Machine("one A100-80G in bfloat16", 110e12, 1.2e12, 0.8e-3, memory=80e9)
+TWO_CORES = Machine("two CPU cores in bfloat16", 0.25e12, 8e9, 0.5e-3, recomputes=False)
+TWO_CORES_FLOAT32 = Machine("two CPU cores in float32", 0.1e12, 8e9, 0.5e-3, recomputes=False)
 
 
 class Cost(NamedTuple):
-    """What a unit of work costs; `memory` is in bytes."""
+    """What a unit of work costs."""
 
     tokens: float = 0.0
     seconds: float = 0.0
     memory: float = 0.0
+    """Bytes of one device that holds the whole model."""
+    spread: float = 0.0
+    """Those among them that belong to layers: where several devices have some layers each, they divide these."""
+    flops: float = 0.0
+    """Floating-point operations."""
+    moved: float = 0.0
+    """Bytes between memory and processor: weights, the KV cache, and activations that wait for a backward pass."""
+    host: float = 0.0
+    """Bytes of main memory for moments, prompts and texts; on a CPU they come on top of `memory`."""
+
+    def on(self, devices: int) -> float:
+        """Bytes of each of so many devices that have a share of the layers each."""
+        return self.memory - self.spread + self.spread / devices
 
 
 class Costs:
@@ -88,22 +116,22 @@ class Costs:
     def __init__(self, config: StudyConfig, shape: Shape, machine: Machine) -> None:
         self.config, self.shape, self.machine = config, shape, machine
         self.n_bytes = bytes_per_weight(config.settings["dtype"], config.settings["device"])
-        self.on_gpu = machine not in (TWO_CORES, TWO_CORES_FLOAT32)
         self.n_policies = len(config.trained) + sum(map(may_project, config.trained))
         self.extracted: set[tuple[Any, ...]] = set()
 
     def of(self, unit: Unit) -> Cost:
         """The cost of one unit."""
-        config, shape = self.config, self.shape
+        config, shape, machine = self.config, self.shape, self.machine
         passes = 1 + (1 if unit.method == BASE else self.n_policies)  # one of the base, one of each policy
         logits = 4 * _BATCH_TOKENS * shape.d_vocab
         if unit.stage == "side effects":
-            return self._cost(_SIDE_SETS * config.n_side_effects * _SIDE_TOKENS * passes, 2, logits)
+            return self._cost(_SIDE_SETS * config.n_side_effects * _SIDE_TOKENS * passes, 2, logits, _BATCH_TOKENS // 2)
         name = config.shared.targets[unit.target] if unit.target else named(config.sources)[unit.source]
         prompt, gold = LENGTHS.get(name, _OTHER_LENGTHS)
         if unit.stage == "measure":
             again = prompt + _ANSWER if gold > _ANSWER and _asks_alone(config.task(name)) else 0
-            return self._cost(config.n_measured(unit.target) * (prompt + gold + again) * passes, 2, logits)
+            tokens = config.n_measured(unit.target) * (prompt + gold + again) * passes
+            return self._cost(tokens, 2, logits, _BATCH_TOKENS // 2)
         if unit.stage == "score":
             return self._generation(config.n_scored(unit.target), prompt, config.task(name).max_new_tokens, 32)
         cell = config.cell(name, unit.seed or 0)
@@ -115,32 +143,56 @@ class Costs:
                 return Cost()
             self.extracted.add(extraction)
             lens = shape.n_params * self.n_bytes * (cell.engine == "lens")
-            first = min(site.layer for site in resolve_sites(cell.layers, cell.kinds, shape.n_layers))
-            kept = self._kept(_BATCH_TOKENS, shape.n_layers - first)  # the graph begins at the first site
-            return self._cost(cell.n_calibration * _cut(prompt + gold, cell.max_calibration_tokens), 4, lens + kept)
+            sites = resolve_sites(cell.layers, cell.kinds, shape.n_layers)
+            # the graph begins at the first site
+            kept = self._kept(_BATCH_TOKENS, shape.n_layers - min(site.layer for site in sites))
+            tokens = cell.n_calibration * _cut(prompt + gold, cell.max_calibration_tokens)
+            host = moments_size(
+                [(shape.n_kv_heads, shape.d_head)] * len(sites), _SHARDS, across_heads=cell.across_heads
+            )
+            return self._cost(tokens, 4, kept, _BATCH_TOKENS, kept=kept, spread=lens, host=host)
         length, full = _cut(prompt + cell.max_new_tokens, cell.max_length), cell.method == "full"
         if cell.loss_on_padding and cell.max_length is not None:
             length = cell.max_length  # every text is as long as that
         batch = cell.train_batch_size * length
         # a GPU keeps one layer's activations and those between layers, and computes the others once more
-        kept = self._kept(batch, 1 + shape.n_layers / _KEPT if self.on_gpu else shape.n_layers)
+        kept = self._kept(batch, 1 + shape.n_layers / _KEPT if machine.recomputes else shape.n_layers)
         trained = 16 * shape.n_params * full  # float32 weights, gradients and moments; those of an adapter are few
-        memory = kept + trained + batch * shape.d_vocab * (self.n_bytes + 8)
-        return self._cost(cell.epochs * cell.n_train * length, 4 + 2 * self.on_gpu + 2 * full, memory)
+        memory = kept + batch * shape.d_vocab * (self.n_bytes + 8)
+        held = HELD_PROMPT + HELD_ROW + length * (HELD_TOKEN + HELD_ROW_TOKEN)
+        return self._cost(
+            cell.epochs * cell.n_train * length, 4 + 2 * machine.recomputes + 2 * full, memory, batch, kept=kept,
+            spread=trained, host=cell.n_train * held,
+        )  # fmt: skip
 
-    def _cost(self, tokens: int, operations: int, memory: float) -> Cost:
-        """The cost of `operations` per weight and token, with `memory` bytes beside those of the weights."""
-        n_params = self.shape.n_params
-        return Cost(tokens, operations * tokens * n_params / self.machine.flops, n_params * self.n_bytes + memory)
+    def _cost(
+        self, tokens: int, operations: int, memory: float, batch: int, *, kept: float = 0.0, spread: float = 0.0,
+        host: float = 0.0,
+    ) -> Cost:  # fmt: skip
+        """The cost of `operations` per weight and token in batches of `batch` tokens, with `memory` bytes beside those
+        of the weights, and `spread` bytes that belong to layers as the weights do. `kept` bytes of a batch are
+        written in its forward pass and read in its backward pass.
+        """
+        shape, spread = self.shape, spread + self.shape.n_params * self.n_bytes
+        flops, n_batches = operations * tokens * shape.n_active, -(-tokens // batch)
+        moved = n_batches * operations // 2 * shape.n_read(batch) * self.n_bytes + 2 * kept * tokens / batch
+        return Cost(tokens, flops / self.machine.flops, memory + spread, spread, flops, moved, host)
 
     def _generation(self, n: int, prompt: int, new: int, batch_size: int) -> Cost:
         """The cost of `n` completions of `new` tokens, one batch after the other."""
-        shape, machine, rows = self.shape, self.machine, min(n, batch_size)
-        cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * self.n_bytes * rows * (prompt + new)
-        read = self._cost(n * prompt, 2, cache + 4 * rows * shape.d_vocab)
-        step = shape.n_params * max(2 * rows / machine.flops, self.n_bytes / machine.bandwidth)
-        written = -(-n // batch_size) * new * (step + machine.step * shape.n_layers)
-        return Cost(n * (prompt + new), read.seconds + written, read.memory)
+        shape, machine, rows, n_batches = self.shape, self.machine, min(n, batch_size), -(-n // batch_size)
+        token = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * self.n_bytes  # in the KV cache
+        cache = token * rows * (prompt + new)
+        host = n * (HELD_PROMPT + HELD_TOKEN * (prompt + new))
+        read = self._cost(n * prompt, 2, 4 * rows * shape.d_vocab, rows * prompt, spread=cache, host=host)
+        flops = 2 * rows * shape.n_active
+        moved = shape.n_read(rows) * self.n_bytes + token * rows * (prompt + new / 2)  # of a step, on the mean
+        step = max(flops / machine.flops, moved / machine.bandwidth) + machine.step * shape.n_layers
+        return read._replace(
+            tokens=n * (prompt + new), seconds=read.seconds + n_batches * new * step,
+            flops=read.flops + n_batches * new * flops,
+            moved=read.moved + n_batches * new * moved + n * token * (prompt + new),
+        )  # fmt: skip
 
     def _kept(self, tokens: int, n_layers: float) -> float:
         """Bytes of activations that the backward pass through some layers needs."""

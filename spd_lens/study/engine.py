@@ -158,7 +158,7 @@ def _note(bench: Bench) -> None:
 
 def _work(bench: Bench, keeps_lens: bool) -> None:
     study, config, pair = bench.study, bench.config, bench.any.pair
-    shape = shape_of(pair.name, pair.hf.config, sum(p.numel() for p in pair.hf.parameters()))
+    shape = shape_of(pair.name, pair.hf)
     costs = unit_costs(config, shape, Machine.assumed(str(pair.device), pair.dtype.itemsize))
     steps = [step_of(bench, unit) for unit in costs]
 

@@ -1,4 +1,4 @@
-"""The plan of a study: its units of work in order, and what they cost in tokens, time and memory.
+"""The plan of a study: its units of work in order, and what they cost in tokens, operations, time and memory.
 
 Costs are upper bounds where completions may end early, and estimates everywhere; seconds that were measured replace
 them.
@@ -14,6 +14,9 @@ from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.costs import Cost, Costs, Machine, Unit, bytes_per_weight
 from spd_lens.study.shapes import Shape
 
+HEAD = (
+    "stage", "units", "tokens", "PFLOP", "TB moved", "time", "memory in GB", "held in main memory in GB",
+)  # fmt: skip
 STAGES = ("extract", "generate", "finetune", "measure", "side effects", "score")
 Measured = Mapping[str, Mapping[str, float]]
 """For each stage, the measured `seconds`, and the estimated seconds of the same units (`work`)."""
@@ -51,7 +54,7 @@ def unit_costs(config: StudyConfig, shape: Shape, machine: Machine) -> dict[Unit
 
 
 class Row(NamedTuple):
-    """One stage of a plan: tokens and seconds in all units, memory of the largest."""
+    """One stage of a plan: what all units take together, and the memory of the largest, on each device."""
 
     stage: str
     n_units: int
@@ -67,6 +70,8 @@ class Plan(NamedTuple):
     shape: Shape
     machine: Machine
     rows: list[Row]
+    devices: int = 1
+    """Devices that hold the model, each some of its layers."""
 
     @property
     def seconds(self) -> float:
@@ -75,7 +80,7 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> float:
-        """Bytes of the stage that needs most."""
+        """Bytes of each device in the stage that needs most."""
         return max(row.cost.memory for row in self.rows)
 
     def to_markdown(self) -> str:
@@ -98,13 +103,15 @@ class Plan(NamedTuple):
             n_measured, n_scored = config.n_measured(name), config.n_scored(name)
             lines.append(f"- target {name}: {n_measured} items measured teacher-forced, {n_scored} scored")
         table = [
-            [stage, n, f"{cost.tokens:,.0f}", duration(cost.seconds) + ", measured rate" * measured,
-             f"{cost.memory / 1e9:.1f}"] for stage, n, cost, measured in self.rows
+            [stage, n, f"{cost.tokens:,.0f}", f"{cost.flops / 1e15:,.3g}", f"{cost.moved / 1e12:,.3g}",
+             duration(cost.seconds) + ", measured rate" * measured, f"{cost.memory / 1e9:.1f}",
+             f"{cost.host / 1e9:.1f}"] for stage, n, cost, measured in self.rows
         ]  # fmt: skip
+        shared = f", on each of {self.devices} devices with some of the layers each" if self.devices > 1 else ""
         return "\n".join([
-            *lines, "", *markdown(["stage", "units", "tokens", "time", "memory in GB"], table, "---:"), "",
+            *lines, "", *markdown(HEAD, table, "---:"), "",
             f"In all about {duration(self.seconds)} at most, and {self.memory / 1e9:.1f} GB in the stage that needs "
-            "most. Every completion is counted at its token limit; what ends earlier saves time.", "",
+            f"most{shared}. Every completion is counted at its token limit; what ends earlier saves time.", "",
             f"Assumed: {self.machine}. Lengths of prompts and gold completions are typical ones of each task. Measured "
             "seconds replace the assumption, stage by stage, once a study has begun.",
         ]) + "\n"  # fmt: skip
@@ -113,7 +120,10 @@ class Plan(NamedTuple):
 def make_plan(
     config: StudyConfig, shape: Shape, machine: Machine | None = None, measured: Measured | None = None
 ) -> Plan:
-    """Units, tokens, memory and time of each stage.
+    """Units, tokens, operations, memory and time of each stage.
+
+    The model is spread over as few devices as hold it, each with some of its layers. One of them computes at a time, so
+    that they add memory and no speed.
 
     Args:
         config: The study.
@@ -124,13 +134,22 @@ def make_plan(
     dtype, device = config.settings["dtype"], config.settings["device"]
     machine = machine or Machine.assumed(device, bytes_per_weight(dtype, device))
     by_unit, rows = unit_costs(config, shape, machine), []
+    numbers = range(1, shape.n_layers + 1)
+    fits = (n for n in numbers if all(cost.on(n) <= machine.memory for cost in by_unit.values()))
+    devices = next(fits, shape.n_layers)
     for stage in STAGES:
         if costs := [cost for unit, cost in by_unit.items() if unit.stage == stage and cost.tokens]:
-            tokens, seconds, memory = zip(*costs, strict=True)
             factor = rate((measured or {}).get(stage, {}))
-            total = Cost(sum(tokens), sum(seconds) * (factor or 1), max(memory))
+            total = Cost(
+                tokens=sum(cost.tokens for cost in costs),
+                seconds=sum(cost.seconds for cost in costs) * (factor or 1),
+                memory=max(cost.on(devices) for cost in costs),
+                flops=sum(cost.flops for cost in costs),
+                moved=sum(cost.moved for cost in costs),
+                host=max(cost.host for cost in costs),
+            )
             rows.append(Row(stage, len(costs), total, measured=factor is not None))
-    return Plan(config, shape, machine, rows)
+    return Plan(config, shape, machine, rows, devices)
 
 
 def rate(measured: Mapping[str, float]) -> float | None:

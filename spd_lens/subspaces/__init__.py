@@ -10,10 +10,11 @@ from spd_lens.subspaces.policy import Policy
 from spd_lens.subspaces.projection import fold_to, folded, projected, projected_twin
 from spd_lens.subspaces.spectrum import BlockSpectrum, diagonal_blocks, energies_of, rank_holding
 from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
+from spd_lens.subspaces.sums import moments_size
 
 __all__ = [
     "BlockSpectrum", "FINDINGS", "GradientMoments", "Policy", "Rank", "Subspace", "TokenGradients", "adapter_grade",
-    "check_texts", "diagonal_blocks", "energies_of", "extract", "fold_to", "folded", "projected", "projected_twin",
-    "random_basis", "rank_holding", "read_findings", "resolve_rank", "shuffled_answers", "squared_cosines",
-    "token_gradients", "upright", "vllm_note", "with_answers", "write_findings",
+    "check_texts", "diagonal_blocks", "energies_of", "extract", "fold_to", "folded", "moments_size", "projected",
+    "projected_twin", "random_basis", "rank_holding", "read_findings", "resolve_rank", "shuffled_answers",
+    "squared_cosines", "token_gradients", "upright", "vllm_note", "with_answers", "write_findings",
 ]  # fmt: skip

@@ -49,6 +49,7 @@ from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.positions import positions_by_class, sinks_of
+from spd_lens.subspaces.sums import moments_size
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +84,22 @@ def extract(
         examples: Calibration examples with completion and spans.
         settings: Which gradients are captured, and where. None: the paper's choice.
         shards: Groups of examples kept apart, for halves and bootstrap. Memory grows with it: `2 · width²` float64
-            numbers per shard and site, half as many again with `keep="cross"`, and all of that five times with
-            `keep="classes"`.
+            numbers per shard and site (divided by the number of heads with `across_heads=False`), half as many again
+            with `keep="cross"`, and all of that five times with `keep="classes"`.
         batch_tokens: Padded tokens per batch, which bounds memory. None: as many as memory allows, at most 1,024 on a
             CPU, where more gain nothing, and 16,384 on CUDA.
         progress: Whether to show a progress bar; the first of several processes shows one.
         parallel: Whether to share the batches with the other processes of torch.distributed's group. False: this
             process alone takes all of them.
         **keywords: Single settings, which take precedence over `settings`: layers, kinds, loss, engine,
-            max_calibration_tokens, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what they mean.
+            max_calibration_tokens, across_heads, keep, sinks, labels, seed. `spd_lens.settings.Extraction` says what
+            they mean.
 
     Raises:
         SPDError: No examples, an example without span or completion or beyond the context, one whose scored tokens
-            are all behind `max_calibration_tokens`, an unknown layer or kind, or sinks of classes that are not kept.
-            In every one of several processes: one of them fails or ends, or their versions, models, weights, examples
-            or settings are not the same.
+            are all behind `max_calibration_tokens`, an unknown layer or kind, sinks of classes that are not kept, or
+            moments that would not fit in the free memory. In every one of several processes: one of them fails or ends,
+            or their versions, models, weights, examples or settings are not the same.
     """
     shards = whole("shards", shards)
     batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens)
@@ -107,11 +109,14 @@ def extract(
             f"sinks={settings.sinks!r} would do nothing: the sums are kept over all positions; add keep='classes'"
         )
     with processes(parallel) as everyone:
-        encoded = everyone.together(lambda: _encoded(pair, examples, settings))
         sites = pair.sites(settings.layers, settings.kinds)
+        everyone.together(lambda: _check_memory(pair, sites, shards, settings))
+        encoded = everyone.together(lambda: _encoded(pair, examples, settings))
         recorded = {"loss": settings.loss, "dtype": dtype_name(pair.dtype), **pair.format.departures}
         recorded |= {**_unusual(pair, settings), **settings.label}
-        moments = GradientMoments.empty(pair.fingerprint, sites, shards, recorded, settings.keep)
+        moments = GradientMoments.empty(
+            pair.fingerprint, sites, shards, recorded, settings.keep, across_heads=settings.across_heads
+        )
         if everyone.n > 1:
             more = {"layers": sites, "shards": shards, "batch_tokens": batch_tokens, **recorded}
             everyone.agree(_facts(pair, encoded, dict(settings) | more))
@@ -141,6 +146,30 @@ def _facts(pair: ModelPair, encoded: Sequence[Encoded], settings: Mapping[str, A
         "the digest of their tokens": texts.hexdigest(),
         "the choice of settings": repr(sorted(settings.items())),
     }
+
+
+def _check_memory(pair: ModelPair, sites: Sequence[Site], shards: int, settings: Extraction) -> None:
+    """Refuse moments that would not fit: the system grants zeros that nobody has written to, and kills later."""
+    heads = [pair.fingerprint.heads_at(site) for site in sites]
+    size, free = partial(moments_size, heads, keep=settings.keep), free_memory(torch.device("cpu"))
+    if (needed := size(shards, across_heads=settings.across_heads)) <= free:
+        return
+    ways = ["extract some layers at a time (layers=..., --layers)"]
+    if shards > 1:
+        ways.insert(0, f"take shards=1 ({_gb(size(1, across_heads=settings.across_heads))})")
+    if settings.across_heads:
+        ways.insert(
+            0,
+            f"keep each head's alone (across_heads=False, --no-across-heads: {_gb(size(shards, across_heads=False))})",
+        )
+    raise SPDError(
+        f"the moments of {len(sites)} sites in {shards} shards take {_gb(needed)} of main memory, and {_gb(free)} are "
+        f"free; {', or '.join(ways)}"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def _checked(settings: Extraction) -> Extraction:
@@ -191,6 +220,10 @@ def check_texts(moments: GradientMoments, pair: ModelPair, settings: Extraction,
             raise SPDError(f"{what} holds an extraction whose {name} was {found}, and not {wanted}; {instead}")
     if lost := [name for name in settings.keep if name not in moments.kept]:
         raise SPDError(f"{what} holds an extraction that does not keep {lost[0]}; {instead}")
+    if settings.across_heads and not moments.across_heads:
+        raise SPDError(
+            f"{what} holds an extraction with across_heads=False (--no-across-heads), and not True; {instead}"
+        )
 
 
 @dataclass(frozen=True)

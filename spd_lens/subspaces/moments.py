@@ -12,7 +12,7 @@ from torch import Tensor
 from spd_lens.errors import SPDError, plain
 from spd_lens.models import neutral
 from spd_lens.sites import Site
-from spd_lens.subspaces.spectrum import BlockSpectrum, diagonal_blocks
+from spd_lens.subspaces.spectrum import BlockSpectrum
 from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 from spd_lens.subspaces.sums import TokenSums
 
@@ -39,18 +39,20 @@ class GradientMoments(TokenSums):
         are never centred here.
 
         Raises:
-            SPDError: an earlier version took the moments, which kept no `Σ g`.
+            SPDError: an earlier version took the moments, which kept no `Σ g`; or they were taken with
+                `across_heads=False`, and a joint block is asked for.
         """
         gram = {"gradient": self.gradient, "activation": self.activation}[of][site].sum(dim=0)
+        blocks = self._blocks(gram, site, per_head)
         if center_gradients and of == "gradient":
             if site not in self.gradient_sum:
                 raise SPDError(
                     "these moments hold no sums of gradients, which earlier versions did not keep, so the mean cannot "
                     "be taken off; extract them again, in another folder, or leave center_gradients out"
                 )
-            total = self.gradient_sum[site].sum(dim=0)
-            gram = gram - torch.outer(total, total) / self.n_tokens.sum().clamp_min(1)
-        return diagonal_blocks(gram, self.n_heads[site] if per_head else 1)
+            total = self.gradient_sum[site].sum(dim=0).view(len(blocks), -1)
+            blocks = blocks - total[:, :, None] * total[:, None, :] / self.n_tokens.sum().clamp_min(1)
+        return blocks
 
     @neutral()
     def spectrum(
@@ -71,14 +73,14 @@ class GradientMoments(TokenSums):
         `Σ g · (-x v vᵀ) = -vᵀ A v` to first order.
 
         Raises:
-            SPDError: the moments were taken without `keep="cross"`.
+            SPDError: the moments were taken without `keep="cross"`, or a joint block with `across_heads=False`.
         """
         if site not in self.cross:
             raise SPDError(
                 "these moments keep no products of gradients and activations; extract them again with keep='cross' "
                 "(--keep cross)"
             )
-        return diagonal_blocks(self.cross[site].sum(dim=0), self.n_heads[site] if per_head else 1)
+        return self._blocks(self.cross[site].sum(dim=0), site, per_head)
 
     def mean(self, site: Site, per_head: bool = True) -> Float[Tensor, "block width"]:
         """Mean activation over all tokens."""
@@ -120,7 +122,8 @@ class GradientMoments(TokenSums):
 
         Raises:
             SPDError: no examples, a site that was not extracted, a rank or a share out of range, or nothing to
-                decompose; with `center_gradients`, moments of an earlier version.
+                decompose; with `center_gradients`, moments of an earlier version; a joint subspace of moments that
+                were taken with `across_heads=False`.
         """
         if not int(self.n_examples.sum()):
             raise SPDError("there are no examples in these moments, so there is no subspace")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,8 +17,10 @@ from spd_lens.files import load_tensors, reading, save_tensors
 from spd_lens.models import Fingerprint, neutral
 from spd_lens.sites import Site
 from spd_lens.subspaces.positions import CLASSES
+from spd_lens.subspaces.spectrum import diagonal_blocks
 
-Gram = Float[Tensor, "shard width width"]
+Gram = Float[Tensor, "shard *head width width"]
+"""Of all heads side by side, or of each head alone (`across_heads=False`)."""
 
 
 @dataclass
@@ -59,23 +62,31 @@ class TokenSums:
         n_shards: int,
         settings: dict[str, Any],
         keep: Sequence[str] = (),
+        *,
+        across_heads: bool = True,
     ) -> Self:
-        """Moments of nothing, to be added to; `keep` as in `extract`."""
+        """Moments of nothing, to be added to; `keep` and `across_heads` as in `extract`."""
         sites = list(sites)
         shapes = {site: fingerprint.heads_at(site) for site in sites}
         widths = {site: n_heads * d_head for site, (n_heads, d_head) in shapes.items()}
         own = [name for name in keep if name != "classes"]
         apart = CLASSES if "classes" in keep else ()
         zeros, counts = torch.zeros(n_shards, dtype=torch.float64), torch.zeros(n_shards, dtype=torch.long)
+        grams = {
+            site: (width, width) if across_heads else (*shapes[site], shapes[site][1]) for site, width in widths.items()
+        }
         return cls(
             fingerprint=fingerprint,
             n_heads={site: n_heads for site, (n_heads, _) in shapes.items()},
-            gradient={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
-            activation={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items()},
+            gradient={site: zeros.new_zeros(n_shards, *gram) for site, gram in grams.items()},
+            activation={site: zeros.new_zeros(n_shards, *gram) for site, gram in grams.items()},
             activation_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
             gradient_sum={site: zeros.new_zeros(n_shards, w) for site, w in widths.items()},
-            cross={site: zeros.new_zeros(n_shards, w, w) for site, w in widths.items() if "cross" in keep},
-            classes={name: cls.empty(fingerprint, sites, n_shards, settings, own) for name in apart},
+            cross={site: zeros.new_zeros(n_shards, *gram) for site, gram in grams.items() if "cross" in keep},
+            classes={
+                name: cls.empty(fingerprint, sites, n_shards, settings, own, across_heads=across_heads)
+                for name in apart
+            },
             n_tokens=counts,
             n_scored=counts.clone(),
             n_examples=counts.clone(),
@@ -90,6 +101,40 @@ class TokenSums:
     @property
     def n_shards(self) -> int:
         return len(self.n_examples)
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether they keep products across heads, which joint subspaces need."""
+        return all(gram.ndim == 3 for gram in self.gradient.values())
+
+    def width(self, site: Site) -> int:
+        """Components of a row at a site: those of all of its heads."""
+        return self.activation_sum[site].shape[-1]
+
+    def grams(
+        self, site: Site, per_head: bool = True, *, of: str = "gradient"
+    ) -> Float[Tensor, "shard block width width"]:
+        """Each shard's `Σ gᵀg` (`of="gradient"`) or `Σ xᵀx` (`of="activation"`), per head or as one joint block.
+
+        Raises:
+            SPDError: a joint block of moments that were taken with `across_heads=False`.
+        """
+        return self._blocks({"gradient": self.gradient, "activation": self.activation}[of][site], site, per_head)
+
+    def _blocks(
+        self, gram: Float[Tensor, "*shard width width"], site: Site, per_head: bool
+    ) -> Float[Tensor, "*shard block row column"]:
+        """The blocks of sums of products at a site, of some shards or of all together; exactly symmetric."""
+        n_heads = self.n_heads[site]
+        if self.across_heads:
+            return diagonal_blocks(gram, n_heads if per_head else 1)
+        if not per_head and n_heads > 1:
+            raise SPDError(
+                f"these moments keep no products across the {n_heads} heads of site {site}, which a joint subspace "
+                "needs; extract them again with across_heads=True (--across-heads), or ask for one per head "
+                "(per_head=True, --per-head)"
+            )
+        return (gram + gram.mT) / 2
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -130,16 +175,23 @@ class TokenSums:
             positions: Which of the rows are of each class of positions; for moments that keep classes.
         """
         g, x = gradients.double(), activations.double()
-        self.gradient[site][shard] += (g.T @ g).cpu()
-        self.activation[site][shard] += (x.T @ x).cpu()
+        self.gradient[site][shard] += self._product(site, g, g)
+        self.activation[site][shard] += self._product(site, x, x)
         self.activation_sum[site][shard] += x.sum(dim=0).cpu()
         if self.gradient_sum:
             self.gradient_sum[site][shard] += g.sum(dim=0).cpu()
         if self.cross:
-            self.cross[site][shard] += (g.T @ x).cpu()
+            self.cross[site][shard] += self._product(site, g, x)
         for name, rows in (positions or {}).items():
             if name in self.classes:
                 self.classes[name].add_tokens(site, shard, g[list(rows)], x[list(rows)])
+
+    def _product(self, site: Site, a: Float[Tensor, "token width"], b: Float[Tensor, "token width"]) -> Tensor:
+        """`aᵀb` over all heads, or of each head alone."""
+        if self.across_heads:
+            return (a.T @ b).cpu()
+        a, b = (rearrange(rows, "token (head d) -> head token d", head=self.n_heads[site]) for rows in (a, b))
+        return (a.mT @ b).cpu()
 
     def count(
         self, shard: int, loss: float, n_tokens: int, scored: Sequence[int], positions: Mapping[str, Sequence[int]]
@@ -184,7 +236,7 @@ class TokenSums:
         if not isinstance(other, type(self)):
             return NotImplemented
         self.fingerprint.check(other.fingerprint, "the first of the two moments")
-        for what in ("sites", "n_shards", "settings"):
+        for what in ("sites", "n_shards", "across_heads", "settings"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise SPDError(f"moments with {what} {mine} and {theirs} do not add; extract both in the same way")
@@ -285,6 +337,22 @@ class TokenSums:
 
             there = [name for name in CLASSES if f"{name}/n_tokens" in tensors]
             return cls(**part(""), classes={name: cls(**part(f"{name}/")) for name in there})
+
+
+def moments_size(
+    heads: Iterable[tuple[int, int]], n_shards: int, keep: Sequence[str] = (), *, across_heads: bool = True
+) -> int:
+    """Bytes of moments, a few counts aside.
+
+    Args:
+        heads: For each site, how many heads it has and how wide they are.
+        n_shards: Shards of examples.
+        keep: As in `extract`.
+        across_heads: As in `extract`.
+    """
+    n_grams, copies = 2 + ("cross" in keep), 1 + len(CLASSES) * ("classes" in keep)
+    numbers = sum(n * d * (n_grams * d * (n if across_heads else 1) + 2) for n, d in heads)
+    return torch.float64.itemsize * copies * n_shards * numbers
 
 
 _PER_SITE = ("gradient", "activation", "activation_sum", "gradient_sum", "cross")

@@ -9,6 +9,8 @@ import pytest
 from spd_lens.study.config import StudyConfig, preset_names
 from spd_lens.study.costs import (
     A100,
+    HELD_PROMPT,
+    HELD_TOKEN,
     LENGTHS,
     TWO_CORES,
     TWO_CORES_FLOAT32,
@@ -29,9 +31,14 @@ PUBLISHED = {
     "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
     "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": 235_093_634_560,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": 400_711_848_960,
 }
-"""As the models' safetensors files sum up."""
+"""As the models' safetensors files sum up (Llama 4's: without what reads images)."""
+ACTIVE = {"Qwen/Qwen3-235B-A22B-Instruct-2507": 22e9, "meta-llama/Llama-4-Maverick-17B-128E-Instruct": 17e9}
+"""Weights that a token goes through, as the models' cards have them."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +48,15 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("model", TABLE)
 def test_the_built_in_shapes_have_the_published_number_of_weights(model):
-    assert read_shape(model).n_params == PUBLISHED[model]
+    shape = read_shape(model)
+    assert shape.n_params == PUBLISHED[model]
+    assert shape.n_active == pytest.approx(ACTIVE.get(model, shape.n_params), rel=0.02)
+    assert ("for a token" in str(shape)) == (model in ACTIVE)
 
 
 def test_a_directory_tells_its_shape(tiny_llama_dir, tiny_qwen2_dir, tiny_pair):
     shape = read_shape(str(tiny_llama_dir))
-    assert shape[2:-1] == (4, 32, 2, 8)  # layers, d_model, KV heads of d_head
+    assert shape[2:6] == (4, 32, 2, 8)  # layers, d_model, KV heads of d_head
     assert shape.d_vocab == tiny_pair.hf.config.vocab_size
     assert shape.n_params == sum(p.numel() for p in tiny_pair.hf.parameters())
     assert read_shape(str(tiny_qwen2_dir)).n_params > shape.n_params  # biases
@@ -85,17 +95,31 @@ def test_costs_are_what_one_counts_by_hand():
     extract = cost("extract")
     assert extract.tokens == 3 * (prompt + gold)
     assert extract.seconds == pytest.approx(4 * extract.tokens * 5000 / 1000)
-    assert extract.memory == weights + 2 * 2048 * 8 * 4 * 34  # layers, tokens, d_model, bytes, values kept of each
+    kept = 2 * 2048 * 8 * 4 * 34
+    assert extract.memory == weights + kept  # layers, tokens, d_model, bytes, values kept of each
+    assert extract.flops == 4 * extract.tokens * 5000
+    # one batch, not full: weights forth and back, activations out and in
+    assert extract.moved == pytest.approx(2 * weights + 2 * kept * extract.tokens / 2048)
+    moments = 8 * 8 * 4 * (2 * 8 * 8 + 2 * 8)  # bytes, shards, sites, grams of a width of 8 and sums
+    assert extract.host == moments
+    assert cost("extract", across_heads=False).host == 8 * 8 * 4 * (2 * 2 * 4 * 4 + 2 * 8)
     last = cost("extract", layers=[1])  # last_mid of two layers begins at 0
     assert last.memory == weights + (extract.memory - weights) / 2
     assert cost("extract", engine="lens").memory == extract.memory + weights  # lens model and twin
 
     generate = cost("generate")
     assert generate.tokens == 5 * (prompt + 16)
-    step = max(2 * 4 * 5000 / 1000, weights / 100) + 0.5 * 2
+    token = 2 * 2 * 2 * 4 * 4  # of the KV cache: K and V, layers, heads, d_head, bytes
+    read = weights + token * 4 * (prompt + 16 / 2)
+    step = max(2 * 4 * 5000 / 1000, read / 100) + 0.5 * 2
     assert generate.seconds == pytest.approx(2 * 16 * step + 2 * 5 * prompt * 5000 / 1000)
-    cache = 2 * 2 * 2 * 4 * 4 * 4 * (prompt + 16)  # K and V, layers, heads, d_head, bytes, rows
+    cache = token * 4 * (prompt + 16)
     assert generate.memory == weights + cache + 4 * 4 * 100
+    assert generate.on(2) == (weights + cache) / 2 + 4 * 4 * 100  # what belongs to layers is halved
+    assert generate.flops == pytest.approx(2 * 5000 * (5 * prompt + 2 * 16 * 4))  # the second batch counts whole
+    written = 5 * token * (prompt + 16)
+    assert generate.moved == pytest.approx(2 * weights + 2 * 16 * read + written)  # prompts, steps, the cache
+    assert generate.host == 5 * (HELD_PROMPT + HELD_TOKEN * (prompt + 16))
 
     finetune = cost("finetune")
     assert finetune.tokens == 2 * 5 * (prompt + 16)
@@ -105,7 +129,9 @@ def test_costs_are_what_one_counts_by_hand():
     batch = 2 * (prompt + 16)
     assert on_cpu.memory == weights + 2 * batch * 8 * 4 * 34 + batch * 100 * 12
     assert finetune.memory == pytest.approx(weights + (34 + 2) * batch * 8 * 4 + batch * 100 * 12)
+    assert finetune.host > generate.host  # records and rows
     full = cost("finetune", method="full")
+    assert full.on(4) == pytest.approx(finetune.memory - weights + (16 * 5000 + weights) / 4)
     assert full.memory == pytest.approx(finetune.memory + 16 * 5000)  # float32 weights, gradients and moments
     assert full.seconds == pytest.approx(8 * finetune.tokens * 5000 / 1000)
 
@@ -113,6 +139,37 @@ def test_costs_are_what_one_counts_by_hand():
     both = prompt + gold + prompt + 10  # the gold completion, and the answer alone
     assert measure.tokens == 10 * both * 3  # the base, after training, under the projection
     assert measure.seconds == pytest.approx(2 * measure.tokens * 5000 / 1000)
+
+
+def test_a_token_goes_through_its_experts_and_a_batch_reads_those_of_all_of_its_tokens():
+    experts = SHAPE._replace(n_routed=4000, routed_share=0.25)
+    assert experts.n_active == 1000 + 1000
+    assert experts.n_read(2) == 1000 + 4000 * (1 - 0.75**2)
+    assert experts.n_read(500) == pytest.approx(5000)
+    machine = Machine("test", flops=1e3, bandwidth=1e12, step=0.0)
+    config = StudyConfig.make(
+        {"sources": ["synthetic-math"], "methods": ["spd"], "settings": {"n_train": 8, "generation_batch_size": 2}}
+    )
+    for unit in (Unit("generate", "synthetic-math", "spd", 42), Unit("finetune", "synthetic-math", "spd", 42)):
+        dense, sparse = (Costs(config, shape, machine).of(unit) for shape in (SHAPE, experts))
+        assert sparse.flops / dense.flops == pytest.approx(2000 / 5000)
+        assert sparse.seconds / dense.seconds == pytest.approx(2000 / 5000)
+        assert sparse.memory == dense.memory  # all experts are held
+        assert sparse.moved <= dense.moved
+
+
+def test_a_model_is_spread_over_as_few_devices_as_hold_it(study_of):
+    config, large = study_of(), SHAPE._replace(n_params=10**9, n_layers=20)
+    small = make_plan(config, large, A100)
+    assert small.devices == 1 and " devices with " not in small.to_markdown()
+    one = max(row.cost.memory for row in small.rows)
+    tight = make_plan(config, large, A100._replace(memory=one / 2))
+    assert tight.devices > 1 and tight.memory <= one / 2
+    assert f"on each of {tight.devices} devices" in tight.to_markdown()
+    assert tight.seconds == small.seconds  # one computes at a time
+    fewer = max(cost.on(tight.devices - 1) for cost in unit_costs(config, large, A100).values())
+    assert fewer > one / 2
+    assert make_plan(config, large, A100._replace(memory=1.0)).devices == 20, "no more than layers"
 
 
 def test_bytes_of_a_weight():
@@ -164,6 +221,7 @@ def test_every_preset_has_a_plan(name):
     assert config.settings["model"] in text
     assert "| finetune |" in text and "| memory in GB |" in text
     assert "Assumed: " in text and "TFLOP/s" in text
+    assert "| PFLOP | TB moved |" in text and plan.devices == 1
     if name.startswith(("paper", "reference")):
         assert plan.memory > 2 * PUBLISHED[config.settings["model"]]  # bfloat16
 
