@@ -60,9 +60,8 @@ def generate(
         strength: The policy's strength.
         adapter: The policy's adapter or checkpoint.
         engine: `"twin"`: batched on the Hugging Face twin, the projection folded into its weights. `"lens"`: the lens
-            model under hooks, one prompt at a time and slow, with the same tokens in float32; compared with the twin at
-            the length of the longest prompt and its completion first. Others are in docs/engines.md. None: the one that
-            `engine_settings` names, by default the twin.
+            model under hooks, one prompt at a time and slow, with the same tokens in float32. Others are in
+            docs/engines.md. None: the one that `engine_settings` names, by default the twin.
         engine_settings: Settings of the engine, which refuses those that it does not read.
         path: JSONL file that every finished batch goes to. A run that was interrupted continues from it, also with more
             prompts than before (with a choice by prompt: with the same ones).
@@ -74,11 +73,10 @@ def generate(
         The completions in prompt order.
 
     Raises:
-        SPDError: No prompts; a prompt that leaves no room for `max_new_tokens`; a setting out of range; a file at
-            `path` from other settings; a full disk (what was written is kept).
+        SPDError: No prompts; one without room for `max_new_tokens`; a setting out of range; a file at `path` from other
+            settings; an engine that does not run the policy; a full disk (what was written is kept).
     """
-    settings = SamplingSettings.given(settings, keywords, "generate")
-    settings.check()
+    (settings := SamplingSettings.given(settings, keywords, "generate")).check()
     policy = Policy.given(policy, subspace, strength, adapter)
     kind, engine_settings = engines.chosen(engine, engine_settings)
     earlier = recorded_settings(path)
@@ -86,15 +84,14 @@ def generate(
     decoding = Decoding.of(pair, settings)
     jobs = _jobs(pair, prompts, settings, kind.runs)
     groups = _groups(pair, jobs, policy)
-    by_prompt = not isinstance(policy.subspace, Subspace | None)
     runs = kind(pair, decoding, engine_settings, settings.generation_batch_size)
+    decoding.own.tell()
     own = runs.prepare(jobs, [group.policy for group in groups])  # before a lens model's weights are recorded
+    by_prompt = not isinstance(policy.subspace, Subspace | None)
     recorded = {**_recorded(runs, own, groups, by_prompt=by_prompt), **settings.label}
     if earlier is not None and "prompt_date" not in earlier:
         recorded.pop("prompt_date", None)  # written before dates were; the prompts themselves are compared
-    decoding.own.tell()
-    opened = contextlib.nullcontext() if path is None else CorpusWriter(path, recorded, [job.key for job in jobs])
-    with opened as writer:
+    with CorpusWriter(path, recorded, [job.key for job in jobs]) if path else contextlib.nullcontext() as writer:
         done = _complete(runs, groups, writer, progress)
     return Corpus([done[job.key] for job in jobs], settings=recorded, path=None if path is None else Path(path))
 

@@ -210,7 +210,7 @@ def _make(store: Store, part: Part) -> None:
             worker.fetch(steps)
             work(steps, bench.any.pair, False, lambda step, place, rest: worker.do(step))
             if part.seed is not None:
-                finish(bench, study.cell(*part))
+                finish(bench, study.cell(part.source, part.method, part.seed))
             worker.publish(units)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
@@ -121,18 +121,19 @@ def extract(
             more = {"layers": sites, "shards": shards, "batch_tokens": batch_tokens, **recorded}
             everyone.agree(_facts(pair, encoded, dict(settings) | more))
         batches = _batches(pair, encoded, sites, batch_tokens, everyone)
-
-        def add_all() -> None:
-            for rows in _rows(pair, encoded, batches, settings, progress and everyone.is_main):
-                shard, e = rows.index % shards, rows.encoded
-                positions = positions_by_class(e, rows.sinks)
-                for site in sites:
-                    moments.add_tokens(site, shard, rows.gradient[site], rows.activation[site], positions)
-                moments.count(shard, rows.loss, len(e.ids), e.scored, positions)
-
-        everyone.together(add_all)
+        rows = _rows(pair, encoded, batches, settings, progress and everyone.is_main)
+        everyone.together(lambda: _add_all(moments, rows, shards))
         everyone.add_up(moments.sums)
     return moments
+
+
+def _add_all(moments: GradientMoments, gradients: Iterable[TokenGradients], shards: int) -> None:
+    for rows in gradients:
+        shard, e = rows.index % shards, rows.encoded
+        positions = positions_by_class(e, rows.sinks)
+        for site, gradient in rows.gradient.items():
+            moments.add_tokens(site, shard, gradient, rows.activation[site], positions)
+        moments.count(shard, rows.loss, len(e.ids), e.scored, positions)
 
 
 def _facts(pair: ModelPair, encoded: Sequence[Encoded], settings: Mapping[str, Any]) -> dict[str, str]:
