@@ -31,6 +31,7 @@ def cluster():
     """A cluster of two CPUs on this machine, which the engine finds open."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it would kill ours for the memory of others
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
         yield
         ray.shutdown()

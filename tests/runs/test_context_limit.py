@@ -367,7 +367,7 @@ def test_shuffled_answers_may_make_an_example_too_long(tiny_pair, tmp_path):
 def test_stage_commands(settings, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "spd_lens.cli.commands.set_up_logging", lambda quiet: None
+        "spd_lens.cli.commands.set_up_logging", lambda *_, **__: None
     )  # it would take the messages from the test
     model = ["--model", settings["model"], "--dtype", "float32", "--device", "cpu"]
     common = [*model, "--task", "own.jsonl", "--task-option", f"max_new_tokens={NEW}", "--too-long", "drop", "--quiet"]
