@@ -74,7 +74,7 @@ class Connection:
                     listed = error.response
             models = _Models.model_validate_json(listed.content).data if listed.is_success else []
             version = None
-            with contextlib.suppress(Exception):  # few servers have it
+            with contextlib.suppress(openai.OpenAIError, ValueError):  # few servers have it, or say it in this form
                 root = self.url.rstrip("/").removesuffix("/v1")
                 version = _Version.model_validate(await once.get(f"{root}/version", cast_to=object)).version
             maker = next((model.owned_by for model in models if model.owned_by), None)
