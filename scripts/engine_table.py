@@ -1,6 +1,6 @@
 """Print how the engines of generation compare: speed, tokens of the hooked lens model, and what a kill costs.
 
-    python scripts/engine_table.py SUBSPACE lens twin ray [--prompts 16] [--tokens 48] [--vllm-python PATH]
+    python scripts/engine_table.py SUBSPACE lens twin ray [--prompts 16] [--tokens 48] [--vllm-python PATH] [--url URL]
 
 SUBSPACE is a file of `Subspace.save`, or `none`. Every engine completes the same prompts greedily, in float32. Its
 corpus is compared with that of the engine named first. Then a process of its own does the same again, is killed as soon
@@ -25,7 +25,11 @@ def make(
 ) -> Corpus:
     """The corpus of an engine at `path`, by `size` completions at a time; a process of its own loads the pair."""
     pair = pair or spd.load(args.model, dtype="float32")
-    settings = EngineSettings(generation_engine=engine, engine_python=args.vllm_python if engine == "vllm" else None)
+    places = {
+        "vllm": {"engine_python": args.vllm_python},
+        "openai": {"engine_url": args.url, "engine_model": args.served},
+    }
+    settings = EngineSettings(generation_engine=engine, **places.get(engine, {}))
     return spd.generate(
         pair, spd.tasks.get("synthetic-math").train(n=args.prompts, seed=42), engine_settings=settings, path=path,
         subspace=None if args.subspace == "none" else spd.Subspace.load(args.subspace), max_new_tokens=args.tokens,
@@ -72,6 +76,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--vllm-python", help="a Python that has vLLM, for the engine vllm")
+    parser.add_argument("--url", help="a server that has the policy, for the engine openai")
+    parser.add_argument("--served", help="the name under which that server has it")
     args = parser.parse_args()
     pair, first = spd.load(args.model, dtype="float32"), None
     print(f"| engine | seconds, start included | tokens/s | same tokens as {args.engines[0]} | resumed after a kill |")
