@@ -88,7 +88,7 @@ distclean: clean  ## also the environments and the downloaded model
 system-packages:
 	@scripts/system_packages.sh
 
-# One environment per lane: torch, then the library. The second lane finds all big files in pip's cache.
+# One environment per lane: torch, then the library. The second lane finds all big files in the cache.
 %/.stamps/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=<interpreter>"; exit 1; }
@@ -111,19 +111,19 @@ system-packages:
 
 # No build isolation: torch brings setuptools, at the version that constraints.txt pins.
 $(HOOKED)/library: $(PROJECT) constraints.txt $(HOOKED)/model | $(HOOKED)/torch
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked]"
+	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked]"
 	@touch $@
 
 $(HOOKED)/dev: $(HOOKED)/library
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers]"
+	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers]"
 	@touch $@
 
 $(HOOKED)/bench: $(HOOKED)/dev
-	.venv/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,bench]"
+	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,bench]"
 	@touch $@
 
 $(BRIDGE)/test: $(PROJECT) constraints-bridge.txt $(BRIDGE)/model | $(BRIDGE)/torch $(HOOKED)/dev
-	.venv-bridge/bin/python -m pip install -qq -c constraints-bridge.txt --no-build-isolation -e ".[dashboard,test]"
+	scripts/install.sh .venv-bridge -c constraints-bridge.txt --no-build-isolation -e ".[dashboard,test]"
 	@touch $@
 
 $(BRIDGE)/torch: | $(HOOKED)/dev

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, then the tests once per lane. Every step runs; the exit code says whether all of them passed.
+# Lint, and the tests once per lane. Every step runs; the exit code says whether all of them passed.
 #   LANES      hooked (TransformerLens 3.9), bridge (4.x), or both
 #   TEST_ARGS  further arguments for pytest
 #   WORKERS    test processes
@@ -14,7 +14,8 @@ workers=${WORKERS:-1}
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 eval "pytest_args=(${TEST_ARGS:-})" # so that quotes work: TEST_ARGS='-k "a or b"'
-[ "$workers" -gt 1 ] && pytest_args+=(-n "$workers")
+# Neighbouring tests go to the same process, so that what a file prepares is prepared once.
+[ "$workers" -gt 1 ] && pytest_args+=(-n "$workers" --dist worksteal)
 
 failed=0
 summary=()
@@ -36,18 +37,18 @@ step() { # step NAME COMMAND…: run it, keep its closing line
 
 # What multiplies by other code where newer instructions are missing. PyTorch and oneDNN use nothing beyond AVX2 here.
 without_newer=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2)
-multiplying=(tests/generation/test_{generate,model_settings,slots}.py tests/subspaces/test_{extract,projection}.py
-  tests/models/test_{onednn,attention,parity,matrix}.py tests/evaluation tests/training
-  --ignore=tests/training/test_parallel.py --ignore=tests/training/test_reports.py)
+multiplying=(tests/generation/test_{generate,slots}.py tests/subspaces/test_{extract,projection}.py
+  tests/models/test_{onednn,attention,parity,matrix}.py tests/evaluation/test_{choices,teacher_forced}.py
+  tests/training/test_{finetune,length_groups,loss}.py)
 
-# What knows nothing of TransformerLens is tested in one lane: the other has the same torch and transformers.
-without_lens=()
-if [ "${LANES:-hooked bridge}" = "hooked bridge" ] && [ -z "${TEST_ARGS:-}" ]; then
-  without_lens=(--ignore=tests/{files,output,packaging,sandbox,spans,stats,tasks,training}
-    --ignore=tests/subspaces/test_{lora,parallel}.py --ignore=tests/test_{gpu_check,scaling_table}.py)
-fi
+# What comes near TransformerLens. The rest is tested in the first lane: the second has the same torch and transformers.
+with_lens=(tests/{estimators,methods,models,protocols,runs} tests/subspaces/test_{extract,findings,labels,positions}.py
+  tests/subspaces/test_{projection,reference_protocol,subspace}.py tests/analysis/test_{command,directions,drift,heads}.py
+  tests/generation/test_{cut_prompts,engines,generate,generate_per_prompt}.py tests/study/test_engine.py
+  tests/test_{artefacts,bad_input_core,cli,extending,notebooks,sites,smollm2}.py)
 
-step lint scripts/lint.sh
+scripts/lint.sh </dev/null >"$logs/lint.log" 2>&1 & # beside the tests; its step is the last
+lint=$!
 for lane in ${LANES:-hooked bridge}; do
   case $lane in
     hooked) python=.venv/bin/python ;;
@@ -57,12 +58,17 @@ for lane in ${LANES:-hooked bridge}; do
       exit 2
       ;;
   esac
-  [ "$lane" = bridge ] && pytest_args+=(${without_lens[@]+"${without_lens[@]}"})
+  [ "$lane${TEST_ARGS:-}" = bridge ] && [ "${LANES:-}" != bridge ] && pytest_args+=("${with_lens[@]}")
   step "tests-$lane" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
   if [ "$lane" = hooked ] && [ -z "${TEST_ARGS:-}" ] && [ "$(uname -m)" = x86_64 ]; then
     step tests-avx2 "${without_newer[@]}" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"} "${multiplying[@]}"
   fi
 done
+
+wait "$lint"
+lint_code=$?
+linted() { cat "$logs/lint.log" && return "$lint_code"; }
+step lint linted
 
 printf '\n== summary (%s torch threads, %s workers)\n' "$OMP_NUM_THREADS" "$workers"
 printf '%s\n' "${summary[@]}"
