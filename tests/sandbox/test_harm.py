@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spd_lens import sandbox
-from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox import bubblewrap
 
 TEST = ["assert f(2) == 4"]
 HONEST = "def f(x):\n    return x * x\n"
@@ -89,7 +89,7 @@ def f(n):
     return n
 """
     result = shut_in(fill + "\nprint(f(5000))")
-    if result.mechanism == "bubblewrap" and os.geteuid() and not mechanisms._may_mount("/mnt"):
+    if os.geteuid() and not bubblewrap._may_mount("/mnt"):
         pytest.skip("this system lets bubblewrap alone mount anything, and bubblewrap does not count files")
     assert 500 < int(result.stdout) < 1100
 
@@ -231,10 +231,11 @@ def test_nothing_stays_behind(shut_in):
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("tests", [[], TEST], ids=["alone", "with a judge"])
-def test_a_killed_caller_takes_the_program_along(mechanism, tests, signal_):
+@pytest.mark.usefixtures("shut_in")
+def test_a_killed_caller_takes_the_program_along(tests, signal_):
     marker = f"87{os.getpid()}.{time.time_ns() % 10**6}"
     call = f"import os; os.execv('/usr/bin/sleep', ['sleep', '{marker}'])"
-    code = f"from spd_lens.sandbox import run_python\nrun_python({call!r}, {tests!r}, mechanism={mechanism!r})"
+    code = f"from spd_lens.sandbox import run_python\nrun_python({call!r}, {tests!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
 
     def wait_for(there: bool, seconds: float) -> bool:
