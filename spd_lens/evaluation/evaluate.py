@@ -99,6 +99,7 @@ def _results(
             completion=record.completion,
             answer=task.extract(record.completion),
             score=task.score(item, record.completion),
+            judged=task.judges(item),  # known once it is scored
             n_tokens=record.n_completion_tokens,
             finish_reason=record.finish_reason,
             choice=chosen.get(item.id),

@@ -12,8 +12,8 @@ from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.files import read_json, write_json
 from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
 
-_PARTS = {"copies_loss", "results_loss", "answer_only_loss", "rest_loss"}
-"""Losses that an item's record leaves out where the item has none, like records of versions that knew none of them."""
+_LEFT_OUT = {"copies_loss": None, "results_loss": None, "answer_only_loss": None, "rest_loss": None, "judged": True}
+"""What an item's record leaves out where it says nothing, like records of versions that knew none of them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class ItemResult:
     """Nats per token of the gold completion that is neither; None where nothing is marked."""
     answer_only_loss: float | None = None
     """Nats per token of the answer where it is asked for without reasoning; None where it cannot be."""
+    judged: bool = True
+    """Whether anything tells right from wrong. If not (a wrong answer passes the item's tests), the score is 0."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,14 @@ class EvalResult:
 
     @property
     def accuracy(self) -> Estimate:
-        """Mean score with its 95 % interval (Wilson where all scores are 0 or 1)."""
-        return score_interval([item.score for item in self.items])
+        """Mean score with its 95 % interval (Wilson where all scores are 0 or 1). Items that cannot be judged are left
+        out, unless there are no others."""
+        return score_interval([item.score for item in self.items if item.judged] or [0.0] * len(self.items))
+
+    @property
+    def n_unjudged(self) -> int:
+        """Number of items that cannot be judged, since a wrong answer passes their tests."""
+        return sum(not item.judged for item in self.items)
 
     @property
     def mean_length(self) -> Estimate:
@@ -129,10 +137,15 @@ class EvalResult:
 
     def accuracy_gain(self, base: EvalResult) -> Estimate:
         """Mean paired difference of scores, this policy minus `base`, on the same items."""
+        return paired_difference(*self.paired_scores(base))
+
+    def paired_scores(self, base: EvalResult) -> tuple[list[float], list[float]]:
+        """The scores of `base` and of this policy, item by item, without items that cannot be judged, as `accuracy`."""
         mine, theirs = self._by_id(), base._by_id()
         if mine.keys() != theirs.keys():
             raise SPDError(f"{self.policy} and {base.policy} were evaluated on different items of {self.task}")
-        return paired_difference([theirs[i].score for i in mine], [item.score for item in mine.values()])
+        ids = [i for i in mine if mine[i].judged and theirs[i].judged] or list(mine)
+        return [theirs[i].score for i in ids], [mine[i].score for i in ids]
 
     def _by_id(self) -> dict[str, ItemResult]:
         return {item.id: item for item in self.items}
@@ -145,14 +158,16 @@ class EvalResult:
         measures = {"accuracy": self.accuracy, "accuracy by likelihood": self.choice_accuracy}
         measures |= {heading: getattr(self, outcome) for outcome, heading in OUTCOMES.items()}
         shown = ", ".join(f"{name} {value}" for name, value in measures.items() if value is not None)
+        if self.n_unjudged:
+            shown += f", cannot be judged {self.n_unjudged}"
         return f"EvalResult({self.policy} on {self.task}: {shown})"
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
         record = asdict(self)
         for item in record["items"]:
-            for name in _PARTS:
-                if item[name] is None:
+            for name, nothing in _LEFT_OUT.items():
+                if item[name] is nothing:
                     del item[name]
         return write_json(path, {"kind": "EvalResult", **record})
 

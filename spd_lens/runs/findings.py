@@ -44,7 +44,7 @@ def stored(there: Artefacts, task: str, policies: Iterable[str]) -> dict[str, St
             if values:
                 found[outcome] = Stored({id: fmean(of_item) for id, of_item in values.items()}, path)
     if len(policies) == 1 and (path := there.result_path(task, policies[0])).exists():
-        found["accuracy"] = Stored({item.id: item.score for item in EvalResult.load(path).items}, path)
+        found["accuracy"] = Stored({item.id: item.score for item in EvalResult.load(path).items if item.judged}, path)
     return found
 
 

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from spd_lens.evaluation import (
     LOSS_TASKS,
@@ -26,7 +27,6 @@ from spd_lens.runs.config import SPDConfig, protocol_in_words
 from spd_lens.runs.context_limit import in_words
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import (
-    Estimate,
     difference_sentence,
     mcnemar_exact,
     mean_interval,
@@ -125,7 +125,7 @@ def _evidence(run: Run) -> str:
 
 def _scores(run: Run, task: str) -> str:
     results = {name: run.result(task, name) for name in run.config.policies}
-    columns: dict[str, list[Estimate | None]] = {
+    columns: dict[str, list[Any]] = {
         "accuracy": [result.accuracy for result in results.values()],
         "accuracy by likelihood": [result.choice_accuracy for result in results.values()],
         "mean length (tokens)": [result.mean_length for result in results.values()],
@@ -133,6 +133,8 @@ def _scores(run: Run, task: str) -> str:
     }
     if not any(columns["accuracy by likelihood"]):
         del columns["accuracy by likelihood"]
+    if any(unjudged := [result.n_unjudged for result in results.values()]):
+        columns["cannot be judged (left out)"] = unjudged
     n = len(next(iter(results.values())).items)
     rows = zip(results, *columns.values(), strict=True)
     lines = [f"## {task}: {n} test items", "", *markdown(["policy", *columns], rows)]
@@ -143,7 +145,7 @@ def _scores(run: Run, task: str) -> str:
 
 
 def _gain(base: EvalResult, result: EvalResult) -> str:
-    before, after = ([item.score for item in side.items] for side in (base, result))
+    before, after = result.paired_scores(base)
     test = mcnemar_exact(before, after) if {*before, *after} <= {0.0, 1.0} else None
     return difference_sentence(
         result.accuracy_gain(base), measure="Accuracy", first=base.policy, second=result.policy, test=test

@@ -242,12 +242,10 @@ def judge(order: dict[str, Any], program: Program) -> dict[str, Any]:
     """Runs the asserts. Nothing that the program sends is ever executed, unpickled or asked for its opinion."""
     passed, test = 0, "the set-up"
     try:
-        names: dict[str, Any] = {"__name__": "tests"}
-        names |= {module: __import__(module) for module in order["modules"]}
-        names |= {name: program.ask("name", name) for name in order["functions"]}
-        exec(compile(order["setup"], "<setup>", "exec", dont_inherit=True), names)
+        names = _names(order, lambda name: program.ask("name", name))
+        _execute(order["setup"], names)
         for test in order["tests"]:
-            exec(compile(test, "<test>", "exec", dont_inherit=True), names)
+            _execute(test, names)
             if program.gone:  # and the test has a bare `except`
                 raise Gone
             passed += 1
@@ -261,6 +259,100 @@ def judge(order: dict[str, Any], program: Program) -> dict[str, Any]:
     except BaseException as error:
         reason, message = "error", str(error) if str(error).startswith(type(error).__name__) else repr(error)
     return {"reason": reason, "passed": passed, "detail": f"{test}: {message}" if message else test}
+
+
+def _names(order: dict[str, Any], function: Callable[[str], Any]) -> dict[str, Any]:
+    """The names that the tests begin with; `function` gives what stands for one of the program's."""
+    names: dict[str, Any] = {"__name__": "tests"}
+    names |= {module: __import__(module) for module in order["modules"]}
+    return names | {name: function(name) for name in order["functions"]}
+
+
+def _execute(statements: str, names: dict[str, Any]) -> None:
+    exec(compile(statements, "<test>", "exec", dont_inherit=True), names)
+
+
+class Nothing:
+    """In place of all that a program is and answers, to find tests that say nothing of it.
+
+    Whatever is done with it gives it again. It has no items, and compares as NaN does.
+    """
+
+    steps = 10_000
+    """Operations on all of them together, so that no loop of a test waits for an answer that never comes."""
+
+    def _again(self, *_: Any, **__: Any) -> Any:
+        Nothing.steps -= 1
+        if Nothing.steps < 0:
+            raise RuntimeError("a test that does not end")
+        return self
+
+    def _no(self, *_: Any) -> bool:
+        return self._again() is None
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __bool__(self) -> bool:
+        raise TypeError("neither true nor false")
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself looks for
+            raise AttributeError(name)
+        return self._again()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._again()
+
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _no
+    __hash__ = object.__hash__
+    __call__ = __getitem__ = __setitem__ = __neg__ = __abs__ = __round__ = __or__ = __and__ = _again
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _again
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _again
+
+
+class Same(Nothing):
+    """The same, but equal to itself: both sides of a comparison are the program's, or there is one answer to all."""
+
+    def _itself(self, other: object) -> bool:
+        return self._again() is other
+
+    def __sub__(self, other: object) -> Any:
+        return 0 if self._itself(other) else self
+
+    def __float__(self) -> float:
+        return 7.236e87  # no value that anybody expects
+
+    __eq__ = __le__ = __ge__ = _itself
+    __hash__ = object.__hash__
+
+
+def decides(order: dict[str, Any]) -> bool:
+    """Whether a test fails where all answers are `Nothing`, and where all are the `Same`.
+
+    Otherwise a wrong answer passes them all: they compare in a loop over the program's items, of which there need be
+    none, ask only that something is not so, or compare the program with itself or with a helper that the data lack.
+    """
+    stand_ins = []
+    for stand_in in (Nothing(), Same()):
+        names = _names(order, {name: stand_in for name in order["functions"]}.__getitem__)
+        if _holds(order["setup"], names):
+            stand_ins.append(names)
+    return not all(any([_holds(test, names) for names in stand_ins]) for test in order["tests"])
+
+
+def _holds(statements: str, names: dict[str, Any]) -> bool:
+    try:
+        _execute(statements, names)
+    except BaseException:  # SystemExit, too
+        return False
+    return True
 
 
 def refuse_calls(program: bytes) -> None:
@@ -298,8 +390,10 @@ def main() -> None:
         return
     verdict.write(b"ready\n")
     verdict.flush()  # fails if the caller is gone, and then the program need not start
-    writer.write(b"go\n")
-    writer.flush()
-    result = judge(order, Program(writer, reader))
+    result = {"reason": "unjudged", "passed": 0, "detail": "an answer that says nothing passes the tests"}
+    if decides(order):
+        writer.write(b"go\n")
+        writer.flush()
+        result = judge(order, Program(writer, reader))
     verdict.write(json.dumps(result).encode() + b"\n")
     verdict.flush()

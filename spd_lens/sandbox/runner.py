@@ -1,4 +1,4 @@
-"""`run_python`: limits, the choice of a mechanism that was tried on this machine, and one `Trial`."""
+"""`run_python`: limits, a sandbox that was tried on this machine, and one `Trial`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from spd_lens.errors import SPDError
-from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox import bubblewrap
 from spd_lens.sandbox.names import names_of
 from spd_lens.sandbox.trial import SandboxResult, Trial
 
@@ -43,7 +43,6 @@ def run_python(
     processes: int = 1,
     scratch_mb: int = 16,
     output_kb: int = 256,
-    mechanism: str | None = None,
 ) -> SandboxResult:
     """Runs a hostile program, and trusted tests of its functions.
 
@@ -61,7 +60,6 @@ def run_python(
         processes: Processes and threads that the program may have, itself included.
         scratch_mb: Size of the scratch directory.
         output_kb: Bytes printed, both streams together, after which the program is stopped.
-        mechanism: `bubblewrap` or `unshare`; by default the first that works.
 
     Raises:
         SPDError: For tests that are not Python, hold no assert or call nothing of the program, for limits that make
@@ -73,7 +71,8 @@ def run_python(
     times = {"timeout_s": timeout_s, "wall_s": wall_s}
     _check_limits(**times, memory_mb=memory_mb, processes=processes, scratch_mb=scratch_mb, output_kb=output_kb)
     asked, modules = names_of(tests, setup, functions) if tests else ([], [])
-    mechanism = _choose(mechanism)
+    if problem := unavailable():
+        raise SPDError(f"generated code is not run, as the sandbox does not work on this machine: {problem}")
     limits = {
         "RLIMIT_AS": memory_mb * 2**20,
         "RLIMIT_CORE": 0,
@@ -81,50 +80,38 @@ def run_python(
         "RLIMIT_FSIZE": scratch_mb * 2**20,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_NOFILE": 32,
-        "RLIMIT_NPROC": processes + mechanisms.KEEPERS[mechanism],
+        "RLIMIT_NPROC": processes + bubblewrap.KEEPERS,
+        "RLIMIT_SIGPENDING": 64,  # so many timers, too
     }
-    with Trial(mechanism, limits, wall_s, scratch_mb, output_kb * 1024) as trial:
+    with Trial(limits, wall_s, scratch_mb, output_kb * 1024) as trial:
         return trial.run(program, tests, setup, asked, modules)
 
 
-def passes_tests(code: str, tests: Sequence[str], setup: str, timeout_s: float = 15.0) -> bool:
-    """Whether hostile `code` passes trusted `tests`; what `CodeTask.executor` is set to with --allow-code-execution."""
-    return run_python(code, tests, setup=setup, timeout_s=timeout_s).ok
+def passes_tests(code: str, tests: Sequence[str], setup: str, timeout_s: float = 15.0) -> bool | None:
+    """Whether hostile `code` passes trusted `tests`; what `CodeTask.executor` is set to with --allow-code-execution.
+
+    None where a wrong answer passes the tests, so that they cannot judge the code.
+    """
+    result = run_python(code, tests, setup=setup, timeout_s=timeout_s)
+    return None if result.reason == "unjudged" else result.ok
 
 
-def available() -> str | None:
-    """The mechanism that is used here, after it has been tried; `None` if there is none (see `unavailable`)."""
-    return next((name for name in mechanisms.NAMES if not _problem(name)), None)
-
-
-def unavailable() -> dict[str, str]:
-    """The mechanisms that do not work here, each with the reason."""
-    return {name: problem for name in mechanisms.NAMES if (problem := _problem(name))}
+def available() -> bool:
+    """Whether the sandbox works here, after it has been tried (see `unavailable`)."""
+    return not unavailable()
 
 
 @cache
-def _problem(mechanism: str) -> str:
-    """Why a mechanism does not work here, found out by trying it; empty if it does."""
-    if problem := mechanisms.missing(mechanism):
+def unavailable() -> str:
+    """Why the sandbox does not work here, found out by trying it; empty if it does."""
+    if problem := bubblewrap.missing():
         return problem
     try:
-        with Trial(mechanism, {}, 60.0, 1, 2**16) as trial:
+        with Trial({}, 60.0, 1, 2**16) as trial:
             result = trial.run(_PROBE)
     except SPDError as error:
         return str(error)
     return "" if result.reason == "finished" else f"it does not shut in: {result.stderr.strip() or result.reason}"
-
-
-def _choose(mechanism: str | None) -> str:
-    if mechanism is not None and mechanism not in mechanisms.NAMES:
-        raise SPDError(f"there is no sandbox mechanism {mechanism!r}; choose {' or '.join(mechanisms.NAMES)}")
-    chosen = mechanism or available()
-    if chosen is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable().items())
-        raise SPDError(f"generated code is not run, as no sandbox works on this machine ({reasons})")
-    if _problem(chosen):
-        raise SPDError(f"the sandbox mechanism {chosen!r} does not work on this machine: {_problem(chosen)}")
-    return chosen
 
 
 def _check_limits(**limits: float) -> None:

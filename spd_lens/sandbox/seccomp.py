@@ -1,8 +1,9 @@
 """A filter of system calls, for what limits and name spaces leave open.
 
 System V shared memory, semaphores and message queues take memory that no limit of a process counts, and so do extended
-attributes, pages spliced into pipes, connections that wait to be accepted and Landlock's rules; files in memory come on
-top of the scratch directory; the others are doors to parts of the kernel that no such program needs.
+attributes, pages spliced into pipes, connections that wait to be accepted, watches on files, asynchronous I/O and
+Landlock's rules; files in memory come on top of the scratch directory. bubblewrap's own process, which no limit binds,
+is not to be read or written. The others are doors to parts of the kernel that no such program needs.
 
 Written for the kernel's classic BPF machine (`Documentation/userspace-api/seccomp_filter.rst`); numbers from its
 tables of system calls.
@@ -18,9 +19,14 @@ _BLOCKED = {
     # name: (x86_64, aarch64)
     "add_key": (248, 217),
     "bpf": (321, 280),
+    "fanotify_init": (300, 262),
     "fsetxattr": (190, 7),
     "fsopen": (430, 430),
+    "inotify_init": (253, 26),  # aarch64 has the newer one alone
+    "inotify_init1": (294, 26),
+    "io_setup": (206, 0),
     "io_uring_setup": (425, 425),
+    "kcmp": (312, 272),
     "keyctl": (250, 219),
     "landlock_create_ruleset": (444, 444),
     "listen": (50, 201),
@@ -33,6 +39,9 @@ _BLOCKED = {
     "msgget": (68, 186),
     "open_tree": (428, 428),
     "perf_event_open": (298, 241),
+    "pidfd_getfd": (438, 438),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
     "request_key": (249, 218),
     "semget": (64, 190),
@@ -41,6 +50,7 @@ _BLOCKED = {
     "setxattrat": (463, 463),
     "shmget": (29, 194),
     "splice": (275, 76),
+    "syslog": (103, 116),
     "tee": (276, 77),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spd_lens.errors import SPDError
-from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox import bubblewrap
 from spd_lens.sandbox.seccomp import blocking_filter
 
 _START_SECONDS = 60.0
@@ -41,7 +41,8 @@ class SandboxResult:
     reason: str
     """`passed`: every assert ran and held. `finished`: no tests were given, and it ended without an error. Otherwise
     `failed` (an assert did not hold), `error` (an exception), `exited` (it ended before it had answered every test),
-    `timeout` (CPU or wall time), `memory`, `output` (too much of it)."""
+    `timeout` (CPU or wall time), `memory`, `output` (too much of it), or `unjudged`: a wrong answer passes the tests,
+    so that the program was not run (see `inside.decides`)."""
     passed: int
     """Tests that held, in order, before the first that did not."""
     detail: str
@@ -52,8 +53,6 @@ class SandboxResult:
     """The end of what it printed there: the traceback, if there is one."""
     seconds: float
     """Wall time from the program's start."""
-    mechanism: str
-    """What shut it in."""
 
     @property
     def ok(self) -> bool:
@@ -64,10 +63,8 @@ class SandboxResult:
 class Trial:
     """The processes and pipes of one run. A context manager: nothing of it outlives the `with`."""
 
-    def __init__(
-        self, mechanism: str, limits: Mapping[str, int], wall_s: float, scratch_mb: int, max_output: int
-    ) -> None:
-        self.mechanism, self.limits, self.wall_s = mechanism, dict(limits), wall_s
+    def __init__(self, limits: Mapping[str, int], wall_s: float, scratch_mb: int, max_output: int) -> None:
+        self.limits, self.wall_s = dict(limits), wall_s
         self.scratch_mb, self.max_output = scratch_mb, max_output
         self._stack = ExitStack()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -118,18 +115,18 @@ class Trial:
             reason, detail = self._ended(detail, tested=bool(tests))
         self._kill()
         stdout, stderr = _text(self._read["program stdout"][:_SHOWN]), _text(self._read["program stderr"][-_SHOWN:])
-        return SandboxResult(reason, passed, detail, stdout, stderr, seconds, self.mechanism)
+        return SandboxResult(reason, passed, detail, stdout, stderr, seconds)
 
     def _start(self, role: str, reader: IO[bytes], writer: IO[bytes], order: dict[str, Any]) -> None:
         order |= {"role": role, "limits": self.limits, "read": reader.fileno(), "write": writer.fileno()}
-        command = mechanisms.command(self.mechanism, ["-c", _inside()], scratch_mb=self.scratch_mb)
+        command = bubblewrap.command(["-c", _inside()], scratch_mb=self.scratch_mb)
         with tempfile.TemporaryFile() as stdin:  # a pipe would block on a long program
             stdin.write(json.dumps(order).encode())
             stdin.seek(0)
             try:
-                process = mechanisms.start(command, stdin, (reader.fileno(), writer.fileno()))
+                process = bubblewrap.start(command, stdin, (reader.fileno(), writer.fileno()))
             except OSError as error:
-                raise SPDError(f"the sandbox {self.mechanism} could not be started: {error}") from error
+                raise SPDError(f"the sandbox could not be started: {error}") from error
         self._processes[role] = self._stack.enter_context(process)
         assert process.stderr is not None  # it was asked for
         self._watch(f"{role} stderr", process.stderr)
@@ -157,7 +154,7 @@ class Trial:
             if not self._step(deadline) or "verdict" not in self._open():
                 said = _text(self._read["program stderr"] + self._read.get("judge stderr", b"")).strip()
                 problem = said.splitlines()[-1] if said else f"no answer within {_START_SECONDS:g} s"
-                raise SPDError(f"the sandbox {self.mechanism} did not start: {problem}")
+                raise SPDError(f"the sandbox did not start: {problem}")
 
     def _drain(self, deadline: float, until: str | None) -> str:
         """Reads until a stream, or all of them, is closed; returns `output` or `timeout` if that limit came first."""
@@ -214,7 +211,7 @@ class Trial:
     def _kill(self) -> None:
         running = [process for process in self._processes.values() if process.poll() is None]
         for process in running:
-            mechanisms.kill(process)
+            bubblewrap.kill(process)
         deadline = time.monotonic() + _END_SECONDS
         while self._open() and self._step(deadline):
             pass  # reads the rest, so that nothing waits for a full pipe

@@ -76,6 +76,11 @@ class Task(ABC):
     def score(self, item: Example, text: str) -> float:
         """How right the completion `text` is for `item`, in [0, 1]."""
 
+    def judges(self, item: Example) -> bool:
+        """Whether anything tells right from wrong for the item; if not, its score is 0. Known once `score` has scored a
+        completion of the item."""
+        return True  # most tasks compare answers
+
     def scored_by(self, scoring: Scoring) -> Self:
         """A copy of the task that reads and scores completions by other rules, for tasks with two sets of them. It
         shares what has been read of the data, so that the same completions can be scored in two ways.

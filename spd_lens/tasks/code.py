@@ -10,6 +10,7 @@ import ast
 import builtins
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -23,10 +24,12 @@ from spd_lens.tasks.marks import copies
 from spd_lens.tasks.mutants import exercised
 from spd_lens.tasks.scoring import reference
 
-Executor = Callable[[str, Sequence[str], str], bool]
+log = logging.getLogger(__name__)
+
+Executor = Callable[[str, Sequence[str], str], bool | None]
 """`(code, tests, setup) -> passed`: `code` is a model's and not trusted; `tests` are asserts, `setup` statements before
-them that may use the code's classes. Both come from the data set. One that also takes `timeout_s` is told the limit of
-`scoring="reference"`."""
+them that may use the code's classes. Both come from the data set. None: a wrong answer passes the tests, so that they
+cannot judge the code. One that also takes `timeout_s` is told the limit of `scoring="reference"`."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +49,7 @@ class CodeTask(TwoScorings):
     """Says whether code passes its tests: `executor(code, tests, setup)`. The three stay apart so that it can keep
     untrusted code away from the tests. `None`: completions cannot be scored."""
     _exercised: dict[str, tuple[Span, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _unjudged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +132,7 @@ class CodeTask(TwoScorings):
                 f"finding the results of {self.name} means running its solutions, each with one place changed; say "
                 "--allow-code-execution (in Python: set the task's executor), or choose another span"
             )
-        return _hasty(self.executor)(program, tests, setup)
+        return bool(_hasty(self.executor)(program, tests, setup))
 
     def problem(self, example: Example) -> str:
         return normalised(example.meta["problem"])
@@ -148,13 +152,21 @@ class CodeTask(TwoScorings):
         """1.0 if the completion's code passes the item's asserts (pass@1 of one sample), else 0.0."""
         self.check_scorable()
         assert self.executor is not None
-        tests, setup = item.meta["tests"], item.meta["setup"]
+        tests, setup, execute = item.meta["tests"], item.meta["setup"], self.executor
         if self.scoring == "reference":
-            code = reference.program(text)
-            return float(code is not None and _hasty(self.executor)(code, tests, setup))
-        header, functions = signature(item.meta.get("solution", item.completion), tests)
-        code = extract_code(text, functions, header)
-        return float(code is not None and self.executor(without_asserts(code), tests, setup))
+            code, execute = reference.program(text), _hasty(self.executor)
+        else:
+            header, functions = signature(item.meta.get("solution", item.completion), tests)
+            code = extract_code(text, functions, header)
+            code = None if code is None else without_asserts(code)
+        passed = False if code is None else execute(code, tests, setup)
+        if passed is None and item.id not in self._unjudged:
+            self._unjudged.add(item.id)
+            log.warning("a wrong answer passes the tests of %s: it cannot be judged, and scores 0", item.id)
+        return float(passed or False)
+
+    def judges(self, item: Example) -> bool:
+        return item.id not in self._unjudged
 
     def check_scorable(self) -> None:
         if self.executor is None:
@@ -166,7 +178,7 @@ class CodeTask(TwoScorings):
 
 def _hasty(executor: Executor) -> Executor:
     """The executor with the reference code's time limit, if it takes one (as `timeout_s`); else as it is."""
-    run: Callable[..., bool] = executor
+    run: Callable[..., bool | None] = executor
     try:
         limited = "timeout_s" in inspect.signature(run).parameters
     except (TypeError, ValueError):  # a callable without a signature, such as some builtins

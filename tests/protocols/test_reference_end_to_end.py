@@ -478,7 +478,7 @@ def test_scores_of_given_completions(name: str, data: Path) -> None:
     assert 0 < sum(found) < len(found)
 
 
-@pytest.mark.skipif(available() is None, reason="no sandbox works here")
+@pytest.mark.skipif(not available(), reason="no sandbox works here")
 def test_scores_of_given_programs(data: Path) -> None:
     task = PROTOCOL.task("mbpp", data, executor=passes_tests)
     with refused("gsm8k runs no programs"):

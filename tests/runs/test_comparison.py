@@ -1,6 +1,7 @@
 """`spd-lens compare`: paired differences of two runs on the same items, against computations written out here."""
 
 import math
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -39,6 +40,16 @@ def test_accuracy_is_paired_and_tested_exactly(tmp_path):
     p = 2 * sum(math.comb(14, k) for k in range(3)) / 2**14
     assert found.test.p_value == pytest.approx(p)
     assert found.verdict == "higher"
+
+
+def test_what_cannot_be_judged_is_no_part_of_accuracy(tmp_path):
+    runs = [make_run(tmp_path / name, [0.0, 0.0, value]) for name, value in (("a", 0.0), ("b", 1.0))]
+    path = runs[0].path / "eval" / "gsm8k" / "spd.json"
+    result = EvalResult.load(path)
+    replace(result, items=[replace(result.items[0], judged=False), *result.items[1:]]).save(path)
+    found = compare(*([run] for run in runs))
+    assert (of(found, "accuracy").second.value, of(found, "accuracy").second.n) == (0.5, 2)
+    assert of(found, "aligned loss").first.n == 3
 
 
 def test_losses_are_paired_by_id_whatever_their_order(tmp_path):

@@ -71,6 +71,15 @@ def test_what_has_an_infinite_value_has_no_finding(run: Run) -> None:
     assert {("subspace", "base", "completion_loss"), ("adapter", "base", "aligned_loss")} <= found
 
 
+def test_an_item_that_cannot_be_judged_is_no_finding(run: Run) -> None:
+    path = run.path / f"eval/{TASK}/spd.json"
+    record = json.loads(path.read_text())
+    record["items"][0]["judged"] = False
+    path.write_text(json.dumps(record))
+    found = stored(run, TASK, ["spd"])["accuracy"].by_item
+    assert set(found) == {item["id"] for item in record["items"][1:]}
+
+
 def test_a_card_that_a_user_wrote_is_left_alone(run: Run) -> None:
     card = run.adapter / "README.md"
     card.write_text("# My adapter\n")

@@ -1,26 +1,13 @@
-"""Every mechanism, where it works."""
+"""The sandbox, where it works."""
 
 import pytest
 
 from spd_lens import sandbox
-from spd_lens.sandbox import mechanisms
-from spd_lens.sandbox.runner import run_python
-
-
-@pytest.fixture(params=mechanisms.NAMES)
-def mechanism(request):
-    """The name of one mechanism."""
-    problem = sandbox.unavailable().get(request.param)
-    if problem:
-        pytest.skip(f"{request.param} does not work here: {problem}")
-    return request.param
 
 
 @pytest.fixture
-def shut_in(mechanism):
-    """`run_python` under one mechanism."""
-
-    def run(program, tests=(), **options):
-        return run_python(program, tests, mechanism=mechanism, **options)
-
-    return run
+def shut_in():
+    """`run_python`."""
+    if problem := sandbox.unavailable():
+        pytest.skip(f"the sandbox does not work here: {problem}")
+    return sandbox.run_python

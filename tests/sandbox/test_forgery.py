@@ -92,6 +92,119 @@ for thing in gc.get_objects():
     if isinstance(thing, dict) and "role" in thing:
         thing.update(tested=False, tests=[], role="judge")
 """ + WRONG,
+    "a verdict of another kind": ON_EVERY_DESCRIPTOR + """tell(b'{"reason": "unjudged", "passed": 1}\\n')""" + WRONG,
+    "its end of the channel closed": "import os\nos.closerange(3, 64)" + WRONG,
+    "closed over a question": "import os\ndef f(x): os.closerange(0, 64)",
+    "another program in its place": "import os\ndef f(x): os.execv('/bin/true', ['true'])",
+    "the channel's ends exchanged": """
+import os
+def f(x):
+    for fd in range(3, 32):
+        try: os.dup2(fd, 34 - fd)
+        except OSError: pass
+    return 5
+""",
+    "a question put to the judge": ON_EVERY_DESCRIPTOR + """
+tell(b'["call", ["object", 0], ["list", []], ["dict", []]]\\n')
+""" + WRONG,
+    "answers of no form": ON_EVERY_DESCRIPTOR + r"""
+tell(b'null\n[]\n{}\n["value"]\n["error"]\n["error", []]\n["error", "Gone", ""]\n["error", "exit", 0]\n4\n"\xff\n')
+""" + WRONG,
+    "numbers that are none": ON_EVERY_DESCRIPTOR + """tell(b'["value", NaN]\\n["value", Infinity]\\n')""" + WRONG,
+    "a generator": "def f(x): yield 4",
+    "a coroutine": "async def f(x): return 4",
+    "an iterator that equals everything": EVERYTHING_EQUAL + """
+class I(Same):
+    left = 3
+    def __iter__(self): return self
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0: raise StopIteration
+        return Same()
+def f(x): return I()
+""",
+    "a class that equals everything": EVERYTHING_EQUAL + """
+class Meta(type):
+    __eq__, __ne__, __hash__ = Same.__eq__, Same.__ne__, lambda cls: hash(4)
+class f(metaclass=Meta):
+    def __new__(cls, x): return cls
+""",
+    "a str that equals everything": EVERYTHING_EQUAL + """
+class S(str):
+    __eq__, __hash__ = Same.__eq__, str.__hash__
+    def __str__(self): return self
+def f(x): return S('5')
+""",
+    "a float that lies": """
+class F(float):
+    __eq__, __hash__ = (lambda *_: True), float.__hash__
+def f(x): return F(5)
+""",
+    "a Decimal that lies": """
+import decimal
+class D(decimal.Decimal):
+    __eq__ = lambda *_: True
+    __reduce__ = lambda self: (D, ('5',))
+D.__module__, D.__qualname__, D.__hash__ = 'decimal', 'Decimal', decimal.Decimal.__hash__
+def f(x): return D(5)
+""",
+    "a type that says it is int": EVERYTHING_EQUAL + """
+import builtins
+class T(Same): pass
+T.__name__ = T.__qualname__ = 'int'
+T.__module__ = 'builtins'
+builtins.int = T
+def f(x): return T
+""",
+    "what isinstance says": """
+import builtins
+builtins.isinstance, builtins.type = (lambda *_: True), (lambda *_: int)
+""" + WRONG,
+    "an error with another's name": """
+class E(Exception): pass
+E.__name__, E.__module__ = 'StopIteration', 'builtins'
+def f(x): raise E
+""",
+    "an error that has none": "class E(Exception):\n    def __str__(self): raise E\ndef f(x): raise E",
+    "an error of every kind": "def f(x): raise ExceptionGroup('passed', [AssertionError(), StopIteration()])",
+    "the function it is called by, rewritten": """
+import sys
+frame = sys._getframe(1)
+frame.f_globals['_answer'].__code__ = (lambda request, module: None if request else 4).__code__
+""" + WRONG,
+    "the encoder told to keep silent": """
+import sys
+sys._getframe(1).f_globals.update(encode=lambda value, keep: ['object', 0], decode=lambda *_: ['name', 'f'])
+""" + WRONG,
+    "every line traced": """
+import sys
+def trace(frame, event, argument):
+    for name, value in {'reason': 'passed', 'passed': 1, 'got': 4, 'error': None}.items():
+        frame.f_locals[name] = value
+    return trace
+sys.settrace(trace)
+""" + WRONG,
+    "hooks at every door": """
+import atexit, builtins, gc, os, sys
+for place, name in ((sys, 'exit'), (os, '_exit'), (builtins, 'exit'), (sys, 'excepthook'), (sys, 'unraisablehook')):
+    setattr(place, name, lambda *_: 4)
+atexit.register(print, 'passed')
+gc.callbacks.append(lambda *_: None)
+sys.addaudithook(lambda *_: None)
+class Last:
+    def __del__(self): print('passed')
+last = Last()
+""" + WRONG,
+    "asserts that are nothing": """
+import ast, builtins
+ast.parse = builtins.compile = lambda *_, **__: 'pass'
+""" + WRONG,
+    "a dict that has everything": """
+class D(dict):
+    __eq__ = __contains__ = lambda *_: True
+    __missing__ = lambda *_: 4
+def f(x): return D()
+""",
 }  # fmt: skip
 
 

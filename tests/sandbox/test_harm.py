@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spd_lens import sandbox
-from spd_lens.sandbox import mechanisms
+from spd_lens.sandbox import bubblewrap
 
 TEST = ["assert f(2) == 4"]
 HONEST = "def f(x):\n    return x * x\n"
@@ -89,7 +89,7 @@ def f(n):
     return n
 """
     result = shut_in(fill + "\nprint(f(5000))")
-    if result.mechanism == "bubblewrap" and os.geteuid() and not mechanisms._may_mount("/mnt"):
+    if os.geteuid() and not bubblewrap._may_mount("/mnt"):
         pytest.skip("this system lets bubblewrap alone mount anything, and bubblewrap does not count files")
     assert 500 < int(result.stdout) < 1100
 
@@ -197,6 +197,75 @@ def f():
     assert [path.name for path in tmp_path.iterdir()] == ["secret"] and secret.read_text() == "hunter2"
 
 
+def test_nothing_is_gained(shut_in):
+    """Each attempt fails; "own" shows that attempts can succeed."""
+    attempts = (
+        f"CALLER = {os.getpid()}"
+        + """
+import ctypes, fcntl, os, resource, signal, socket, struct, sys, termios
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+def prctl(*arguments):
+    checked(libc.prctl(*(ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0)[:5])))
+def fill(size):
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(8)]
+    for end, _ in ends:
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, 33, size)  # SO_RCVBUFFORCE
+def many(make, n):
+    for _ in range(n):
+        checked(make())
+timer = ctypes.c_void_p()
+attempts = {
+    "own": lambda: os.kill(os.getpid(), 0),
+    "root": lambda: os.setuid(0),
+    "another group": lambda: os.setgroups([0]),
+    "the caller": lambda: os.kill(CALLER, signal.SIGKILL),
+    "privileges back": lambda: prctl(38, 0),
+    "no filter": lambda: prctl(22, 0),
+    "a capability": lambda: prctl(47, 2, 21),
+    "realtime": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+    "before others": lambda: os.setpriority(os.PRIO_PROCESS, 0, -5),
+    "more processes": lambda: resource.setrlimit(resource.RLIMIT_NPROC, (99, 99)),
+    "more open files": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99)),
+    "more signals": lambda: resource.setrlimit(resource.RLIMIT_SIGPENDING, (999, 999)),
+    "locked memory": lambda: checked(libc.mlock(ctypes.create_string_buffer(1 << 16), 1 << 16)),
+    "another root": lambda: os.chroot("/scratch"),
+    "a host name": lambda: checked(libc.sethostname(b"x", 1)),
+    "a device": lambda: os.mknod("/scratch/device", 0o020666, os.makedev(1, 1)),
+    "a mount": lambda: checked(libc.mount(b"none", b"/scratch", b"tmpfs", 0, None)),
+    "an unmount": lambda: checked(libc.umount2(b"/scratch", 2)),
+    "a name space": lambda: checked(libc.unshare(0x10000000)),
+    "the clock": lambda: checked(libc.settimeofday(struct.pack("qq", 0, 0), None)),
+    "memory of others": lambda: open("/proc/1/mem", "rb"),
+    "the kernel's": lambda: open("/dev/mem", "rb"),
+    "a terminal": lambda: fcntl.ioctl(0, termios.TIOCSTI, b"x"),
+    "raw packets": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1),
+    "packets of others": lambda: socket.socket(17, socket.SOCK_RAW, 0),
+    "large buffers": lambda: fill(1 << 30),
+    "timers without end": lambda: many(lambda: libc.timer_create(0, None, ctypes.byref(timer)), 100),
+    "a set-user-id file": lambda: os.chmod(sys.base_prefix + "/bin", 0o4777),
+    "a listener": lambda: socket.create_server(("127.0.0.1", 0)),
+}
+def f():
+    gained = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            gained.append(name)
+        except OSError:
+            pass
+        except ValueError:  # setrlimit's
+            pass
+    return gained
+"""
+    )
+    result = shut_in(attempts, ["assert f() == ['own']"])
+    assert result.ok, (result.detail, shut_in(attempts + "print(f())").stdout)
+
+
 def test_no_network(shut_in):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind("\0spd-lens-test")
@@ -231,10 +300,11 @@ def test_nothing_stays_behind(shut_in):
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("tests", [[], TEST], ids=["alone", "with a judge"])
-def test_a_killed_caller_takes_the_program_along(mechanism, tests, signal_):
+@pytest.mark.usefixtures("shut_in")
+def test_a_killed_caller_takes_the_program_along(tests, signal_):
     marker = f"87{os.getpid()}.{time.time_ns() % 10**6}"
     call = f"import os; os.execv('/usr/bin/sleep', ['sleep', '{marker}'])"
-    code = f"from spd_lens.sandbox import run_python\nrun_python({call!r}, {tests!r}, mechanism={mechanism!r})"
+    code = f"from spd_lens.sandbox import run_python\nrun_python({call!r}, {tests!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
 
     def wait_for(there: bool, seconds: float) -> bool:

