@@ -49,13 +49,14 @@ def study(
         if dry_run:  # it needs no weights, and for known models no network
             config = Study(out).admits(config)
             plan = make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured())
-            console.print(Markdown(plan.to_markdown()))
+            console.print(Markdown(plan.to_markdown(), hyperlinks=False))
             return
         if workers is None and store is None:
             done = run_study(config, out)
         else:
             done = run_parts(config, out, workers or here, store=store, at_once=at_once)
-    console.print(Markdown((done.path / "report.md").read_text(encoding="utf-8")))
+    report = (done.path / "report.md").read_text(encoding="utf-8")
+    console.print(Markdown(report, hyperlinks=False))
     console.print(f"Everything is in {out}; report.html is the page to read.", highlight=False, markup=False)
 
 
