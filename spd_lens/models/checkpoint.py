@@ -56,6 +56,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
             f"the weights in {directory} are quantised and would be de-quantised on one device; save "
             "spd_lens.load(...).hf and load that with the device_map"
         )
+    _check_index(directory)
     _check_layers(directory, settings)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -112,6 +113,18 @@ def _settings(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SPDError(f"{directory / 'config.json'} holds no settings by name; get a complete copy")
     return settings
+
+
+def _check_index(directory: Path) -> None:
+    """Refuse an index that leads out of the model's directory, or that is none."""
+    for file in directory.glob("*.safetensors.index.json"):
+        index = read_json(file)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        inside = isinstance(names, dict) and all(
+            isinstance(name, str) and not {*name} & {"/", "\\", "\0"} for name in names.values()
+        )
+        if not inside:
+            raise SPDError(f"{file} does not name the files beside it that hold the weights; get a complete copy")
 
 
 def _check_layers(directory: Path, settings: dict[str, Any]) -> None:
