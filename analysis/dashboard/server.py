@@ -116,6 +116,8 @@ def create_app(found: Sequence[Subject], token: str, lock: threading.Lock | None
         except SPDError as error:
             response = flask.jsonify(error=str(error))
             response.status_code = 400
+        except HTTPException:
+            raise
         except Exception:
             log.exception("the generation failed")
             response = flask.jsonify(error="the generation failed; the terminal that runs this app says why")

@@ -11,7 +11,7 @@ import spd_lens as spd
 from spd_lens.analysis.common.subject import Subject
 from spd_lens.generation.corpus import Header, settings_path
 from spd_lens.generation.jobs import stop_tokens
-from spd_lens.models import prompts
+from spd_lens.models import prompts, templates
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
 from spd_lens.models.templates import render
@@ -258,7 +258,6 @@ ENDLESS = {
     "joining": "{{ range(9999) | join('x' * 99999) }}",
     "joining what is not there yet": "{{ range(9999) | map('string') | join('x' * 99999) }}",
     "prose": "{{ lipsum(n=100000) }}",
-    "work in a row": "{% set x = 'ab' * 400000 %}" + "{{ (x | replace('b', 'aa') | replace('aa', 'b') | length) }}" * 4000,
     "a long template": "{# " + "x" * 1_000_001 + " #}",
     "much text": "{% for i in range(1000) %}" + "text " * 2000 + "{% endfor %}",
 }  # fmt: skip
@@ -279,6 +278,15 @@ def test_a_template_that_does_not_come_to_an_end_at_some_prompts():
         pair_of(bomb + CHAT_TEMPLATE).prompt_ids(spd.Example("7"))
 
 
+def test_work_in_a_row_is_timed(monkeypatch):
+    monkeypatch.setattr(templates, "_SECONDS", 0.1)
+    work = "{% set x = 'ab' * 400000 %}" + "{{ x | replace('b', 'aa') | replace('aa', 'b') | length }}" * 3000
+    start = time.process_time()
+    with refused("chat template makes no prompt", "takes more than 0.1 seconds"):
+        PromptFormat.choose(tokenizer_of(work))
+    assert time.process_time() - start < 10
+
+
 EVERYTHING = (
     "{% generation %}a{% endgeneration %}{{ messages | tojson }}{{ strftime_now('%d %b %Y') }}"
     "{% set ns = namespace(n=1, last='') %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -287,7 +295,8 @@ EVERYTHING = (
     "{{ ns.n }}"
     "{{ 'ab' * 3 }}{{ 2 ** 5 }}{{ 2.5 * 2 }}{{ 7 % 2 }}{{ '%03d|%s' % (5, 'x') }}{{ '%d' | format(7) }}"
     "{{ '{:>4}'.format('*{x}*') }}{{ 'abc'.replace('b', 'x') | replace('c', 'yy') | center(9) | indent(2) }}"
-    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | tojson(indent=2) }}{% macro f(x) %}<{{ x }}>{{ caller() if caller }}"
+    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | tojson(indent=2) }}"
+    "{% macro f(x) %}<{{ x }}>{{ caller() if caller }}"
     "{% endmacro %}{{ f(1) }}"
     "{% call f(2) %}in{% endcall %}{% for i in range(3, 0, -1) %}{{ i }}{% endfor %}{{ eos_token }}{{ unknown }}"
     "{% set block %}{% for m in messages[::-1] %}{{ m.role }}{% else %}none{% endfor %}{% endset %}{{ block }}"

@@ -406,7 +406,8 @@ def test_a_page_that_was_changed_is_not_shown(app_url, subject, manifest, status
     assert found == status and ("manifest.json" in text) == (status == 404)
 
 
-EVIL = """<!DOCTYPE html><title>evil</title><p id=ran>not run</p><script>
+EVIL = """<!DOCTYPE html><title>evil</title><p id=ran>not run</p>
+<a href="http://127.0.0.1:PORT/leak">away</a><script>
 const leak = "http://127.0.0.1:PORT/leak", local = "/TOKEN/frames/alpha/rank_sweep.html";
 const said = [];
 const tried = (name, attempt) => { try { attempt(); said.push(name); } catch { } };
@@ -418,23 +419,22 @@ tried("storage", () => localStorage.length);
 tried("cookie", () => document.cookie);
 tried("window", () => window.open(leak).focus());
 tried("top", () => { top.location = leak; });
-document.getElementById("ran").textContent = "ran: " + said;
-setTimeout(() => { document.getElementById("ran").textContent = "ran: " + said; location = leak; }, 500);
+setTimeout(() => { document.getElementById("ran").textContent = "ran: " + said; LEAVE }, 300);
 </script>"""
 
 
-def test_a_strangers_page_runs_without_an_origin_and_sends_nothing(watch, app_url, subject):
+@pytest.mark.parametrize("leave", ["", "location = leak;", "document.querySelector('a').click();"])
+def test_a_strangers_page_runs_without_an_origin_and_sends_nothing(watch, app_url, subject, leave):
     with socket.create_server(("127.0.0.1", 0)) as leak:
         leak.settimeout(0.2)
-        page = EVIL.replace("PORT", str(leak.getsockname()[1])).replace("TOKEN", TOKEN)
+        page = EVIL.replace("PORT", str(leak.getsockname()[1])).replace("TOKEN", TOKEN).replace("LEAVE", leave)
         (subject.folder / "evil.html").write_text(page, encoding="utf-8")
-        for route in ("analysis", "frames"):  # the second is not reached by a link, and is refused
-            watch.page.goto(f"{app_url}/{route}/alpha/evil.html")
-            watch.page.wait_for_timeout(1500)
+        watch.page.goto(f"{app_url}/frames/alpha/evil.html")
+        assert "in a frame alone" in watch.page.content()
         watch.page.goto(f"{app_url}/analysis/alpha/evil.html")
-        frame = watch.page.frames[1]
-        frame.wait_for_selector("#ran:has-text('ran:')")
-        assert frame.inner_text("#ran").removeprefix("ran:").strip() == ""
+        if not leave:
+            ran = watch.page.frames[1].wait_for_selector("#ran:has-text('ran:')")
+            assert ran.inner_text().strip() == "ran:"
         watch.page.wait_for_timeout(1500)
         assert watch.page.url == f"{app_url}/analysis/alpha/evil.html"
         with pytest.raises(TimeoutError):
