@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import rich.console
+import rich.protocol
 import typer
 from rich.logging import RichHandler
 from rich.segment import Segment
@@ -47,6 +48,11 @@ class Console(rich.console.Console):
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         """The segments of what is shown, each text in them made `visible`."""
+        shown = rich.protocol.rich_cast(renderable)
+        if isinstance(shown, str):
+            renderable = visible(shown)  # before it is laid out, where its width counts
+        elif isinstance(shown, Text) and (plain := visible(shown.plain)) != shown.plain:
+            renderable = Text(plain, shown.style, justify=shown.justify, overflow=shown.overflow, end=shown.end)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 

@@ -108,22 +108,27 @@ def test_characters_that_a_stream_lacks_are_replaced_by_the_nearest(shell, encod
     assert (code, out.splitlines()) == (0, [line, "the end"])
 
 
+BEGINNING = "a\\u001b]0;x"
+
+
 @pytest.mark.parametrize(
-    ("shown", "bell"),
+    ("shown", "words"),
     [
-        (Text(EVIL), ""),  # rich leaves the bell out by itself
-        (f"[red]{EVIL}[/red]", ""),
-        (Markdown(f"# {EVIL}", hyperlinks=False), ""),
-        (terminal([EVIL], [["cell"]], title="t"), ""),
-        (terminal(["head"], [[EVIL]]), ""),
+        (Text(EVIL), SPELLED.format(bell="")),  # rich leaves the bell out by itself
+        (EVIL, SPELLED.format(bell="\\u0007")),
+        (f"[red]{EVIL}[/red]", SPELLED.format(bell="\\u0007")),
+        (Markdown(f"# {EVIL}", hyperlinks=False), SPELLED.format(bell="")),
+        (terminal([EVIL], [["cell"]], title="t"), BEGINNING),
+        (terminal(["head"], [[EVIL]]), BEGINNING),
+        (terminal(["head"], [[Text(EVIL)]]), BEGINNING),
     ],
-    ids=["text", "markup", "markdown", "head", "cell"],
+    ids=["text", "str", "markup", "markdown", "head", "cell", "text in a cell"],
 )
-def test_what_is_shown_moves_no_cursor_and_hides_nothing(shown, bell):
+def test_what_is_shown_moves_no_cursor_and_hides_nothing(shown, words):
     out = io.StringIO()
     Console(file=out, force_terminal=True, width=120, highlight=False).print(shown)
     said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # the library's own colours
-    assert SPELLED.format(bell=bell) in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+    assert words in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
 
 
 def test_the_log_and_warnings_go_the_same_way(monkeypatch):
