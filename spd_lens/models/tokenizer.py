@@ -44,8 +44,8 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normaliser is not None and _growth(json.loads(normaliser.__getstate__())) > _MOST_GROWTH:
         raise SPDError(
-            f"the tokenizer in {directory} may make more than {_MOST_GROWTH} characters of each one, which would take all "
-            "memory; use another tokenizer"
+            f"the tokenizer in {directory} may make more than {_MOST_GROWTH} characters of each one, which would take "
+            "all memory; use another tokenizer"
         )
     return tokenizer
 
