@@ -6,11 +6,10 @@ import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from spd_lens.errors import SPDError
-from spd_lens.output import single_command, start
+from spd_lens.output import Console, single_command, start
 
 
 class Analysis(NamedTuple):

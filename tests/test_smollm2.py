@@ -67,4 +67,4 @@ def test_the_whole_job(tmp_path):
     assert all(item.kl > 0 for name in ("projected", "spd", "random-0") for item in effects[name])
     for policy in ("base", "projected", "spd"):
         assert len(run.result("synthetic-math", policy).items) == 4
-    assert "## synthetic-math: 4 test items" in run.summary
+    assert "## `synthetic-math`: 4 test items" in run.summary

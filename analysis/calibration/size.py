@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from spd_lens.analysis.calibration.faults import (
@@ -32,7 +31,7 @@ from spd_lens.analysis.calibration.losses import losses_figure, losses_under
 from spd_lens.analysis.common import ENERGY, MEASURES, Findings, Subject, agreement, analysis, band, figure, line
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
-from spd_lens.output import terminal
+from spd_lens.output import Console, terminal
 from spd_lens.subspaces import GradientMoments, Rank, Subspace, extract
 
 UNITS = {ENERGY: "share of gradient energy", "mean squared cosine": "mean squared cosine", "mean angle": "degrees"}

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from spd_lens.analysis.common.subject import subjects
 from spd_lens.errors import SPDError
-from spd_lens.output import set_up_logging
+from spd_lens.output import Console, set_up_logging
 
 Quiet = Annotated[bool, typer.Option(help="Show warnings only: no log, and no progress bars.")]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd_lens.analysis.common import Piece, Subject, word_diff
 from spd_lens.analysis.dashboard.document import known_moments
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, shortened
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, kl_divergence, neutral, run_twin
 from spd_lens.output import visible
@@ -179,9 +179,8 @@ def _chosen(what: str, wanted: Sequence[T], there: Sequence[T]) -> list[T]:
         raise SPDError(f"no {what} is chosen; choose from {', '.join(map(str, there))}")
     for one in wanted:
         if one not in there:
-            raise SPDError(
-                f"there is no {what} {one!r} in this run's moments; choose from {', '.join(map(str, there))}"
-            )
+            known = ", ".join(map(str, there))
+            raise SPDError(f"there is no {what} {shortened(repr(one))} in this run's moments; choose from {known}")
     return sorted(set(wanted), key=there.index)
 
 
@@ -198,19 +197,23 @@ def _check(ask: Ask) -> None:
     _number("temperature", ask.temperature, 0, 10)
     for name in ask.also:
         if name not in ("random", "spd"):
-            raise SPDError(f"unknown policy {name!r}; choose from random, spd")
+            raise SPDError(f"unknown policy {shortened(repr(name))}; choose from random, spd")
 
 
 def _whole(what: str, value: object, low: int, high: int | None) -> None:
     inside = type(value) is int and value >= low and (high is None or value <= high)
     if not inside:
         limit = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise SPDError(f"{what} is {'empty' if value is None else value}; write a whole number {limit}")
+        raise SPDError(f"{what} is {_short(value)}; write a whole number {limit}")
 
 
 def _number(what: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise SPDError(f"{what} is {'empty' if value is None else value}; write a number from {low} to {high}")
+        raise SPDError(f"{what} is {_short(value)}; write a number from {low} to {high}")
+
+
+def _short(value: object) -> str:
+    return "empty" if value is None else shortened(str(value))
 
 
 def _token(pair: ModelPair, index: int) -> str:

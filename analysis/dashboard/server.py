@@ -1,8 +1,14 @@
-"""The live app: the page, and an endpoint that generates. It answers this machine alone."""
+"""The live app: the page, and an endpoint that generates. It answers this machine alone, and who knows its address.
+
+Whoever made a run directory also made the pages in it, and they may be hostile. They are shown in a frame without an
+origin, which loads nothing, reads nothing and leads nowhere.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
+import secrets
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,23 +16,31 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import flask
-from rich.console import Console
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from spd_lens.analysis.common import Subject, subjects
+from spd_lens.analysis.common import PACKAGE, Subject, subjects
 from spd_lens.analysis.dashboard.document import assemble
 from spd_lens.analysis.dashboard.page import page
 from spd_lens.analysis.dashboard.playground import MAX_NEW_TOKENS, MAX_PROMPT, NAMES, Ask, Playground
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, SPDError, shortened
+from spd_lens.files import file_sha256, read_json
+from spd_lens.output import Console, render
 from spd_lens.subspaces import resolve_rank
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 _OWN_NAMES = ("127.0.0.1", "localhost", "::1")
+_SAVED_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+"""Of a saved page: scripts without an origin, which see no other page, and may draw and nothing else."""
+_LARGEST = 64 * 2**20
 EXAMPLE = "Tom has 12 apples and buys 30 more. He gives half of them away. How many apples does he have now?"
 
 
@@ -34,8 +48,10 @@ def serve(runs: Sequence[str | Path], *, port: int = 8050) -> None:
     """Run the app until it is interrupted."""
     found = subjects(runs)
     with listen(port) as waiting:
-        server = start(create_app(found), waiting)
-        Console(stderr=True).print(f"http://{HOST}:{server.port}  (Ctrl-C stops it)", highlight=False)
+        token = secrets.token_urlsafe(16)
+        server = start(create_app(found, token), waiting)
+        address = f"http://{HOST}:{server.port}/{token}/"
+        Console(stderr=True).print(f"{address}  (Ctrl-C stops it)", highlight=False, markup=False, soft_wrap=True)
         server.serve_forever()
 
 
@@ -54,42 +70,107 @@ def listen(port: int) -> socket.socket:
 
 def start(app: flask.Flask, waiting: socket.socket) -> BaseWSGIServer:
     """A server on a socket, ready to `serve_forever`. Threads: a page still loads while the model generates."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line per request
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # no line per request, however broken it is
     return make_server(HOST, waiting.getsockname()[1], app, threaded=True, fd=waiting.fileno())
 
 
-def create_app(found: Sequence[Subject], lock: threading.Lock | None = None) -> flask.Flask:
-    """The app of some runs, whose model is loaded. `lock` is held while a question is answered."""
+def create_app(found: Sequence[Subject], token: str, lock: threading.Lock | None = None) -> flask.Flask:
+    """The app of some runs, whose model is loaded.
+
+    Args:
+        found: The runs.
+        token: The first part of every address. Another program of this machine, or a page elsewhere, does not know it.
+        lock: Held while a question is answered.
+    """
     lock = lock or threading.Lock()
     playgrounds = {subject.name: Playground(subject, lock) for subject in found}
     document = assemble(found, link=lambda subject, path: f"analysis/{subject.name}/{path.name}")
     html = page(document, title=f"SPD dashboard: {', '.join(playgrounds)}", playground=offered(playgrounds))
-    saved = {(s.name, path.name): path for s in found for path in s.folder.glob("*.html")}
+    by_name = {subject.name: subject for subject in found}
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 1_000_000
-    _protect(app)
+    _protect(app, token)
 
-    @app.get("/")
+    @app.get(f"/{token}/")
     def show_page() -> flask.Response:
-        return flask.Response(html, mimetype="text/html")
+        return _page(html)
 
-    @app.get("/analysis/<run>/<name>")
+    @app.get(f"/{token}/analysis/<run>/<name>")
+    def show_framed(run: str, name: str) -> flask.Response:
+        _saved(by_name.get(run), name)
+        place = "/".join(quote(part, safe="") for part in (run, name))
+        return _page(render("framed.html", package=PACKAGE, title=name, source=f"../../frames/{place}"))
+
+    @app.get(f"/{token}/frames/<run>/<name>")
     def show_saved(run: str, name: str) -> flask.Response:
-        if (run, name) not in saved:  # no path is put together from a request
-            flask.abort(404)
-        return flask.Response(saved[run, name].read_text(encoding="utf-8"), mimetype="text/html")
+        if flask.request.headers.get("Sec-Fetch-Dest", "iframe") != "iframe":
+            raise SPDError("a saved page is shown in a frame alone; follow its link on the app's page")
+        response = flask.Response(_saved(by_name.get(run), name), mimetype="text/html")
+        response.headers["Content-Security-Policy"] = _SAVED_POLICY
+        return response
 
-    @app.post("/generate")
+    @app.post(f"/{token}/generate")
     def generate() -> flask.Response:
         try:
-            return flask.jsonify(answer(playgrounds, flask.request.get_json(silent=True)))
+            return flask.jsonify(answer(playgrounds, _question()))
         except SPDError as error:
-            return flask.jsonify(error=str(error))
+            response = flask.jsonify(error=str(error))
+            response.status_code = 400
+        except HTTPException:
+            raise
         except Exception:
             log.exception("the generation failed")
-            return flask.jsonify(error="the generation failed; the terminal that runs this app says why")
+            response = flask.jsonify(error="the generation failed; the terminal that runs this app says why")
+            response.status_code = 500
+        return response
 
     return app
+
+
+def _page(html: str) -> flask.Response:
+    """A page of the app's own, whose policy is also sent ahead of it; nothing may frame it."""
+    response = flask.Response(html, mimetype="text/html")
+    written = re.search('http-equiv="Content-Security-Policy" content="(.*?)"', html)
+    response.headers["Content-Security-Policy"] = f"{written[1] if written else ''}; frame-ancestors 'none'"
+    return response
+
+
+def _saved(subject: Subject | None, name: str) -> str:
+    """A page in a run's `analysis/` folder; `SPDError` unless it is a file there, as the run's manifest has it.
+
+    A link may lead to any file of this machine. A page that the run's own versions did not write may say anything.
+    """
+    path = None if subject is None else subject.folder / name
+    if path is None or path.suffix != ".html" or not path.is_file():
+        raise SPDError("there is no such page")
+    assert subject is not None
+    if path.resolve() != subject.run.path.resolve() / "analysis" / name:
+        raise SPDError(f"{name} leads out of its folder and is not shown")
+    if path.stat().st_size > _LARGEST:
+        raise SPDError(f"{name} has more than {_LARGEST} bytes and is not shown; open the file itself")
+    recorded = _recorded(subject.run.path)
+    if recorded and recorded.get(f"analysis/{name}") != file_sha256(path):
+        raise SPDError(f"{name} is not as spd_lens wrote it, by manifest.json, and is not shown")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _recorded(run: Path) -> dict[str, str]:
+    """The sha256 of each file of the analyses that a run's manifest lists; empty where it lists none."""
+    try:
+        files = read_json(run / "manifest.json")["files"] if (run / "manifest.json").is_file() else {}
+        return {name: entry["sha256"] for name, entry in files.items() if name.startswith("analysis/")}
+    except (SPDError, *UNREADABLE) as error:
+        raise SPDError("the run's manifest.json is damaged, so no page of it is shown") from error
+
+
+def _question() -> Any:
+    """What was sent as JSON; `SPDError` if it is none."""
+    try:
+        return flask.request.get_json()
+    except RequestEntityTooLarge:
+        raise
+    except (HTTPException, RecursionError) as error:
+        raise SPDError("a question is sent as JSON, and this is none") from error
 
 
 def offered(playgrounds: Mapping[str, Playground]) -> dict[str, Any]:
@@ -118,44 +199,67 @@ def answer(playgrounds: Mapping[str, Playground], asked: Any) -> dict[str, Any]:
     """
     asked = asked if isinstance(asked, dict) else {}
     if (run := asked.get("run")) not in list(playgrounds):
-        raise SPDError(f"there is no run {run!r}; choose from {', '.join(playgrounds)}")
+        raise SPDError(f"there is no run {shortened(repr(run))}; choose from {', '.join(playgrounds)}")
+    layers, kinds, also = (asked.get(name) or [] for name in ("layers", "kinds", "also"))
+    for name, listed in (("layers", layers), ("kinds", kinds), ("also", also)):
+        if not isinstance(listed, list) or not all(isinstance(part, str | int) for part in listed):
+            raise SPDError(f"{name} is {shortened(repr(listed))}; send a list of names or numbers")
     ask = Ask(
-        asked.get("prompt", ""), asked.get("layers") or [], asked.get("kinds") or [], asked.get("rank"),
-        asked.get("form") == "head", asked.get("strength"), asked.get("tokens"), asked.get("temperature"),
-        asked.get("seed"), asked.get("also") or [],
+        asked.get("prompt", ""), layers, kinds, asked.get("rank"), asked.get("form") == "head", asked.get("strength"),
+        asked.get("tokens"), asked.get("temperature"), asked.get("seed"), also,
     )  # fmt: skip
     found = playgrounds[run].answer(ask)
     facts = f"ranks {found.ranks} · strength {ask.strength:g} · seed {ask.seed} · temperature {ask.temperature:g}"
     return asdict(found) | {"facts": facts}
 
 
-def _protect(app: flask.Flask) -> None:
-    """Answer no pages but those of this machine.
+def _protect(app: flask.Flask, token: str) -> None:
+    """Answer no pages but those of this machine that know the token, and every mistake in a sentence.
 
     A page elsewhere can make a browser ask 127.0.0.1, under its own name (DNS rebinding) or across sites: both show
-    in the request's headers and are refused. No page but the app's may frame an answer. The app's pages say
-    what they load in policies of their own; anything else loads nothing.
+    in the request's headers and are refused. The app's pages say what they load in policies of their own; anything else
+    loads nothing and is framed nowhere.
     """
 
     @app.before_request
     def own_requests_only() -> flask.Response | None:
-        if urlsplit(f"//{flask.request.host}").hostname not in _OWN_NAMES:
-            return _refuse(f"this app answers at {HOST} alone, not as {flask.request.host}")
+        if _host(f"//{flask.request.host}") not in _OWN_NAMES:
+            return _refuse(f"this app answers at {HOST} alone, not as {shortened(flask.request.host)}", 403)
         origin = flask.request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != flask.request.host:
-            return _refuse("this app answers its own pages alone")
+        if origin is not None and origin != f"http://{flask.request.host}":
+            return _refuse("this app answers its own pages alone", 403)
+        given = flask.request.path.lstrip("/").partition("/")[0]
+        if not secrets.compare_digest(given.encode(errors="replace"), token.encode()):
+            return _refuse("this app answers at the address that its terminal shows, which nobody can guess", 403)
         return None
 
     @app.after_request
     def own_content_only(response: flask.Response) -> flask.Response:
-        own_policy = flask.request.endpoint in ("show_page", "show_saved")
-        nothing = "" if own_policy else "default-src 'none'; "
-        response.headers["Content-Security-Policy"] = f"{nothing}frame-ancestors 'self'"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        headers = response.headers
+        headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["X-DNS-Prefetch-Control"] = "off"
+        headers["Referrer-Policy"] = "no-referrer"
+        headers["Cross-Origin-Resource-Policy"] = headers["Cross-Origin-Opener-Policy"] = "same-origin"
+        headers["Cache-Control"] = "no-store"
         return response
 
+    @app.errorhandler(SPDError)
+    def mistake(error: SPDError) -> flask.Response:
+        return _refuse(str(error), 404)
 
-def _refuse(why: str) -> flask.Response:
-    return flask.Response(escape(why) + "\n", status=403, mimetype="text/plain")
+    @app.errorhandler(HTTPException)
+    def no_such_request(error: HTTPException) -> flask.Response:
+        return _refuse(f"this app does not answer that ({error.name})", error.code or 400)
+
+
+def _host(address: str) -> str | None:
+    """The host in an address; None if there is none that can be read."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _refuse(why: str, status: int) -> flask.Response:
+    return flask.Response(escape(why) + "\n", status=status, mimetype="text/plain")

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
 
 from spd_lens.analysis.common import Findings, Quiet
 from spd_lens.analysis.estimators.completions import accuracy, answers, cards, scores
@@ -22,7 +21,7 @@ from spd_lens.analysis.estimators.tables import accuracy_differences, difference
 from spd_lens.errors import SPDError
 from spd_lens.files import write_json, write_text
 from spd_lens.models import ModelPair
-from spd_lens.output import set_up_logging
+from spd_lens.output import Console, set_up_logging
 from spd_lens.subspaces import write_findings
 
 log = logging.getLogger(__name__)

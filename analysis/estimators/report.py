@@ -11,7 +11,7 @@ from rich.table import Table
 from spd_lens.analysis.estimators.settings import PAPER, RANDOM, Contest
 from spd_lens.analysis.estimators.tables import BASE
 from spd_lens.evaluation import KL_TOLERANCE, OUTCOMES, SAYS
-from spd_lens.output import markdown, terminal
+from spd_lens.output import inert, markdown, terminal, visible
 from spd_lens.stats import bracketed
 
 HOW = (
@@ -71,10 +71,11 @@ def report(
         lines += ["## Across places", "", *_table(["entrant", "difference", "shown", "in places"], held), ""]
     for place, part in table.groupby("place", sort=False):
         first = part.iloc[0]
-        lines += [f"## {place}: {first.model}, {first.task}", "", *_decided(part), "", *_side_by_side(part), ""]
+        heading = f"## {inert(place)}: {inert(first.model)}, {inert(first.task)}"
+        lines += [heading, "", *_decided(part), "", *_side_by_side(part), ""]
         lines += [*_reached(reached[reached.place == place]), "", *_right(right, place)]
     lines += ["## The outcomes", "", *(f"- **{OUTCOMES[name]}**: {SAYS[name]}" for name in OUTCOMES)]
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines) + "\n")
 
 
 def shown(part: pd.DataFrame, place: str) -> Table:
@@ -156,5 +157,4 @@ def _difference(row: Any) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
     """A table whose cells cannot break out of it or become markup."""
-    inert = ([str(cell).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in row] for row in rows)
-    return markdown(head, inert)
+    return markdown(head, ([inert(cell) for cell in row] for row in rows))

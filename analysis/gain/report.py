@@ -11,7 +11,7 @@ from rich.table import Table
 from spd_lens.analysis.gain.completions import COMPONENTS, FINAL, RATES, REFERENCE, SCORERS, Opened, differing
 from spd_lens.analysis.gain.factorial import FACTORS, OUTCOMES, constant, prompt_format
 from spd_lens.analysis.gain.split import PARTS
-from spd_lens.output import markdown, terminal
+from spd_lens.output import inert, markdown, terminal, visible
 from spd_lens.stats import bracketed
 from spd_lens.study import BASE, FOCUS
 
@@ -68,13 +68,13 @@ def report(
     lines += [line for note in notes for line in (note, "")]
     lines += _studies(studies)
     for (study, source, target), part in split.groupby(["study", "source", "target"], sort=False):
-        lines += ["", f"## {study}: {source} → {target}", "", *_split(part), "", *_rates(part)]
+        lines += ["", f"## {inert(study)}: {inert(source)} → {inert(target)}", "", *_split(part), "", *_rates(part)]
     lines += ["", "## Which factor moves which number", "", FACTORIAL.format(n=int(effects.p_holm.notna().sum()))]
     for source, target in factors:
         lines += ["", *_factorial(source, target, factors[source, target], cells, effects)]
     if not beside.empty:
         lines += ["", *_beside(beside)]
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines) + "\n")
 
 
 def shown(split: pd.DataFrame) -> Table:
@@ -168,7 +168,7 @@ def _rates(part: pd.DataFrame) -> list[str]:
 def _factorial(
     source: str, target: str, points: Mapping[Any, Any], cells: pd.DataFrame, effects: pd.DataFrame
 ) -> list[str]:
-    lines = [f"### {source} → {target}", ""]
+    lines = [f"### {inert(source)} → {inert(target)}", ""]
     if fixed := constant(points):
         lines += [f"The same throughout: {', '.join(f'{name} ({level})' for name, level in fixed.items())}.", ""]
     own = cells[(cells.source == source) & (cells.target == target)]
@@ -214,8 +214,7 @@ def _beside(beside: pd.DataFrame) -> list[str]:
 
 def _table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
     """A table whose cells cannot break out of it or become markup."""
-    inert = ([str(cell).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in row] for row in rows)
-    return markdown(head, inert)
+    return markdown(head, ([inert(cell) for cell in row] for row in rows))
 
 
 def _form(outcome: str) -> tuple[int, int, str]:

@@ -115,14 +115,14 @@ def _draw_differences(fig: go.Figure, part: pd.DataFrame, first: bool = True, **
         controls = own.method.map(_is_control)
         for grey, rows in own.groupby(controls):
             line(
-                fig, rows.method, rows.value, plain(target), index=index, null=bool(grey), mode="markers", size=9,
-                symbol=_symbol(index, bool(grey)), error_y=bars(rows.value, rows.low, rows.high), legendgroup=target,
-                offsetgroup=target, showlegend=first and bool(grey == controls.min()), **axes,
+                fig, rows.method.map(plain), rows.value, plain(target), index=index, null=bool(grey), mode="markers",
+                size=9, symbol=_symbol(index, bool(grey)), error_y=bars(rows.value, rows.low, rows.high),
+                legendgroup=target, offsetgroup=target, showlegend=first and bool(grey == controls.min()), **axes,
                 customdata=[f"corrected p = {row.p_holm:.2g}, {row.verdict}" for row in rows.itertuples()],
                 hovertemplate="%{x}: %{y:.3g}<br>%{customdata}<extra>" + plain(target) + "</extra>",
             )  # fmt: skip
     fig.update_layout(scattermode="group", scattergap=0.6, legend={"title": {"text": "measured on  "}})
-    fig.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(part.method)))
+    fig.update_xaxes(categoryorder="array", categoryarray=[plain(method) for method in dict.fromkeys(part.method)])
 
 
 def trade_figure(averages: pd.DataFrame, loss: pd.DataFrame, title: str) -> go.Figure:

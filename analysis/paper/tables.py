@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +38,7 @@ from spd_lens.analysis.common import (
 from spd_lens.analysis.paper.figure_4 import figure_4, mean_score, points, points_sentence
 from spd_lens.errors import SPDError
 from spd_lens.files import write_text
-from spd_lens.output import markdown, set_up_logging, terminal
+from spd_lens.output import Console, markdown, set_up_logging, terminal, visible
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
 from spd_lens.study import Evidence, Outcome, backbone, base_and_published, base_warnings, differences_from_paper
@@ -127,7 +126,7 @@ def to_markdown(cells: pd.DataFrame, studies: Sequence[Evidence]) -> str:
             lines += ["", f"## What is published of the base model of `{study.name}`", "", text]
         missing = study.missing()
         lines += ["", f"The study is not complete: {'; '.join(missing)}."] if missing else []
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines) + "\n")
 
 
 def main(

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +21,7 @@ from spd_lens.analysis.sweeps.store import MEASURES
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import fitting, other_texts
 from spd_lens.examples import Example
-from spd_lens.output import terminal
+from spd_lens.output import Console, terminal
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import bracketed
 from spd_lens.subspaces import GradientMoments

@@ -98,7 +98,7 @@ function drawSaved() {
   show("saved", tables.length > 0);
   $("saved-list").replaceChildren(...tables.map((table) => {
     const name = table.name.replace(/[_-]/g, " ");
-    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href), target: "_blank", rel: "noopener" }, `open the page of ${name}`)) : null;
+    const link = table.href ? el("p", {}, el("a", { href: encodeURI(table.href).replace(/[?#]/g, encodeURIComponent), target: "_blank", rel: "noopener" }, `open the page of ${name}`)) : null;
     const says = [table.question, table.rows === undefined ? "" : `${table.rows} rows`].filter(Boolean).join(" · ");
     return el("details", {}, el("summary", {}, name + (table.href ? " ↗" : "")), el("p", { class: "says" }, says), link, table.head ? preview(table) : null);
   }));

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.cli.flags import with_settings
 from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
-from spd_lens.output import set_up_logging, start
+from spd_lens.output import Console, set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig, validated
 from spd_lens.settings import DEFAULT_MODEL, EngineSettings, Extraction
 
@@ -331,7 +330,7 @@ def compare_command(
     table = comparison_table(compare(*runs), first, second)
     if out is not None:
         write_text(out, table)
-    Console().print(Markdown(table))
+    Console().print(Markdown(table, hyperlinks=False))
 
 
 @app.command("grade")
@@ -406,7 +405,7 @@ def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
     from spd_lens.runs import run
 
     record = run(config, out, progress=not quiet)
-    Console().print(Markdown(record.summary))
+    Console().print(Markdown(record.summary, hyperlinks=False))
     Console().print(f"Everything is in {out}.", highlight=False, markup=False)
 
 

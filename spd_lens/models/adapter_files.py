@@ -1,4 +1,4 @@
-"""What an adapter's directory says, read with care: its base, its kind, and the layers that it names by patterns."""
+"""What an adapter's directory says, read with care: its base, its kind, its settings, and the layers that it names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import hashlib
 import math
 import os
 import re
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import regex  # like `re`, with a time limit: the patterns come from files
+import peft
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
-from spd_lens.errors import SPDError, one_line
+from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
 from spd_lens.models.architectures import numbers_in
@@ -44,16 +45,25 @@ _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "activated LoRA acts only behind these tokens",
     "arrow_config": "it chooses among other adapters by what it reads",
     "layer_replication": "it makes a model of another depth",
+    "megatron_config": "it imports the code that megatron_core names",
     "monteclora_config": "it draws its weights at random",
     "sample_at_inference": "it draws its weights at random",
 }
 
 _LONGEST_CONFIG = 2**22
-_LONGEST_PATTERN = 20_000
-PATTERN_SECONDS = 20.0
-"""Time for all patterns of an adapter on all names; what people write takes microseconds for each."""
+_TEXTS = ("base_model_name_or_path", "peft_version", "revision")
+"""Settings that name no module and no option."""
 _PLAIN = re.compile(r"[\w.\-]*")
 """Names in which nothing is a pattern but the dot, which also stands for itself."""
+_ITERATIONS = re.compile(r".*_\d{3,}")
+"""`pissa_niter_4` and the like, with a number of steps that takes for ever."""
+_SIZES = re.compile(
+    r"^(r|u|depth|.*(_r|rank|size|length|factor|terms|niter|block_num|_k))$|rank_|num_|frequency|block_"
+)
+"""Settings for which PEFT allocates memory or repeats a step."""
+_REPEATED = re.compile("terms|niter|butterfly|depth")
+_MOST_REPEATED = 64
+_SMALL = 4096
 _DEEPEST = 16
 
 
@@ -132,20 +142,26 @@ def layers_of_models(directory: Path) -> tuple[Path, list[Path]]:
 
 
 def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
-    """PEFT's own configuration, with layers named one by one where the file gives a pattern.
+    """PEFT's own configuration, with layers named as the twin names them; `modules` are the names of the twin's.
 
-    `modules` are the names of the twin's. PEFT hands patterns to `re`, and some patterns would keep
-    it busy for ever.
+    PEFT takes many of the names in the file for regular expressions, some of which would keep it busy for ever: what is
+    no plain name is refused.
+
+    Raises:
+        SPDError: a setting is none that PEFT has for this kind, names layers by a pattern, or asks for more memory or
+            work than the file's tensors are worth.
     """
+    settings = read_settings(directory)
+    _check_settings(directory, settings)
+    names = list(modules)
+    _check_sizes(directory, settings, most_tensors=32 * len(names) + 1024)
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT raises many types on settings that do not go together
         raise SPDError(f"the adapter in {directory} cannot be used: {one_line(error, 300)}") from error
-    names, until = list(modules), time.monotonic() + PATTERN_SECONDS
     for field, value in vars(config).items():
         if field.endswith(("_modules", "_pattern", "_to_save")) and value:
-            setattr(config, field, _spelled_out(f"{field} of the adapter in {directory}", field, value, names, until))
-    _check_ranks(directory, config)
+            setattr(config, field, _spelled_out(f"{field} of the adapter in {directory}", field, value, names))
     return config
 
 
@@ -162,62 +178,88 @@ def _check_kind(directory: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _spelled_out(what: str, field: str, value: Any, names: list[str], until: float) -> Any:
-    """The same choice of modules with every name spelled out; `SPDError` where a pattern cannot be used."""
-    if isinstance(value, str) and field.endswith("_modules") and not _PLAIN.fullmatch(value):
-        found = [name for name in names if _fits(what, value, name, until)]
-        if not found and field == "target_modules":
-            raise SPDError(f"{what} fits no module of this model: {value!r:.80}; it is another architecture's")
-        return found
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse what PEFT would not know or import, and names that it would take for patterns."""
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]])}
+    for name, value in settings.items():
+        if value and name not in known:  # PEFT would leave it out; what is off or empty changes nothing
+            raise SPDError(
+                f"the adapter in {directory} has {shortened(name)} = {shortened(repr(value))}, which PEFT "
+                f"{peft.__version__} does not know; install the PEFT that wrote it, or take the setting out"
+            )
+        for text in _names_in(value) if name not in _TEXTS else ():
+            if not _PLAIN.fullmatch(text):
+                of = ", ".join(_adapted_names(directory)) if name == "target_modules" else ""
+                raise SPDError(
+                    f"{name} of the adapter in {directory} has {shortened(text, 80)!r}, a pattern; patterns are not "
+                    f"run: write a list of names instead{f' (its tensors are of {of})' if of else ''}"
+                )
+            if _ITERATIONS.fullmatch(text) and name.startswith("init_"):
+                raise SPDError(
+                    f"{name} of the adapter in {directory} is {shortened(text)!r}; that takes too many steps"
+                )
+
+
+def _names_in(value: Any) -> Iterator[str]:
+    """All texts in a setting, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from (key, *_names_in(part))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _names_in(part)
+
+
+def _adapted_names(directory: Path) -> list[str]:
+    """Last names of the layers that the file has tensors of, at most a dozen."""
+    layers = (name.partition(".lora_")[0].rpartition(".")[2] for name in _shapes(directory) if ".lora_" in name)
+    return sorted({layer for layer in layers if _PLAIN.fullmatch(layer)})[:12]
+
+
+def _spelled_out(what: str, field: str, value: Any, names: list[str]) -> Any:
+    """The same choice of modules by names that the model has; `SPDError` where the value names none at all."""
     if field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(value, dict):
             raise SPDError(f"{what} is {value!r:.80}; it gives a number for each of some layers")
         masks = {key: mask for key, mask in value.items() if isinstance(mask, list)}  # of AdaLoRA
-        keys = [key for key in value if key not in masks]
-        first = {name: next((key for key in keys if _named(what, key, name, until)), None) for name in names}
-        return masks | {name: value[key] for name, key in first.items() if key is not None}
+        keys = {key: number for key, number in value.items() if key not in masks}
+        # PEFT takes a key for the end of a name, and the first that fits
+        first = {name: next((key for key in keys if name == key or name.endswith(f".{key}")), None) for name in names}
+        return masks | {name: keys[key] for name, key in first.items() if key is not None}
     if isinstance(value, (list, set)):
         parts = {end for name in names for end in accumulate(name.split(".")[::-1], lambda end, part: f"{part}.{end}")}
         if found := [part for part in value if part in parts]:
             return found
     first_of = next(iter(value)) if isinstance(value, (list, set)) else value
-    if not isinstance(first_of, str) or not _PLAIN.fullmatch(first_of):
-        raise SPDError(f"{what} is {value!r:.80}, which names no modules; only target_modules may be a pattern")
+    if not isinstance(first_of, str):
+        raise SPDError(f"{what} is {value!r:.80}, which names no modules")
     return first_of if value is first_of else [first_of]
 
 
-def _named(what: str, key: str, name: str, until: float) -> bool:
-    """Whether a key of `rank_pattern` and the like fits, which PEFT reads as a pattern for the end of a name."""
-    if _PLAIN.fullmatch(key):
-        return name == key or name.endswith(f".{key}")
-    return _fits(what, rf"(.*\.)?({key})", name, until)
-
-
-def _fits(what: str, pattern: str, name: str, until: float) -> bool:
-    try:
-        if len(pattern) > _LONGEST_PATTERN:
-            raise ValueError(f"more than {_LONGEST_PATTERN} characters")
-        return regex.fullmatch(pattern, name, timeout=max(until - time.monotonic(), 1e-3)) is not None
-    except (regex.error, ValueError, RecursionError, OverflowError, TimeoutError) as error:
-        reason = f"it takes more than {PATTERN_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
-        raise SPDError(
-            f"{what} has a pattern that cannot be used ({reason:.100}): {pattern!r:.80}; name layers instead"
-        ) from error
-
-
-def _check_ranks(directory: Path, config: PeftConfig) -> None:
-    """Refuse a rank for which the file has too few numbers, before memory is allocated for it."""
+def _shapes(directory: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of the adapter."""
     try:
         with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
-            numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise SPDError(
             f"the adapter in {directory} does not fit any model: adapter_model.safetensors cannot be read ({error}); "
             "make it again"
         ) from error
-    for rank in (getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()):
-        if isinstance(rank, int) and rank > numbers:
+
+
+def _check_sizes(directory: Path, settings: dict[str, Any], most_tensors: int) -> None:
+    """Refuse sizes for which the file has too few numbers, and too many tensors, before memory is allocated."""
+    shapes = _shapes(directory)
+    if len(shapes) > most_tensors:
+        raise SPDError(f"the adapter in {directory} does not fit the model: it has {len(shapes)} tensors")
+    numbers = sum(map(math.prod, shapes.values()))
+    counted = {name: value for name, value in settings.items() if _SIZES.search(name)}
+    for name, size in numbers_in(counted):
+        if size > (_MOST_REPEATED if _REPEATED.search(name) else max(numbers, _SMALL)):
             raise SPDError(
-                f"the adapter in {directory} does not fit its own settings: it has {numbers} numbers, too few for the "
-                f"rank {rank}"
+                f"the adapter in {directory} does not fit its own settings: {shortened(name)} is {size}, and its file "
+                f"has {numbers} numbers in all"
             )

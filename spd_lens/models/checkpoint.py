@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spd_lens.errors import SPDError, one_line
-from spd_lens.files import read_json
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
-from spd_lens.models.architectures import numbers_in
+from spd_lens.models.config_files import read_settings
 from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.device_map import check_spread
 from spd_lens.models.multimodal import auto_class, text_part
 from spd_lens.models.twin import cast
-
-_COUNTS = re.compile(r"layers?$|n_layer|depth$|num_blocks|experts$")
-"""Names of settings that say how many modules are made."""
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool, **placed: Any) -> PreTrainedModel:
@@ -49,14 +43,13 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
         for adapter in stack:
             twin = merged_copy(twin, adapter)
         return cast(twin, dtype)
-    settings = _settings(directory)
+    settings = read_settings(directory)
     quantised = _quantisation(directory, settings)
     if quantised and placed:
         raise SPDError(
             f"the weights in {directory} are quantised and would be de-quantised on one device; save "
             "spd_lens.load(...).hf and load that with the device_map"
         )
-    _check_layers(directory, settings)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         refuse_encoder(config, type(config).__name__.removesuffix("Config"))
@@ -104,31 +97,6 @@ def check_whole(twin: nn.Module) -> None:
             "devices or processes keep as .module"
         )
     check_spread(twin)
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """What is in config.json."""
-    settings = read_json(directory / "config.json")
-    if not isinstance(settings, dict):
-        raise SPDError(f"{directory / 'config.json'} holds no settings by name; get a complete copy")
-    return settings
-
-
-def _check_layers(directory: Path, settings: dict[str, Any]) -> None:
-    """Refuse a number of layers or experts that the weights cannot have, before transformers makes them all."""
-    n_weights = 0
-    for file in directory.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as weights:
-                n_weights += len(weights.keys())
-        except (OSError, SafetensorError):
-            return  # transformers says what is wrong with it
-    for name, n in numbers_in(settings):
-        if _COUNTS.search(name) and n > max(n_weights, 1024):
-            raise SPDError(
-                f"{directory / 'config.json'} says {name} = {n}, but there are {n_weights} weights in its files; get a "
-                "complete copy"
-            )
 
 
 def _quantisation(directory: Path, settings: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from spd_lens.files import (
     unreadable_weights,
     write_json,
 )
+from spd_lens.models.gguf_header import check_header
 from spd_lens.settings import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,7 @@ def _save_dequantised(gguf: Path, directory: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
+        check_header(gguf)
         # float32 holds every de-quantised value exactly; a narrower dtype would round a second time
         model = AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

@@ -6,9 +6,13 @@ today's date.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextvars import ContextVar
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -21,6 +25,15 @@ _STEPS = 100_000
 """Turns of loops and calls of macros in one rendering; the templates that we know take less than a hundred."""
 _CHARACTERS = 1_000_000
 """Characters of one rendering beyond those of the messages."""
+_SECONDS = 1.0
+"""Seconds of computing that one rendering may take; the templates that we know take milliseconds."""
+_GROWN = 64 * _CHARACTERS
+_GROWING = frozenset(
+    "batch center expandtabs indent join ljust replace rjust slice tojson urlize wordwrap xmlattr zfill".split()
+)
+"""Filters and methods whose result may be as long as the product of what they are given."""
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^}]*(\{|:[^}]*\d{6})")
+"""A field of a format that is very wide, or as wide as another value says."""
 _WATCH = "spd_lens_watch"
 
 
@@ -43,6 +56,7 @@ def render(
     now = datetime.fromisoformat(date) if date else datetime.now()
     given = {**tokenizer.special_tokens_map, **options, "messages": list(messages), "add_generation_prompt": generation}
     chunks = []
+    _BOUNDS.set(bounds)
     for chunk in _compiled(tokenizer.get_chat_template(None)).generate(
         **given, strftime_now=now.strftime, range=bounds.range, **{_WATCH: bounds.watch}
     ):
@@ -86,6 +100,7 @@ class _Bounds:
 
     def __init__(self, most: int) -> None:
         self.most, self.written, self.steps = most, 0, 0
+        self.until = time.thread_time() + _SECONDS
 
     def watch(self, value: Any = None) -> str:
         """Count one step; called at every turn of a loop, and with everything that is put into a variable."""
@@ -98,7 +113,13 @@ class _Bounds:
         self._count(len(found := range(*ends)))
         return found
 
+    def look_at_the_clock(self) -> None:
+        """Called before every filter and function, too, of which a template may have a hundred thousand in a row."""
+        if time.thread_time() > self.until:
+            raise OverflowError(f"it takes more than {_SECONDS:g} seconds")
+
     def _count(self, steps: int) -> None:
+        self.look_at_the_clock()
         self.steps += steps
         if self.steps > _STEPS:
             raise OverflowError(f"its loops take more than {_STEPS:,} steps")
@@ -112,9 +133,15 @@ class _Bounds:
             raise OverflowError(f"it writes more than {self.most:,} characters")
 
 
+_BOUNDS: ContextVar[_Bounds | None] = ContextVar("spd_lens_bounds", default=None)
+"""Of the rendering that goes on."""
+
+
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Template:
     """The template with a call of the watch wherever it can repeat itself or keep something."""
+    if len(source) > _CHARACTERS:
+        raise OverflowError(f"it has more than {_CHARACTERS:,} characters itself")
     environment = _environment()
     tree = environment.parse(source)
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
@@ -129,11 +156,54 @@ def _compiled(source: str) -> Template:
 
 
 def _environment() -> Any:
-    """transformers' environment, in which products and powers are computed within bounds."""
+    """transformers' environment, in which operators, filters and functions are computed within bounds."""
     environment = template_environment()
-    environment.intercepted_binops = frozenset({"*", "**"})
+    environment.intercepted_binops = frozenset({"*", "**", "%"})
     environment.call_binop = _arithmetic
+    environment.filters = {name: _bounded(name, function) for name, function in environment.filters.items()}
+    environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
+    call = environment.call
+
+    def bounded_call(context: Any, function: Any, *values: Any, **named: Any) -> Any:
+        name, receiver = getattr(function, "__name__", ""), getattr(function, "__self__", None)
+        _check_growth(name, (receiver, *values, *named.values()))
+        return call(context, function, *values, **named)
+
+    environment.call = bounded_call
     return environment
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that looks at what it is given first."""
+
+    @wraps(function)  # and its marks, by which jinja knows what to hand to it
+    def filtered(*values: Any, **named: Any) -> Any:
+        _check_growth(name, (*values, *named.values()))
+        return function(*values, **named)
+
+    return filtered
+
+
+def _check_growth(name: str, given: Sequence[Any]) -> None:
+    """Refuse what would make gigabytes out of short values, before it is computed."""
+    if bounds := _BOUNDS.get():
+        bounds.look_at_the_clock()
+    values = [value for value in given if isinstance(value, int | Sized | Iterator)]
+    if name.startswith("format"):
+        grows = any(isinstance(value, str) and _WIDE.search(value) for value in values[:1])
+    elif name == "replace" and len(values) > 2 and all(isinstance(value, str) for value in values[:3]):
+        text, old, new = values[:3]
+        grows = text.count(old) * len(new) > _GROWN
+    else:
+        grows = name in _GROWING and math.prod(max(_size(value), 1) for value in values) > _GROWN
+    if grows:
+        raise OverflowError(f"{name} makes more than {_GROWN:,} characters")
+
+
+def _size(value: int | Sized | Iterator[Any]) -> int:
+    if isinstance(value, int):
+        return abs(value)
+    return len(value) if isinstance(value, Sized) else _STEPS  # of an iterator, the most that it can have
 
 
 def _bodies(node: nodes.Node) -> Iterator[list[nodes.Node]]:
@@ -159,7 +229,10 @@ def _watched(*values: nodes.Expr) -> nodes.Stmt:
 
 
 def _arithmetic(_context: Any, operator: str, left: Any, right: Any) -> Any:
-    """Compute products and powers, and refuse those that make gigabytes out of two short operands."""
+    """Compute products, powers and what `%` writes; refuse those that make gigabytes out of two short operands."""
+    if operator == "%":
+        _check_growth("format", (left,))
+        return left % right
     for one, other in ((left, right), (right, left)):
         if isinstance(one, int) and one > 1:
             size = len(other) if isinstance(other, str | list | tuple) else 0

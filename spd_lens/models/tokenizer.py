@@ -5,13 +5,15 @@ Everything that becomes tokens goes through `tokenised`, which knows what a toke
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from spd_lens.errors import SPDError, TooLong, one_line
+from spd_lens.errors import SPDError, TooLong, one_line, shortened
 from spd_lens.models import hub
 from spd_lens.models.adapter_files import layers_of_models
 
@@ -31,9 +33,28 @@ def read_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         checkpoint, adapters = layers_of_models(directory)
         directory = next((adapter for adapter in reversed(adapters) if _has_tokenizer(adapter)), checkpoint)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types on a damaged or missing tokenizer
         raise SPDError(f"the tokenizer in {directory} cannot be loaded: {one_line(error, 300)}") from error
+    if not isinstance(most := tokenizer.model_max_length, int | float):
+        raise SPDError(
+            f"the tokenizer in {directory} says model_max_length = {shortened(repr(most))}, which is no number; get a "
+            "complete copy"
+        )
+    normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normaliser is not None and _growth(json.loads(normaliser.__getstate__())) > _MOST_GROWTH:
+        raise SPDError(
+            f"the tokenizer in {directory} may make more than {_MOST_GROWTH} characters of each one, which would take "
+            "all memory; use another tokenizer"
+        )
+    return tokenizer
+
+
+def _growth(normaliser: Any) -> int:
+    """How many characters a normaliser's replacements may make of one, one after the other."""
+    parts = normaliser.values() if isinstance(normaliser, dict) else normaliser if isinstance(normaliser, list) else ()
+    own = str(normaliser.get("content") or normaliser.get("prepend") or "") if isinstance(normaliser, dict) else ""
+    return math.prod(map(_growth, parts)) * max(len(own), 1)
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -47,6 +68,8 @@ class Tokens(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
+_MOST_GROWTH = 10_000
+"""Characters that a normaliser may make of one; those of published tokenizers make a handful."""
 _CHARACTERS = 16
 """Characters per token of the context that are tokenised before it is known that a text may fit."""
 _MARGIN = 64

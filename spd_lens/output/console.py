@@ -6,14 +6,17 @@ import codecs
 import contextlib
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import rich.console
+import rich.protocol
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
+from rich.segment import Segment
 from rich.text import Text
 
 from spd_lens.errors import SPDError
@@ -30,6 +33,28 @@ def _nearest(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("spd_lens.nearest", _nearest)
+
+_OURS = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[A|\r)")
+"""What rich and tqdm write to a terminal themselves: colours, a line up, back to the beginning of the line."""
+
+
+class Console(rich.console.Console):
+    """A terminal on which texts of models, data and files are only text: their control characters are spelled out.
+
+    Everything that the library shows goes through it; its own colours are no part of the texts and stay.
+    """
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of what is shown, each text in them made `visible`."""
+        shown = rich.protocol.rich_cast(renderable)
+        if isinstance(shown, str):
+            renderable = visible(shown)  # before it is laid out, where its width counts
+        elif isinstance(shown, Text) and (plain := visible(shown.plain)) != shown.plain:
+            renderable = Text(plain, shown.style, justify=shown.justify, overflow=shown.overflow, end=shown.end)
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def start(app: Callable[..., None], arguments: Sequence[str] | None = None, *, on_interrupt: str) -> None:
@@ -54,12 +79,15 @@ def start(app: Callable[..., None], arguments: Sequence[str] | None = None, *, o
 
 
 def _say_error(sentence: str) -> None:
-    text = Text.assemble(("error:", "bold red"), " ", visible(sentence))
+    text = Text.assemble(("error:", "bold red"), " ", visible(sentence))  # rich drops some without a word
     Console(stderr=True, soft_wrap=True).print(text)
 
 
 class _Patient:
-    """A standard stream that never stops work: what its encoding lacks is replaced, after a failure it is silent."""
+    """A standard stream that never stops work: what its encoding lacks is replaced, after a failure it is silent.
+
+    Of control characters it passes on colours and what a progress bar needs, whoever writes them.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -77,6 +105,7 @@ class _Patient:
         self._attempt(lambda: self.stream.flush())
 
     def _write(self, text: str) -> None:
+        text = "".join(part if _OURS.fullmatch(part) else visible(part) for part in _OURS.split(text))
         try:
             self.stream.write(text)
         except UnicodeEncodeError:
@@ -137,6 +166,7 @@ def set_up_logging(quiet: bool, *, errors_only: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     level = logging.ERROR if errors_only else logging.WARNING if quiet else logging.INFO
     logging.getLogger("spd_lens").setLevel(level)
+    logging.captureWarnings(True)  # they may quote a file
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     import transformers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -15,7 +16,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from spd_lens.output.safe_text import visible
+from spd_lens.output.safe_text import all_visible, visible
 
 
 def render(name: str, *, package: str = "spd_lens", scripts: Sequence[str] = (), **context: Any) -> str:
@@ -55,7 +56,8 @@ def _environment(package: str) -> Environment:
         autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    # no NaN, which is no JSON; keys in the order in which they are given
+    # no NaN, which is no JSON; keys in the order in which they are given; every text made visible, as in `_shown`
+    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(all_visible(value), **options)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     return environment
 

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-# Terminal control codes (all but tab and line feed), marks that reverse the reading direction, half characters.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# Terminal control codes (all but tab and line feed), marks that reverse the reading direction, characters without a
+# width (but joiners, which scripts and emoji need), separators of lines, invisible tags, half characters.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def visible(text: str) -> str:
     """`text` with its unsafe characters spelled out, as `\\u202e`."""
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def inert(text: object) -> str:
+    """Text in a line of Markdown that cannot break out of a table, become HTML or hide anything."""
+    return visible(str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " "))
+
+
+def all_visible(value: Any) -> Any:
+    """Plain data, as JSON has them, with every text in them made `visible`, names of fields too."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {all_visible(key): all_visible(part) for key, part in value.items()}
+    return [all_visible(part) for part in value] if isinstance(value, list | tuple) else value

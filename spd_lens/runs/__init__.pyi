@@ -33,6 +33,7 @@ from .loading import ready_pair as ready_pair
 from .model_check import MOMENTS_TOLERANCE as MOMENTS_TOLERANCE
 from .model_check import print_report as print_report
 from .pipeline import run as run
+from .plain_yaml import parse_yaml as parse_yaml
 from .preflight import check_data as check_data
 from .preflight import check_model as check_model
 from .preflight import check_settings as check_settings
@@ -53,7 +54,8 @@ __all__ = [
     "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
     "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
     "comparison_table", "contrasts", "decided_by", "differ", "environment", "fitted", "in_words", "items_of",
-    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "print_report", "protocol_in_words",
+    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report",
+    "protocol_in_words",
     "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
     "score", "stored", "to_yaml", "validated", "work", "write_card", "write_evidence",
 ]  # fmt: skip

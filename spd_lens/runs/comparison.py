@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import OUTCOMES, EvalResult, ItemResult
-from spd_lens.output import markdown
+from spd_lens.output import inert, markdown
 from spd_lens.runs.run_dir import Run
 from spd_lens.stats import (
     Estimate,
@@ -86,14 +86,14 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> list[Comparison]:
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:
     """The comparisons as Markdown; `first` and `second` name the sides."""
     lines = [
-        f"# {second} against {first}",
+        f"# {inert(second)} against {inert(first)}",
         "",
         "Differences are paired by item, with 95 % intervals; p is McNemar's exact test on 0/1 scores.",
         "",
         *markdown(
-            ["task", "policy", "measure", first, second, "difference", "p", "verdict"],
+            ["task", "policy", "measure", inert(first), inert(second), "difference", "p", "verdict"],
             (
-                [c.task, c.policy, c.measure, c.first, c.second, c.difference,
+                [inert(c.task), inert(c.policy), c.measure, c.first, c.second, c.difference,
                  f"{c.test.p_value:.2g}" if c.test else "-", c.verdict]
                 for c in comparisons
             ),
@@ -103,7 +103,7 @@ def comparison_table(comparisons: Sequence[Comparison], first: str, second: str)
     if seeded:
         lines += ["", "Over seeds:", ""]
         for c in seeded:
-            lines += [f"- {c.task}, {c.policy}, {c.measure}: {first} {c.seeds[0]}; {second} {c.seeds[1]}"]  # type: ignore[index]  # filtered above
+            lines += [f"- {inert(f'{c.task}, {c.policy}, {c.measure}: {first} {c.seeds[0]}; {second} {c.seeds[1]}')}"]  # type: ignore[index]  # filtered above
     return "\n".join(lines) + "\n"
 
 

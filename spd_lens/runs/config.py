@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from spd_lens.errors import SPDError, integer_or_fraction
+from spd_lens.errors import SPDError, integer_or_fraction, shortened
 from spd_lens.files import refuse_stand_in
 from spd_lens.protocols import Name, departures, with_protocol
 from spd_lens.registry import did_you_mean
+from spd_lens.runs.plain_yaml import parse_yaml, read_text
 from spd_lens.settings import (
     COMMAS,
     DEFAULT_MODEL,
@@ -385,13 +386,14 @@ def validated(model: type[_Model], settings: dict[str, Any]) -> _Model:
         return model(**settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
+        place = shortened(".".join(map(str, problem["loc"])), 200)
         if problem["type"] == "extra_forbidden":
             known = list(model.model_fields)
             listed = did_you_mean(place, known) or f"; the settings are {', '.join(known)}"
             raise SPDError(f"unknown setting {place!r}{listed}") from error
         reason = problem["msg"].removeprefix("Value error, ")
-        raise SPDError(f"setting {place} = {problem['input']!r} is not possible: {reason}") from error
+        given = shortened(repr(problem["input"]), 200)
+        raise SPDError(f"setting {place} = {given} is not possible: {shortened(reason, 400)}") from error
 
 
 def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
@@ -404,10 +406,7 @@ def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
 
 def read_kept(path: Path) -> dict[str, Any]:
     """The settings file that a run or a study keeps; `SPDError` if it is empty or was cut off."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return read_yaml(path)  # which says what is wrong
+    text = read_text(path)
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
@@ -418,9 +417,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The 'setting: value' lines of a file; `SPDError` in one sentence if it cannot be read or holds something else."""
     refuse_stand_in(path)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SPDError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+        content = parse_yaml(read_text(path))
+    except ValueError as error:
+        raise SPDError(f"config file {path} cannot be read: {error}") from error
     settings = {} if content is None else content  # an empty file leaves all defaults
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise SPDError(f"config file {path} must hold 'setting: value' lines")

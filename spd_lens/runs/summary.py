@@ -22,7 +22,7 @@ from spd_lens.evaluation import (
 )
 from spd_lens.files import read_json, write_text
 from spd_lens.generation import APPLIED, Record, shown
-from spd_lens.output import markdown
+from spd_lens.output import markdown, visible
 from spd_lens.runs.config import SPDConfig, protocol_in_words
 from spd_lens.runs.context_limit import in_words
 from spd_lens.runs.run_dir import Run
@@ -58,7 +58,7 @@ def write_summary(run: Run) -> str:
         if (run.path / "effects" / f"{task}.json").exists():
             parts.append(effects_section(run.effects(task), task, _rounding(run), other))
     parts += [_evidence(run), _proof(run), _completions(run, targets[0]), _times(run)]
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    text = visible("\n\n".join(part for part in parts if part) + "\n")
     write_text(run.path / "summary.md", text)
     return text
 
@@ -137,7 +137,7 @@ def _scores(run: Run, task: str) -> str:
         columns["cannot be judged (left out)"] = unjudged
     n = len(next(iter(results.values())).items)
     rows = zip(results, *columns.values(), strict=True)
-    lines = [f"## {task}: {n} test items", "", *markdown(["policy", *columns], rows)]
+    lines = [f"## {quoted(task)}: {n} test items", "", *markdown(["policy", *columns], rows)]
     for name, result in results.items():
         if "base" in results and name != "base":
             lines += ["", f"- {_gain(results['base'], result)}"]
@@ -183,7 +183,7 @@ def effects_section(effects: Forced, task: str, rounding: float | None = None, o
     outcomes = _outcomes(groups["base"])
     # what earlier versions measured has the table that they wrote
     table = _by_policy(groups) if set(outcomes) <= set(_FIELDS) and not other else _by_outcome(groups, other)
-    lines = [f"### Teacher-forced on gold solutions of {task}", "", *table, ""]
+    lines = [f"### Teacher-forced on gold solutions of {quoted(task)}", "", *table, ""]
     told = [outcome for outcome in _TOLD if outcome in outcomes]
     random = next((group for label, group in groups.items() if label.endswith("random subspaces")), None)
     if random and "projected" in groups:
@@ -305,7 +305,8 @@ def _completions(run: Run, task: str, n: int = 3) -> str:
         lines += _quotations({"Prompt": record.prompt, **pair})
     if {"base", "spd"} <= set(run.config.policies):
         base, spd = run.result(task, "base").items, run.result(task, "spd").items
-        lines += [f"## Test items of {task}, base and fine-tuned, greedy ({min(n, len(base))} of {len(base)})", ""]
+        shown_of = f"{min(n, len(base))} of {len(base)}"
+        lines += [f"## Test items of {quoted(task)}, base and fine-tuned, greedy ({shown_of})", ""]
         pairs = sorted(zip(base, spd, strict=True), key=lambda pair: pair[0].completion == pair[1].completion)
         for before, after in pairs[:n]:
             base_label, spd_label = f"Base ({before.score:g})", f"SPD ({after.score:g})"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, shortened
+from spd_lens.runs import parse_yaml
 from spd_lens.study.cluster import Workers, assemble, here, on_ray, on_submitit, run_parts
 from spd_lens.study.config import StudyConfig, preset_names
 from spd_lens.study.engine import run_study
@@ -49,13 +49,14 @@ def study(
         if dry_run:  # it needs no weights, and for known models no network
             config = Study(out).admits(config)
             plan = make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured())
-            console.print(Markdown(plan.to_markdown()))
+            console.print(Markdown(plan.to_markdown(), hyperlinks=False))
             return
         if workers is None and store is None:
             done = run_study(config, out)
         else:
             done = run_parts(config, out, workers or here, store=store, at_once=at_once)
-    console.print(Markdown((done.path / "report.md").read_text(encoding="utf-8")))
+    report = (done.path / "report.md").read_text(encoding="utf-8")
+    console.print(Markdown(report, hyperlinks=False))
     console.print(f"Everything is in {out}; report.html is the page to read.", highlight=False, markup=False)
 
 
@@ -79,9 +80,9 @@ def overrides(settings: Sequence[str], flag: str = "--set") -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise SPDError(f"{flag} {text!r} must be KEY=VALUE, as in {_EXAMPLES[flag]}")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SPDError(f"{flag} {text!r}: {value!r} is no value in YAML") from error
+            parsed = parse_yaml(value)
+        except ValueError as error:
+            raise SPDError(f"{flag} {shortened(repr(text))} is no value in YAML: {error}") from error
         *parents, last = key.split(".")
         place = found
         for parent in parents:

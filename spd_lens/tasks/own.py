@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, shortened
 from spd_lens.examples import Example, Span
 from spd_lens.tasks.base import Pools, Split, Task, check_count, split_off
 from spd_lens.tasks.marks import copies
@@ -63,6 +63,10 @@ class OwnData(Task):
         if self.path is None:
             raise SPDError("own data needs a path: a .jsonl file, or a directory with train.jsonl")
         self.path = Path(self.path).expanduser()
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:  # ids begin with the name, and results are kept under it
+            raise SPDError(f"{shortened(repr(str(self.path)))} is no name in Unicode; rename the data") from error
         share = self.test_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise SPDError(f"test_share must be at least 0 and below 1, not {self.test_share!r}")
@@ -95,7 +99,7 @@ class OwnData(Task):
                 sides[self._split(row, split, example)].append(example)
         ids = Counter(example.id for side in sides.values() for example in side)
         if repeated := [id for id, times in ids.items() if times > 1]:
-            raise SPDError(f"two records have the id {repeated[0]!r}; every id must be there once")
+            raise SPDError(f"two records have the id {shortened(repr(repeated[0]))}; every id must be there once")
         if sides["open"]:  # no split named: divide what can be tested on, unless there is a test set
             n_test = 0 if sides["test"] else round(self.test_share * len(sides["open"]))
             train, test = split_off(sides["open"], "own data", n_test)
@@ -191,7 +195,9 @@ class OwnData(Task):
     def _split(self, row: Row, of_file: Split | None, example: Example) -> str:
         split = row.data.get("split", of_file)
         if split not in (*_SPLITS, None):
-            raise SPDError(f"{row.where}: the split must be one of {', '.join(_SPLITS)}, and is {split!r}")
+            raise SPDError(
+                f"{row.where}: the split must be one of {', '.join(_SPLITS)}, and is {shortened(repr(split))}"
+            )
         if not example.completion and split in ("calibration", "test"):
             raise SPDError(f"{row.where}: a record for {split} needs a completion")
         return split or ("open" if example.completion else "train")
@@ -199,7 +205,7 @@ class OwnData(Task):
     def _example(self, row: Row, id: str) -> Example:
         for name in row.data:
             if name not in _KNOWN:
-                raise SPDError(f"{row.where}: unknown field {name!r}; there are {', '.join(_KNOWN)}")
+                raise SPDError(f"{row.where}: unknown field {shortened(repr(name))}; there are {', '.join(_KNOWN)}")
         id = row.text("id") if "id" in row.data else id
         prompt, prompt_spans = self._prompt(row)
         if "completion" not in row.data:
@@ -254,7 +260,7 @@ class OwnData(Task):
         assert pattern is not None
         found = self._last_match(pattern, completion, row.where)
         if found is None:
-            raise SPDError(f"{row.where}: the pattern {pattern!r} finds nothing in the completion")
+            raise SPDError(f"{row.where}: the pattern {shortened(repr(pattern))} finds nothing in the completion")
         return [found]
 
 

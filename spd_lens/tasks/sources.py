@@ -19,6 +19,11 @@ from typing import Any
 from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.files import refuse_stand_in
 
+_LONGEST = 2**24
+"""Characters of a text; the longest context of any model is shorter."""
+_LARGEST = 2**31
+"""Bytes of a file, which is read into memory."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,6 +38,8 @@ class Row:
         value = self._field(name)
         if not isinstance(value, str) or not (empty or value.strip()):
             raise SPDError(f"{self.where}: the field {name!r} must be a text that is not empty, and is {_short(value)}")
+        if len(value) > _LONGEST:
+            raise SPDError(f"{self.where}: the field {name!r} has {len(value)} characters, and may have {_LONGEST}")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -120,6 +127,8 @@ def read_rows(path: Path, *, columns: Sequence[str] = (), key: str | None = None
     """Rows of a `.jsonl`, `.json` or `.csv` file, and the file's sha256."""
     refuse_stand_in(path)
     try:
+        if (size := path.stat().st_size) > _LARGEST:
+            raise SPDError(f"{path} has {size} bytes, and may have {_LARGEST}; divide it, or leave records out")
         content = path.read_bytes()
     except OSError as error:
         raise SPDError(f"cannot read {path}: {error.strerror or error}") from error

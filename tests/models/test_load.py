@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -286,6 +287,41 @@ def test_damaged_gguf_files_leave_nothing_in_the_cache(tiny_gguf, tmp_path, cach
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def header(*fields: bytes, tensors: int = 0, count: int | None = None) -> bytes:
+    """A GGUF file of a header alone."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields) if count is None else count) + b"".join(fields)
+
+
+def field_of(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+LLAMA = field_of("general.architecture", 8, struct.pack("<Q", 5) + b"llama")
+UINT8, UINT32, ARRAY = 0, 4, 9
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "GGUF"),
+        (header(count=2**60), "ends within its header"),
+        (header(LLAMA, tensors=2**60), "ends within its header"),
+        (header(field_of("x", ARRAY, struct.pack("<IQ", UINT8, 2**50))), "ends within its header"),
+        (header(field_of("x", ARRAY, struct.pack("<IQ", ARRAY, 2**50))), "ends within its header"),
+        (header(struct.pack("<Q", 2**62)), "ends within its header"),
+        (header(LLAMA, field_of("llama.block_count", UINT32, struct.pack("<I", 10**6))), "block_count is 1000000"),
+        (header(LLAMA, field_of("llama.block_count", 5, struct.pack("<i", -1))), "block_count is -1"),
+        (header(LLAMA, LLAMA), "Duplicate"),
+    ],
+)
+def test_a_gguf_header_that_promises_more_than_the_file_holds(content, words, tmp_path, cache):
+    (tmp_path / "evil.gguf").write_bytes(content)
+    start = time.process_time()
+    with refused("evil.gguf", words):
+        hub.local_directory(str(tmp_path / "evil.gguf"))
+    assert time.process_time() - start < 5
+
+
 @pytest.fixture
 def converted(tiny_gguf, cache):
     """A cache with the file's conversion in it."""
@@ -421,6 +457,57 @@ def test_models_that_are_not_there(tmp_path, tiny_llama_dir):
 def broken_copy(tiny_llama_dir, tmp_path):
     shutil.copytree(tiny_llama_dir, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [1],
+        {},
+        {"weight_map": ["model.safetensors"]},
+        {"weight_map": {"a": 7}},
+        {"weight_map": {"a": "../model.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": "..\\model.safetensors"}},
+    ],
+)
+def test_an_index_that_leads_out_of_the_directory(broken_copy, index):
+    (broken_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused("index.json", "the files beside it"):
+        load(str(broken_copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("config.json", {"sliding_window": "x"}),
+        ("config.json", {"attn_implementation": "kernels-community/evil"}),
+        ("config.json", {"_attn_implementation": "kernels-community/evil"}),
+        ("generation_config.json", {"temperature": "x"}),
+        ("generation_config.json", {"temperature": [1]}),
+        ("generation_config.json", {"top_p": "x"}),
+        ("generation_config.json", {"top_k": 1.5}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("generation_config.json", {"eos_token_id": [["x"]]}),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}),
+        ("generation_config.json", {"pad_token_id": True}),
+        ("generation_config.json", {"max_length": "x" * 9000}),
+        ("generation_config.json", {"stop_strings": ["x" * 100_000]}),
+        ("generation_config.json", {"stop_strings": ["x"] * 1000}),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(broken_copy, name, settings):
+    path = broken_copy / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+    with refused(path, *settings, "not possible"):
+        load(str(broken_copy))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b"null", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_generation_config_that_is_none_is_not_left_out(broken_copy, content):
+    (broken_copy / "generation_config.json").write_bytes(content)
+    with refused("generation_config.json"):
+        load(str(broken_copy))
 
 
 def test_cut_off_weights(broken_copy):

@@ -11,7 +11,7 @@ import spd_lens as spd
 from spd_lens.analysis.common.subject import Subject
 from spd_lens.generation.corpus import Header, settings_path
 from spd_lens.generation.jobs import stop_tokens
-from spd_lens.models import prompts
+from spd_lens.models import prompts, templates
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
 from spd_lens.models.templates import render
@@ -246,6 +246,19 @@ ENDLESS = {
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "callers": "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call f() %}" * 40 + ""
     "{% endcall %}" * 40,
+    "padding": "{{ 'a' | center(999999999) }}",
+    "padding by a method": "{{ 'a'.rjust(999999999) }}",
+    "a wide field": "{{ '%999999999d' | format(1) }}",
+    "a field as wide as asked": "{{ '%*d' % (999999999, 1) }}",
+    "a wide field by a method": "{{ '{:>999999999}'.format(1) }}",
+    "a nested field": "{{ '{:{}}'.format(1, 999999999) }}",
+    "replacing": "{% set x = 'a' * 9999 %}{{ x | replace('a', x) }}",
+    "replacing by a method": "{% set x = 'a' * 9999 %}{{ x.replace('a', x) }}",
+    "indenting": "{{ ('a\n' * 9999) | indent(99999) }}",
+    "joining": "{{ range(9999) | join('x' * 99999) }}",
+    "joining what is not there yet": "{{ range(9999) | map('string') | join('x' * 99999) }}",
+    "prose": "{{ lipsum(n=100000) }}",
+    "a long template": "{# " + "x" * 1_000_001 + " #}",
     "much text": "{% for i in range(1000) %}" + "text " * 2000 + "{% endfor %}",
 }  # fmt: skip
 
@@ -265,13 +278,25 @@ def test_a_template_that_does_not_come_to_an_end_at_some_prompts():
         pair_of(bomb + CHAT_TEMPLATE).prompt_ids(spd.Example("7"))
 
 
+def test_work_in_a_row_is_timed(monkeypatch):
+    monkeypatch.setattr(templates, "_SECONDS", 0.1)
+    work = "{% set x = 'ab' * 400000 %}" + "{{ x | replace('b', 'aa') | replace('aa', 'b') | length }}" * 3000
+    start = time.process_time()
+    with refused("chat template makes no prompt", "takes more than 0.1 seconds"):
+        PromptFormat.choose(tokenizer_of(work))
+    assert time.process_time() - start < 10
+
+
 EVERYTHING = (
     "{% generation %}a{% endgeneration %}{{ messages | tojson }}{{ strftime_now('%d %b %Y') }}"
     "{% set ns = namespace(n=1, last='') %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.n = ns.n + 1 %}"
     "{% continue %}{% else %}{% set (a, b) = (1, m.content) %}{{ a }}{{ b | trim }}{% endif %}{% endfor %}"
     "{{ ns.n }}"
-    "{{ 'ab' * 3 }}{{ 2 ** 5 }}{{ 2.5 * 2 }}{% macro f(x) %}<{{ x }}>{{ caller() if caller }}"
+    "{{ 'ab' * 3 }}{{ 2 ** 5 }}{{ 2.5 * 2 }}{{ 7 % 2 }}{{ '%03d|%s' % (5, 'x') }}{{ '%d' | format(7) }}"
+    "{{ '{:>4}'.format('*{x}*') }}{{ 'abc'.replace('b', 'x') | replace('c', 'yy') | center(9) | indent(2) }}"
+    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | tojson(indent=2) }}"
+    "{% macro f(x) %}<{{ x }}>{{ caller() if caller }}"
     "{% endmacro %}{{ f(1) }}"
     "{% call f(2) %}in{% endcall %}{% for i in range(3, 0, -1) %}{{ i }}{% endfor %}{{ eos_token }}{{ unknown }}"
     "{% set block %}{% for m in messages[::-1] %}{{ m.role }}{% else %}none{% endfor %}{% endset %}{{ block }}"

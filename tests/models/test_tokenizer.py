@@ -1,6 +1,8 @@
 """Tokenizers that add tokens behind a text, have none to pad with, or know tokens that the model has no row for."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from spd_lens.errors import TooLong
 from spd_lens.evaluation.teacher_forced import ForcedBatch, teacher_forced
 from spd_lens.models.pair import ModelPair
 from spd_lens.models.prompts import PromptFormat
-from spd_lens.models.tokenizer import text_ids, tokenised
+from spd_lens.models.tokenizer import load_tokenizer, text_ids, tokenised
 from spd_lens.runs.model_check import check_model
 from spd_lens.subspaces.policy import Policy
 from tests.conftest import BACKENDS, CHAT_TEMPLATE, SPECIALS, build_llama, build_tokenizer
@@ -206,3 +208,29 @@ def test_half_a_character_in_a_prompt(tiny_pair):
     pair = ModelPair(build_llama(tokenizer := build_tokenizer(chat=True)), tokenizer)
     with refused("half a character"):
         spd.generate(pair, ["\ud83d"], **QUIET)
+
+
+def test_a_tokenizer_that_would_take_all_memory_is_refused_before_it_reads(tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    for normaliser in (
+        {"type": "Sequence", "normalizers": [replace] * 3},
+        {"type": "Prepend", "prepend": "a" * 10**7},
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replace]}, replace]},
+    ):
+        path.write_text(json.dumps(content | {"normalizer": normaliser}))
+        with refused(tmp_path, "all memory"):
+            load_tokenizer(str(tmp_path))
+    ordinary = [{"type": "Prepend", "prepend": "_"}, {"type": "Replace", "pattern": {"String": " "}, "content": "__"}]
+    path.write_text(json.dumps(content | {"normalizer": {"type": "Sequence", "normalizers": ordinary}}))
+    load_tokenizer(str(tmp_path))
+
+
+def test_a_longest_text_that_is_no_number(tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with refused(tmp_path, "model_max_length = 'x'"):
+        load_tokenizer(str(tmp_path))

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import rich.console
+from rich.logging import RichHandler
+from rich.markdown import Markdown
+from rich.text import Text
+
+from spd_lens.output.console import Console, _Patient
+from spd_lens.output.tables import terminal
+
+EVIL = "a\x1b]0;x\x07b\x1b[2Jc\x9b31md\u202ee\u200bf\x1b[8mg"
+SPELLED = "a\\u001b]0;x{bell}b\\u001b[2Jc\\u009b31md\\u202ee\\u200bf\\u001b[8mg"
+"""A window's title, a cleared screen, colours by one character, a line backwards, nothing, hidden text."""
 
 PROGRAM = """
 import sys
 from pathlib import Path
 import typer
-from rich.console import Console
+from spd_lens.output.console import Console
 from tqdm import tqdm
 from spd_lens.output.console import single_command, start
 from spd_lens.errors import SPDError
@@ -82,12 +97,66 @@ def test_a_mistake_keeps_its_exit_code_and_moves_no_cursor(shell):
 @pytest.mark.parametrize(
     ("encoding", "line"),
     [
-        ("utf-8", "line 0 ⟦1⟧ │ größer 日 😀 ?"),
-        ("ascii", "line 0 [1] | gr??er ? ? ?"),
-        ("cp1252", "line 0 [1] | größer ? ? ?"),
-        ("latin-1", "line 0 [1] | größer ? ? ?"),
+        ("utf-8", "line 0 ⟦1⟧ │ größer 日 😀 \\ud800"),
+        ("ascii", "line 0 [1] | gr??er ? ? \\ud800"),
+        ("cp1252", "line 0 [1] | größer ? ? \\ud800"),
+        ("latin-1", "line 0 [1] | größer ? ? \\ud800"),
     ],
 )
 def test_characters_that_a_stream_lacks_are_replaced_by_the_nearest(shell, encoding, line):
     code, out, _ = shell("", encoding=encoding)
     assert (code, out.splitlines()) == (0, [line, "the end"])
+
+
+BEGINNING = "a\\u001b]0;x"
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        (Text(EVIL), SPELLED.format(bell="")),  # rich leaves the bell out by itself
+        (EVIL, SPELLED.format(bell="\\u0007")),
+        (f"[red]{EVIL}[/red]", SPELLED.format(bell="\\u0007")),
+        (Markdown(f"# {EVIL}", hyperlinks=False), SPELLED.format(bell="")),
+        (terminal([EVIL], [["cell"]], title="t"), BEGINNING),
+        (terminal(["head"], [[EVIL]]), BEGINNING),
+        (terminal(["head"], [[Text(EVIL)]]), BEGINNING),
+    ],
+    ids=["text", "str", "markup", "markdown", "head", "cell", "text in a cell"],
+)
+def test_what_is_shown_moves_no_cursor_and_hides_nothing(shown, words):
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, width=120, highlight=False).print(shown)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # the library's own colours
+    assert words in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+
+
+def test_the_log_and_warnings_go_the_same_way(monkeypatch):
+    out = io.StringIO()
+    log = logging.getLogger("py.warnings")
+    monkeypatch.setattr(log, "handlers", [RichHandler(console=Console(file=out, width=200), show_path=False)])
+    with warnings.catch_warnings():
+        logging.captureWarnings(True)
+        try:
+            warnings.warn(f"odd {EVIL}", stacklevel=1)
+        finally:
+            logging.captureWarnings(False)
+    assert "odd a\\u001b]0;x" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_a_stream_passes_on_colours_and_bars_alone():
+    out = io.StringIO()
+    _Patient(out).write(f"\r 50%\x1b[A\x1b[1;31mred\x1b[0m {EVIL}\n\t")
+    assert out.getvalue() == f"\r 50%\x1b[A\x1b[1;31mred\x1b[0m {SPELLED.format(bell=chr(92) + 'u0007')}\n\t".replace(
+        "\\u001b[8m", "\x1b[8m"
+    )
+
+
+def test_it_is_richs_console_otherwise():
+    shown = []
+    for kind in (Console, rich.console.Console):
+        kind(file=(out := io.StringIO()), force_terminal=True, width=60).print(
+            terminal(["a"], [["[b]1[/b] é 日"]], title="t")
+        )
+        shown.append(out.getvalue())
+    assert shown[0] == shown[1]

@@ -50,8 +50,9 @@ def test_scripts_are_known_by_their_hashes_and_stand_as_they_are(render) -> None
 
 def test_data_for_scripts_cannot_end_their_element(render) -> None:
     body = "{% block content %}{{ x | tojson }}{% endblock %}"
-    html = render(body, title="t", x={"b": EVIL, "a": "é"})
+    html = render(body, title="t", x={"b": EVIL, "a": "é", EVIL: [(1, EVIL), {"c": EVIL}]})
     assert "<script" not in html and html.index('"b"') < html.index('"a":"é"')
+    assert "\u202e" not in html and html.count("\\\\u202e\\\\u001b") == 4
     with pytest.raises(ValueError, match="not JSON compliant"):
         render(body, title="t", x=float("nan"))
 

