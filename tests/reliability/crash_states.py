@@ -77,6 +77,8 @@ class Recording:
 
     root: Path
     operations: list[Operation] = field(default_factory=list)
+    n_before: int = 0
+    """How many of them stand for what was there already."""
     directories: set[int] = field(default_factory=lambda: {0})
     _nodes: dict[int, int] = field(default_factory=dict)
     """The node of each inode that has a name."""
@@ -142,7 +144,8 @@ def recording(root: Path) -> Iterator[Recording]:
     """Watch a directory while this process works in it. What is there already counts as safe."""
     made = Recording(root)
     made.look()
-    made.operations += [Synced(node) for node in (0, *made._nodes.values())]
+    made.operations += [Synced(node) for node in made._nodes.values()]
+    made.n_before = len(made.operations)
     with watched(lambda name, *_: made.look(), made.after):
         yield made
     made.look()
@@ -260,6 +263,8 @@ def states(made: Recording) -> Iterator[tuple[str, Tree]]:
     disk, seen = Disk(made.directories), set()
     for number, operation in enumerate(made.operations):
         disk.do(operation)
+        if number < made.n_before:
+            continue
         for kind, tree in disk.after_a_crash():
             key = frozenset((name, b"" if content and ".tmp" in name else content) for name, content in tree.items())
             if key not in seen:
