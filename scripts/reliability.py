@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,10 +42,21 @@ HEAD = ("| fault | tried | same result | refused in a sentence | lost |", "| ---
 TESTS = {
     "files": (
         "strangers' and damaged files, Python and command line",
-        ("test_artefacts.py", "test_bad_input_core.py", "tasks/test_bad_files.py", "models/test_adapter_files.py"),
+        (
+            "test_artefacts.py",
+            "test_bad_input_core.py",
+            "tasks/test_bad_files.py",
+            "tasks/test_own.py",
+            "models/test_adapter_files.py",
+            "models/test_templates.py",
+            "runs/test_run_dir.py",
+        ),
     ),
     "programs": ("hostile and forging programs", ("sandbox/test_harm.py", "sandbox/test_forgery.py")),
-    "pages": ("hostile text in pages and on the terminal", ("output", "analysis/dashboard/test_page.py")),
+    "pages": (
+        "hostile text in pages and on the terminal",
+        ("output", "analysis/dashboard/test_page.py", "analysis/dashboard/test_playground.py"),
+    ),
 }
 """The rows that are tests: what they are about, and their files. A test that failed counts as lost."""
 
@@ -173,6 +184,9 @@ FAULTS = {"kills": kills, "states": crashes, "disk": full_disks}
 """The rows that are made for each job."""
 
 
+PARTS = (*FAULTS, "flips", *TESTS)
+
+
 def tested(name: str) -> Row:
     """A row of tests."""
     fault, files = TESTS[name]
@@ -189,6 +203,27 @@ def tested(name: str) -> Row:
     return row
 
 
+def damaged(n: int) -> Iterator[Row]:
+    """One kind of file after another, damaged and read as it is used."""
+    from tests.reliability import flips
+
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "run"
+        readers = flips.make(folder)
+        for what, fault, times in (
+            ("one bit flipped", "flip", n),
+            ("cut off", "cut", n // 10),
+            ("bytes appended", "append", n // 20),
+        ):
+            row = Row(f"{what}: {len(readers)} kinds of file")
+            for name, read in readers.items():
+                found = flips.tried(folder, name, read, fault, times)
+                row.same += found.same
+                row.refused += found.refused
+                row.lost += found.wrong
+            yield row
+
+
 def document(text: str, rows: Iterable[Row]) -> str:
     """The page with the table between its two markers; rows that were not made again stay as they are."""
     before, _, rest = text.partition(BEGIN)
@@ -200,15 +235,16 @@ def document(text: str, rows: Iterable[Row]) -> str:
 
 
 def main(
-    only: Annotated[str, typer.Option(help=f"Some of {', '.join((*FAULTS, *TESTS))}, with commas between.")] = "",
+    only: Annotated[str, typer.Option(help=f"Some of {', '.join(PARTS)}, with commas between.")] = "",
     jobs: Annotated[str, typer.Option(help=f"Some of {', '.join(JOBS)}, with commas between.")] = "",
     n_kills: Annotated[int, typer.Option("--kills", min=1, help="Kills of each job.")] = 50,
     n_states: Annotated[int, typer.Option("--states", help="Crash states and full disks of each job; 0: all.")] = 0,
+    n_flips: Annotated[int, typer.Option("--flips", min=20, help="Flipped bits in each kind of file.")] = 1000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that try at the same time.")] = os.cpu_count() or 1,
     out: Annotated[Path | None, typer.Option(help="Page to write the table into: docs/reliability.md.")] = None,
 ) -> None:
     """Try every fault, and print what survived."""
-    chosen = _chosen(only, (*FAULTS, *TESTS))
+    chosen = _chosen(only, PARTS)
     rows = list[Row]()
 
     def add(row: Row) -> None:
@@ -227,8 +263,8 @@ def main(
                 if name in FAULTS:
                     add(FAULTS[name](plan, job))
     for name in chosen:
-        if name in TESTS:
-            add(tested(name))
+        for row in damaged(n_flips) if name == "flips" else [tested(name)] if name in TESTS else []:
+            add(row)
     if any(row.lost for row in rows):
         raise typer.Exit(1)
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import spd_lens as spd
 from spd_lens.runs import StopRule, run_rounds
@@ -14,7 +13,8 @@ from spd_lens.study import StudyConfig, run_study
 from tests.conftest import build_llama, build_tokenizer
 
 _TIMES = re.compile(r"## Time.*|^- Time:.*", re.MULTILINE | re.DOTALL)
-_OF_TIME = ("seconds", "measured", "sha256")
+_DIFFER = ("seconds", "measured", "sha256", "sum")
+"""Keys of seconds, and of digests of what holds them or depends on the order of lines."""
 _PROMPTS = ("Tom has 12 apples.", "7 * 3", "def add(a, b):", "Which planet is the largest?")
 _SETTINGS = {
     "dtype": "float32", "device": "cpu", "engine": "twin", "n_calibration": 4, "n_train": 4, "n_eval": 4,
@@ -80,19 +80,17 @@ def results(place: Path) -> dict[str, str | bytes]:
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
         elif path.suffix == ".json":
-            found[name] = json.dumps(_timeless(json.loads(path.read_bytes())))
+            found[name] = _timeless(path.read_text(encoding="utf-8"))
         elif path.name != "lock" and path.suffix != ".lock":
             text = path.read_text(encoding="utf-8")
-            lines = sorted(text.splitlines()) if path.suffix == ".jsonl" else [_TIMES.sub("", text)]
-            found[name] = "\n".join(lines)
+            lines = text.splitlines() if path.suffix == ".jsonl" else []
+            found[name] = "\n".join(sorted(map(_timeless, lines))) if lines else _TIMES.sub("", text)
     return found
 
 
-def _timeless(record: Any) -> Any:
-    """JSON without what differs between two undisturbed jobs: seconds, and digests of files that hold them."""
-    if isinstance(record, dict):
-        return {key: _timeless(value) for key, value in record.items() if key not in _OF_TIME}
-    return record
+def _timeless(text: str) -> str:
+    """JSON without what differs between two undisturbed jobs."""
+    return json.dumps(json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in _DIFFER}))
 
 
 def ends(job: str, pair: spd.ModelPair, place: Path, undisturbed: Mapping[str, str | bytes]) -> str:
