@@ -12,7 +12,7 @@ from spd_lens.runs import StopRule, run_rounds
 from spd_lens.study import StudyConfig, run_study
 from tests.conftest import build_llama, build_tokenizer
 
-_TIMES = re.compile(r"## Time.*|^- Time:.*", re.MULTILINE | re.DOTALL)
+_TIMES = re.compile(r"^## Time\n.*|^- Time:[^\n]*|<li>Time:[^<]*", re.MULTILINE | re.DOTALL)
 _DIFFER = ("seconds", "measured", "sha256", "sum")
 """Keys of seconds, and of digests of what holds them or depends on the order of lines."""
 _PROMPTS = ("Tom has 12 apples.", "7 * 3", "def add(a, b):", "Which planet is the largest?")
