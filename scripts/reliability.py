@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -99,9 +99,11 @@ class Plan:
         wanted = min(self.states or n, n)
         return [place * n // wanted for place in range(wanted)]
 
-    def tally(self, row: Row, job: str, fault: Callable[..., str | None], each: Iterable[Any]) -> Row:
-        """Do a fault to a job, once with each argument, and count how the job ends when it is started again."""
-        for end in [self.pool.submit(_attempt, job, fault, argument) for argument in each]:
+    def tally(self, what: str, job: str, fault: Callable[..., str | None], each: Sequence[Any]) -> Row:
+        """Do a fault to a job, once for each of what may go wrong, and count how the job ends when it goes on."""
+        taken = [each[number] for number in self.taken(len(each))]
+        row = Row(f"{what}{f' (of {len(each)})' if len(taken) < len(each) else ''}: `{job}`")
+        for end in [self.pool.submit(_attempt, job, fault, argument) for argument in taken]:
             row.count(end.result())
         return row
 
@@ -139,6 +141,7 @@ def _kill(job: str, pair: spd.ModelPair, place: Path, share: float) -> None:
 
 @cache
 def _seconds(job: str) -> float:
+    _undisturbed(job)  # what is loaded once is loaded by now
     with tempfile.TemporaryDirectory() as directory:
         return seconds_of(job, _pair, Path(directory))
 
@@ -163,27 +166,24 @@ def _n_writes(job: str) -> int:
 
 def kills(plan: Plan, job: str) -> Row:
     """Kills at instants that are evenly spread over the job's processor time."""
-    shares = [(place + 0.5) / plan.kills for place in range(plan.kills)]
-    return plan.tally(Row(f"killed at any instant: `{job}`"), job, _kill, shares)
+    shares = [(number + 0.5) / plan.kills for number in range(plan.kills)]
+    return replace(plan, states=0).tally("killed at any instant", job, _kill, shares)
 
 
 def crashes(plan: Plan, job: str) -> Row:
     """What a kill between two file operations or a power failure may leave on the disk."""
     n = plan.pool.submit(_n_states, job).result()
-    some = "" if (taken := plan.taken(n)) == [*range(n)] else f" (of {n})"
-    return plan.tally(Row(f"crash states of the disk{some}: `{job}`"), job, _crash, taken)
+    return plan.tally("crash states of the disk", job, _crash, range(n))
 
 
 def full_disks(plan: Plan, job: str) -> Row:
     """No room left from some write on; the sentence must name the file, and the job go on once there is room."""
     n = plan.pool.submit(_n_writes, job).result()
-    return plan.tally(Row(f"disk full from some write on: `{job}`"), job, fill_disk, plan.taken(n))
+    return plan.tally("disk full from some write on", job, fill_disk, range(n))
 
 
 FAULTS = {"kills": kills, "states": crashes, "disk": full_disks}
 """The rows that are made for each job."""
-
-
 PARTS = (*FAULTS, "flips", *TESTS)
 
 

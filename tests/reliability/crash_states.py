@@ -105,7 +105,7 @@ class Recording:
                 self._read(node, entry)
 
     def _walk(self, place: Path, node: int, found: dict[Name, Any], inodes: dict[int, int]) -> None:
-        for entry in os.scandir(place):
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
             if entry.name == "lock" or entry.name.endswith(".lock"):
                 continue  # nothing depends on whether it is there
             inode = entry.stat(follow_symlinks=False).st_ino
