@@ -19,6 +19,7 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
+RELIABILITY_ARGS ?=
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -34,7 +35,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table constraints audit system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table reliability constraints audit system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +74,9 @@ model-table: setup-test  ## run the matrix of models in both lanes and write wha
 	-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/models/test_matrix.py --junit-xml=.cache/matrix-hooked.xml
 	-OMP_NUM_THREADS=1 .venv-bridge/bin/python -m pytest -q tests/models/test_matrix.py --junit-xml=.cache/matrix-bridge.xml
 	.venv/bin/python scripts/model_table.py .cache/matrix-hooked.xml .cache/matrix-bridge.xml
+
+reliability: $(HOOKED)/dev  ## kills, crash states, full disks, hostile input; writes docs/reliability.md; RELIABILITY_ARGS='--only kills'
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv/bin/python scripts/reliability.py --out docs/reliability.md $(RELIABILITY_ARGS)
 
 constraints: $(HOOKED)/dev $(BRIDGE)/test  ## pin what the two environments hold now
 	scripts/freeze.sh .venv > .cache/constraints && mv .cache/constraints constraints.txt

@@ -18,6 +18,7 @@ from .publishing import make_directory as make_directory
 from .publishing import occupants as occupants
 from .publishing import publish as publish
 from .publishing import replacing as replacing
+from .publishing import scratch_directory as scratch_directory
 from .publishing import sync as sync
 from .publishing import unreadable_weights as unreadable_weights
 from .stand_ins import refuse_stand_in as refuse_stand_in
@@ -26,5 +27,5 @@ from .store import Store as Store
 __all__ = [
     "Store", "check_writable", "damage", "file_sha256", "filling", "inventory", "is_blank", "is_free", "is_made",
     "load_tensors", "make_directory", "occupants", "publish", "read_json", "reading", "refuse_stand_in", "replacing",
-    "save_tensors", "sync", "unreadable_weights", "update_text", "write_json", "write_text",
+    "save_tensors", "scratch_directory", "sync", "unreadable_weights", "update_text", "write_json", "write_text",
 ]  # fmt: skip

@@ -113,17 +113,26 @@ def filling(directory: str | Path, remedy: str = _REMEDY) -> Iterator[Path]:
     Raises `SPDError` where the disk is full or the place cannot be written.
     """
     directory = Path(directory)
-    with _explained(directory, remedy):
-        make_directory(directory.parent)
-        clear_leftovers(directory)
-        scratch = _scratch(directory)
+    with scratch_directory(directory, remedy) as scratch, _explained(directory, remedy):
+        yield scratch
+        if directory.is_dir() and is_free(directory):
+            shutil.rmtree(directory)  # a lock or the like at most
+        publish(scratch, directory)
+
+
+@contextlib.contextmanager
+def scratch_directory(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
+    """A new directory beside `path`, which goes at the end; if the process is killed, when another one is made there.
+
+    Raises `SPDError` where it cannot be made.
+    """
+    with _explained(path, remedy):
+        make_directory(path.parent)
+        clear_leftovers(path)
+        scratch = _scratch(path)
         scratch.mkdir()
     try:
-        with _explained(directory, remedy):
-            yield scratch
-            if directory.is_dir() and is_free(directory):
-                shutil.rmtree(directory)  # a lock or the like at most
-            publish(scratch, directory)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

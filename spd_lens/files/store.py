@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, one_line
-from spd_lens.files.publishing import Inventory, damage, file_sha256, replacing
+from spd_lens.files.publishing import Inventory, damage, file_sha256, make_directory, publish, replacing
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -27,7 +28,8 @@ class Store:
     | `sha256/ab/abcd…` | the content of a file |
     | any other name | a record in JSON, which says what the objects are |
 
-    Where the place is a file system, an object or a record is whole or not there: it gets its name once it is written.
+    Where the place is a file system, an object or a record is whole or not there: it gets its name once it is written,
+    in a directory once it is on the disk.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -124,10 +126,17 @@ class Store:
     def _send(self, name: str, send: Callable[[str], object]) -> None:
         final = self._path(name)
         scratch = f"{final}.{secrets.token_hex(4)}.tmp"
+        local = isinstance(self._files, LocalFileSystem)
         with self._explained("written"):
-            self._files.makedirs(final.rpartition("/")[0], exist_ok=True)
-            send(scratch)
-            self._files.mv(scratch, final)
+            folder = final.rpartition("/")[0]
+            make_directory(Path(folder)) if local else self._files.makedirs(folder, exist_ok=True)
+            try:
+                send(scratch)
+                publish(Path(scratch), Path(final)) if local else self._files.mv(scratch, final)
+            except BaseException:
+                with contextlib.suppress(Exception):  # what stopped it is what to say
+                    self._files.rm_file(scratch)
+                raise
 
     @contextlib.contextmanager
     def _explained(self, verb: str, *passed: type[Exception]) -> Iterator[None]:

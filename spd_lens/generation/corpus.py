@@ -152,7 +152,8 @@ def read_records(path: Path, *, ours: bool = True) -> tuple[dict[Key, Record], i
     """All whole records of a corpus file, and how many bytes they take up.
 
     A record of `CorpusWriter` (`ours`) is whole once its line break was written, so what follows the last line break is
-    what a killed process left behind. Other programs may end a file without one.
+    what a killed process left behind; JSON has no zero bytes, so what begins with a line of such is what a power
+    failure left. Other programs may end a file without a line break.
 
     Raises:
         SPDError: a whole line is no record, or two lines are the same completion.
@@ -176,7 +177,7 @@ def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if ours and not line.endswith(b"\n"):
+            if ours and (not line.endswith(b"\n") or b"\0" in line):
                 return
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             record = None

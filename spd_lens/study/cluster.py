@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spd_lens.errors import DamagedFile, SPDError, one_line
-from spd_lens.files import Store, damage, make_directory, publish
+from spd_lens.files import Store, damage, make_directory, publish, scratch_directory
 from spd_lens.output import set_up_logging
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.engine import checked_experiments, conclude
@@ -273,14 +272,14 @@ class _Gathering:
         # every cell has the projection that it was made with, whatever its source has made since
         own = {name: entry for name, entry in manifest.files.items() if part.method or name.count("/") == 1}
         new = {name: entry for name, entry in own.items() if damage(self.study.path, {name: entry}) is not None}
-        with tempfile.TemporaryDirectory(prefix=".", dir=self.study.path) as scratch:  # all of a part, or nothing
+        with scratch_directory(self.study.path / "part") as scratch:  # all of a part, or nothing
             try:
-                self.store.get(new, Path(scratch))
+                self.store.get(new, scratch)
             except DamagedFile as error:
                 return str(error)
             for name in new:
                 make_directory((self.study.path / name).parent)
-                publish(Path(scratch) / name, self.study.path / name)
+                publish(scratch / name, self.study.path / name)
         self._note(manifest.notes, record)
         return None
 
