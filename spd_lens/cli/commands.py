@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -175,7 +176,7 @@ def extract_command(
         check_stage(experiment, "calibration", config.n_calibration)
         moments = experiment.extract(sinks=how.sinks, labels=how.labels)
         beside = estimators.Calibration(experiment.pair, experiment.calibration, config.seed, config.extraction, shown)
-        subspace = experiment.subspace(moments, others=beside)
+        subspace = replace(experiment.subspace(moments, others=beside), provenance=experiment.provenance())
         if everyone.is_main:
             moments.save(out / "moments.safetensors")
             subspace.save(out / "subspace.safetensors")
