@@ -21,6 +21,7 @@ from spd_lens.models import Loss, ModelPair, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.extractions import InHand, Layers, Request
+from spd_lens.runs.guardrails import check_corpus, check_halves, check_policy
 from spd_lens.runs.loading import OF_THE_PAIR, Tasks, load_pair, make_tasks
 from spd_lens.runs.run_dir import Run, environment
 from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
@@ -277,6 +278,8 @@ class Experiment:
             found = estimators.get(estimator or self.config.estimator).subspace(source, self.config.shape)
         if moments is not None or self.begun:
             return found  # of what the moments are of, only the caller knows; of a run, model and data may be away
+        if of == "gradient":
+            check_halves(self.moments(), found)
         return replace(found, provenance=self.provenance())
 
     def provenance(self) -> dict[str, Any]:
@@ -320,6 +323,8 @@ class Experiment:
             engine: `"twin"` (folded weights), `"lens"` (hooks) or another; None: the config's, with its settings.
             saved: The file of the policy's subspace, to name it where a server does not serve the policy.
         """
+        if policy is not None:
+            check_policy(self.pair, policy)
         settings = self.config.sampling
         if sampling is not None:
             settings = settings.model_copy(update={key: sampling.get(key) for key in ("temperature", "top_p", "top_k")})
@@ -343,6 +348,7 @@ class Experiment:
             training: Fields of `TrainingSettings`, where they are not the config's.
             parallel: Whether this process is one of several that train together.
         """
+        check_corpus(corpus)
         settings = self.config.training.model_copy(update=training)
         return finetune(
             self.pair, corpus, settings=settings, out=out, progress=self.progress, report_to=self.config.report_to,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, caution
 from spd_lens.files import filling, is_free
 from spd_lens.models import (
     Fingerprint,
@@ -88,9 +87,7 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
             )
         silent = [str(site) for site, n in projection.firings.items() if n == 0]
         if silent:
-            warnings.warn(
-                f"the projection never fired at {', '.join(silent)}: no forward pass went there", stacklevel=3
-            )
+            caution(f"the projection never fired at {', '.join(silent)}: no forward pass went there")
     finally:
         for hook in hooks:
             hook.remove()

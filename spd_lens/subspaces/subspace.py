@@ -390,9 +390,9 @@ class Subspace:
         """
         tensors, header = load_tensors(path, "a subspace")
         with reading(path):
-            if (found := header.get("format", 1)) > FORMAT:
+            if (form := header.get("format", 1)) > FORMAT:
                 raise SPDError(
-                    f"{path} is a subspace of format {found}, written by {header.get('written_by', 'a newer version')}, "
+                    f"{path} is a subspace of format {form}, written by {header.get('written_by', 'a newer version')}, "
                     f"and this version of spd_lens reads formats up to {FORMAT}; upgrade spd_lens"
                 )
 
