@@ -296,6 +296,41 @@ def export_command(
     Console().print(f"written to {out}\n{note}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("push")
+def push_command(
+    path: Annotated[Path, typer.Argument(help="A subspace's file, or the directory of an adapter or a checkpoint.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; it is made if it is not there.")],
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Hub name of the model it belongs to.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Licence of what is published: apache-2.0.")] = None,
+    data_licence: Annotated[
+        str | None, typer.Option("--data-license", help="Licence of the data; known for published benchmarks.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Publish a subspace, an adapter or a model on the hub, with a card made from what is known of it."""
+    set_up_logging(quiet=True)
+    from spd_lens.subspaces import push_to_hub
+
+    address = push_to_hub(
+        path, repository, base_model=base_model, licence=licence, data_licence=data_licence, private=private
+    )
+    Console().print(f"published: {address}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("pull")
+def pull_command(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="The file of a subspace, or a directory.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; else the newest.")] = None,
+) -> None:
+    """A subspace, an adapter or a model from the hub, checked: no pickled weights and no code."""
+    set_up_logging(quiet=True)
+    from spd_lens.subspaces import copy_from_hub
+
+    found = copy_from_hub(repository, out, revision=revision)
+    Console().print(f"written to {found}", highlight=False, markup=False)
+
+
 @app.command("spans")
 @with_settings("protocol", "data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed", "allow_code_execution")
 def spans_command(

@@ -9,6 +9,7 @@ from spd_lens.subspaces.lora import vllm_note
 from spd_lens.subspaces.moments import GradientMoments
 from spd_lens.subspaces.policy import Policy
 from spd_lens.subspaces.projection import fold_to, folded, projected, projected_twin
+from spd_lens.subspaces.sharing import copy_from_hub, from_hub, push_to_hub
 from spd_lens.subspaces.spectrum import BlockSpectrum, diagonal_blocks, energies_of, rank_holding
 from spd_lens.subspaces.subspace import Rank, Subspace, resolve_rank
 from spd_lens.subspaces.sums import moments_size
@@ -16,8 +17,9 @@ from spd_lens.subspaces.sums import moments_size
 __all__ = [
     "BlockSpectrum", "Detection", "FINDINGS", "GradientMoments", "Match", "Policy", "Rank", "Subspace",
     "TokenGradients", "adapter_grade",
-    "check_texts", "detect", "diagonal_blocks", "energies_of", "extract", "fold_to", "folded", "moments_size",
-    "projected",
+    "check_texts", "copy_from_hub", "detect", "diagonal_blocks", "energies_of", "extract", "fold_to", "folded",
+    "from_hub", "moments_size",
+    "projected", "push_to_hub",
     "projected_twin", "random_basis", "rank_holding", "read_findings", "resolve_rank", "shuffled_answers",
     "squared_cosines", "token_gradients", "upright", "vllm_note", "with_answers", "write_findings",
 ]  # fmt: skip

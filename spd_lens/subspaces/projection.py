@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_lens.errors import SPDError, caution
-from spd_lens.files import filling, is_free
+from spd_lens.files import filling, is_free, write_json
 from spd_lens.models import (
     Fingerprint,
     LensHook,
@@ -27,9 +27,11 @@ from spd_lens.models import (
     refuse_processed,
     site_layer,
     twin_hook,
+    weights_digest,
     writable,
 )
 from spd_lens.sites import Site
+from spd_lens.subspaces.lora import ORIGIN
 from spd_lens.subspaces.subspace import Subspace, check_strength
 
 
@@ -151,6 +153,9 @@ def fold_to(
         strength: How strongly to project, from 0 to 1.
         tokenizer: A tokenizer to save beside the weights.
 
+    Returns:
+        `directory`, with the checkpoint and `projection.json`, which says what it was made of.
+
     Raises:
         SPDError: the directory is not empty; the model carries an adapter; or the subspace is centred and the
             architecture has no bias to hold the mean.
@@ -170,6 +175,8 @@ def fold_to(
     with filling(directory) as scratch:
         with folded(hf, subspace, strength):
             hf.save_pretrained(scratch)
+        made = {"subspace": subspace.digest(), "model": hf.name_or_path, "weights": weights_digest(hf)}
+        write_json(scratch / ORIGIN, {**made, "strength": check_strength(strength)})
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
     return directory
