@@ -29,6 +29,12 @@ def caution(sentence: str) -> None:
     warnings.warn(Guardrail(sentence), stacklevel=3)
 
 
+def is_strict() -> bool:
+    """Whether guardrails are errors here: by `strictly`, or by a filter of the caller's."""
+    plain_filters = (one for one in warnings.filters if one[1] is None and one[3] is None)
+    return next((action == "error" for action, _, kind, *_ in plain_filters if issubclass(Guardrail, kind)), False)
+
+
 @contextlib.contextmanager
 def strictly(strict: bool) -> Iterator[None]:
     """While open, guardrails are errors if `strict`, and otherwise what they are outside."""

@@ -68,6 +68,8 @@ class Experiment:
         self.begun: Run | None = None
         """The run whose model and data these must be; None where that is checked elsewhere."""
         self._loaded: dict[Path, GradientMoments] = {}
+        self._halved: set[int] = set()
+        """Those of `_loaded` whose halves were compared: once is enough for all methods that use them."""
         self.models: dict[str, ModelPair] = {}
         """Pairs that were loaded, by the settings that decide them; several experiments may share it."""
         self._given = pair
@@ -278,8 +280,9 @@ class Experiment:
             found = estimators.get(estimator or self.config.estimator).subspace(source, self.config.shape)
         if moments is not None or self.begun:
             return found  # of what the moments are of, only the caller knows; of a run, model and data may be away
-        if of == "gradient":
-            check_halves(self.moments(), found)
+        if of == "gradient" and id(own := self.moments()) not in self._halved:
+            self._halved.add(id(own))
+            check_halves(own, found)
         return replace(found, provenance=self.provenance())
 
     def provenance(self) -> dict[str, Any]:

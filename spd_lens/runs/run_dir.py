@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 
-from spd_lens.errors import DamagedFile, Guardrail, SPDError, caution
+from spd_lens.errors import DamagedFile, Guardrail, SPDError, caution, is_strict
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import is_blank, is_free, make_directory, read_json, write_json, write_text
 from spd_lens.generation import Corpus
@@ -126,7 +126,7 @@ class Folder:
         """While open, what guardrails say is noted, and with `strict` it is an error. What they said earlier is said
         again at once: whoever goes on with the folder is to know it."""
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if strict else "always", Guardrail)
+            warnings.simplefilter("error" if strict or is_strict() else "always", Guardrail)
             shown = warnings.showwarning
 
             def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

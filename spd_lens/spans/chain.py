@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.files import damage, read_json
@@ -14,6 +14,8 @@ from spd_lens.models import Fingerprint, PromptFormat, load_tokenizer
 from spd_lens.runs import Experiment, Run, examples_digest
 from spd_lens.spans.core import Audit, audit
 from spd_lens.subspaces import GradientMoments, Subspace, squared_cosines
+
+_T = TypeVar("_T")
 
 SAME = 1 - 1e-6
 """From this overlap on a subspace is the one that follows from its moments: eigenvectors differ between processors."""
@@ -62,6 +64,7 @@ def explain(path: str | Path) -> Chain:
     """
     path = Path(path)
     if path.is_file():
+        Subspace.load(path)  # what is asked about itself must be one
         return _of_folder(path.absolute().parent, None, path)
     if (path / "config.yaml").exists():
         return _of_folder(path, path / "adapter", path / "subspace.safetensors")
@@ -79,22 +82,32 @@ def _of_folder(folder: Path, adapter: Path | None, subspace: Path) -> Chain:
     """The chain of artefacts that lie as a run lays them: each is left out where it is not there."""
     run = Run.open(folder) if (folder / "config.yaml").exists() else None
     notes = {} if run is None else run.notes
+    damaged: list[Link] = []
+    corpus = None if adapter is None else _there("corpus", folder / "corpus.jsonl", Corpus.load, damaged)
+    kept = _there("subspace", subspace, Subspace.load, damaged)
     links: list[Link] = []
-    corpus_file = folder / "corpus.jsonl"
-    corpus = Corpus.load(corpus_file) if adapter is not None and corpus_file.exists() else None
     if adapter is not None and (adapter / _TRAINED).exists():
         links.append(_adapter(adapter, corpus, notes))
-    kept = Subspace.load(subspace) if subspace.exists() else None
     if corpus is not None:
         links.append(_corpus(corpus, kept, notes))
+    links += damaged
     if kept is None:
         return Chain(tuple(links), None)
-    moments = folder / "moments.safetensors"
-    links.append(_subspace(subspace, kept, GradientMoments.load(moments) if moments.exists() else None, run))
+    moments = _there("moments", folder / "moments.safetensors", GradientMoments.load, links)
+    links.append(_subspace(subspace, kept, moments, run))
     if run is None:
         return Chain((*links, _unseen(kept)), None)
     data, tokens = _examples(run, kept)
     return Chain((*links, *data), tokens)
+
+
+def _there(what: str, place: Path, load: Callable[[Path], _T], damaged: list[Link]) -> _T | None:
+    """An artefact, or None where it is missing; one that cannot be read is a link that does not hold."""
+    try:
+        return load(place) if place.exists() else None
+    except SPDError as error:
+        damaged.append(Link(what, str(error), False))
+        return None
 
 
 def _of_export(adapter: Path) -> Chain:

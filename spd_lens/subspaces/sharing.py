@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError
 
 from spd_lens.errors import SPDError, one_line
-from spd_lens.files import filling, is_free, read_json
+from spd_lens.files import filling, is_free, read_json, write_json
 from spd_lens.output import markdown, visible
 from spd_lens.stats import Finding, Grade
 from spd_lens.subspaces.findings import adapter_grade, beside
@@ -25,6 +25,7 @@ SUBSPACE = "subspace.safetensors"
 """The name of a subspace's file in its repository."""
 _READ = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is taken from a repository, and sent to one: no pickled weights and no code."""
+_TRAINED = "training.json"
 LICENCES = {
     "gsm8k": "MIT", "svamp": "MIT", "mbpp": "CC BY 4.0", "mmlu": "MIT", "bbh": "MIT", "codealpaca": "CC BY-NC 4.0",
 }  # fmt: skip
@@ -73,7 +74,7 @@ def push_to_hub(
             api.create_repo(repo_id, private=private, exist_ok=True)
             said = "Published with spd_lens"
             commit = api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, commit_message=said)
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError) as error:
             raise SPDError(
                 f"{path} cannot be published as {repo_id!r}: {one_line(error, 300)}; check the name, and log in with "
                 "'hf auth login' or HF_TOKEN"
@@ -167,12 +168,15 @@ def _named_base(folder: Path, base_model: str | None, path: Path) -> str | None:
                 )
             base_model = found
         inner[keys[-1]] = base_model or (Path(found).name if is_path else found)
-        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if name in (ORIGIN, _TRAINED):
+            write_json(file, settings)
+        else:  # of other programs, which know no fields of ours
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return base_model
 
 
 _NAMES = {
-    "adapter_config.json": ("base_model_name_or_path",), "training.json": ("settings", "model"), ORIGIN: ("model",),
+    "adapter_config.json": ("base_model_name_or_path",), _TRAINED: ("settings", "model"), ORIGIN: ("model",),
     "config.json": ("_name_or_path",),
 }  # fmt: skip
 """Where files name the model they belong to; the adapter's own configuration comes first, and decides."""

@@ -20,7 +20,7 @@ from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.policy import Policy
 from spd_lens.tasks import Task
-from tests.helpers import EXAMPLES, refused
+from tests.helpers import refused
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_items_that_were_trained_on(said, own, monkeypatch):
 
 def test_gradients_of_the_first_token_alone(said, own, monkeypatch):
     module = sys.modules["spd_lens.subspaces.extract"]
-    extract(own.pair, EXAMPLES, engine="twin", progress=False)
+    extract(own.pair, own.calibration, engine="twin", progress=False)
     assert "first token" not in said()
     rows = module._rows
 
@@ -136,10 +136,10 @@ def test_gradients_of_the_first_token_alone(said, own, monkeypatch):
             yield replace(one, gradient=gradient)
 
     monkeypatch.setattr(module, "_rows", sunk)
-    extract(own.pair, EXAMPLES, engine="twin", layers=[3], progress=False)
+    extract(own.pair, own.calibration, engine="twin", layers=[3], progress=False)
     assert "at 3.v is that of the first token" in said()
     with strictly(True), refused("first token", "no-sink"):
-        extract(own.pair, EXAMPLES, engine="twin", layers=[3], progress=False)
+        extract(own.pair, own.calibration, engine="twin", layers=[3], progress=False)
 
 
 def test_a_folder_keeps_what_was_said_and_says_it_again(finished_run, tmp_path, said):
@@ -159,11 +159,12 @@ def test_a_folder_keeps_what_was_said_and_says_it_again(finished_run, tmp_path, 
 def test_a_strict_run_stops_and_the_same_run_goes_on_without(tiny_settings, tiny_pair, tmp_path, said):
     settings = {**tiny_settings, "model": tiny_pair.name, "engine": "twin", "n_train": 2, "n_eval": 2, "epochs": 1}
     strict = spd.SPDConfig.make({**settings, "strict": True})
-    with refused("completions were cut at the token limit"):
+    with refused("two halves of the 6 calibration examples"):
         spd.run(strict, tmp_path / "run", pair=tiny_pair, progress=False)
-    assert not (tmp_path / "run" / "adapter").exists() and (tmp_path / "run" / "corpus.jsonl").exists()
+    assert not (tmp_path / "run" / "corpus.jsonl").exists()
     again = spd.run(spd.SPDConfig.make(settings), tmp_path / "run", pair=tiny_pair, progress=False)
-    assert "cut at the token limit" in again.notes["cautions"][0] and "## Doubts" in again.summary
-    assert write_summary(again) == again.summary and "cut at the token limit" in said()
-    with refused("cut at the token limit"):  # a finished run is doubted as it was
+    halves, cut = again.notes["cautions"]
+    assert "two halves" in halves and "cut at the token limit" in cut and "## Doubts" in again.summary
+    assert write_summary(again) == again.summary and halves in said() and cut in said()
+    with refused("two halves"):  # a finished run is doubted as it was
         spd.run(strict, tmp_path / "run", pair=tiny_pair, progress=False)
