@@ -83,12 +83,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            there = self.hub.at(found[1], found[2] or "main")
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
+            there = self.hub.at(found[1], found[3] or "main")
             if found[1] not in self.hub.repositories:
                 return self._answer(404, X_Error_Code="RepoNotFound")
             if there is None:
                 return self._answer(404, X_Error_Code="RevisionNotFound")
+            if found[2] == "tree":
+                listed = [{"type": "file", "path": name, "size": len(body)} for name, body in there[1].items()]
+                return self._json([{**file, "oid": there[0]} for file in listed])
             return self._json({"id": found[1], "sha": there[0], "siblings": [{"rfilename": name} for name in there[1]]})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             there = self.hub.at(found[1], found[2])
