@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -11,6 +14,35 @@ class SPDError(Exception):
     The message is one sentence or two: what is wrong, with the value, and what to do instead. The command line
     prints it and exits with code 2; the library raises it before anything is written or changed.
     """
+
+
+class Guardrail(SPDError, UserWarning):
+    """A sign that a result should not be trusted: a warning, or under `strictly` an error."""
+
+
+def caution(sentence: str) -> None:
+    """Warn of something that works and should not be trusted: the one door of all guardrails.
+
+    Raises:
+        Guardrail: inside `strictly(True)`, or where the caller has made an error of it with `warnings`.
+    """
+    warnings.warn(Guardrail(sentence), stacklevel=3)
+
+
+def is_strict() -> bool:
+    """Whether guardrails are errors here: by `strictly`, or by a filter of the caller's."""
+    plain_filters = (one for one in warnings.filters if one[1] is None and one[3] is None)
+    return next((action == "error" for action, _, kind, *_ in plain_filters if issubclass(Guardrail, kind)), False)
+
+
+@contextlib.contextmanager
+def strictly(strict: bool) -> Iterator[None]:
+    """While open, guardrails are errors if `strict`, and otherwise what they are outside."""
+    with contextlib.ExitStack() as stack:
+        if strict:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("error", Guardrail)
+        yield
 
 
 class DamagedFile(SPDError):

@@ -309,6 +309,27 @@ def test_extraction_for_other_estimators(call, in_tmp, model_flags):
     assert not (in_tmp / "y").exists()
 
 
+def test_from_a_run_to_its_tokens_and_from_weights_to_a_projection(call, finished_run, in_tmp, tiny_llama_dir):
+    code, out, err = call("explain", finished_run.path, "--show", "1", "--out", "chain.json")
+    assert code == 0 and out.count("checked ") == 6 and "⟦" in out, err
+    chain = json.loads((in_tmp / "chain.json").read_text())
+    assert len(chain["tokens"]) == finished_run.subspace.origin["n_scored"]
+    broken = Path(shutil.copytree(finished_run.path, in_tmp / "run"))
+    finished_run.subspace.random_like(1).save(broken / "subspace.safetensors")
+    code, out, _ = call("explain", broken)
+    assert code == 1 and "BROKEN corpus" in out
+    one_error(call("explain", tiny_llama_dir), str(tiny_llama_dir), "no run directory")
+    code, out, _ = call("detect", tiny_llama_dir, "--out", "found.safetensors")
+    assert code == 0 and "no projection in 8 sites" in out and not (in_tmp / "found.safetensors").exists()
+    one_error(call("detect", tiny_llama_dir, "--kinds", "k,x"), "'x'", "k, v, q, z")
+    model = ["--model", tiny_llama_dir, "--dtype", "float32", "--device", "cpu", "--as", "checkpoint"]
+    assert call("export", finished_run.subspace_path, *model, "--out", "folded", "--quiet")[0] == 0
+    code, out, _ = call("detect", "folded", "--subspaces", finished_run.subspace_path, "--out", "found.safetensors")
+    assert code == 0 and "this is the projection" in out
+    assert spd.Subspace.load("found.safetensors").ranks == finished_run.subspace.ranks
+    one_error(call("push", "nothing", "me/x"), "nothing", "no subspace's file")
+
+
 def test_settings_of_another_run(call, finished_run, flags):
     before = (finished_run.path / "config.yaml").read_bytes()
     one_error(call("run", *flags, "--out", finished_run.path, "--lr", "0.5"), "lr: 0.01 there, 0.5 now", "--out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -139,6 +140,7 @@ def rounds_command(
 @with_settings(
     *_MODEL, *_DATA, "n_calibration", "span", "layers", "kinds", "estimator", "rank", "energy", "per_head", "center",
     "center_gradients", "loss", "engine", "max_calibration_tokens", "across_heads", "seed", "allow_code_execution",
+    "strict",
 )  # fmt: skip
 def extract_command(
     config: SPDConfig,
@@ -163,7 +165,7 @@ def extract_command(
     with launched() as everyone:
         set_up_logging(quiet, errors_only=not everyone.is_main)
         from spd_lens import estimators
-        from spd_lens.runs import Experiment, check_stage
+        from spd_lens.runs import Experiment, check_halves, check_stage
 
         check_writable(out, directory=True)
         flags = {"keep": keep, "sinks": sinks, "labels": labels}
@@ -174,7 +176,8 @@ def extract_command(
         check_stage(experiment, "calibration", config.n_calibration)
         moments = experiment.extract(sinks=how.sinks, labels=how.labels)
         beside = estimators.Calibration(experiment.pair, experiment.calibration, config.seed, config.extraction, shown)
-        subspace = experiment.subspace(moments, others=beside)
+        subspace = replace(experiment.subspace(moments, others=beside), provenance=experiment.provenance())
+        check_halves(moments, subspace)
         if everyone.is_main:
             moments.save(out / "moments.safetensors")
             subspace.save(out / "subspace.safetensors")
@@ -184,7 +187,7 @@ def extract_command(
 @app.command("generate")
 @with_settings(
     *_MODEL, *_DATA, "n_train", "strength", "max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size",
-    "max_prompt_tokens", *EngineSettings.model_fields, "seed",
+    "max_prompt_tokens", *EngineSettings.model_fields, "seed", "strict",
 )  # fmt: skip
 def generate_command(
     config: SPDConfig,
@@ -208,7 +211,7 @@ def generate_command(
 @with_settings(
     *_MODEL, "method", "epochs", "lr", "weight_decay", "train_batch_size", "lora_rank", "lora_alpha", "lora_dropout",
     "lora_targets", "loss_on", "warmup_epochs", "early_stop", "retokenise", "max_length", "loss_on_padding", "seed",
-    "report_to",
+    "report_to", "strict",
 )  # fmt: skip
 def finetune_command(
     config: SPDConfig,
@@ -292,6 +295,41 @@ def export_command(
     Console().print(f"written to {out}\n{note}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("push")
+def push_command(
+    path: Annotated[Path, typer.Argument(help="A subspace's file, or the directory of an adapter or a checkpoint.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; it is made if it is not there.")],
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Hub name of the model it belongs to.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Licence of what is published: apache-2.0.")] = None,
+    data_licence: Annotated[
+        str | None, typer.Option("--data-license", help="Licence of the data; known for published benchmarks.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Publish a subspace, an adapter or a model on the hub, with a card made from what is known of it."""
+    set_up_logging(quiet=True)
+    from spd_lens.subspaces import push_to_hub
+
+    address = push_to_hub(
+        path, repository, base_model=base_model, licence=licence, data_licence=data_licence, private=private
+    )
+    Console().print(f"published: {address}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("pull")
+def pull_command(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="The file of a subspace, or a directory.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; else the newest.")] = None,
+) -> None:
+    """A subspace, an adapter or a model from the hub, checked: no pickled weights and no code."""
+    set_up_logging(quiet=True)
+    from spd_lens.subspaces import copy_from_hub
+
+    found = copy_from_hub(repository, out, revision=revision)
+    Console().print(f"written to {found}", highlight=False, markup=False)
+
+
 @app.command("spans")
 @with_settings("protocol", "data_dir", "task_options", "model", *_FORMAT, "loss", "data_seed", "allow_code_execution")
 def spans_command(
@@ -312,6 +350,53 @@ def spans_command(
     if html is not None:
         check_writable(html)
     show_spans(config, task, split, n, html, show, Console(), span)
+
+
+@app.command("explain")
+def explain_command(
+    path: Annotated[Path, typer.Argument(help="A run directory, an adapter, or a subspace's file.")],
+    show: Annotated[int, typer.Option("--show", help="Calibration examples printed token by token.")] = 3,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write every token that counted, as JSON.")] = None,
+) -> None:
+    """Which tokens shaped this model? Back to its calibration examples, every digest checked. Exit code 1 if broken."""
+    set_up_logging(quiet=True)
+    from spd_lens.files import write_json
+    from spd_lens.spans import explain, print_chain, scored_tokens
+
+    if out is not None:
+        check_writable(out)
+    chain = explain(path)
+    print_chain(Console(), chain, show=show)
+    if out is not None:
+        links = [{"what": link.what, "says": link.says, "holds": link.holds} for link in chain.links]
+        write_json(out, {"links": links, "tokens": list(scored_tokens(chain))})
+    if not chain.holds:
+        raise typer.Exit(1)
+
+
+@app.command("detect")
+def detect_command(
+    checkpoint: Annotated[str, typer.Argument(help="Model directory or hub name.")],
+    base: Annotated[str | None, typer.Option("--base", help="The model that it was made from.")] = None,
+    subspaces: Annotated[
+        list[Path] | None, typer.Option("--subspaces", help="Subspace file to compare with; may be repeated.")
+    ] = None,
+    kinds: Annotated[str, typer.Option("--kinds", help="Which sites are looked at: k, v, q, z.")] = "k,v",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the directions that are left, as a subspace.")
+    ] = None,
+) -> None:
+    """Has a projection been folded into these weights? Layers, heads and ranks, from the files alone."""
+    set_up_logging(quiet=True)
+    from spd_lens.subspaces import Subspace, detect
+
+    if out is not None:
+        check_writable(out)
+    known = {str(path): Subspace.load(path) for path in subspaces or []}
+    found = detect(checkpoint, base, kinds=[kind.strip() for kind in kinds.split(",")], subspaces=known)
+    Console().print("\n".join(found.lines()), highlight=False, markup=False, soft_wrap=True)
+    if out is not None and found.subspace is not None:
+        Console().print(f"written to {found.subspace.save(out)}", highlight=False, markup=False)
 
 
 @app.command("compare")

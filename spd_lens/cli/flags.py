@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, strictly
 from spd_lens.runs import SPDConfig
 from spd_lens.settings import Settings
 
@@ -28,6 +28,7 @@ _SWITCHES = {
     "early_stop": "--early-stop/--no-early-stop",
     "retokenise": "--retokenise/--no-retokenise",
     "loss_on_padding": "--loss-on-padding/--no-loss-on-padding",
+    "strict": "--strict/--no-strict",
 }
 
 
@@ -51,7 +52,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
                 overrides["task_options"] = dict(_key_and_value(text) for text in overrides["task_options"])
                 if not overrides["task_options"]:
                     del overrides["task_options"]  # no flag was given; typer passes an empty list
-            command(config=SPDConfig.read(file, overrides, preset), **arguments)
+            config = SPDConfig.read(file, overrides, preset)
+            with strictly(config.strict):
+                command(config=config, **arguments)
 
         parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         parameters += [_parameter(name, chosen) for name in chosen]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.parametrizations import orthogonal
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import SPDError, caution
 from spd_lens.estimators.base import Estimator, Shape, Source
 from spd_lens.estimators.directions import NO_SPECTRUM
 from spd_lens.estimators.objective import Effect, Objective
@@ -149,11 +149,11 @@ def _say(mine: Sequence[Effect], tested: Sequence[Effect], n_mine: int, n_tested
     )
     fall, rise = mine[0].loss - mine[1].loss, tested[1].loss - tested[0].loss
     if fall > 0 and rise > 0:
-        log.warning(
-            "the learned subspace overfits: training lowered the loss of its own %d examples by %.3f nats and raised "
-            "that of %d held-out ones by %.3f; give more calibration examples, or take another estimator",
-            n_mine, fall, n_tested, rise,
-        )  # fmt: skip
+        caution(
+            f"the learned subspace overfits: training lowered the loss of its own {n_mine} examples by {fall:.3f} nats "
+            f"and raised that of {n_tested} held-out ones by {rise:.3f}; give more calibration examples, or take "
+            "another estimator"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from spd_lens.evaluation.corpus_diagnostics import (
     OF_COMPLETIONS,
     corpus_diagnostics,
+    degeneration,
     repeated_ngrams,
     settled_at,
     share_after_answer,
@@ -30,7 +31,7 @@ from spd_lens.subspaces import Policy
 __all__ = [
     "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "KL_TOLERANCE", "LOSS_TASKS",
     "Measured", "NEUTRAL", "OF_COMPLETIONS", "OUTCOMES", "Policy", "Prefix", "SAYS", "Subject", "all_at_equal_kl",
-    "at_equal_kl", "corpus_diagnostics", "evaluate", "exact_prefix", "fitting", "forced_logits", "known_as",
-    "models_published", "other_texts", "own_names", "per_item", "published", "repeated_ngrams", "settled_at",
-    "share_after_answer", "teacher_forced", "warning", "with_answer_only",
+    "at_equal_kl", "corpus_diagnostics", "degeneration", "evaluate", "exact_prefix", "fitting", "forced_logits",
+    "known_as", "models_published", "other_texts", "own_names", "per_item", "published", "repeated_ngrams",
+    "settled_at", "share_after_answer", "teacher_forced", "warning", "with_answer_only",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import fmean, median, quantiles, stdev
@@ -68,6 +69,31 @@ def corpus_diagnostics(
     if task is not None:
         _answers(table, task, _decoder(tokenizer))
     return pd.DataFrame(table.rows)
+
+
+def degeneration(corpus: Corpus | Sequence[Record]) -> list[str]:
+    """What is so common in a corpus that it should not be trained on, a sentence for each; of a large one a sample.
+
+    That is: more than a tenth of completions without a visible character, or more than half that end in a loop, were
+    cut at the token limit, or say the same at some length (short answers may well be the same).
+    """
+    some = corpus[:: max(1, len(corpus) // _SAMPLED)]
+    n, found = len(some), []
+    for measure, (most, says) in _DEGENERATE.items():
+        _, of = OF_COMPLETIONS[measure]
+        if (share := sum(map(of, some)) / max(n, 1)) > most:
+            found.append(f"{share:.0%} of {n} completions {says}")
+    said = Counter(record.completion for record in some if record.n_completion_tokens > _LONG)
+    if said and (share := max(said.values()) / n) > 0.5:
+        found.append(f"{share:.0%} of {n} completions are the same text")
+    return found
+
+
+_SAMPLED, _LONG = 512, 8
+_DEGENERATE = {
+    "empty": (0.1, "are empty"), "loops": (0.5, "end in a loop"), "truncated": (0.5, "were cut at the token limit"),
+}  # fmt: skip
+"""The largest share that a corpus may have of what `OF_COMPLETIONS` measures, and what is said of more."""
 
 
 class _Measures:

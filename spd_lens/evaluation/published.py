@@ -152,6 +152,10 @@ class Subject:
         says = f"That the model is {self.name} is what its own files say; one that was trained since is another."
         return says if self.by_its_files else ""
 
+    def warning(self, task: str, measured: Measured) -> str | None:
+        """A sentence where the measured base is far below what is published of it on a task; None elsewhere."""
+        return warning(published(self.name, task), measured)
+
     def beside(self, task: str, measured: Measured) -> list[str]:
         """Markdown lines: the measured base and what is published of it on a task, each with its format, and a warning
         if there is one. Numbers of the same format come first. Empty where nothing is published."""
@@ -167,7 +171,7 @@ class Subject:
         says = "" if alike else ", none of it in the format used here"
         lines = [f"The base model's {what} on {task}, and what is published of {self.name}{says}:", ""]
         lines += markdown(["base model", "format", "source"], rows)
-        if (text := warning(found, measured)) is not None:
+        if (text := self.warning(task, measured)) is not None:
             lines += ["", f"**{text}**"]
         return lines
 

@@ -30,6 +30,7 @@ from spd_lens.models.parity import CHECK_TEXTS, TOLERANCE, Parity, kl_divergence
 from spd_lens.models.probe import probe
 from spd_lens.models.processed import refuse_processed
 from spd_lens.models.prompts import Encoded, JointText, Loss, PromptFormat, SpanRule, overlapping
+from spd_lens.models.stored_layers import StoredLayer, StoredLayers
 from spd_lens.models.tokenizer import load_tokenizer, text_ids
 from spd_lens.models.torch_private import onednn_packed, onednn_product, own_memory, sync_trained_alone
 from spd_lens.models.transformers_private import (
@@ -44,7 +45,8 @@ from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_
 __all__ = [
     "ARCHITECTURES", "Architecture",
     "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
-    "PromptFormat", "SiteLayer", "SpanRule", "TOLERANCE", "adapted", "adapter_digest", "angles_change_beyond",
+    "PromptFormat", "SiteLayer", "SpanRule", "StoredLayer", "StoredLayers", "TOLERANCE",
+    "adapted", "adapter_digest", "angles_change_beyond",
     "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
     "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
     "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",

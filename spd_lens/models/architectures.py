@@ -162,7 +162,11 @@ def architecture(model: nn.Module) -> Architecture:
     Raises:
         SPDError: the architecture has no K and V to project.
     """
-    config: Any = model.config
+    return architecture_of(model.config, type(model).__name__)
+
+
+def architecture_of(config: Any, name: str) -> Architecture:
+    """The architecture that a configuration describes; `name` is what a message calls the model. As `architecture`."""
     config = config.get_text_config()
     found = ARCHITECTURES.get(config.model_type, _LLAMA)
     if config.model_type == "falcon" and config.new_decoder_architecture:
@@ -170,5 +174,5 @@ def architecture(model: nn.Module) -> Architecture:
     elif config.model_type == "falcon" and not config.multi_query:
         found = replace(found, fusion="heads")
     if found.refused:
-        raise SPDError(f"{type(model).__name__} cannot be projected: {found.refused}; choose another model")
+        raise SPDError(f"{name} cannot be projected: {found.refused}; choose another model")
     return found

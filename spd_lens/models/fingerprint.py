@@ -109,11 +109,17 @@ def _shape(model: Any) -> tuple[int, int, int, int, int]:
     cfg = getattr(model, "cfg", None)
     if cfg is not None:  # both TransformerLens backends
         return cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
-    config = model.config.get_text_config()
+    return shape_of(model.config, type(model).__name__)
+
+
+def shape_of(config: Any, name: str) -> tuple[int, int, int, int, int]:
+    """Layers, width, heads, KV heads and width of a head that a configuration of transformers says; `name` is what a
+    message calls the model. Raises `SPDError` for a model without attention."""
+    config = config.get_text_config()
     n_heads = getattr(config, "num_attention_heads", None)
     if not n_heads:
         raise SPDError(
-            f"the configuration of {type(model).__name__} names no attention heads, so there are no keys and values to "
+            f"the configuration of {name} names no attention heads, so there are no keys and values to "
             "project; choose a transformer with attention"
         )
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads

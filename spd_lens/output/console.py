@@ -19,8 +19,10 @@ from rich.logging import RichHandler
 from rich.segment import Segment
 from rich.text import Text
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import Guardrail, SPDError
 from spd_lens.output.safe_text import visible
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 _NEAREST = dict(zip("⟦⟧│↵·×–—−→•■", "[]|/-x--->*#", strict=True))
@@ -167,11 +169,25 @@ def set_up_logging(quiet: bool, *, errors_only: bool = False) -> None:
     level = logging.ERROR if errors_only else logging.WARNING if quiet else logging.INFO
     logging.getLogger("spd_lens").setLevel(level)
     logging.captureWarnings(True)  # they may quote a file
+    _log_guardrails()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _log_guardrails() -> None:
+    """Show what guardrails say as the log shows its warnings, a sentence without the line of code."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Guardrail):
+            log.warning("%s", message)
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def single_command(function: Callable[..., None]) -> typer.Typer:

@@ -19,12 +19,16 @@ from .config import validated as validated
 from .context_limit import fitted as fitted
 from .context_limit import in_words as in_words
 from .experiment import Experiment as Experiment
+from .experiment import examples_digest as examples_digest
 from .findings import contrasts as contrasts
 from .findings import made_by as made_by
 from .findings import run_findings as run_findings
 from .findings import stored as stored
 from .findings import write_card as write_card
 from .findings import write_evidence as write_evidence
+from .guardrails import check_base as check_base
+from .guardrails import check_halves as check_halves
+from .guardrails import check_items as check_items
 from .loading import allow_execution as allow_execution
 from .loading import decided_by as decided_by
 from .loading import load_pair as load_pair
@@ -52,10 +56,10 @@ from .summary import quoted as quoted
 
 __all__ = [
     "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
-    "StopRule", "allow_execution", "check_data", "check_model", "check_settings", "check_stage", "compare",
-    "comparison_table", "contrasts", "decided_by", "differ", "environment", "fitted", "in_words", "items_of",
-    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report",
-    "protocol_in_words",
+    "StopRule", "allow_execution", "check_base", "check_data", "check_halves", "check_items", "check_model",
+    "check_settings", "check_stage", "compare", "comparison_table", "contrasts", "decided_by", "differ",
+    "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair", "made_by", "make_tasks", "named",
+    "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
     "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
     "score", "stored", "to_yaml", "validated", "work", "write_card", "write_evidence",
 ]  # fmt: skip

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _N_EVAL = 100
-BESIDE = ("published_name", "report_to")
-"""Settings that change no result: whose published numbers a report shows beside it, and where losses are watched."""
+BESIDE = ("published_name", "report_to", "strict")
+"""Settings that change no result: whose published numbers a report shows beside it, where losses are watched, and
+whether guardrails stop the run."""
 
 
 class ProtocolGroup(Settings):
@@ -183,6 +184,14 @@ class ReportGroup(Settings):
     )
 
 
+class GuardrailGroup(Settings):
+    """What happens where a result should not be trusted."""
+
+    panel = "Evaluation and seeds"
+
+    strict: bool = Field(False, description="Stop where a guardrail warns that a result should not be trusted.")
+
+
 class EvaluationGroup(Settings):
     """What is measured, and the seed of the draws of examples."""
 
@@ -200,8 +209,8 @@ class EvaluationGroup(Settings):
 
 # Settings are written in the order of the groups from the last to the first, since bases come before their classes.
 class SPDConfig(
-    SeedGroup, EvaluationGroup, ReportGroup, OptimisationGroup, EngineSettings, CompletionGroup, GradientGroup,
-    SubspaceGroup,
+    GuardrailGroup, SeedGroup, EvaluationGroup, ReportGroup, OptimisationGroup, EngineSettings, CompletionGroup,
+    GradientGroup, SubspaceGroup,
     SiteGroup, DataGroup, ModelGroup, ProtocolGroup,
 ):  # fmt: skip
     """Settings of a run. Unknown keys are refused; every field has a default and a reason in docs/configuration.md.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,8 +21,9 @@ from spd_lens.models import Loss, ModelPair, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import fitted
 from spd_lens.runs.extractions import InHand, Layers, Request
+from spd_lens.runs.guardrails import check_corpus, check_halves, check_policy
 from spd_lens.runs.loading import OF_THE_PAIR, Tasks, load_pair, make_tasks
-from spd_lens.runs.run_dir import Run
+from spd_lens.runs.run_dir import Run, environment
 from spd_lens.subspaces import GradientMoments, Policy, Subspace, extract, shuffled_answers
 from spd_lens.tasks import Task
 from spd_lens.training import finetune
@@ -65,6 +68,8 @@ class Experiment:
         self.begun: Run | None = None
         """The run whose model and data these must be; None where that is checked elsewhere."""
         self._loaded: dict[Path, GradientMoments] = {}
+        self._halved: set[int] = set()
+        """Those of `_loaded` whose halves were compared: once is enough for all methods that use them."""
         self.models: dict[str, ModelPair] = {}
         """Pairs that were loaded, by the settings that decide them; several experiments may share it."""
         self._given = pair
@@ -269,9 +274,37 @@ class Experiment:
             SPDError: the estimator reads something that the given moments do not hold, or takes no such shape.
         """
         if of != "gradient":
-            return (moments or self.moments()).subspace(**asdict(self.config.shape), of=of)
-        source = self if moments is None else InHand(self, moments, others)
-        return estimators.get(estimator or self.config.estimator).subspace(source, self.config.shape)
+            found = (moments or self.moments()).subspace(**asdict(self.config.shape), of=of)
+        else:
+            source = self if moments is None else InHand(self, moments, others)
+            found = estimators.get(estimator or self.config.estimator).subspace(source, self.config.shape)
+        if moments is not None or self.begun:
+            return found  # of what the moments are of, only the caller knows; of a run, model and data may be away
+        if of == "gradient" and id(own := self.moments()) not in self._halved:
+            self._halved.add(id(own))
+            check_halves(own, found)
+        return replace(found, provenance=self.provenance())
+
+    def provenance(self) -> dict[str, Any]:
+        """What `Subspace.provenance` says of a subspace of the calibration examples: what is known of model, data and
+        settings, and nothing else. Paths on this machine are no part of it, since subspaces travel."""
+        config, hf = self.config, self.pair.hf
+        known = {
+            "model": named_abroad(config.model),
+            "revision": getattr(hf.config, "_commit_hash", None),
+            "weights": weights_digest(hf),
+            "protocol": config.protocol,
+            "task": named_abroad(config.task),
+            "task_options": {key: value for key, value in config.task_options.items() if key != "path"},
+            "data": self.task.sources(),
+            "examples": examples_digest(self.calibration),
+            "data_seed": config.data_seed,
+            "span": config.span,
+            "span_rule": self.pair.format.span_rule,
+            "prompt_format": self.pair.format.name,
+            "versions": environment()["versions"],
+        }
+        return {name: value for name, value in known.items() if value not in (None, {})}
 
     def generate(
         self,
@@ -293,6 +326,8 @@ class Experiment:
             engine: `"twin"` (folded weights), `"lens"` (hooks) or another; None: the config's, with its settings.
             saved: The file of the policy's subspace, to name it where a server does not serve the policy.
         """
+        if policy is not None:
+            check_policy(self.pair, policy)
         settings = self.config.sampling
         if sampling is not None:
             settings = settings.model_copy(update={key: sampling.get(key) for key in ("temperature", "top_p", "top_k")})
@@ -316,6 +351,7 @@ class Experiment:
             training: Fields of `TrainingSettings`, where they are not the config's.
             parallel: Whether this process is one of several that train together.
         """
+        check_corpus(corpus)
         settings = self.config.training.model_copy(update=training)
         return finetune(
             self.pair, corpus, settings=settings, out=out, progress=self.progress, report_to=self.config.report_to,
@@ -366,3 +402,17 @@ class Experiment:
         result.settings.update(self.config.extraction.label)
         result.save(path)
         return result
+
+
+def named_abroad(name: str) -> str:
+    """A model's or a task's name for readers on other machines: of what lies here the last part of its path alone."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """sha256 of worked examples with their spans, in order: the texts that decide a subspace, and what is scored."""
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = [example.prompt, example.completion, example.spans, example.prompt_spans]
+        digest.update((json.dumps(parts) + "\n").encode())
+    return digest.hexdigest()

@@ -19,11 +19,12 @@ from spd_lens.models import ModelPair, Parity, neutral
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.findings import write_evidence
+from spd_lens.runs.guardrails import check_base, check_items
 from spd_lens.runs.loading import decided_by, ready_pair
 from spd_lens.runs.preflight import check_data, check_model
 from spd_lens.runs.run_dir import Run
 from spd_lens.runs.stages import Step, note_start, score, work
-from spd_lens.runs.summary import write_summary
+from spd_lens.runs.summary import base_warnings, write_summary
 from spd_lens.subspaces import GradientMoments, Policy, folded, projected
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     experiment.pair = ready_pair(pair, config, Run(out))
     check_model(experiment)
     record = Run.open(out, config)
-    with record.locked():
+    with record.locked(), record.guarded(config.strict):
         _note(record, experiment)
+        check_items(experiment)
 
         def do(step: Step, place: str, _: Sequence[Step]) -> None:
             log.info("%s %s", place, step.what)
@@ -68,6 +70,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
 
         work(list(_steps(record, experiment)), experiment.pair, keeps_lens, do)
         write_evidence(record)
+        check_base(base_warnings(record))
         write_summary(record)
     log.info("finished: %s", record.path / "summary.md")
     return record

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 
-from spd_lens.errors import DamagedFile, SPDError
+from spd_lens.errors import DamagedFile, Guardrail, SPDError, caution, is_strict
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import is_blank, is_free, make_directory, read_json, write_json, write_text
 from spd_lens.generation import Corpus
@@ -121,6 +122,33 @@ class Folder:
             lock.release()
 
     @contextlib.contextmanager
+    def guarded(self, strict: bool) -> Iterator[None]:
+        """While open, what guardrails say is noted, and with `strict` it is an error. What they said earlier is said
+        again at once: whoever goes on with the folder is to know it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if strict or is_strict() else "always", Guardrail)
+            shown = warnings.showwarning
+
+            def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, Guardrail):
+                    self._note_caution(message)
+                shown(message, category, *where, **more)
+
+            warnings.showwarning = note
+            try:
+                for sentence in self.notes.get("cautions", []):
+                    caution(sentence)
+                yield
+            except Guardrail as fault:
+                self._note_caution(fault)
+                raise
+
+    def _note_caution(self, sentence: Warning | str) -> None:
+        noted = self.notes.get("cautions", [])
+        if str(sentence) not in noted:
+            self.note(cautions=[*noted, str(sentence)])
+
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
         start = time.perf_counter()
@@ -145,7 +173,7 @@ class Run(Folder, Artefacts):
     | file | what |
     | --- | --- |
     | `config.yaml` | all settings |
-    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs and seconds by stage |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs, doubts, seconds by stage |
     | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |

@@ -57,7 +57,7 @@ def write_summary(run: Run) -> str:
             parts += [beside, subject.caveat if subject.caveat not in parts else ""]
         if (run.path / "effects" / f"{task}.json").exists():
             parts.append(effects_section(run.effects(task), task, _rounding(run), other))
-    parts += [_evidence(run), _proof(run), _completions(run, targets[0]), _times(run)]
+    parts += [_cautions(run), _evidence(run), _proof(run), _completions(run, targets[0]), _times(run)]
     text = visible("\n\n".join(part for part in parts if part) + "\n")
     write_text(run.path / "summary.md", text)
     return text
@@ -152,15 +152,36 @@ def _gain(base: EvalResult, result: EvalResult) -> str:
     )
 
 
+def _cautions(run: Run) -> str:
+    """What guardrails said, which is why results should be doubted."""
+    noted = run.notes.get("cautions", [])
+    return "\n".join(["## Doubts", "", *(f"- {quoted(sentence)}" for sentence in noted)]) if noted else ""
+
+
+def base_warnings(run: Run) -> list[str]:
+    """A sentence for every target on which the base is far below what is published of it."""
+    if (subject := _subject(run)) is None:
+        return []
+    found = {task: _measured_base(run, task) for task in run.config.targets}
+    named = run.config.targets
+    says = ((task, subject.warning(named[task], measured)) for task, measured in found.items() if measured)
+    return [f"{task}: {text}" for task, text in says if text is not None]
+
+
 def _published(run: Run, task: str, subject: Subject) -> str:
     """The base beside what is published of it; empty where nothing is."""
+    measured = _measured_base(run, task)
+    return "" if measured is None else "\n".join(subject.beside(run.config.targets[task], measured))
+
+
+def _measured_base(run: Run, task: str) -> Measured | None:
+    """What the base does on a target, and in which format it was asked; None where that was not measured."""
     base, named = run.result(task, "base"), run.config.targets[task]
     value = base.completion_loss if named in LOSS_TASKS else base.accuracy
     if value is None:
-        return ""
+        return None
     asked = base.settings.get("prompt_format", run.notes["resolved"]["format"])
-    here = Format.here(asked, base.settings.get("task_options", {}))
-    return "\n".join(subject.beside(named, Measured(value, here)))
+    return Measured(value, Format.here(asked, base.settings.get("task_options", {})))
 
 
 def _subject(run: Run) -> Subject | None:

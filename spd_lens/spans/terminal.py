@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from spd_lens.output import terminal, visible
+from spd_lens.spans.chain import Chain
 from spd_lens.spans.core import KINDS, Audit, AuditedExample, Bin, Piece
 
 _PROMPT_CHARACTERS = 600
@@ -36,6 +37,19 @@ def print_audit(console: Console, found: Audit, *, title: str, show: int = 3) ->
         if bins := found.place_bins():
             console.print(_bars("Where in the completion they lie", bins, None))
     console.print(Text(headline(found), style="bold"))
+
+
+_STATE = {True: ("checked", "green"), False: ("BROKEN", "bold red"), None: ("not checked", "yellow")}
+"""What is said of a link of a chain: its digests agree, they do not, nothing could be compared."""
+
+
+def print_chain(console: Console, chain: Chain, *, show: int = 3) -> None:
+    """Print the links from the model to its calibration examples, and the first `show` examples token by token."""
+    for link in chain.links:
+        line = Text.assemble(_STATE[link.holds], (f" {link.what}: ", "bold"), visible(link.says))
+        console.print(line, soft_wrap=True)
+    for item in chain.tokens.examples[: max(show, 0)] if chain.tokens else ():
+        console.print(_example(item))
 
 
 def headline(found: Audit) -> str:

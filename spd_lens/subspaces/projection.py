@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError
-from spd_lens.files import filling, is_free
+from spd_lens.errors import SPDError, caution
+from spd_lens.files import filling, is_free, write_json
 from spd_lens.models import (
     Fingerprint,
     LensHook,
@@ -28,9 +27,11 @@ from spd_lens.models import (
     refuse_processed,
     site_layer,
     twin_hook,
+    weights_digest,
     writable,
 )
 from spd_lens.sites import Site
+from spd_lens.subspaces.lora import ORIGIN
 from spd_lens.subspaces.subspace import Subspace, check_strength
 
 
@@ -88,9 +89,7 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
             )
         silent = [str(site) for site, n in projection.firings.items() if n == 0]
         if silent:
-            warnings.warn(
-                f"the projection never fired at {', '.join(silent)}: no forward pass went there", stacklevel=3
-            )
+            caution(f"the projection never fired at {', '.join(silent)}: no forward pass went there")
     finally:
         for hook in hooks:
             hook.remove()
@@ -154,6 +153,9 @@ def fold_to(
         strength: How strongly to project, from 0 to 1.
         tokenizer: A tokenizer to save beside the weights.
 
+    Returns:
+        `directory`, with the checkpoint and `projection.json`, which says what it was made of.
+
     Raises:
         SPDError: the directory is not empty; the model carries an adapter; or the subspace is centred and the
             architecture has no bias to hold the mean.
@@ -173,6 +175,8 @@ def fold_to(
     with filling(directory) as scratch:
         with folded(hf, subspace, strength):
             hf.save_pretrained(scratch)
+        made = {"subspace": subspace.digest(), "model": hf.name_or_path, "weights": weights_digest(hf)}
+        write_json(scratch / ORIGIN, {**made, "strength": check_strength(strength)})
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
     return directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from spd_lens.subspaces.findings import beside, still_stored
 from spd_lens.subspaces.lora import write_lora
 
 Rank = int | float
+
+FORMAT = 2
+"""Version of the file that `Subspace.save` writes. 1, of earlier versions, had no number and no provenance."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Subspace:
     """The model it was extracted from; None fits every model of its shape."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where it came from: loss, dtype and numbers of examples and tokens, or how it was drawn."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """The model, data and settings behind it, as far as they are known (`Experiment.provenance`): its name, revision
+    and weights, the task with the sha256 of its data and of the calibration examples, span rule, protocol, versions of
+    libraries. Empty where it was drawn or composed."""
     findings: tuple[Finding, ...] = ()
     """What was measured with it, and with others that were made in the same way; what is made of it has none."""
 
@@ -76,7 +84,11 @@ class Subspace:
         bases = {site: side_by_side(own) for site, own in blocks.items()}
         ranks = {site: tuple(block.shape[1] for block in own) for site, own in blocks.items()}
         fields |= {"bases": bases, "ranks": ranks}
-        return cls(**fields) if like is None else replace(like, **{"findings": (), **fields})
+        if like is None:
+            return cls(**fields)
+        # of other origin, it was not made from the same data
+        unlike = {"findings": (), **({"provenance": {}} if "origin" in fields else {})}
+        return replace(like, **{**unlike, **fields})
 
     def blocks(self, site: Site) -> list[Basis]:
         """The basis of each block, without the zero columns behind its rank."""
@@ -350,23 +362,39 @@ class Subspace:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file."""
+        """Write one safetensors file, which says what it is and where it comes from (docs/sharing.md)."""
         tensors = {f"basis.{site}": basis for site, basis in self.bases.items()}
         tensors |= {f"singular_values.{site}": values for site, values in self.singular_values.items()}
         tensors |= {f"offset.{site}": mean for site, mean in self.offset.items()}
         header = {
+            "format": FORMAT,
+            "written_by": f"spd_lens {importlib.metadata.version('spd_lens')}",
             "ranks": {str(site): list(ranks) for site, ranks in self.ranks.items()},
             "rank": self.rank,
             "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
             "origin": dict(self.origin),
+            "provenance": dict(self.provenance),
+            "grade": str(self.grade),
             **({"findings": [finding.to_dict() for finding in self.findings]} if self.findings else {}),
         }
         return save_tensors(path, "a subspace", tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Subspace:
-        """Read what `save` wrote, and `findings.json` beside it; `SPDError` for a damaged or foreign file."""
+        """Read what `save` wrote, and `findings.json` beside it.
+
+        The grade that the file names is for its readers: `grade` is computed again from the findings.
+
+        Raises:
+            SPDError: the file is missing, damaged, something else, or of a newer format than this version reads.
+        """
         tensors, header = load_tensors(path, "a subspace")
+        with reading(path):
+            if (form := header.get("format", 1)) > FORMAT:
+                raise SPDError(
+                    f"{path} is a subspace of format {form}, written by {header.get('written_by', 'a newer version')}, "
+                    f"and this version of spd_lens reads formats up to {FORMAT}; upgrade spd_lens"
+                )
 
         def part(name: str) -> dict[Site, Tensor]:
             prefix = f"{name}."
@@ -382,6 +410,7 @@ class Subspace:
                 rank=header["rank"],
                 fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
                 origin=header["origin"],
+                provenance=header.get("provenance", {}),
             )
         return found.with_findings(*own, *beside(path))
 

@@ -1,7 +1,6 @@
 """Prompts as they are, spans in prompts, tokens inside spans only: against the tokenizer's own offsets."""
 
 import json
-import logging
 from dataclasses import replace
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from tokenizers import processors
 
 import spd_lens as spd
+from spd_lens.errors import Guardrail
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.generation import recorded_settings
 from spd_lens.models.pair import ModelPair
@@ -297,18 +297,14 @@ def test_losses_of_prompts_count_for_the_aligned_loss_only(verbatim):
 # --- a token that prompt and completion share
 
 
-def test_shared_tokens_are_said_once_per_extraction(verbatim, caplog):
+def test_shared_tokens_are_said_once_per_extraction(verbatim, recwarn):
     tokenizer = known_tokenizer(added=("42", "ab"))
     pair = ModelPair(build_llama(tokenizer), tokenizer, prompt_format="verbatim")
     shared = [spd.Example("xa", "b42", [(1, 3)], f"e{n}") for n in range(3)]
-    with caplog.at_level(logging.WARNING, "spd_lens.subspaces.extract"):
+    with pytest.warns(Guardrail, match=r"3 of 4 calibration examples .* 'ab' of example 'e0'"):
         spd.extract(pair, [spd.Example("x", "42", [(0, 2)], "fine"), *shared], engine="twin", **QUIET)
-    (record,) = caplog.records
-    assert "3 of 4 calibration examples" in record.message
-    assert "'ab' of example 'e0'" in record.message
-    caplog.clear()
     spd.extract(verbatim, [EIFFEL], **QUIET)
-    assert not caplog.records
+    assert not [caught for caught in recwarn if caught.category is Guardrail]
 
 
 # --- a run

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import spd_lens as spd
+from spd_lens.models import weights_digest
 from spd_lens.runs import experiment as module
 from spd_lens.runs import loading
 from spd_lens.runs.experiment import Experiment
@@ -106,3 +108,16 @@ def test_experiments_of_one_model_load_it_once(finished_run, tmp_path, monkeypat
     assert found[1].pair is first
     with refused("no longer has the weights", str(paths[2])):
         _ = found[2].pair
+
+
+def test_a_subspace_says_which_model_and_examples_it_is_of_and_no_path(own, tmp_path):
+    found = own.subspace()
+    known = found.provenance
+    assert known["model"] == Path(own.config.model).name and "/" not in known["model"]
+    assert known["weights"] == weights_digest(own.pair.hf) and known["data"] == own.task.sources()
+    assert known["examples"] == module.examples_digest(own.calibration)
+    fewer = own.varied(config=own.config.model_copy(update={"n_calibration": 2}))
+    assert module.examples_digest(fewer.calibration) != known["examples"]
+    assert spd.Subspace.load(found.save(tmp_path / "s.safetensors")).provenance == known
+    # of moments that a caller brings nobody knows what they are of
+    assert own.subspace(own.moments(shuffled=True)).provenance == {}

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from spd_lens.files import load_tensors, save_tensors
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
-from spd_lens.subspaces.subspace import Subspace, resolve_rank
+from spd_lens.subspaces.subspace import FORMAT, Subspace, resolve_rank
 from tests.helpers import EXAMPLES, refused
 
 SITE = Site(1, "k")
@@ -243,3 +244,25 @@ def test_blocks_of_a_subspace_make_it_again():
     assert (fewer.ranks[SITE], fewer.rank, fewer.origin) == ((1, 0, 1), 1, {"random": 1})
     blocks[0].zero_()
     assert subspace.bases[SITE][0].any(), "the subspace shares memory with what it was made of"
+
+
+def test_provenance_is_kept_by_what_is_the_same_in_part_and_by_nothing_else(moments, tmp_path):
+    known = {"model": "tiny", "data": {"train.jsonl": "ab"}, "examples": "cd"}
+    subspace = dataclasses.replace(moments.subspace(3), provenance=known)
+    path = subspace.save(tmp_path / "s.safetensors")
+    assert Subspace.load(path).provenance == subspace[:2].provenance == subspace.select([SITE]).provenance == known
+    others = (subspace.random_like(1), ~subspace, subspace | subspace[:2], moments.subspace(3))
+    assert [other.provenance for other in others] == [{}] * 4
+    _, header = load_tensors(path, "a subspace")
+    assert header["grade"] == "none" and header["written_by"].startswith("spd_lens ")
+
+
+def test_a_newer_format_is_refused_by_its_number(moments, tmp_path):
+    path = moments.subspace(3).save(tmp_path / "s.safetensors")
+    tensors, header = load_tensors(path, "a subspace")
+    newer = {**header, "format": FORMAT + 1, "written_by": "spd_lens 99.0", "ranks": "in another form"}
+    save_tensors(path, "a subspace", tensors, newer)
+    with refused("s.safetensors", f"format {FORMAT + 1}", "spd_lens 99.0", "upgrade"):
+        Subspace.load(path)
+    save_tensors(path, "a subspace", tensors, {k: v for k, v in header.items() if k not in ("format", "provenance")})
+    assert Subspace.load(path).provenance == {}
