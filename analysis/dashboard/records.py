@@ -18,7 +18,7 @@ from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, by_item, deci
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import NEUTRAL, OUTCOMES, ItemResult
-from spd_lens.files import read_json
+from spd_lens.files import Schema, read_json
 from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
@@ -202,14 +202,21 @@ def _seconds(notes: Mapping[str, Any]) -> Table:
     return [*rows, ("total", f"{sum(seconds.values()):.1f}")] if rows else []
 
 
+class _Card(Schema, extra="ignore"):
+    """What the page shows of a task's data card."""
+
+    counts: dict[str, int] | str | None = None
+    sources: dict[str, str] = {}
+
+
 def _data(run: Run) -> Table:
     rows: Table = []
     path = run.path / "data_card.json"
-    for task, card in (read_json(path) if path.exists() else {}).items():
-        counts = card.get("counts")  # a task that generates its items has as many as one asks for
+    for task, card in (read_json(path, dict[str, _Card]) if path.exists() else {}).items():
+        counts = card.counts  # a task that generates its items has as many as one asks for
         shown = ", ".join(f"{n} {split}" for split, n in counts.items()) if isinstance(counts, dict) else str(counts)
         rows.append((visible(task), visible(shown)))
-        rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
+        rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.sources.items()]
     return rows
 
 

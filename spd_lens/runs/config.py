@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError, integer_or_fraction
-from spd_lens.files import refuse_stand_in
+from spd_lens.files import check_recorded, refuse_stand_in
 from spd_lens.protocols import Name, departures, with_protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.settings import (
@@ -404,6 +404,7 @@ def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
 
 def read_kept(path: Path) -> dict[str, Any]:
     """The settings file that a run or a study keeps; `SPDError` if it is empty or was cut off."""
+    check_recorded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

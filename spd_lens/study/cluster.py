@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spd_lens.errors import DamagedFile, SPDError, one_line
-from spd_lens.files import Store, damage, make_directory, publish
+from spd_lens.files import Store, damage, forget, make_directory, publish
 from spd_lens.output import set_up_logging
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.engine import checked_experiments, conclude
@@ -280,6 +280,7 @@ class _Gathering:
                 return str(error)
             for name in new:
                 make_directory((self.study.path / name).parent)
+                forget(self.study.path / name)
                 publish(Path(scratch) / name, self.study.path / name)
         self._note(manifest.notes, record)
         return None

@@ -9,8 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.errors import SPDError
+
 Basis = Float[Tensor, "width rank"]
 
+_ORTHONORMAL = 1e-6
+"""How far from orthonormal a basis may be, in any product of two of its columns."""
 TOLERANCE = 1e-6
 """Radians. Two directions that are closer count as one; extraction in float64 leaves angles of about 1e-8."""
 
@@ -66,3 +70,27 @@ def side_by_side(blocks: Sequence[Basis]) -> Float[Tensor, "block width rank"]:
     for place, block in zip(stacked, blocks, strict=True):
         place[:, : block.shape[1]] = block
     return stacked
+
+
+def check_basis(basis: Float[Tensor, "block width rank"], ranks: Sequence[int], what: str) -> None:
+    """Raise `SPDError` unless each block has orthonormal columns up to its rank, and zero columns behind.
+
+    Anything else would not project: longer columns enlarge what they should keep.
+    """
+    blocks, width, columns = basis.shape
+    if any(type(rank) is not int or not 0 <= rank <= min(width, columns) for rank in ranks):
+        raise SPDError(
+            f"{what} has ranks {list(ranks)!r:.60}; they must be whole numbers from 0 to {min(width, columns)}"
+        )
+    if not basis.is_floating_point():
+        raise SPDError(f"{what} is {basis.dtype}; it must be real numbers in floating point, float64 at best")
+    identity = torch.zeros(blocks, columns, columns, dtype=torch.float64)
+    for block, rank in zip(identity, ranks, strict=True):
+        block.diagonal()[:rank] = 1
+    wide = basis.detach().to("cpu", torch.float64)
+    off = (wide.mT @ wide - identity).abs().max().item() if columns else 0.0
+    if not off <= max(_ORTHONORMAL, 8 * torch.finfo(basis.dtype).eps):  # NaN too
+        raise SPDError(
+            f"{what} does not have orthonormal columns up to its rank and zeros behind (they are off by {off:.2g}); "
+            "make it by extract, or orthonormalise your own directions, for instance with torch.linalg.qr"
+        )

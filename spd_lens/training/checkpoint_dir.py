@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
 from spd_lens.files import (
     damage,
+    forget,
     inventory,
     is_free,
     make_directory,
@@ -134,6 +135,7 @@ class TrainingPlace:
     def publish(self, summary: dict[str, Any]) -> None:
         """Give the finished result its name, in one step, and delete the checkpoints."""
         write_json(self.result / LOG, {**summary, "files": inventory(self.result)})
+        forget(self.directory)
         if self.directory.exists():  # free, damaged, or what `resume=False` trains anew
             shutil.rmtree(self.directory)
         publish(self.result, self.directory)
