@@ -8,7 +8,8 @@ from .contents import save_tensors as save_tensors
 from .contents import update_text as update_text
 from .contents import write_json as write_json
 from .contents import write_text as write_text
-from .digests import DIGEST as DIGEST
+from .digests import canonical as canonical
+from .digests import signed as signed
 from .manifest import MANIFEST as MANIFEST
 from .manifest import Manifest as Manifest
 from .manifest import check_recorded as check_recorded
@@ -36,9 +37,9 @@ from .store import Store as Store
 from .tables import read_csv as read_csv
 
 __all__ = [
-    "DIGEST", "MANIFEST", "STRICT", "Manifest", "Schema", "Store", "check_recorded", "check_writable", "damage",
+    "MANIFEST", "STRICT", "Manifest", "Schema", "Store", "canonical", "check_recorded", "check_writable", "damage",
     "file_sha256", "filling", "fitting", "forget", "hash_again", "inventory", "is_blank", "is_free", "is_made",
     "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv", "read_json", "reading",
-    "record_files", "refuse_stand_in", "replacing", "save_tensors", "sync", "unreadable_weights", "update_text",
-    "write_json", "write_text",
+    "record_files", "refuse_stand_in", "replacing", "save_tensors", "signed", "sync", "unreadable_weights",
+    "update_text", "write_json", "write_text",
 ]  # fmt: skip

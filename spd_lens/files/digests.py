@@ -43,20 +43,22 @@ def signed(value: Any) -> str:
 
 def unsigned(value: Any) -> Any:
     """A JSON value without its digest, if it has one; `DamagedFile` if it is not that of the value."""
-    if type(value) is not dict or not _is_digest(value.get(DIGEST)):
+    if type(value) is not dict or not value:
         return value
-    content = {key: part for key, part in value.items() if key != DIGEST}
-    if _of(content) != value[DIGEST]:
-        raise DamagedFile(
-            "it has changed since it was written (its sha256 is another); restore it, or take the key sha256 out if "
-            "the change is yours"
-        )
-    return content
+    key = DIGEST if DIGEST in value else next(reversed(value))  # whose name may be what is damaged
+    noted = value[key]
+    if key != DIGEST and not (isinstance(noted, str) and len(noted) == 64):
+        return value
+    content = {name: part for name, part in value.items() if name != key}
+    if _of(content) == noted:
+        return content
+    if key != DIGEST:
+        return value
+    raise DamagedFile(
+        "it has changed since it was written (its sha256 is another); restore it, or take the key sha256 out if "
+        "the change is yours"
+    )
 
 
 def _of(content: Any) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
 from spd_lens.files.digests import canonical, signed, unsigned
 from spd_lens.files.limits import json_within
-from spd_lens.files.publishing import file_sha256, replacing
+from spd_lens.files.publishing import clear_leftovers, file_sha256, replacing
 from spd_lens.files.schemas import Schema
 
 MANIFEST = "manifest.json"
@@ -115,6 +115,7 @@ def record_files(folder: Path, files: Iterable[Path], stage_of: Callable[[PurePo
         files: Finished files below it.
         stage_of: The stage that wrote a file, by its path below the folder; None for a file of somebody else.
     """
+    clear_leftovers(folder / MANIFEST)
     known = (Manifest.of(folder) or Manifest()).files
     made: dict[str, Entry] = {}
     for path in files:

@@ -404,7 +404,6 @@ def to_yaml(settings: BaseModel, *, ascii: bool = False) -> str:
 
 def read_kept(path: Path) -> dict[str, Any]:
     """The settings file that a run or a study keeps; `SPDError` if it is empty or was cut off."""
-    check_recorded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -412,6 +411,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+    check_recorded(path)
     return read_yaml(path)
 
 

@@ -58,7 +58,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     experiment.pair = ready_pair(pair, config, Run(out))
     check_model(experiment)
     record = Run.open(out, config)
-    with record.locked():
+    with record.working():
         _note(record, experiment)
 
         def do(step: Step, place: str, _: Sequence[Step]) -> None:

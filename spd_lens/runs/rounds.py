@@ -130,7 +130,7 @@ def run_rounds(
     held_out_items(config, experiment.made[0], n_held_out)
     folder = Rounds(out)
     _check_place(folder)
-    with folder.locked():
+    with folder.working():
         _note(folder, config, {"reextract": reextract, "stop": asdict(rule), "n_held_out": n_held_out})
         first = experiment.pair = ready_pair(pair, config, folder)
         check_one_device(first)

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import model_validator
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import DamagedFile, SPDError
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import (
     MANIFEST,
@@ -97,6 +97,8 @@ _STAGES = {
 
 def stage_of(path: PurePath) -> str | None:
     """The stage of a run or a study that writes a file, by its path below the folder; None if none does."""
+    if path.name in ("adapter_config.json", "README.md"):  # which their owner may edit
+        return None
     return next((stage for part in path.parts for name, stage in _STAGES.items() if part.startswith(name)), None)
 
 
@@ -142,8 +144,10 @@ class Folder:
         if not path.exists() or is_blank(path):
             return {}
         notes = read_json(path)
+        if type(notes) is not dict:
+            raise DamagedFile(f"{path} holds no notes of a {type(self).__name__.lower()}; start a new directory")
         fitting(Notes, notes, path)
-        return dict(notes)
+        return notes
 
     def note(self, **fields: Any) -> None:
         """Add to the notes."""
@@ -193,12 +197,18 @@ class Folder:
             if self.is_free:
                 for name in (self.settings_file, self.notes_file):
                     (self.path / name).unlink(missing_ok=True)  # empty, if they are there
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """`locked`; what was finished meanwhile is then listed in `manifest.json`."""
+        with self.locked():
             try:
                 yield
             finally:
                 self.record()
-        finally:
-            lock.release()
 
     def record(self) -> None:
         """List all that is finished here in `manifest.json`; what could not be written is what to say, if anything."""

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
-from spd_lens.files import MANIFEST, Manifest, check_recorded, damage, fitting, hash_again, read_json
+from spd_lens.files import MANIFEST, Manifest, check_recorded, fitting, hash_again, read_json
 from spd_lens.generation import Corpus, settings_path
+from spd_lens.models import TRAINING_LOG, adapter_damage
 from spd_lens.runs.config import read_kept
 from spd_lens.runs.run_dir import Notes
 from spd_lens.subspaces import GradientMoments, Subspace, read_findings
@@ -115,8 +116,7 @@ def _read_json(file: Path) -> None:
 
 
 def _read_training(file: Path) -> None:
-    record = read_json(file, dict[str, object])
-    if isinstance(record.get("files"), dict) and (problem := damage(file.parent, record["files"])):
+    if (problem := adapter_damage(file.parent)) is not None:
         raise SPDError(problem)
 
 
@@ -127,6 +127,6 @@ def _read_notes(file: Path) -> None:
 _OF_KIND: dict[str, Callable[[Path], object]] = {"a subspace": Subspace.load, "gradient moments": GradientMoments.load}
 _BY_NAME: dict[str, Callable[[Path], object]] = {
     "config.yaml": read_kept, "study.yaml": read_kept, "run.json": _read_notes, "study.json": _read_notes,
-    "rounds.json": _read_notes, "training.json": _read_training, "findings.json": read_findings,
+    "rounds.json": _read_notes, TRAINING_LOG: _read_training, "findings.json": read_findings,
     MANIFEST: lambda file: Manifest.of(file.parent),
 }  # fmt: skip

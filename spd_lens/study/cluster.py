@@ -181,7 +181,7 @@ def run_parts(
     checked_experiments(_anywhere(config), study.path)
     if store is not None:
         place.check()
-    with study.locked():
+    with study.working():
         config = _admitted(study, place, config)
         with workers(study.path) as submit:
             study.begin(config)
@@ -203,7 +203,7 @@ def assemble(store: str, out: str | Path) -> Study:
     record = Record.of(place)
     if record is None:
         raise SPDError(f"there is no study in {place.url}; give a study's file or --preset to begin one")
-    with study.locked():
+    with study.working():
         config = study.admits(StudyConfig.make(record.settings))
         study.begin(config)
         gathering = _Gathering(study, place, config)

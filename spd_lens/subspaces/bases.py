@@ -72,25 +72,28 @@ def side_by_side(blocks: Sequence[Basis]) -> Float[Tensor, "block width rank"]:
     return stacked
 
 
-def check_basis(basis: Float[Tensor, "block width rank"], ranks: Sequence[int], what: str) -> None:
+def check_shape(basis: Tensor, ranks: Sequence[int], what: str) -> None:
+    """Raise `SPDError` unless a basis is real numbers `[block, width, rank]` with a possible rank for each block."""
+    if basis.ndim != 3 or len(ranks) != basis.shape[0]:
+        raise SPDError(f"{what} must be [block, width, rank], not {tuple(basis.shape)}")
+    most = min(basis.shape[1:])
+    if any(type(rank) is not int or not 0 <= rank <= most for rank in ranks):
+        raise SPDError(f"{what} has the ranks {list(ranks)!r:.60}; they must be whole numbers from 0 to {most}")
+    if not basis.is_floating_point():
+        raise SPDError(f"{what} is {basis.dtype}; it must be real numbers in floating point, float64 at best")
+
+
+def check_orthonormal(basis: Float[Tensor, "block width rank"], ranks: Sequence[int], what: str) -> None:
     """Raise `SPDError` unless each block has orthonormal columns up to its rank, and zero columns behind.
 
     Anything else would not project: longer columns enlarge what they should keep.
     """
-    blocks, width, columns = basis.shape
-    if any(type(rank) is not int or not 0 <= rank <= min(width, columns) for rank in ranks):
-        raise SPDError(
-            f"{what} has ranks {list(ranks)!r:.60}; they must be whole numbers from 0 to {min(width, columns)}"
-        )
-    if not basis.is_floating_point():
-        raise SPDError(f"{what} is {basis.dtype}; it must be real numbers in floating point, float64 at best")
-    identity = torch.zeros(blocks, columns, columns, dtype=torch.float64)
-    for block, rank in zip(identity, ranks, strict=True):
-        block.diagonal()[:rank] = 1
+    columns = torch.arange(basis.shape[2]) < torch.tensor(ranks)[:, None]
     wide = basis.detach().to("cpu", torch.float64)
-    off = (wide.mT @ wide - identity).abs().max().item() if columns else 0.0
-    if not off <= max(_ORTHONORMAL, 8 * torch.finfo(basis.dtype).eps):  # NaN too
+    off = (wide.mT @ wide - torch.diag_embed(columns.double())).abs()
+    if off.numel() and not off.max() <= max(_ORTHONORMAL, 8 * torch.finfo(basis.dtype).eps):  # NaN too
         raise SPDError(
-            f"{what} does not have orthonormal columns up to its rank and zeros behind (they are off by {off:.2g}); "
-            "make it by extract, or orthonormalise your own directions, for instance with torch.linalg.qr"
+            f"{what} does not have orthonormal columns up to its rank and zeros behind (they are off by "
+            f"{off.max().item():.2g}); make it by extract, or orthonormalise directions of your own, for instance with "
+            "torch.linalg.qr"
         )

@@ -20,7 +20,17 @@ from spd_lens.files import Schema, fitting, load_tensors, save_tensors
 from spd_lens.models import Fingerprint, check_whole, neutral, weights_digest, without_autocast
 from spd_lens.sites import Site
 from spd_lens.stats import Finding, Grade, grade
-from spd_lens.subspaces.bases import TOLERANCE, Basis, check_basis, random_basis, rest, shared, side_by_side, span
+from spd_lens.subspaces.bases import (
+    TOLERANCE,
+    Basis,
+    check_orthonormal,
+    check_shape,
+    random_basis,
+    rest,
+    shared,
+    side_by_side,
+    span,
+)
 from spd_lens.subspaces.findings import beside, still_stored
 from spd_lens.subspaces.lora import write_lora
 
@@ -57,9 +67,7 @@ class Subspace:
         if not self.bases:
             raise SPDError("a subspace needs at least one site")
         for site, basis in self.bases.items():
-            if basis.ndim != 3 or len(self.ranks.get(site, ())) != basis.shape[0]:
-                raise SPDError(f"the basis of site {site} must be [block, width, rank], not {tuple(basis.shape)}")
-            check_basis(basis, self.ranks[site], f"the basis of site {site}")
+            check_shape(basis, self.ranks.get(site, ()), f"the basis of site {site}")
         for what, values in (("offset", self.offset), ("singular values", self.singular_values)):
             for site, value in values.items():
                 if site not in self.bases or value.shape != self.bases[site].shape[:2] or not value.isfinite().all():
@@ -275,7 +283,8 @@ class Subspace:
 
     @neutral()
     def check(self, model: nn.Module) -> None:
-        """Raise `SPDError` if this is not a subspace of `model` (lens model or twin)."""
+        """Raise `SPDError` if this is not a subspace of `model` (lens model or twin), or none at all."""
+        self._check_orthonormal()
         mine = Fingerprint.of(model)
         if self.fingerprint is not None:
             self.fingerprint.check(mine, "the subspace")
@@ -288,6 +297,10 @@ class Subspace:
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
+
+    def _check_orthonormal(self) -> None:
+        for site, basis in self.bases.items():
+            check_orthonormal(basis, self.ranks[site], f"the basis of site {site}")
 
     def foldable(self, site: Site) -> bool:
         """Whether the projection at a site can be written into one linear layer.
@@ -390,6 +403,7 @@ class Subspace:
                 fingerprint=None if of.fingerprint is None else Fingerprint.from_dict(of.fingerprint, path),
                 origin=of.origin,
             )
+            found._check_orthonormal()
         except DamagedFile:
             raise
         except SPDError as error:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from spd_lens.errors import SPDError
-from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, Streamed, settings_path, write_json
+from spd_lens.files import read_json, write_json
+from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, Streamed, settings_path
 from tests.helpers import refused
 
 SETTINGS = {"model": "tiny", "seed": 42, "temperature": 0.7}
@@ -121,8 +122,7 @@ def test_damaged_settings_are_named(path: Path) -> None:
 
 def test_a_completion_that_is_there_twice_is_an_error(path: Path) -> None:
     write(path, RECORDS[:2])
-    with path.open("a") as file:
-        file.write(RECORDS[0].to_json() + "\n")
+    path.write_text("".join(f"{record.to_json()}\n" for record in (*RECORDS[:2], RECORDS[0])))  # without sums
     with refused("line 3", "'a'"):
         Corpus.load(path)
 
@@ -185,7 +185,7 @@ def test_write_json_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(SPDError):
         Corpus.load(path)
