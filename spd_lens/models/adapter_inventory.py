@@ -10,6 +10,7 @@ from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.files import Schema, canonical, damage, inventory, read_json
 
 TRAINING_LOG = "training.json"
+_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
 """The one field of an adapter's configuration that its owner may change: where the base model is."""
 
@@ -41,7 +42,7 @@ def adapter_damage(directory: Path) -> str | None:
         return None
     noted = read_json(directory / TRAINING_LOG, _Log)
     if noted.config is not None and noted.config != _config_digest(directory):
-        return f"the configuration in {directory} is not that of the adapter that was trained"
+        return f"{directory / _CONFIG} is not that of the adapter that was trained"
     files = {name: entry.model_dump() for name, entry in (noted.files or {}).items() if name.endswith(".safetensors")}
     return damage(directory, files)
 
@@ -57,7 +58,7 @@ def check_trained(directory: Path) -> None:
 
 
 def _config_digest(directory: Path) -> str | None:
-    file = directory / "adapter_config.json"
+    file = directory / _CONFIG
     if not file.is_file():
         return None
     settings = read_json(file, dict[str, Any])

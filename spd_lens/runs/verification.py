@@ -50,8 +50,11 @@ def verify(path: str | Path) -> Verified:
         if (listed := _manifest(folder)) is not None:
             recorded |= {folder / name for name in listed.files}
     files |= dict.fromkeys(sorted(recorded))
-    problems = [problem for file in files if (problem := _problem(file)) is not None]
-    return Verified(len(files), len(recorded), tuple(problems))
+    problems = {file: problem for file in files if (problem := _problem(file)) is not None}
+    # a corpus whose settings are damaged is not damaged itself
+    own = [file for file, problem in problems.items() if str(file) in problem]
+    rest = [problem for problem in problems.values() if not any(str(file) in problem for file in own)]
+    return Verified(len(files), len(recorded), (*(problems[file] for file in own), *dict.fromkeys(rest)))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -78,7 +81,7 @@ def _problem(file: Path) -> str | None:
         _reader(file)(file)
     except (SPDError, OSError, *UNREADABLE) as error:
         text = " ".join(str(error).split()).removesuffix("; make it again")
-        return text if str(file) in text else f"{file}: {text}"
+        return text if isinstance(error, SPDError) else f"{file} cannot be read ({text})"
     return None
 
 

@@ -393,7 +393,7 @@ class Subspace:
 
         of = fitting(_Header, header, path)
         try:
-            own = still_stored(map(Finding.from_dict, of.findings), Path(path).parent)
+            own = tuple(still_stored(map(Finding.from_dict, of.findings), Path(path).parent))
             found = cls(
                 bases=part("basis"),
                 ranks={Site.parse(site): tuple(ranks) for site, ranks in of.ranks.items()},
