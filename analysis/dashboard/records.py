@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
 from spd_lens.subspaces import adapter_grade
+
+log = logging.getLogger(__name__)
 
 Table = list[tuple[str, str]]
 Link = Callable[[Subject, Path], str]
@@ -143,7 +146,8 @@ def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
         entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:
             frame = subject.saved(name)
-        except (ValueError, OSError):  # an analysis was killed while it wrote the file
+        except SPDError as error:  # of an earlier version, in which an analysis was killed while it wrote the file
+            log.warning("not shown: %s", error)
             continue
         if frame is not None:
             entry |= {"rows": len(frame), "columns": [visible(str(column)) for column in frame.columns]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from spd_lens.errors import DamagedFile, shortened
-from spd_lens.files.digests import canonical
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """For pydantic: a text is no number and 1 is not true, keys that are not declared are an error, and so are NaN and
@@ -33,7 +33,7 @@ def fitting(kind: type[_T], value: Any, path: str | Path) -> _T:
     """
     try:
         # from JSON, since of Python's own values the strict mode would take instances of the class alone
-        return _adapter(kind).validate_json(canonical(value), strict=True)
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "its content"

@@ -9,10 +9,12 @@ import pandas as pd
 
 from spd_lens.errors import SPDError, one_line
 from spd_lens.files.manifest import check_recorded
+from spd_lens.files.stand_ins import refuse_stand_in
 
 
 def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
     """A table, with pandas' options; `SPDError` where the file is none, is missing, or is not what was written."""
+    refuse_stand_in(path)
     check_recorded(path)
     try:
         return pd.read_csv(path, **options)

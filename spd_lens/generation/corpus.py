@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, shortened
 from spd_lens.files import (
-    check_recorded,
     forget,
     is_blank,
     make_directory,
@@ -95,7 +94,6 @@ class Corpus(Sequence[Record]):
         path = Path(path)
         if not path.is_file():
             raise SPDError(f"corpus {path} does not exist; generate one with spd_lens.generate(..., path=...)")
-        check_recorded(path)
         header = Header.read(path) if settings_path(path).exists() else None
         records: Iterable[Record]
         sums = RunningSum()

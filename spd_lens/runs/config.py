@@ -411,6 +411,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+    refuse_stand_in(path)
     check_recorded(path)
     return read_yaml(path)
 
