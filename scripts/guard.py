@@ -48,8 +48,11 @@ torch.set_num_threads(1)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_SECTIONS = ("extract", "subspace", "generate", "evaluate", "spans", "check")
 COMMANDS = ("", *"run demo study rounds extract generate finetune evaluate spans compare check dashboard".split())
-VOLATILE = {"seconds", "versions", "machine", "continued_with", "date", "prompt_date", "time", "peak_memory", "files"}
-"""Fields that another run of the same code may have otherwise; `files` are checksums of files with seconds in them."""
+VOLATILE = {
+    "seconds", "versions", "machine", "continued_with", "date", "prompt_date", "time", "peak_memory", "files", "sha256",
+    "sum",
+}  # fmt: skip
+"""Fields that another run of the same code may have otherwise; the last three are checksums, of seconds too."""
 NOISE = (
     (r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", "UUID"),
     (r"\b20\d\d-\d\d-\d\d([T ][\d:.+]+)?", "DATE"),

@@ -191,9 +191,9 @@ def there(out, pattern):
 
 
 @contextlib.contextmanager
-def refused(*words):
+def refused(*words, kind=SPDError):
     """An SPDError of one short paragraph that contains all of `words`, the offending value among them."""
-    with pytest.raises(SPDError) as caught:
+    with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
     missing = [word for word in map(str, words) if word not in message]

@@ -21,6 +21,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spd_lens as spd
+from spd_lens.files.digests import unsigned
 from spd_lens.runs.rounds import Rounds, run_rounds
 from spd_lens.study.engine import run_study
 from spd_lens.study.folder import Study
@@ -28,7 +29,7 @@ from spd_lens.study.results import results_frame
 from tests.conftest import build_tokenizer, randomise
 
 FOLDER = Path(__file__).parent / "fixtures" / "artefacts"
-NOTES = ("run.json", "study.json", "rounds.json", "summary.md", "report.md", ".lock")
+NOTES = ("run.json", "study.json", "rounds.json", "summary.md", "report.md", ".lock", "manifest.json")
 """Notes on when and where a folder was worked on, and reports that name seconds: written at every start."""
 
 
@@ -180,6 +181,8 @@ def assert_left(before: dict[str, tuple[bytes, int]], now: dict[str, tuple[bytes
         there, here = before[name][0], now[name][0]
         if name.endswith(".csv"):
             pd.testing.assert_frame_equal(pd.read_csv(io.BytesIO(here)), pd.read_csv(io.BytesIO(there)), rtol=1e-9)
+        elif name.endswith(".json"):  # which now has a digest of its content
+            assert unsigned(json.loads(here)) == json.loads(there)
         else:
             assert here == there
     new = {name for name in now.keys() - before.keys() if not name.endswith(("findings.json", "adapter/README.md"))}

@@ -62,6 +62,8 @@ def analysis(
             for subject in [found] if together else found:
                 findings = work(subject, **options)
                 if findings is not None:
+                    for one in found:
+                        one.record(findings.files)
                     findings.show()
 
         own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]

@@ -28,7 +28,7 @@ class JsonFolder:
         if not path.exists():
             write_json(path, dict(settings))
             return
-        known = read_json(path)
+        known = read_json(path, dict[str, Any])
         differ = [key for key in {**settings, **known} if known.get(key) != settings.get(key)]
         if differ:
             shown = "; ".join(
@@ -48,7 +48,7 @@ class JsonFolder:
     def read(self, name: str) -> Any:
         """A piece, or None."""
         if name not in self._memory and self._folder is not None and self.path(name).exists():
-            self._memory[name] = read_json(self.path(name))
+            self._memory[name] = read_json(self.path(name), dict[str, Any])
         return self._memory.get(name)
 
     def write(self, name: str, record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from spd_lens.analysis.common.estimated import Estimated
 from spd_lens.analysis.common.style import page
 from spd_lens.errors import SPDError, integer_or_fraction
 from spd_lens.examples import Example
-from spd_lens.files import read_json, write_json, write_text
+from spd_lens.files import read_csv, read_json, record_files, write_json, write_text
 from spd_lens.models import ModelPair
 from spd_lens.runs import Experiment, Run
 from spd_lens.sites import Site
@@ -153,17 +153,23 @@ class Subject:
         if figures:
             title = f"{name.replace('_', ' ').replace('-', ' ')} of {self.name}"
             written.append(write_text(self.folder / f"{name}.html", page(title, figures, says=says, facts=record)))
+        self.record(written)
         return written
+
+    def record(self, files: Iterable[Path]) -> None:
+        """List files of an analysis in the run's `manifest.json`, as far as they are in its folder."""
+        own = [path for path in files if path.absolute().is_relative_to(self.folder.absolute())]
+        record_files(self.run.path.absolute(), [path.absolute() for path in own], lambda _: "analyze")
 
     def saved(self, name: str) -> pd.DataFrame | None:
         """A table that an analysis left, or None."""
         path = self.folder / f"{name}.csv"
-        return pd.read_csv(path) if path.exists() else None
+        return read_csv(path) if path.exists() else None
 
     def facts(self, name: str) -> dict[str, Any]:
         """The settings that a saved table was made with."""
         path = self.folder / f"{name}.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(path, dict[str, Any]) if path.exists() else {}
 
 
 def place(site: Site, block: int, per_head: bool) -> dict[str, Any]:

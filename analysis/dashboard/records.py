@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,12 +19,14 @@ from spd_lens.analysis.common import LOSS_FIELDS, Subject, Values, by_item, deci
 from spd_lens.analysis.dashboard.sweeps import layer_sweep, rank_sweep
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import NEUTRAL, OUTCOMES, ItemResult
-from spd_lens.files import read_json
+from spd_lens.files import Schema, read_json
 from spd_lens.generation import Record
 from spd_lens.output import visible
 from spd_lens.runs import Run, SPDConfig, environment
 from spd_lens.stats import Estimate, difference_sentence, mean_interval, paired_difference
 from spd_lens.subspaces import adapter_grade
+
+log = logging.getLogger(__name__)
 
 Table = list[tuple[str, str]]
 Link = Callable[[Subject, Path], str]
@@ -143,7 +146,8 @@ def saved(subject: Subject, link: Link | None) -> list[dict[str, Any]]:
         entry["href"] = link(subject, page) if link is not None and page.exists() else None
         try:
             frame = subject.saved(name)
-        except (ValueError, OSError):  # an analysis was killed while it wrote the file
+        except SPDError as error:  # of an earlier version, in which an analysis was killed while it wrote the file
+            log.warning("not shown: %s", error)
             continue
         if frame is not None:
             entry |= {"rows": len(frame), "columns": [visible(str(column)) for column in frame.columns]}
@@ -202,14 +206,21 @@ def _seconds(notes: Mapping[str, Any]) -> Table:
     return [*rows, ("total", f"{sum(seconds.values()):.1f}")] if rows else []
 
 
+class _Card(Schema, extra="ignore"):
+    """What the page shows of a task's data card."""
+
+    counts: dict[str, int] | str | None = None
+    sources: dict[str, str] = {}
+
+
 def _data(run: Run) -> Table:
     rows: Table = []
     path = run.path / "data_card.json"
-    for task, card in (read_json(path) if path.exists() else {}).items():
-        counts = card.get("counts")  # a task that generates its items has as many as one asks for
+    for task, card in (read_json(path, dict[str, _Card]) if path.exists() else {}).items():
+        counts = card.counts  # a task that generates its items has as many as one asks for
         shown = ", ".join(f"{n} {split}" for split, n in counts.items()) if isinstance(counts, dict) else str(counts)
         rows.append((visible(task), visible(shown)))
-        rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.get("sources", {}).items()]
+        rows += [(visible(f"{name}, sha256"), str(digest)[:16]) for name, digest in card.sources.items()]
     return rows
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pandas as pd
 
 from spd_lens.analysis.common import LOSS_FIELDS, Subject, deciding
+from spd_lens.errors import SPDError
 from spd_lens.evaluation import OUTCOMES
 from spd_lens.output import visible
 
+_NUMBERS = {"rank", "width", "value", "low", "high", "random", "random_low", "random_high", "difference", "p_holm"}
 _NEEDED = {
     "layers", "kind", "head", "projector", "rank", "width", "measure", "value", "low", "high", "random", "random_low",
     "random_high",
@@ -87,7 +89,12 @@ def layer_sweep(subject: Subject) -> dict[str, Any] | None:
 def _table(subject: Subject, name: str) -> pd.DataFrame | None:
     """A saved table; None if there is none, or one of another form."""
     frame = subject.saved(name)
-    return frame if frame is not None and set(frame.columns) >= _NEEDED and len(frame) else None
+    if frame is None or not set(frame.columns) >= _NEEDED or not len(frame):
+        return None
+    for column in _NUMBERS & set(frame.columns):
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise SPDError(f"the column {column!r} of {name}.csv in {subject.folder} is not of numbers; analyze again")
+    return frame
 
 
 def _row(rank: int, cells: pd.DataFrame) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from spd_lens.analysis.common import FIGURE_4, FIGURE_4_SIZES, LABELS, NULL_COLOR, band, bars, figure, line, plain
 from spd_lens.errors import SPDError
+from spd_lens.files import read_csv
 from spd_lens.runs import SPDConfig
 from spd_lens.stats import clustered_mean
 from spd_lens.study import BASE, Evidence, Outcome
@@ -81,7 +82,7 @@ def mean_score(study: Evidence, outcome: Outcome) -> dict[str, Any] | None:
 
 
 def _of_run(folder: Path) -> list[dict[str, Any]]:
-    table = pd.read_csv(folder / LOSSES_FILE)
+    table = read_csv(folder / LOSSES_FILE)
     table = table[table.measure.str.startswith(CHANGE)]
     name = folder.resolve().name
     sizes = [int(label.split()[0]) for label in table.label if not label.startswith("random")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from spd_lens.analysis.common import LOSS_FIELDS, JsonFolder, Values, known
 from spd_lens.analysis.sweeps.grid import GridCell
-from spd_lens.errors import SPDError
+from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.evaluation import OUTCOMES
 
 OTHER_TEXT = "other_text_kl"
@@ -55,7 +56,8 @@ class Store(JsonFolder):
     @property
     def base(self) -> Values:
         """The items under the base model."""
-        return _arrays(self.read("base"))
+        with self._reading("base"):
+            return _arrays(self.read("base"))
 
     @base.setter
     def base(self, values: Values) -> None:
@@ -69,14 +71,19 @@ class Store(JsonFolder):
     def get(self, cell: GridCell) -> Measured:
         """A cell that was kept; `SPDError` if its file is damaged."""
         record = self.read(cell.name)
-        try:
+        with self._reading(cell.name):
             own, random = _arrays(record["own"]), [_arrays(r) for r in record["random"]]
             held_out = (array for each in (own, *random) for name, array in each.items() if name != OTHER_TEXT)
             if any(len(array) != self._n_items for array in held_out):
                 raise ValueError("another number of items")
             return Measured(cell, tuple(record["ranks"]), own, random)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise SPDError(f"{self.path(cell.name)} is damaged ({error!r}); remove it to measure it again") from error
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except UNREADABLE as error:
+            raise SPDError(f"{self.path(name)} is damaged ({error!r}); remove it to measure it again") from error
 
 
 def _lists(arrays: Values) -> dict[str, list[float | None]]:

@@ -430,6 +430,24 @@ def grade_command(
     Console().print("\n".join(markdown(["of", "grade", "by"], rows)), highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("verify")
+def verify_command(
+    places: Annotated[list[Path], typer.Argument(help="Runs, studies, rounds, corpora or single files.")],
+) -> None:
+    """Is every file what was written? Reads and hashes all of them again (docs/reliability.md); exit code 2 if not."""
+    set_up_logging(quiet=True)
+    from spd_lens.output import visible
+    from spd_lens.runs import verify
+
+    console, found = Console(), [verify(place) for place in places]
+    for problem in (problem for one in found for problem in one.damaged):
+        console.print(visible(problem), highlight=False, markup=False, soft_wrap=True)
+    n_files, n_recorded = sum(one.n_files for one in found), sum(one.n_recorded for one in found)
+    if n_damaged := sum(len(one.damaged) for one in found):
+        raise SPDError(f"{n_damaged} of {n_files} files are not what was written")
+    console.print(f"{n_files} files, {n_recorded} of them listed in a manifest.json: none is damaged", highlight=False)
+
+
 @app.command("check")
 @with_settings("backend", "dtype", "device", *_FORMAT)
 def check_command(

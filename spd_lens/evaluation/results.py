@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from spd_lens.errors import DamagedFile, SPDError
+from pydantic import with_config
+
+from spd_lens.errors import SPDError
 from spd_lens.evaluation.outcomes import OUTCOMES
-from spd_lens.files import read_json, write_json
+from spd_lens.files import STRICT, Schema, fitting, read_json, write_json
 from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
 
 _LEFT_OUT = {"copies_loss": None, "results_loss": None, "answer_only_loss": None, "rest_loss": None, "judged": True}
 """What an item's record leaves out where it says nothing, like records of versions that knew none of them."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class ItemResult:
     """One test item under one policy."""
@@ -177,8 +180,15 @@ class EvalResult:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("kind") != "EvalResult":
             raise SPDError(f"{path} does not hold an evaluation of spd_lens; give the right file")
-        try:
-            items = [ItemResult(**item) for item in record["items"]]
-            return cls(record["policy"], record["task"], items, record["settings"])
-        except (KeyError, TypeError) as error:
-            raise DamagedFile(f"{path} holds a damaged evaluation ({error}); make it again") from error
+        found = fitting(_Record, record, path)
+        return cls(found.policy, found.task, found.items, found.settings)
+
+
+class _Record(Schema):
+    """An evaluation in a file."""
+
+    kind: Literal["EvalResult"]
+    policy: str
+    task: str
+    items: list[ItemResult]
+    settings: dict[str, Any]

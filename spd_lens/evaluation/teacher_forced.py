@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import with_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError, whole
 from spd_lens.evaluation.skip_layers import Prefix
 from spd_lens.examples import Example, worked_examples
+from spd_lens.files import STRICT
 from spd_lens.models import (
     Encoded,
     ModelPair,
@@ -34,6 +36,7 @@ _ROWS = 32
 """How many rows of logits are compared at a time."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class ForcedItem:
     """One gold completion under one policy. Losses and KL are in nats, each a mean over tokens."""

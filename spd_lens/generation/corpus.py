@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError, shortened
-from spd_lens.files import is_blank, make_directory, read_json, refuse_stand_in, sync, write_json
-from spd_lens.generation.record import Key, Record, prompt_id, typed
+from spd_lens.files import (
+    forget,
+    is_blank,
+    make_directory,
+    note_undigested,
+    read_json,
+    refuse_stand_in,
+    sync,
+    write_json,
+)  # fmt: skip
+from spd_lens.generation.record import Key, Record, RunningSum, prompt_id, typed
 
 _T = TypeVar("_T")
 STREAMED_FROM = 2**26
@@ -86,13 +96,16 @@ class Corpus(Sequence[Record]):
             raise SPDError(f"corpus {path} does not exist; generate one with spd_lens.generate(..., path=...)")
         header = Header.read(path) if settings_path(path).exists() else None
         records: Iterable[Record]
+        sums = RunningSum()
         if path.stat().st_size > STREAMED_FROM:
-            found = scanned(path, ours=header is not None)
-            lines = {record.key: (start, size) for start, size, record in found if record is not None}
+            found = scanned(path, sums, ours=header is not None)
+            lines = {record.key: line for line, record in found if record is not None}
             records = Streamed(path, lines.values() if header is None else header.sort(lines))
         else:
-            held, _ = read_records(path, ours=header is not None)
+            held, _ = read_records(path, sums, ours=header is not None)
             records = held.values() if header is None else header.sort(held)
+        if header is not None and len(records) and not sums.begun:
+            note_undigested(path)
         if header is None:
             return cls(records, path=path)
         return cls(records, settings=header.settings, path=path, expected=len(header.order))
@@ -148,27 +161,31 @@ class Header:
         return listed + [record for key, record in records.items() if key not in known]
 
 
-def read_records(path: Path, *, ours: bool = True) -> tuple[dict[Key, Record], int]:
-    """All whole records of a corpus file, and how many bytes they take up.
+def read_records(path: Path, sums: RunningSum, *, ours: bool = True) -> tuple[dict[Key, Record], int]:
+    """All whole records of a corpus file, and how many bytes they take up. Their lines are counted in `sums`.
 
     A record of `CorpusWriter` (`ours`) is whole once its line break was written, so what follows the last line break is
     what a killed process left behind; JSON has no zero bytes, so what begins with a line of such is what a power
     failure left. Other programs may end a file without a line break.
 
     Raises:
-        SPDError: a whole line is no record, or two lines are the same completion.
+        SPDError: a whole line is no record or not what was written, or two lines are the same completion.
     """
     records: dict[Key, Record] = {}
     whole = 0
-    for start, size, record in scanned(path, ours=ours):
+    for (start, size, _), record in scanned(path, sums, ours=ours):
         whole = start + size
         if record is not None:
             records[record.key] = record
     return records, whole
 
 
-def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None]]:
-    """The whole lines of a corpus file: where each starts and its size, in bytes, and its record; None if it is blank.
+Line = tuple[int, int, int]
+"""Where a line starts in its file and its size, in bytes, and its CRC-32."""
+
+
+def scanned(path: Path, sums: RunningSum, *, ours: bool) -> Iterator[tuple[Line, Record | None]]:
+    """The whole lines of a corpus file, and the record of each; None if it is blank.
 
     Raises as `read_records`.
     """
@@ -183,6 +200,14 @@ def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None
             record = None
             if text.strip():
                 try:
+                    sums.check(text.rstrip(b"\r\n"))
+                except ValueError as error:
+                    raise SPDError(
+                        f"line {number} of {path} is not what was written there ({error}); restore it, or cut the file "
+                        "off before it, so that the rest is generated again, or take the key sum out of every line if "
+                        "the change is yours"
+                    ) from error
+                try:
                     record = Record.from_json(text.decode("utf-8"))
                 except UNREADABLE as error:
                     raise SPDError(
@@ -193,17 +218,17 @@ def scanned(path: Path, *, ours: bool) -> Iterator[tuple[int, int, Record | None
                         f"line {number} of {path} repeats the completion of prompt {record.id!r}; remove one of them"
                     )
                 seen.add(record.key)
-            yield start, len(line), record
+            yield (start, len(line), zlib.crc32(line)), record
             start += len(line)
 
 
 class Streamed(Sequence[Record]):
-    """Records that stay in their file: 16 bytes of memory for each, and a line is read whenever it is asked for."""
+    """Records that stay in their file: 24 bytes of memory for each, and a line is read whenever it is asked for."""
 
-    def __init__(self, path: Path, lines: Iterable[tuple[int, int]]) -> None:
-        """`lines`: where each record's line starts, and its size, in bytes; in the order of the records."""
+    def __init__(self, path: Path, lines: Iterable[Line]) -> None:
+        """`lines`: those of the records, in their order."""
         self._path = path
-        self._lines = np.array(list(lines), dtype=np.int64).reshape(-1, 2)
+        self._lines = np.array(list(lines), dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -211,10 +236,12 @@ class Streamed(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, size = map(int, self._lines[index])
+        start, size, crc = map(int, self._lines[index])
         try:
             with self._path.open("rb", buffering=0) as file:
                 line = os.pread(file.fileno(), size, start)
+            if zlib.crc32(line) != crc:
+                raise ValueError("a line is another")
             return Record.from_json(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except (OSError, *UNREADABLE) as error:
             raise SPDError(f"{self._path} has changed since it was opened ({error}); load it again") from error
@@ -232,6 +259,7 @@ class CorpusWriter:
         self.path = Path(path)
         self.header = Header(dict(settings), list(order))
         self.done: dict[Key, Record] = {}
+        self._sums = RunningSum()
         self._lock = FileLock(f"{self.path}.lock")
         with disk_errors_explained(f"the corpus {self.path} cannot be written"):
             make_directory(self.path.parent)
@@ -263,7 +291,7 @@ class CorpusWriter:
             for settings in (earlier.settings, self.header.settings)
         )
         refuse_other_settings(f"{self.path} was generated", then, now)
-        self.done, size = read_records(self.path)
+        self.done, size = read_records(self.path, self._sums)
         asked = set(self.header.order)
         foreign = next((key for key in self.done if key not in asked), None)
         if foreign is not None:
@@ -273,6 +301,8 @@ class CorpusWriter:
             )
         if list(earlier.order) != list(self.header.order):
             self.header.write(self.path)  # more prompts than before, or in another order
+        if size != self.path.stat().st_size:
+            forget(self.path)
         os.truncate(self.path, size)  # a half-written last line would swallow the next record
         return size
 
@@ -282,7 +312,9 @@ class CorpusWriter:
         Raises:
             SPDError: they could not be written (disk full). The file then ends with the record before them.
         """
-        data = b"".join(record.to_json().encode("utf-8", "backslashreplace") + b"\n" for record in records)
+        sums = self._sums.copy()
+        data = b"".join(sums.add(record.to_json()) + b"\n" for record in records)
+        forget(self.path)
         try:
             self._file.seek(self._size)
             rest = memoryview(data)
@@ -296,6 +328,7 @@ class CorpusWriter:
                 f"writing {self.path} failed ({error.strerror}); its {len(self.done)} completions of "
                 f"{len(self.header.order)} are kept: make room and run the same again to continue"
             ) from error
+        self._sums = sums
         self._size += len(data)
         self.done |= {record.key: record for record in records}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -75,6 +78,43 @@ class Record:
         )
 
 
+class RunningSum:
+    """The checksum that a line of a corpus file ends with, under the key `sum`: of the line before, and of itself.
+
+    So an edited line is told from those around it, and none is missing or elsewhere. What earlier versions wrote has
+    none; what is appended to it has.
+    """
+
+    def __init__(self) -> None:
+        self._last = b""
+        self.begun = False
+        """Whether a line had one; all behind it must."""
+
+    def add(self, line: str) -> bytes:
+        """A line of JSON with its checksum, which is counted as the last line."""
+        content = line.encode("utf-8", "backslashreplace")
+        self._last, self.begun = self._after(content), True
+        return content[:-1] + b', "sum": "' + self._last + b'"}'
+
+    def check(self, line: bytes) -> None:
+        """Count a line that was read, without its line break; `ValueError` if it is not the one that was written."""
+        found = _SUM.search(line)
+        if found is None and (self.begun or b'"sum":' in line):  # in a text the quotes would be escaped
+            raise ValueError("its sum is missing or does not end it")
+        wanted = self._after(line if found is None else line[: found.start()] + b"}")
+        if found is not None and found[1] != wanted:
+            raise ValueError("its sum is not that of this line behind the one before")
+        self._last, self.begun = wanted, found is not None
+
+    def copy(self) -> RunningSum:
+        """The same state, to go on from."""
+        return copy.copy(self)
+
+    def _after(self, content: bytes) -> bytes:
+        return hashlib.sha256(self._last + content).hexdigest()[:16].encode("ascii")
+
+
+_SUM = re.compile(rb', "sum": "([0-9a-f]{16})"\}\Z')
 _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
 
 

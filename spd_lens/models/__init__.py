@@ -1,6 +1,7 @@
 """Models: a Hugging Face twin, its TransformerLens counterpart, and the weights between them."""
 
 from spd_lens.models.adapter_files import adapter_digest
+from spd_lens.models.adapter_inventory import TRAINING_LOG, adapter_damage, trained_files
 from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.models.architectures import (
     ARCHITECTURES,
@@ -45,8 +46,8 @@ from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_
 __all__ = [
     "ARCHITECTURES", "Architecture",
     "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
-    "PromptFormat", "SiteLayer", "SpanRule", "StoredLayer", "StoredLayers", "TOLERANCE",
-    "adapted", "adapter_digest", "angles_change_beyond",
+    "PromptFormat", "SiteLayer", "SpanRule", "StoredLayer", "StoredLayers", "TOLERANCE", "TRAINING_LOG", "adapted",
+    "adapter_damage", "adapter_digest", "angles_change_beyond",
     "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
     "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
     "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",
@@ -56,7 +57,7 @@ __all__ = [
     "positionwise_in_last_block", "probe",
     "random_kept", "recomputed_alike", "refuse_compiled", "refuse_processed", "relative_error", "resolve_device",
     "resolve_dtype", "right_pad", "row_uniforms", "run_only", "run_twin", "several_processes", "single_process",
-    "site_layer", "sync_trained_alone", "takes_slots", "text_ids", "token_losses",
+    "site_layer", "sync_trained_alone", "takes_slots", "text_ids", "token_losses", "trained_files",
     "twin_hook", "unembed_only", "untouched", "weights_digest", "without_autocast",
     "Processes", "launched", "processes",
     "is_spread", "refuse_spread", "stored_weights", "writable",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
+from spd_lens.models.adapter_inventory import check_trained
 from spd_lens.models.architectures import numbers_in
 
 TAKEN = frozenset(
@@ -80,6 +81,7 @@ def check_adapter(adapter: str | Path) -> Path:
         if not (directory / "adapter_model.safetensors").is_file():
             raise SPDError(f"{directory} has no adapter_model.safetensors (pickled adapters are not read)")
         _check_kind(directory, read_settings(directory))
+        check_trained(directory)
     elif not (directory / "config.json").exists():
         raise SPDError(f"{directory} is not an adapter: it has neither adapter_config.json nor config.json")
     for file in (*directory.glob("*.json"), *directory.glob("*.safetensors")):

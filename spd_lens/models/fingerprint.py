@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
-from spd_lens.errors import SPDError
+from spd_lens.errors import DamagedFile, SPDError
+from spd_lens.files import Schema, fitting
 from spd_lens.models.architectures import n_kv_heads
 from spd_lens.models.device_map import stored_weights
 from spd_lens.models.neutral import neutral
@@ -19,6 +23,19 @@ from spd_lens.sites import Site
 _SAMPLES = 64
 _BELOW = "spd_lens_fingerprint"
 _MIN_COSINE = 0.999  # rounding to bfloat16 leaves 0.99999; another model of the same shape is near 0
+_UNIT = 1e-6
+"""How far from 1 the norm of a sample is at most: 64 numbers of eight decimals."""
+
+
+class _Record(Schema):
+    """A fingerprint in a file."""
+
+    n_layers: int = Field(ge=1, le=10**5)
+    d_model: int = Field(ge=1, le=10**7)
+    n_heads: int = Field(ge=1, le=10**5)
+    n_kv_heads: int = Field(ge=1, le=10**5)
+    d_head: int = Field(ge=1, le=10**6)
+    sample: list[float] = Field(min_length=_SAMPLES, max_length=_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,8 @@ class Fingerprint:
                     f"{what} was made from another model: it has {name} = {mine}, this model has {theirs}; "
                     "extract it again from this model"
                 )
-        cosine = sum(a * b for a, b in zip(self.sample, other.sample, strict=True))
+        mine, theirs = (torch.tensor(one.sample, dtype=torch.float64) for one in (self, other))
+        cosine = (mine / mine.norm() @ (theirs / theirs.norm())).item() if len(mine) == len(theirs) else math.nan
         if not cosine >= _MIN_COSINE:  # NaN too
             raise SPDError(
                 f"{what} was made from another model of the same shape (its embeddings agree to a cosine of only "
@@ -89,8 +107,15 @@ class Fingerprint:
         return asdict(self) | {"sample": list(self.sample)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Fingerprint:
-        return cls(**{**fields, "sample": tuple(fields["sample"])})
+    def from_dict(cls, fields: Any, where: str | Path = "a model's fingerprint") -> Fingerprint:
+        """What `to_dict` made; `DamagedFile`, which names `where`, for anything else.
+
+        A sample that is no unit vector of numbers would agree with every model, or with none.
+        """
+        record = fitting(_Record, fields, where)
+        if not abs(math.hypot(*record.sample) - 1) < _UNIT:
+            raise DamagedFile(f"{where} has a fingerprint that is no model's: its sample is no unit vector")
+        return cls(**{**record.model_dump(), "sample": tuple(record.sample)})
 
 
 @neutral()

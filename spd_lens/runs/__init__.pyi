@@ -46,6 +46,7 @@ from .round_drift import StopRule as StopRule
 from .round_drift import say as say
 from .rounds import run_rounds as run_rounds
 from .run_dir import Folder as Folder
+from .run_dir import Notes as Notes
 from .run_dir import Run as Run
 from .run_dir import environment as environment
 from .stages import Step as Step
@@ -53,13 +54,15 @@ from .stages import note_start as note_start
 from .stages import score as score
 from .stages import work as work
 from .summary import quoted as quoted
+from .verification import Verified as Verified
+from .verification import verify as verify
 
 __all__ = [
-    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Run", "SPDConfig", "Step",
-    "StopRule", "allow_execution", "check_base", "check_data", "check_halves", "check_items", "check_model",
-    "check_settings", "check_stage", "compare", "comparison_table", "contrasts", "decided_by", "differ",
-    "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair", "made_by", "make_tasks", "named",
-    "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
+    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Notes", "Run",
+    "SPDConfig", "Step", "StopRule", "Verified", "allow_execution", "check_base", "check_data", "check_halves",
+    "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table", "contrasts",
+    "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair",
+    "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
     "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
-    "score", "stored", "to_yaml", "validated", "work", "write_card", "write_evidence",
+    "score", "stored", "to_yaml", "validated", "verify", "work", "write_card", "write_evidence",
 ]  # fmt: skip

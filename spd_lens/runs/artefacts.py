@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
 from spd_lens.files import is_made, read_json, write_json
 from spd_lens.generation import Corpus
@@ -61,15 +60,10 @@ class Artefacts:
 
         In a cell of a study they are `trained`, and `projected` where the method projects.
         """
-        path = self.effects_path(task, side=side)
-        record = read_json(path)
-        try:
-            return {policy: [ForcedItem(**item) for item in items] for policy, items in record.items()}
-        except (AttributeError, TypeError) as error:
-            raise SPDError(f"{path} does not hold teacher-forced effects of spd_lens ({error})") from error
+        return read_json(self.effects_path(task, side=side), dict[str, list[ForcedItem]])
 
     def has_effects(self, task: str, *, side: bool = False) -> bool:
-        return is_made(self.effects_path(task, side=side), read_json)
+        return is_made(self.effects_path(task, side=side), lambda path: read_json(path, dict[str, list[ForcedItem]]))
 
     def write_effects(self, task: str, effects: Mapping[str, Sequence[ForcedItem]], *, side: bool = False) -> None:
         """Keep teacher-forced effects by policy."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError, integer_or_fraction, shortened
-from spd_lens.files import refuse_stand_in
+from spd_lens.files import check_recorded, refuse_stand_in
 from spd_lens.protocols import Name, departures, with_protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.runs.plain_yaml import parse_yaml, read_text
@@ -419,6 +419,8 @@ def read_kept(path: Path) -> dict[str, Any]:
     # earlier versions wrote no marks
     if not text.strip("\0 \n") or (text.startswith("---") and not text.rstrip().endswith("\n...")):
         raise SPDError(f"{path} is empty or cut off; write the settings into it again, or start a new directory")
+    refuse_stand_in(path)
+    check_recorded(path)
     return read_yaml(path)
 
 

@@ -59,7 +59,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     experiment.pair = ready_pair(pair, config, Run(out))
     check_model(experiment)
     record = Run.open(out, config)
-    with record.locked(), record.guarded(config.strict):
+    with record.working(), record.guarded(config.strict):
         _note(record, experiment)
         check_items(experiment)
 

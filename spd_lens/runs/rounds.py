@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from spd_lens.errors import SPDError, whole
 from spd_lens.evaluation import ForcedItem
 from spd_lens.examples import Example
-from spd_lens.files import is_blank, is_made, read_json, reading, replacing, write_json, write_text
+from spd_lens.files import forget, is_blank, is_made, read_csv, read_json, reading, replacing, write_json, write_text
 from spd_lens.models import ModelPair, merged_copy, neutral, weights_digest
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.experiment import Experiment
@@ -56,7 +56,7 @@ class Rounds(Folder):
 
     def effects(self, number: int) -> list[ForcedItem]:
         """Held-out items under the model after `number` rounds; their KL is from the first model."""
-        return [ForcedItem(**item) for item in read_json(self.path / f"after-{number}" / "effects.json")]
+        return read_json(self.path / f"after-{number}" / "effects.json", list[ForcedItem])
 
     @property
     def adapters(self) -> list[Path]:
@@ -69,7 +69,7 @@ class Rounds(Folder):
     @property
     def table(self) -> pd.DataFrame:
         """`rounds.csv`."""
-        return pd.read_csv(self.path / "rounds.csv")
+        return read_csv(self.path / "rounds.csv")
 
     def model(self, pair: ModelPair, number: int | None = None) -> ModelPair:
         """The model after `number` rounds (None: all that are finished), as a pair of its own in float32."""
@@ -130,7 +130,7 @@ def run_rounds(
     held_out_items(config, experiment.made[0], n_held_out)
     folder = Rounds(out)
     _check_place(folder)
-    with folder.locked():
+    with folder.working():
         _note(folder, config, {"reextract": reextract, "stop": asdict(rule), "n_held_out": n_held_out})
         first = experiment.pair = ready_pair(pair, config, folder)
         check_one_device(first)
@@ -254,6 +254,7 @@ def _round(record: Run, experiment: Experiment, number: int, moments: Path) -> R
     config = config.model_copy(update={"seed": (config.seed + number - 1) % 2**32})
     if not is_made(record.moments_path, GradientMoments.load):
         Run.open(record.path, config)  # a run directory of these settings, into which an extraction may be put
+        forget(record.moments_path)
         with replacing(record.moments_path) as scratch:
             shutil.copyfile(moments, scratch)
     return run(config, record.path, progress=experiment.progress, pair=experiment.pair)
@@ -266,7 +267,7 @@ def _measure(folder: Rounds, number: int, first: ModelPair, experiment: Experime
     experiment.varied(path=place).moments()
     if not had_lens:
         current.drop_lens()  # what follows runs on the twin
-    if not is_made(place / "effects.json", read_json):
+    if not is_made(place / "effects.json", lambda path: read_json(path, list[ForcedItem])):
         policy = Policy("current") if current is first else _Weights("current", model=current.hf)
         found = experiment.varied(pair=first).measure(items, [policy])["current"]
         write_json(place / "effects.json", [item.to_dict() for item in found])

@@ -8,15 +8,29 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import model_validator
 
 from spd_lens.errors import DamagedFile, Guardrail, SPDError, caution, is_strict
 from spd_lens.evaluation import EvalResult
-from spd_lens.files import is_blank, is_free, make_directory, read_json, write_json, write_text
+from spd_lens.files import (
+    MANIFEST,
+    Manifest,
+    Schema,
+    fitting,
+    is_blank,
+    is_free,
+    make_directory,
+    note_undigested,
+    read_json,
+    record_files,
+    write_json,
+    write_text,
+)  # fmt: skip
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair
 from spd_lens.runs.artefacts import Artefacts
@@ -25,6 +39,69 @@ from spd_lens.subspaces import GradientMoments
 
 _LOCK = ".lock"
 _PACKAGES = ("spd-lens", "torch", "transformers", "transformer-lens", "peft", "numpy", "scipy")
+
+
+class _Environment(Schema):
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+
+class _Parity(Schema):
+    logits: float
+    kl: float
+
+
+class _Hooks(Schema):
+    firings: dict[str, int]
+    fold_parity: _Parity
+
+
+class _Measured(Schema):
+    seconds: float
+    work: float
+
+
+class Notes(Schema, extra="allow"):
+    """What may stand in `run.json`, `study.json` and `rounds.json`, as far as it is read back by name."""
+
+    versions: dict[str, str] | None = None
+    machine: dict[str, Any] | None = None
+    continued_with: list[_Environment] = []
+    fingerprint: dict[str, Any] | None = None
+    weights: str | None = None
+    resolved: dict[str, Any] = {}
+    left_out: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    hooks: _Hooks | None = None
+    measured: dict[str, _Measured] = {}
+    settings: dict[str, Any] = {}
+    prompt_date: str | None = None
+    published_name: str | None = None
+    stopped: str | None = None
+    cautions: list[str] = []
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.versions is None) != (self.machine is None):
+            raise ValueError("versions and machine belong together")
+        return self
+
+
+_STAGES = {
+    "config.yaml": "settings", "study.yaml": "settings", "data_card": "settings", "moments": "extract",
+    "subspace": "extract", "projection": "extract", "corpus": "generate", "unprojected": "compare",
+    "adapter": "finetune", "effects": "effects", "side_effects": "effects", "eval": "evaluate",
+    **dict.fromkeys(("findings.json", "summary.md", "done.json", "results.csv", "corpora.csv"), "report"),
+    **dict.fromkeys(("comparisons.csv", "report.", "rounds.csv"), "report"),
+}  # fmt: skip
+"""Which stage writes the files and folders whose names begin so. All others are somebody else's."""
+
+
+def stage_of(path: PurePath) -> str | None:
+    """The stage of a run or a study that writes a file, by its path below the folder; None if none does."""
+    if path.name in ("adapter_config.json", "README.md"):  # which their owner may edit
+        return None
+    return next((stage for part in path.parts for name, stage in _STAGES.items() if part.startswith(name)), None)
 
 
 class Folder:
@@ -48,6 +125,8 @@ class Folder:
         folder = cls(path)
         if not folder.config_path.exists():
             raise SPDError(f"{path} is not a {cls.kind}: it has no {cls.settings_file}")
+        if Manifest.of(folder.path) is None:
+            note_undigested(folder.config_path)
         read_kept(folder.config_path)
         return folder
 
@@ -64,9 +143,12 @@ class Folder:
     def notes(self) -> dict[str, Any]:
         """What the folder says about how it was made."""
         path = self.path / self.notes_file
-        notes = read_json(path) if path.exists() and not is_blank(path) else {}
+        if not path.exists() or is_blank(path):
+            return {}
+        notes = read_json(path)
         if type(notes) is not dict:
             raise DamagedFile(f"{path} holds no notes of a {type(self).__name__.lower()}; start a new directory")
+        fitting(Notes, notes, path)
         return notes
 
     def note(self, **fields: Any) -> None:
@@ -149,6 +231,34 @@ class Folder:
             self.note(cautions=[*noted, str(sentence)])
 
     @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """`locked`; what was finished meanwhile is then listed in `manifest.json`."""
+        with self.locked():
+            try:
+                yield
+            finally:
+                self.record()
+
+    def record(self) -> None:
+        """List all that is finished here in `manifest.json`; what could not be written is what to say, if anything."""
+        if not self.config_path.exists():  # a folder that is locked alone, and is none of ours
+            return
+        with contextlib.suppress(SPDError, OSError):
+            record_files(self.path, self._finished(self.path), stage_of)
+
+    def _finished(self, folder: Path) -> Iterator[Path]:
+        """Files that are whole, as far as one can tell: notes change with every start, and pages of analyses are
+        recorded by those who write them, as is what is in a folder with a manifest of its own."""
+        for place in sorted(folder.iterdir()):
+            if place.name.startswith(".") or place.suffix in (".lock", ".training") or place.is_symlink():
+                continue
+            if place.is_dir():
+                if place.name != "analysis" and not (place / MANIFEST).exists():
+                    yield from self._finished(place)
+            elif place.is_file() and place not in (self.path / self.notes_file, self.path / MANIFEST):
+                yield place
+
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage, over interruptions (what a killed process spent is lost)."""
         start = time.perf_counter()
@@ -165,6 +275,7 @@ class Folder:
                 count()
             raise
         count()
+        self.record()
 
 
 class Run(Folder, Artefacts):
@@ -173,7 +284,8 @@ class Run(Folder, Artefacts):
     | file | what |
     | --- | --- |
     | `config.yaml` | all settings |
-    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs, doubts, seconds by stage |
+    | `manifest.json` | size, sha256 and stage of every finished file |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs, doubts, seconds |
     | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |

@@ -20,7 +20,7 @@ from spd_lens.evaluation import (
     Subject,
     per_item,
 )
-from spd_lens.files import read_json, write_text
+from spd_lens.files import Schema, read_json, write_text
 from spd_lens.generation import APPLIED, Record, shown
 from spd_lens.output import markdown, visible
 from spd_lens.runs.config import SPDConfig, protocol_in_words
@@ -104,9 +104,20 @@ def _epochs(run: Run) -> str:
     """How long was trained and, where training may stop early, which epoch's weights were taken."""
     if not run.config.early_stop:
         return f"{run.config.epochs} epochs"
-    stop = read_json(run.adapter / "training.json")["early_stop"]
-    done = f"{len(stop['losses'])} of at most {run.config.epochs} epochs"
-    return f"{done} (the weights are those of epoch {stop['epoch']}, whose training loss was lowest)"
+    stop = read_json(run.adapter / "training.json", _Training).early_stop
+    done = f"{len(stop.losses)} of at most {run.config.epochs} epochs"
+    return f"{done} (the weights are those of epoch {stop.epoch}, whose training loss was lowest)"
+
+
+class _Stopped(Schema, extra="ignore"):
+    losses: list[float]
+    epoch: int
+
+
+class _Training(Schema, extra="ignore"):
+    """What a summary reads of a training that may stop early."""
+
+    early_stop: _Stopped
 
 
 def _taken(config: SPDConfig) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spd_lens.errors import DamagedFile, SPDError, one_line
-from spd_lens.files import Store, damage, make_directory, publish, scratch_directory
+from spd_lens.files import Store, damage, forget, make_directory, publish, scratch_directory
 from spd_lens.output import set_up_logging
 from spd_lens.study.config import StudyConfig
 from spd_lens.study.engine import checked_experiments, conclude
@@ -180,7 +180,7 @@ def run_parts(
     checked_experiments(_anywhere(config), study.path)
     if store is not None:
         place.check()
-    with study.locked():
+    with study.working():
         config = _admitted(study, place, config)
         with workers(study.path) as submit:
             study.begin(config)
@@ -202,7 +202,7 @@ def assemble(store: str, out: str | Path) -> Study:
     record = Record.of(place)
     if record is None:
         raise SPDError(f"there is no study in {place.url}; give a study's file or --preset to begin one")
-    with study.locked():
+    with study.working():
         config = study.admits(StudyConfig.make(record.settings))
         study.begin(config)
         gathering = _Gathering(study, place, config)
@@ -279,6 +279,7 @@ class _Gathering:
                 return str(error)
             for name in new:
                 make_directory((self.study.path / name).parent)
+                forget(self.study.path / name)
                 publish(scratch / name, self.study.path / name)
         self._note(manifest.notes, record)
         return None

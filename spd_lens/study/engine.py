@@ -78,7 +78,7 @@ def begun(
     for experiment in experiments.values():
         experiment.pair = pair
     _check_model(config, experiments)
-    with study.locked(), study.guarded(config.shared.strict):
+    with study.working(), study.guarded(config.shared.strict):
         config = study.admits(config)  # another process may have begun a study meanwhile
         texts = side_effect_examples(config, pair)
         if study.is_free:

@@ -8,10 +8,17 @@ from pathlib import Path
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import EvalResult
-from spd_lens.files import is_made, occupants, read_json, write_text
+from spd_lens.files import Schema, is_made, occupants, read_json, write_text
 from spd_lens.runs import Artefacts, Folder, read_kept
 from spd_lens.study.config import BASE, StudyConfig, named
 from spd_lens.subspaces import Policy
+
+
+class _Projection(Schema):
+    """What a method generates under: digest and strength, or neither."""
+
+    digest: str | None
+    strength: float | None
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,15 @@ class Cell(Artefacts):
     @property
     def has_projection(self) -> bool:
         """Whether it is known what the method generates under, which may be no projection."""
-        return is_made(self.path / "projection.json", read_json)
+        return is_made(self.path / "projection.json", lambda path: read_json(path, _Projection))
 
     @property
     def projection(self) -> tuple[str, float] | None:
         """Digest of the subspace and strength of the projection during generation; None where there is none."""
         if self.method == BASE:
             return None
-        record = read_json(self.path / "projection.json")
-        return (record["digest"], record["strength"]) if record["digest"] else None
+        record = read_json(self.path / "projection.json", _Projection)
+        return None if not record.digest or record.strength is None else (record.digest, record.strength)
 
     @property
     def projected(self) -> Policy | None:
@@ -75,6 +82,7 @@ class Study(Folder):
     | file | what |
     | --- | --- |
     | `study.yaml` | the settings |
+    | `manifest.json` | size, sha256 and stage of every finished file |
     | `study.json` | versions, machine, weights, resolved sampling, seconds per stage |
     | `SOURCE/moments-*.safetensors` | extractions, shared by methods and seeds |
     | `SOURCE/METHOD/SEED/` | one `Cell`: projection, corpus, adapter, effects, scored completions |
@@ -149,3 +157,4 @@ class Study(Folder):
         known = self.measured().get(stage, {"seconds": 0.0, "work": 0.0})
         entry = {"seconds": round(known["seconds"] + seconds, 2), "work": known["work"] + work}
         self.note(measured={**self.measured(), stage: entry})
+        self.record()

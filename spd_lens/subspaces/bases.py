@@ -9,8 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.errors import SPDError
+
 Basis = Float[Tensor, "width rank"]
 
+_ORTHONORMAL = 1e-6
+"""How far from orthonormal a basis may be, in any product of two of its columns."""
 TOLERANCE = 1e-6
 """Radians. Two directions that are closer count as one; extraction in float64 leaves angles of about 1e-8."""
 
@@ -66,3 +70,30 @@ def side_by_side(blocks: Sequence[Basis]) -> Float[Tensor, "block width rank"]:
     for place, block in zip(stacked, blocks, strict=True):
         place[:, : block.shape[1]] = block
     return stacked
+
+
+def check_shape(basis: Tensor, ranks: Sequence[int], what: str) -> None:
+    """Raise `SPDError` unless a basis is real numbers `[block, width, rank]` with a possible rank for each block."""
+    if basis.ndim != 3 or len(ranks) != basis.shape[0]:
+        raise SPDError(f"{what} must be [block, width, rank], not {tuple(basis.shape)}")
+    most = min(basis.shape[1:])
+    if any(type(rank) is not int or not 0 <= rank <= most for rank in ranks):
+        raise SPDError(f"{what} has the ranks {list(ranks)!r:.60}; they must be whole numbers from 0 to {most}")
+    if not basis.is_floating_point():
+        raise SPDError(f"{what} is {basis.dtype}; it must be real numbers in floating point, float64 at best")
+
+
+def check_orthonormal(basis: Float[Tensor, "block width rank"], ranks: Sequence[int], what: str) -> None:
+    """Raise `SPDError` unless each block has orthonormal columns up to its rank, and zero columns behind.
+
+    Anything else would not project: longer columns enlarge what they should keep.
+    """
+    columns = torch.arange(basis.shape[2]) < torch.tensor(ranks)[:, None]
+    wide = basis.detach().to("cpu", torch.float64)
+    off = (wide.mT @ wide - torch.diag_embed(columns.double())).abs()
+    if off.numel() and not off.max() <= max(_ORTHONORMAL, 8 * torch.finfo(basis.dtype).eps):  # NaN too
+        raise SPDError(
+            f"{what} does not have orthonormal columns up to its rank and zeros behind (they are off by "
+            f"{off.max().item():.2g}); make it by extract, or orthonormalise directions of your own, for instance with "
+            "torch.linalg.qr"
+        )

@@ -5,13 +5,12 @@ Beside and not in them: an artefact that a corpus was generated with is never wr
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spd_lens.errors import SPDError
-from spd_lens.files import file_sha256, read_json, update_text
+from spd_lens.files import file_sha256, read_json, signed, update_text
 from spd_lens.models import adapter_digest
 from spd_lens.stats import Finding, Grade, grade
 
@@ -26,7 +25,7 @@ _FOLDERS = 4
 def write_findings(folder: str | Path, findings: Iterable[Finding]) -> Path:
     """Write `findings.json` into a folder, whole or not at all, unless it says the same already."""
     record = {"kind": _KIND, "findings": [finding.to_dict() for finding in findings]}
-    return update_text(Path(folder) / FINDINGS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return update_text(Path(folder) / FINDINGS, signed(record))
 
 
 def read_findings(path: str | Path) -> tuple[Finding, ...]:

@@ -16,12 +16,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import SPDError, plain, whole
-from spd_lens.files import load_tensors, reading, save_tensors
+from spd_lens.errors import DamagedFile, SPDError, plain, whole
+from spd_lens.files import Schema, fitting, load_tensors, save_tensors
 from spd_lens.models import Fingerprint, check_whole, neutral, weights_digest, without_autocast
 from spd_lens.sites import Site
 from spd_lens.stats import Finding, Grade, grade
-from spd_lens.subspaces.bases import TOLERANCE, Basis, random_basis, rest, shared, side_by_side, span
+from spd_lens.subspaces.bases import (
+    TOLERANCE,
+    Basis,
+    check_orthonormal,
+    check_shape,
+    random_basis,
+    rest,
+    shared,
+    side_by_side,
+    span,
+)
 from spd_lens.subspaces.findings import beside, still_stored
 from spd_lens.subspaces.lora import write_lora
 
@@ -65,8 +75,11 @@ class Subspace:
         if not self.bases:
             raise SPDError("a subspace needs at least one site")
         for site, basis in self.bases.items():
-            if basis.ndim != 3 or len(self.ranks.get(site, ())) != basis.shape[0]:
-                raise SPDError(f"the basis of site {site} must be [block, width, rank], not {tuple(basis.shape)}")
+            check_shape(basis, self.ranks.get(site, ()), f"the basis of site {site}")
+        for what, values in (("offset", self.offset), ("singular values", self.singular_values)):
+            for site, value in values.items():
+                if site not in self.bases or value.shape != self.bases[site].shape[:2] or not value.isfinite().all():
+                    raise SPDError(f"the {what} of site {site} must be finite numbers [block, width] of its basis")
         # one memory layout: products of strided tensors differ in the last bit, and a loaded subspace has none
         object.__setattr__(self, "bases", {site: basis.contiguous() for site, basis in self.bases.items()})
 
@@ -282,18 +295,24 @@ class Subspace:
 
     @neutral()
     def check(self, model: nn.Module) -> None:
-        """Raise `SPDError` if this is not a subspace of `model` (lens model or twin)."""
+        """Raise `SPDError` if this is not a subspace of `model` (lens model or twin), or none at all."""
+        self._check_orthonormal()
         mine = Fingerprint.of(model)
         if self.fingerprint is not None:
             self.fingerprint.check(mine, "the subspace")
         for site, basis in self.bases.items():
             n_heads, d_head = mine.heads_at(site)
             width = n_heads * d_head
-            if site.layer >= mine.n_layers or basis.shape[0] * basis.shape[1] != width:
+            fits = basis.shape[0] * basis.shape[1] == width and basis.shape[0] in (1, n_heads)
+            if site.layer >= mine.n_layers or not fits:
                 raise SPDError(
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
+
+    def _check_orthonormal(self) -> None:
+        for site, basis in self.bases.items():
+            check_orthonormal(basis, self.ranks[site], f"the basis of site {site}")
 
     def foldable(self, site: Site) -> bool:
         """Whether the projection at a site can be written into one linear layer.
@@ -389,30 +408,47 @@ class Subspace:
             SPDError: the file is missing, damaged, something else, or of a newer format than this version reads.
         """
         tensors, header = load_tensors(path, "a subspace")
-        with reading(path):
-            if (form := header.get("format", 1)) > FORMAT:
-                raise SPDError(
-                    f"{path} is a subspace of format {form}, written by {header.get('written_by', 'a newer version')}, "
-                    f"and this version of spd_lens reads formats up to {FORMAT}; upgrade spd_lens"
-                )
+        if isinstance(form := header.get("format", 1), int) and form > FORMAT:
+            raise SPDError(
+                f"{path} is a subspace of format {form}, written by {header.get('written_by', 'a newer version')}, "
+                f"and this version of spd_lens reads formats up to {FORMAT}; upgrade spd_lens"
+            )
 
         def part(name: str) -> dict[Site, Tensor]:
             prefix = f"{name}."
             return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
 
-        with reading(path):
-            own = still_stored(map(Finding.from_dict, header.get("findings", ())), Path(path).parent)
+        of = fitting(_Header, header, path)
+        try:
+            own = tuple(still_stored(map(Finding.from_dict, of.findings), Path(path).parent))
             found = cls(
                 bases=part("basis"),
-                ranks={Site.parse(site): tuple(ranks) for site, ranks in header["ranks"].items()},
+                ranks={Site.parse(site): tuple(ranks) for site, ranks in of.ranks.items()},
                 singular_values=part("singular_values"),
                 offset=part("offset"),
-                rank=header["rank"],
-                fingerprint=Fingerprint.from_dict(header["fingerprint"]) if header["fingerprint"] else None,
-                origin=header["origin"],
-                provenance=header.get("provenance", {}),
+                rank=of.rank,
+                fingerprint=None if of.fingerprint is None else Fingerprint.from_dict(of.fingerprint, path),
+                origin=of.origin,
+                provenance=of.provenance,
             )
+            found._check_orthonormal()
+        except DamagedFile:
+            raise
+        except SPDError as error:
+            raise DamagedFile(f"{path} holds no subspace: {error}") from error
         return found.with_findings(*own, *beside(path))
+
+
+class _Header(Schema, extra="ignore"):
+    """What stands in the file of a subspace beside its tensors."""
+
+    ranks: dict[str, list[int]]
+    rank: int | float | None
+    fingerprint: dict[str, Any] | None
+    origin: dict[str, Any]
+    format: int = 1
+    provenance: dict[str, Any] = {}
+    findings: list[Any] = []
 
 
 def check_strength(strength: float) -> float:

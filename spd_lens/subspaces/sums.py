@@ -12,8 +12,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_lens.errors import SPDError, whole
-from spd_lens.files import load_tensors, reading, save_tensors
+from spd_lens.errors import DamagedFile, SPDError, whole
+from spd_lens.files import Schema, fitting, load_tensors, reading, save_tensors
 from spd_lens.models import Fingerprint, neutral
 from spd_lens.sites import Site
 from spd_lens.subspaces.positions import CLASSES
@@ -319,24 +319,71 @@ class TokenSums:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
         tensors, header = load_tensors(path, "gradient moments")
+        of = fitting(_Header, header, path)
         with reading(path):
-            n_heads = {Site.parse(site): n for site, n in header["n_heads"].items()}
+            n_heads = {Site.parse(site): n for site, n in of.n_heads.items()}
             shared = {
-                "fingerprint": Fingerprint.from_dict(header["fingerprint"]),
-                "n_heads": n_heads,
-                "settings": header["settings"],
-            }
+                "fingerprint": Fingerprint.from_dict(of.fingerprint, path), "n_heads": n_heads, "settings": of.settings,
+            }  # fmt: skip
 
-            def part(prefix: str) -> dict[str, Any]:
+            def part(prefix: str) -> Self:
                 found: dict[str, Any] = {name: tensors[f"{prefix}{name}"] for name in _PER_SHARD}
                 for name in _PER_SITE:
                     names = {site: f"{prefix}{name}.{site}" for site in n_heads}
                     kept = [site for site in n_heads if name not in _OPTIONAL or names[site] in tensors]
                     found[name] = {site: tensors[names[site]] for site in kept}
-                return shared | found
+                return cls(**shared, **found)
 
-            there = [name for name in CLASSES if f"{name}/n_tokens" in tensors]
-            return cls(**part(""), classes={name: cls(**part(f"{name}/")) for name in there})
+            classes = {name: part(f"{name}/") for name in CLASSES if f"{name}/n_tokens" in tensors}
+            made = replace(part(""), classes=classes)
+            if fault := next(filter(None, (one.fault() for one in (made, *classes.values()))), None):
+                raise DamagedFile(f"{path} holds moments that no extraction gives: {fault}; make it again")
+        return made
+
+    def fault(self) -> str | None:
+        """What is impossible in these sums, in words; None if nothing is."""
+        if not self.n_heads or not self.n_shards:
+            return "they have no site or no shard"
+        kind = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            return f"their dtype is {self.dtype!r:.60}"
+        for name in _PER_SHARD:
+            value: Tensor = getattr(self, name)
+            if value.dtype != (torch.float64 if name == "loss_sum" else torch.int64) or value.shape != (self.n_shards,):
+                return f"{name} is {value.dtype} of the shape {tuple(value.shape)}"
+            if not value.isfinite().all() or (name != "loss_sum" and value.min() < 0):
+                return f"{name} is {value.tolist()!r:.60}"
+        return next(filter(None, map(self._fault_at, self.n_heads)), None)
+
+    def _fault_at(self, site: Site) -> str | None:
+        (n_heads, d_head), shard = self.fingerprint.heads_at(site), self.n_shards
+        if site.layer >= self.fingerprint.n_layers or self.n_heads[site] != n_heads:
+            return f"the model has no site {site} of {self.n_heads[site]} heads"
+        width = n_heads * d_head
+        for name in _PER_SITE:
+            value = getattr(self, name).get(site)
+            if value is None:
+                continue
+            shapes = (
+                ((shard, width),)
+                if name.endswith("_sum")
+                else ((shard, width, width), (shard, n_heads, d_head, d_head))
+            )
+            if value.dtype != torch.float64 or value.shape not in shapes:
+                return f"{name} of site {site} is {value.dtype} of the shape {tuple(value.shape)}"
+            if not value.isfinite().all():
+                return f"{name} of site {site} has values that are no finite numbers"
+            if name in ("gradient", "activation") and value.diagonal(dim1=-2, dim2=-1).min() < 0:
+                return f"{name} of site {site} has negative sums of squares"
+        return None
+
+
+class _Header(Schema, extra="ignore"):
+    """What stands in the file of moments beside their tensors."""
+
+    fingerprint: dict[str, Any]
+    n_heads: dict[str, int]
+    settings: dict[str, Any]
 
 
 def moments_size(

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
 from spd_lens.files import (
     damage,
+    forget,
     inventory,
     is_free,
     make_directory,
@@ -25,11 +26,12 @@ from spd_lens.files import (
     write_json,
 )
 from spd_lens.generation import disk_errors_explained, refuse_other_settings
+from spd_lens.models import TRAINING_LOG as LOG
+from spd_lens.models import adapter_damage, trained_files
 from spd_lens.settings import LATER
 
 log = logging.getLogger(__name__)
 
-LOG = "training.json"
 COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
 _BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -133,7 +135,8 @@ class TrainingPlace:
 
     def publish(self, summary: dict[str, Any]) -> None:
         """Give the finished result its name, in one step, and delete the checkpoints."""
-        write_json(self.result / LOG, {**summary, "files": inventory(self.result)})
+        write_json(self.result / LOG, {**summary, **trained_files(self.result)})
+        forget(self.directory)
         if self.directory.exists():  # free, damaged, or what `resume=False` trains anew
             shutil.rmtree(self.directory)
         publish(self.result, self.directory)
@@ -166,11 +169,9 @@ def is_finished(directory: Path) -> bool:
 def _result_damage(directory: Path) -> str | None:
     """What is wrong with weights or, which may have been edited since, with the configuration: can it be read?"""
     try:
-        recorded = read_json(directory / LOG).get("files") if (directory / LOG).exists() else None
         _check_config(directory)
-        if recorded is None:  # of an earlier version
-            return unreadable_weights(directory)
-        return damage(directory, {name: entry for name, entry in recorded.items() if name.endswith(".safetensors")})
+        # earlier versions noted no digests
+        return adapter_damage(directory) or unreadable_weights(directory)
     except (SPDError, *UNREADABLE) as error:
         return f"the adapter in {directory} is damaged ({error})"
 

@@ -32,7 +32,7 @@ from spd_lens.analysis.gain.factorial import (
 from spd_lens.analysis.gain.figures import effect_figures, split_figures
 from spd_lens.analysis.gain.split import PARTS, QUANTITIES, split
 from spd_lens.evaluation.results import EvalResult, ItemResult
-from spd_lens.files import write_json
+from spd_lens.files import read_json, write_json
 from spd_lens.generation.corpus import settings_path
 from spd_lens.stats import clustered_difference
 from spd_lens.study.config import StudyConfig
@@ -457,9 +457,9 @@ def test_other_mistakes_are_refused(tmp_path: Path) -> None:
     with refused("the paper has no model 'gpt-2'", "Qwen2.5-0.5B-Instruct"):
         main([folder], beside="gpt-2", quiet=True)
     path = folder / "base/eval/synthetic-math.json"
-    record = json.loads(path.read_text())
+    record = read_json(path)
     record["items"][0]["gold"] = "something else"
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     with refused("the data of synthetic-math are not those that one was evaluated on", "reads otherwise", "--data-dir"):
         main([folder], quiet=True)
 
@@ -467,8 +467,8 @@ def test_other_mistakes_are_refused(tmp_path: Path) -> None:
 def test_scores_by_other_rules_than_todays_are_counted(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "one")
     path = folder / "base/eval/synthetic-math.json"
-    record = json.loads(path.read_text())
+    record = read_json(path)
     record["items"][0]["score"] = 1.0  # it runs on, and scores 0
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     main([folder], quiet=True)
     assert "1 completions are scored otherwise by today's rules" in (folder / "gain" / "gain.md").read_text()

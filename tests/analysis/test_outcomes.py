@@ -1,6 +1,5 @@
 """Outcomes side by side: items without a kind of token, sweeps that are older than an outcome, and what decides."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from spd_lens.analysis.sweeps.recommend import overall, recommend
 from spd_lens.analysis.sweeps.report import _outcomes
 from spd_lens.analysis.sweeps.store import Measured, Store
 from spd_lens.evaluation import OUTCOMES, SAYS, ForcedItem, other_texts, teacher_forced
+from spd_lens.files import read_json, write_json
 from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES, refused
 
@@ -79,12 +79,12 @@ def test_a_sweep_of_before_is_shown_with_what_it_has(tiny_pair, moments, tmp_pat
     small = Grid(ranks=[2], layers=["3"])
     before = sweep(tiny_pair, moments, EXAMPLES, small, folder=tmp_path, progress=False)
     for path in (tmp_path / "base.json", next(tmp_path.glob("L*.json"))):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         for values in [record] if "kl" in record else [record["own"], *record["random"]]:
             assert set(values) >= {"aligned_loss", "kl", "completion_loss"}
             for name in set(values) - {"aligned_loss", "kl", "completion_loss"}:
                 del values[name]
-        path.write_text(json.dumps(record), encoding="utf-8")
+        write_json(path, record)
     after = sweep(tiny_pair, moments, EXAMPLES, GRID, folder=tmp_path, progress=False)
     assert after.measures == ["aligned_loss", "completion_loss", "kl"]
     first = next(one for one in after.cells if one.cell.rank == 2)

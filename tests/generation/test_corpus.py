@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spd_lens.errors import SPDError
-from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, Streamed, settings_path, write_json
+from spd_lens.files import read_json, write_json
+from spd_lens.files.contents import _NOTED
+from spd_lens.generation.corpus import Corpus, CorpusWriter, Record, Streamed, settings_path
 from tests.helpers import refused
 
 SETTINGS = {"model": "tiny", "seed": 42, "temperature": 0.7}
@@ -121,8 +125,7 @@ def test_damaged_settings_are_named(path: Path) -> None:
 
 def test_a_completion_that_is_there_twice_is_an_error(path: Path) -> None:
     write(path, RECORDS[:2])
-    with path.open("a") as file:
-        file.write(RECORDS[0].to_json() + "\n")
+    path.write_text("".join(f"{record.to_json()}\n" for record in (*RECORDS[:2], RECORDS[0])))  # without sums
     with refused("line 3", "'a'"):
         Corpus.load(path)
 
@@ -185,7 +188,7 @@ def test_write_json_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(SPDError):
         Corpus.load(path)
@@ -369,3 +372,72 @@ def test_half_characters_in_ids_are_kept(path: Path) -> None:
     odd = [record("a\udc80")]
     write(path, odd, order=[odd[0].key])
     assert Corpus.load(path).records == odd
+
+
+def test_every_line_carries_a_sum_and_is_plain_json(path: Path) -> None:
+    """Written again with hashlib: the sum of the line before, and the line without its own."""
+    write(path, RECORDS[:3])
+    before = b""
+    for line, record in zip(path.read_bytes().splitlines(), RECORDS[:3], strict=True):
+        fields = json.loads(line)
+        content = record.to_json().encode()
+        before = hashlib.sha256(before + content).hexdigest()[:16].encode()
+        assert fields.pop("sum").encode() == before and fields == json.loads(content)
+
+
+def edited(number: int, change: Any) -> Any:
+    def edit(lines: list[bytes]) -> list[bytes]:
+        lines[number] = change(lines[number])
+        return lines
+
+    return edit
+
+
+EDITS: dict[str, tuple[Any, str]] = {
+    "a token": (edited(1, lambda line: line.replace(b'"completion_ids": [', b'"completion_ids": [9, ')), "line 2"),
+    "a text": (edited(0, lambda line: line.replace(b'"prompt": "', b'"prompt": "A')), "line 1"),
+    "its sum": (edited(1, lambda line: line[:-3] + (b"0" if line[-3:-2] != b"0" else b"1") + line[-2:]), "line 2"),
+    "no sum": (edited(1, lambda line: line[: line.rindex(b', "sum"')] + b"}"), "line 2"),
+    "a key behind it": (edited(2, lambda line: line[:-1] + b', "x": 1}'), "line 3"),
+    "a line gone": (lambda lines: [lines[0], lines[2]], "line 2"),
+    "lines exchanged": (lambda lines: [lines[1], lines[0], lines[2]], "line 1"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_line_is_named(path: Path, edit: str) -> None:
+    write(path, RECORDS[:3])
+    change, named = EDITS[edit]
+    path.write_bytes(b"".join(line + b"\n" for line in change(path.read_bytes().splitlines())))
+    with refused(named, path, "sum"):
+        Corpus.load(path)
+    with refused(named, path, "sum"):
+        write(path, RECORDS)
+    settings_path(path).unlink()  # nor does it pass for another program's
+    with refused(named, path, "sum"):
+        Corpus.load(path)
+
+
+def test_a_corpus_of_an_earlier_version_goes_on_with_sums(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(path, RECORDS[:2])
+    old = "".join(f"{record.to_json()}\n" for record in RECORDS[:2])
+    path.write_text(old)
+    _NOTED.discard(path.parent.absolute())
+    assert list(Corpus.load(path)) == RECORDS[:2]
+    assert "without a sha256" in caplog.text
+    write(path, RECORDS[2:3])
+    assert path.read_text().startswith(old) and '"sum"' in path.read_text().split("\n")[2]
+    assert list(Corpus.load(path)) == RECORDS[:3]
+    path.write_text(path.read_text().replace(RECORDS[0].prompt, "another"))
+    with refused("line 3"):  # whose sum is over the lines before, too
+        Corpus.load(path)
+
+
+def test_a_streamed_line_that_changes_later_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, RECORDS[:3])
+    monkeypatch.setattr("spd_lens.generation.corpus.STREAMED_FROM", 1)
+    corpus = Corpus.load(path)
+    assert corpus[1] == RECORDS[1]
+    path.write_bytes(path.read_bytes().replace(b'"completion": "', b'"completion":" ', 2))
+    with refused("changed since it was opened"):
+        corpus[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import spd_lens as spd
+from spd_lens.files import read_json, write_json
 from spd_lens.models import weights_digest
 from spd_lens.runs import experiment as module
 from spd_lens.runs import loading
@@ -98,8 +98,8 @@ def test_a_policy_is_generated_under_whole(own, tmp_path):
 def test_experiments_of_one_model_load_it_once(finished_run, tmp_path, monkeypatch):
     paths = [shutil.copytree(finished_run.path, tmp_path / name) for name in ("a", "b", "c")]
     found = [Experiment.opened(Run(path), progress=False) for path in paths]
-    notes = json.loads((paths[2] / "run.json").read_text())
-    (paths[2] / "run.json").write_text(json.dumps({**notes, "weights": "others"}))
+    notes = read_json(paths[2] / "run.json")
+    write_json(paths[2] / "run.json", {**notes, "weights": "others"})
     for experiment in found:
         experiment.models = found[0].models
         assert experiment.moments().sites and not experiment.models  # what is there needs no model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from spd_lens.files import read_json, write_json
 from spd_lens.models import adapter_digest
 from spd_lens.runs import Run, contrasts, run_findings, stored, write_evidence
 from spd_lens.runs.summary import write_summary
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Run:
 
 def raw(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The file of effects as it is."""
-    found: dict[str, list[dict[str, Any]]] = json.loads((run.path / f"effects/{TASK}.json").read_text())
+    found: dict[str, list[dict[str, Any]]] = read_json(run.path / f"effects/{TASK}.json")
     return found
 
 
@@ -39,7 +39,7 @@ def rewrite(run: Run, change: Any) -> None:
     for policy, items in effects.items():
         for number, item in enumerate(items):
             item.update(change(policy, number, item))
-    (run.path / f"effects/{TASK}.json").write_text(json.dumps(effects))
+    write_json(run.path / f"effects/{TASK}.json", effects)
 
 
 def test_findings_are_differences_of_what_is_stored(run: Run) -> None:
@@ -73,9 +73,9 @@ def test_what_has_an_infinite_value_has_no_finding(run: Run) -> None:
 
 def test_an_item_that_cannot_be_judged_is_no_finding(run: Run) -> None:
     path = run.path / f"eval/{TASK}/spd.json"
-    record = json.loads(path.read_text())
+    record = read_json(path)
     record["items"][0]["judged"] = False
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     found = stored(run, TASK, ["spd"])["accuracy"].by_item
     assert set(found) == {item["id"] for item in record["items"][1:]}
 
@@ -93,7 +93,7 @@ def test_a_card_that_a_user_wrote_is_left_alone(run: Run) -> None:
 def test_accuracy_is_of_the_scored_completions(run: Run) -> None:
     [found] = [f for f in run_findings(run) if (f.kind, f.outcome) == ("adapter", "accuracy")]
     scores = {
-        name: [item["score"] for item in json.loads((run.path / f"eval/{TASK}/{name}.json").read_text())["items"]]
+        name: [item["score"] for item in read_json(run.path / f"eval/{TASK}/{name}.json")["items"]]
         for name in ("base", "spd")
     }
     assert found.difference.value == pytest.approx(fmean(scores["spd"]) - fmean(scores["base"]), abs=1e-12)
@@ -126,7 +126,7 @@ def many(run: Run) -> None:
     """The same items several times over, so that there are enough of them."""
     effects = raw(run)
     rows = {p: [{**item, "id": f"{item['id']}-{i}"} for i in range(4) for item in own] for p, own in effects.items()}
-    (run.path / f"effects/{TASK}.json").write_text(json.dumps(rows))
+    write_json(run.path / f"effects/{TASK}.json", rows)
 
 
 def test_the_grade_of_a_run_follows_from_its_files(run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 
 import pandas as pd
@@ -16,6 +15,7 @@ import spd_lens.runs
 from spd_lens.cli.commands import app
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.files import read_json, write_json
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.loading import make_tasks
 from spd_lens.runs.round_drift import Drift, StopRule, overlap, say
@@ -220,9 +220,9 @@ def test_a_rule_that_fires_ends_the_rounds(config, tiny_pair, folder, tmp_path):
 
 
 def test_rounds_of_a_version_with_fewer_settings_go_on(config, tiny_pair, folder):
-    notes = json.loads((folder.path / "rounds.json").read_text())
+    notes = read_json(folder.path / "rounds.json")
     del notes["settings"]["config"]["too_long"]
-    (folder.path / "rounds.json").write_text(json.dumps(notes))
+    write_json(folder.path / "rounds.json", notes)
     with refused("settings"):
         run_rounds(config, folder.path, 1, stop=StopRule(), n_held_out=12, progress=False, pair=tiny_pair)
     run_rounds(config, folder.path, 1, stop=NEVER, n_held_out=12, progress=False, pair=tiny_pair)

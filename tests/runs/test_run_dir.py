@@ -189,7 +189,9 @@ def test_the_settings_of_a_study_are_its_first_file(tiny_pair, study_config, tmp
     monkeypatch.setattr("spd_lens.study.engine._note", dying)
     with pytest.raises(KeyboardInterrupt):
         run_study(study_config, tmp_path / "s", pair=tiny_pair)
-    assert {path.name for path in (tmp_path / "s").iterdir()} - {".lock"} == {"study.yaml"}
+    assert {path.name for path in (tmp_path / "s").iterdir()} - {".lock", ".manifest.lock", "manifest.json"} == {
+        "study.yaml"
+    }
     Study.open(tmp_path / "s")
 
 

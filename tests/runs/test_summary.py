@@ -16,6 +16,7 @@ from spd_lens.evaluation import Format
 from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem
+from spd_lens.files import read_json
 from spd_lens.files.contents import write_json
 from spd_lens.runs import summary as report
 from spd_lens.runs.summary import changed, effects_section, quoted, write_summary
@@ -25,7 +26,7 @@ TASK = "synthetic-math"
 
 
 def json_of(run, name):
-    return json.loads((run.path / name).read_text(encoding="utf-8"))
+    return read_json(run.path / name)
 
 
 def table(text, heading):

@@ -7,6 +7,7 @@ import pytest
 
 import spd_lens as spd
 from spd_lens.evaluation.corpus_diagnostics import corpus_diagnostics
+from spd_lens.files import read_json
 from spd_lens.study.results import COLUMNS, DIAGNOSTICS, corpora_frame, results_frame
 from tests.helpers import refused
 
@@ -46,7 +47,7 @@ def test_every_number_is_that_of_its_file(finished_study, frame):
         mine = frame[(frame.method == method) & (frame.seed == seed)]
         for role, where in (("target", "effects"), ("side effect", "side_effects")):
             for file in sorted((folder / where).glob("*.json")):
-                for phase, items in json.loads(file.read_text()).items():
+                for phase, items in read_json(file).items():
                     rows = mine[(mine.role == role) & (mine.target == file.stem) & (mine.phase == phase)]
                     for field, measure in FORCED.items():
                         found = rows[rows.measure == measure].set_index("item")["value"].to_dict()
@@ -56,7 +57,7 @@ def test_every_number_is_that_of_its_file(finished_study, frame):
         phases = {"trained": "eval", "projected": "eval-projected"}
         for phase in ("trained", *(["projected"] if method == "spd" else [])):
             for target in ("synthetic-math", "synthetic-qa"):
-                items = json.loads((folder / phases[phase] / f"{target}.json").read_text())["items"]
+                items = read_json(folder / phases[phase] / f"{target}.json")["items"]
                 rows = mine[(mine.role == "target") & (mine.target == target) & (mine.phase == phase)]
 
                 def values(measure, rows=rows):

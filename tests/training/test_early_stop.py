@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spd_lens.files import read_json
 from spd_lens.generation.corpus import Corpus
 from spd_lens.generation.generate import generate
 from spd_lens.training.checkpoint_dir import LOG
@@ -43,7 +43,7 @@ def trained(pair, corpus, out: Path, method, **options) -> Path:
 
 
 def summary_of(out: Path) -> dict:
-    return {name: value for name, value in json.loads((out / LOG).read_text()).items() if name != "seconds"}
+    return {name: value for name, value in read_json(out / LOG).items() if name != "seconds"}
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

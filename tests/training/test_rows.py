@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spd_lens.files import read_json
 from spd_lens.generation.corpus import Corpus, Record
 from spd_lens.generation.generate import generate
 from spd_lens.models.load import load
@@ -151,7 +150,7 @@ def test_other_architectures_train_on_padding_with_transformers_own_loss(tmp_pat
     labels = batch["labels"][:, 1:]
     expected = -logits[:, :-1].log_softmax(-1).gather(2, labels[..., None]).mean().item()
     out = finetune(pair, corpus, out=tmp_path / "out", settings=settings, dropout=0.0, epochs=1, progress=False)
-    [entry] = json.loads((out / "training.json").read_text())["log"]
+    [entry] = read_json(out / "training.json")["log"]
     assert entry["loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -170,9 +169,7 @@ def test_recomputed_and_accumulated_padding_changes_nothing(tiny_pair, tmp_path)
     }
     weights = {name: load_file(out / "adapter_model.safetensors") for name, out in made.items()}
     assert all(torch.equal(weights["whole"][key], value) for key, value in weights["recomputed"].items())
-    losses = {
-        name: [e["loss"] for e in json.loads((out / "training.json").read_text())["log"]] for name, out in made.items()
-    }
+    losses = {name: [e["loss"] for e in read_json(out / "training.json")["log"]] for name, out in made.items()}
     assert losses["accumulated"] == pytest.approx(losses["whole"], rel=1e-5)
 
 
@@ -185,7 +182,7 @@ def test_in_bfloat16_padding_is_trained_on_too(tiny_llama_dir, tmp_path):
             pair, Corpus([LONG, SHORT]), out=tmp_path / dtype, epochs=1, max_length=30, loss_on_padding=True,
             dropout=0.0, progress=False,
         )  # fmt: skip
-        losses[dtype] = json.loads((out / "training.json").read_text())["log"][0]["loss"]
+        losses[dtype] = read_json(out / "training.json")["log"][0]["loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
 
 
@@ -197,7 +194,7 @@ def test_a_whole_run_with_every_setting(tiny_settings, tmp_path):
     config = SPDConfig.make(tiny_settings | protocol)
     done = run(config, tmp_path / "run", progress=False)
     assert max(record.n_prompt_tokens for record in done.corpus) == 20
-    noted = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())
+    noted = read_json(tmp_path / "run" / "adapter" / "training.json")
     assert {name: noted["settings"][name] for name in ("retokenise", "max_length", "early_stop")} == {
         "retokenise": True, "max_length": 64, "early_stop": True,
     }  # fmt: skip
@@ -213,7 +210,7 @@ def test_a_length_that_leaves_nothing_of_a_completion_is_refused_before_any_is_w
         run(SPDConfig.make(settings), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     done = run(SPDConfig.make(settings | {"max_prompt_tokens": 12, "epochs": 1}), tmp_path / "run", progress=False)
-    assert json.loads((done.adapter / "training.json").read_text())["n_scored_tokens"] <= 8 * len(done.corpus)
+    assert read_json(done.adapter / "training.json")["n_scored_tokens"] <= 8 * len(done.corpus)
 
 
 @pytest.mark.parametrize("how", [{}, {"retokenise": True, "max_length": 24}])
@@ -228,5 +225,5 @@ def test_a_streamed_corpus_trains_the_same_bits(tiny_pair, tiny_prompts, tmp_pat
     out = finetune(tiny_pair, streamed, out=tmp_path / "streamed", **options)
     ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (out, held))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = (json.loads((place / "training.json").read_text()) for place in (out, held))
+    ours, theirs = (read_json(place / "training.json") for place in (out, held))
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}

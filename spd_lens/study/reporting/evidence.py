@@ -14,8 +14,8 @@ import pandas as pd
 
 from spd_lens import methods
 from spd_lens.errors import SPDError
-from spd_lens.files import read_json
-from spd_lens.runs import read_kept, result_name
+from spd_lens.files import fitting, read_csv, read_json
+from spd_lens.runs import Notes, read_kept, result_name
 from spd_lens.stats import Finding
 from spd_lens.study.config import BASE, may_project
 from spd_lens.subspaces import FINDINGS, read_findings
@@ -75,14 +75,15 @@ class Evidence:
         folder = Path(folder)
         if not (folder / "results.csv").is_file():
             raise SPDError(f"{folder} has no results.csv, so no study has finished a cell there; run `spd-lens study`")
-        results = _read_csv(folder / "results.csv", dtype=str, keep_default_na=False)  # "NA" may be a name
+        results = read_csv(folder / "results.csv", dtype=str, keep_default_na=False)  # "NA" may be a name
         lacking = [column for column in COLUMNS if column not in results]
         if lacking:
             raise SPDError(f"{folder / 'results.csv'} has no column {lacking[0]!r}; give the folder of a study")
         path = folder / "corpora.csv"
-        corpora = _read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
+        corpora = read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
         path = folder / "study.json"
         facts = read_json(path) if path.is_file() else {}
+        fitting(Notes, facts, path)
         path = folder / "study.yaml"
         plan = read_kept(path) if path.is_file() else {}
         findings = read_findings(folder) if (folder / FINDINGS).is_file() else ()
@@ -247,10 +248,3 @@ def _seed(value: object) -> str:
 
 def _union(*groups: Any) -> list[str]:
     return [name for name in dict.fromkeys(str(name) for group in groups for name in group) if name]
-
-
-def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, **options)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SPDError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error

@@ -15,6 +15,7 @@ from spd_lens.analysis.dashboard.document import assemble, from_sources
 from spd_lens.analysis.dashboard.page import page
 from spd_lens.analysis.dashboard.rank_curves import Source
 from spd_lens.analysis.dashboard.records import effects, relative_to
+from spd_lens.files import read_json, write_json
 from spd_lens.generation.corpus import Corpus
 from spd_lens.output.pages import digest
 from spd_lens.output.safe_text import visible
@@ -32,7 +33,7 @@ def document(two_runs):
 
 def test_effects_are_paired_differences_of_the_runs_own_items(finished_run):
     found = effects(finished_run, "synthetic-math")
-    raw = json.loads((finished_run.path / "effects" / "synthetic-math.json").read_text())
+    raw = read_json(finished_run.path / "effects" / "synthetic-math.json")
     base = np.array([item["aligned_loss"] for item in raw["base"]])
     projected = np.array([item["aligned_loss"] for item in raw["projected"]])
     value, low, high = found["projected"]["aligned_loss"]
@@ -54,11 +55,11 @@ def test_outcomes_are_of_the_items_that_have_them_and_other_text_stands_beside(f
     """Results decide where they were measured; texts that no run aims at have one loss."""
     shutil.copytree(finished_run.path, tmp_path / "run")
     path = tmp_path / "run" / "effects" / "synthetic-math.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     for policy, items in raw.items():
         for i, item in enumerate(items):
             item |= {"results_loss": None if i == 0 else 1.0 + i + (policy == "projected") / 4, "copies_loss": None}
-    path.write_text(json.dumps(raw), encoding="utf-8")
+    write_json(path, raw)
     run = Run(tmp_path / "run")
     run.write_effects("neutral", run.effects("synthetic-math"), side=True)
     found = effects(run, "synthetic-math")

@@ -1,0 +1,45 @@
+"""How much of a file from elsewhere is read: limits that no artefact comes near, checked before there is work."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from spd_lens.errors import DamagedFile, SPDError
+
+_JSON_BYTES = 2**30
+_HEADER_BYTES = 2**25
+_TENSORS = 30_000
+"""Moments of 200 layers that keep everything are 25,000 tensors; their library takes 40 s for 300,000."""
+
+
+def json_within(path: Path) -> Any:
+    """The JSON in a file: at most 1 GiB of UTF-8, nested at most some 200 deep.
+
+    Raises what a damaged file raises (`errors.UNREADABLE`), `OSError`, or `SPDError` for a file that is too large.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _JSON_BYTES:
+            raise SPDError(f"{path} has {size} bytes, and no JSON of spd_lens has more than {_JSON_BYTES}")
+        text = file.read(_JSON_BYTES + 1).decode("utf-8")
+    try:
+        from_json(text)  # fast, and it stops at a depth that everything else can work with
+    except ValueError as error:
+        if "recursion" in str(error):
+            raise
+    return json.loads(text)  # which takes half characters, too
+
+
+def check_header(path: Path) -> None:
+    """Raise `DamagedFile` for a safetensors file whose header is larger than any of ours, before it is taken up."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size - 8):
+            raise DamagedFile(f"{path} is not a readable safetensors file (its header does not fit); make it again")
+        if file.read(length).count(b'"data_offsets"') > _TENSORS:
+            raise DamagedFile(f"{path} lists more than {_TENSORS} tensors, which no artefact does; make it again")
