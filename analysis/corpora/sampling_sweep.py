@@ -92,7 +92,8 @@ def sampled(
 
 
 def scored(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Example]) -> dict[Setting, Scores]:
-    """Scores of every completion, by prompt; there are no prompts if the task cannot score here."""
+    """Scores of every completion, by prompt; there are no prompts if the task cannot score here, nor those that cannot
+    be judged."""
     try:
         task.check_scorable()
     except SPDError:
@@ -103,7 +104,8 @@ def scored(corpora: Mapping[Setting, Corpus], task: Task, items: Sequence[Exampl
         scores = found[setting] = {}
         for record in corpus:
             scores.setdefault(record.id, []).append(task.score(by_id[record.id], record.completion))
-    return found
+    judged = {id for id, item in by_id.items() if task.judges(item)}  # known now that they are scored
+    return {setting: {id: own for id, own in scores.items() if id in judged} for setting, scores in found.items()}
 
 
 def sweep_frame(

@@ -51,19 +51,22 @@ def _written(held: Held, policy: Policy) -> Corpus:
 
 
 def scores(held: Held, found: Answers) -> Values:
-    """Whether each answer is right, 1 or 0, by draw and item; empty where nothing may score them."""
+    """Whether each answer is right, 1 or 0, by draw and item; empty where nothing may score them. Items that cannot be
+    judged are left out, unless there are no others."""
     try:
         held.task.check_scorable()
     except SPDError:
         return {}
     items, score = held.items[: held.contest.n_completions], held.task.score
-    return {
+    right = {
         entrant: np.array(
             [[score(item, one.completion) for item, one in zip(items, corpus, strict=True)] for corpus in corpora],
             dtype=float,
         )
         for entrant, corpora in found.items()
     }
+    judged = np.array([held.task.judges(item) for item in items])  # known now that they are scored
+    return {entrant: own[:, judged] for entrant, own in right.items()} if judged.any() else right
 
 
 def accuracy(held: Held, found: Answers, right: Values, differences: pd.DataFrame) -> pd.DataFrame:

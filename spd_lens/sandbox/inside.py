@@ -318,7 +318,7 @@ class Nothing:
 
 
 class Same(Nothing):
-    """The same, but equal to itself: both sides of a comparison are the program's, or there is one answer to all."""
+    """As `Nothing`, but equal to itself: what both sides of a comparison are if the program gives both."""
 
     def _itself(self, other: object) -> bool:
         return self._again() is other
@@ -334,9 +334,9 @@ class Same(Nothing):
 
 
 def decides(order: dict[str, Any]) -> bool:
-    """Whether a test fails where all answers are `Nothing`, and where all are the `Same`.
+    """Whether one of the tests fails both where all answers are `Nothing` and where all are the `Same`.
 
-    Otherwise a wrong answer passes them all: they compare in a loop over the program's items, of which there need be
+    Otherwise a wrong program passes them all: they compare in a loop over the program's items, of which there need be
     none, ask only that something is not so, or compare the program with itself or with a helper that the data lack.
     """
     stand_ins = []

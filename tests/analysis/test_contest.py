@@ -188,6 +188,11 @@ def test_greedy_answers_are_scored_as_evaluate_scores_them(held_contest, tiny_pa
     assert accuracy_differences(held, right).empty
     report = (folder / "out" / "contest.md").read_text()
     assert "| greedy answers |" in report and "cut at the limit" in report
+    first = held.items[0]
+    held.task.judges = lambda item: item.id != first.id
+    assert {name: own.tolist() for name, own in scores(held, found).items()} == {
+        name: [own[0, 1:].tolist()] for name, own in right.items()
+    }
 
 
 def test_accuracy_over_draws_is_compared_as_the_losses_are(held_contest, tiny_pair):

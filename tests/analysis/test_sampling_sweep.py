@@ -88,6 +88,17 @@ def test_a_task_that_cannot_score_still_gives_diagnostics():
     assert "cannot be scored" in say(frame, differences)
 
 
+def test_what_cannot_be_judged_is_left_out():
+    items = tasks.get("synthetic-code").test(3, 0)
+    records = [Record(item.id, item.prompt, item.completion, (1,), (5, 6), "eos") for item in items]
+    weak = tasks.get(
+        "synthetic-code", executor=lambda code, tests, setup: None if tests == items[1].meta["tests"] else True
+    )
+    assert scored({("base", 1.0, 1.0): Corpus(records)}, weak, items) == {
+        ("base", 1.0, 1.0): {items[0].id: [1.0], items[2].id: [1.0]}
+    }
+
+
 def test_the_figure_has_every_point_and_a_grey_control(grid):
     grid = {**grid, **{("random", *setting[1:]): own for setting, own in grid.items() if setting[0] == "spd"}}
     frame = sweep_frame(grid, scored(grid, MATH, ITEMS), MATH)
