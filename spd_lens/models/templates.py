@@ -25,7 +25,7 @@ _STEPS = 100_000
 """Turns of loops and calls of macros in one rendering; the templates that we know take less than a hundred."""
 _CHARACTERS = 1_000_000
 """Characters of one rendering beyond those of the messages."""
-_SECONDS = 1.0
+_SECONDS = 2.0
 """Seconds of computing that one rendering may take; the templates that we know take milliseconds."""
 _GROWN = 64 * _CHARACTERS
 _GROWING = frozenset(
