@@ -253,6 +253,8 @@ class PromptFormat:
                 both = [replace(form, system=text).text("Hi") for text in (self.system, f"{self.system} Hi")]
             except Exception as error:  # as in `text`
                 faults.append(one_line(error))
+                if isinstance(error, OverflowError):
+                    break  # it would take as long in every other form
                 continue
             if both[0] != both[1]:
                 return form

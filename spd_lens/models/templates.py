@@ -25,7 +25,7 @@ _STEPS = 100_000
 """Turns of loops and calls of macros in one rendering; the templates that we know take less than a hundred."""
 _CHARACTERS = 1_000_000
 """Characters of one rendering beyond those of the messages."""
-_SECONDS = 1.0
+_SECONDS = 2.0
 """Seconds of computing that one rendering may take; the templates that we know take milliseconds."""
 _GROWN = 64 * _CHARACTERS
 _GROWING = frozenset(
@@ -192,7 +192,7 @@ def _check_growth(name: str, given: Sequence[Any]) -> None:
     if name.startswith("format"):
         grows = any(isinstance(value, str) and _WIDE.search(value) for value in values[:1])
     elif name == "replace" and len(values) > 2 and all(isinstance(value, str) for value in values[:3]):
-        text, old, new = values[:3]
+        text, old, new = map(str, values[:3])
         grows = text.count(old) * len(new) > _GROWN
     else:
         grows = name in _GROWING and math.prod(max(_size(value), 1) for value in values) > _GROWN

@@ -191,14 +191,14 @@ def test_many_names_are_no_hindrance(hf, tmp_path, names):
     configure(
         tmp_path, target_modules=names, exclude_modules=names[1:][::-1][:4000], rank_pattern=dict.fromkeys(names[1:], 2)
     )
-    start = time.monotonic()
+    start = time.process_time()
     if names[0] == "q_proj":
         put_on(hf, tmp_path)
     else:  # all but the first layer excluded itself
         with refused(tmp_path):
             configure(tmp_path, exclude_modules=names)
             put_on(hf, tmp_path)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_a_template_that_does_not_come_to_an_end(kind, where):
 
 def test_a_template_that_does_not_come_to_an_end_at_some_prompts():
     bomb = "{% if messages[0].content == '7' %}" + ENDLESS["macros"] + "{% endif %}"
-    with refused("'7'", "loops take more than"):
+    with refused("'7'", "more than"):
         pair_of(bomb + CHAT_TEMPLATE).prompt_ids(spd.Example("7"))
 
 

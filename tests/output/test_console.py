@@ -115,8 +115,8 @@ BEGINNING = "a\\u001b]0;x"
     ("shown", "words"),
     [
         (Text(EVIL), SPELLED.format(bell="")),  # rich leaves the bell out by itself
-        (EVIL, SPELLED.format(bell="\\u0007")),
-        (f"[red]{EVIL}[/red]", SPELLED.format(bell="\\u0007")),
+        (EVIL, SPELLED.format(bell="")),
+        (f"[red]{EVIL}[/red]", SPELLED.format(bell="")),
         (Markdown(f"# {EVIL}", hyperlinks=False), SPELLED.format(bell="")),
         (terminal([EVIL], [["cell"]], title="t"), BEGINNING),
         (terminal(["head"], [[EVIL]]), BEGINNING),

@@ -1,5 +1,6 @@
 """The playground against `generate` and plain forward passes; the app in a real headless Chromium."""
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -423,6 +424,18 @@ setTimeout(() => { document.getElementById("ran").textContent = "ran: " + said; 
 </script>"""
 
 
+def received(leak):
+    """All bytes that came in. Chromium connects ahead of a navigation that it then refuses, and sends nothing."""
+    found = b""
+    with contextlib.suppress(TimeoutError):
+        while True:
+            connection, _ = leak.accept()
+            connection.settimeout(0.2)
+            with connection, contextlib.suppress(TimeoutError):
+                found += connection.recv(1000)
+    return found
+
+
 @pytest.mark.parametrize("leave", ["", "location = leak;", "document.querySelector('a').click();"])
 def test_a_strangers_page_runs_without_an_origin_and_sends_nothing(watch, app_url, subject, leave):
     with socket.create_server(("127.0.0.1", 0)) as leak:
@@ -437,8 +450,7 @@ def test_a_strangers_page_runs_without_an_origin_and_sends_nothing(watch, app_ur
             assert ran.inner_text().strip() == "ran:"
         watch.page.wait_for_timeout(1500)
         assert watch.page.url == f"{app_url}/analysis/alpha/evil.html"
-        with pytest.raises(TimeoutError):
-            leak.accept()
+        assert received(leak) == b""
     (subject.folder / "evil.html").unlink()
 
 
