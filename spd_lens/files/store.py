@@ -126,13 +126,16 @@ class Store:
     def _send(self, name: str, send: Callable[[str], object]) -> None:
         final = self._path(name)
         scratch = f"{final}.{secrets.token_hex(4)}.tmp"
-        local = isinstance(self._files, LocalFileSystem)
         with self._explained("written"):
-            folder = final.rpartition("/")[0]
-            make_directory(Path(folder)) if local else self._files.makedirs(folder, exist_ok=True)
             try:
-                send(scratch)
-                publish(Path(scratch), Path(final)) if local else self._files.mv(scratch, final)
+                if isinstance(self._files, LocalFileSystem):
+                    make_directory(Path(final).parent)
+                    send(scratch)
+                    publish(Path(scratch), Path(final))
+                else:
+                    self._files.makedirs(final.rpartition("/")[0], exist_ok=True)
+                    send(scratch)
+                    self._files.mv(scratch, final)
             except BaseException:
                 with contextlib.suppress(Exception):  # what stopped it is what to say
                     self._files.rm_file(scratch)

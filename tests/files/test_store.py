@@ -102,6 +102,13 @@ def test_a_place_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
         Store(tmp_path.parent).read(tmp_path.name)
 
 
+def test_what_cannot_be_stored_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "store" / "a.json").mkdir(parents=True)
+    with refused("cannot be written", "IsADirectoryError"):
+        Store(tmp_path / "store").write("a.json", {})
+    assert [place.name for place in (tmp_path / "store").iterdir()] == ["a.json"]
+
+
 def test_a_scheme_without_its_package_says_which_is_missing() -> None:
     missing = [name for name in ("gs", "abfs", "s3", "oci") if not _has_package(name)]
     if not missing:

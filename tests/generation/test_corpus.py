@@ -76,6 +76,17 @@ def test_a_half_written_last_line_is_dropped(path: Path, left: int) -> None:
     assert Corpus.load(path).records == RECORDS
 
 
+def test_what_a_power_failure_left_as_zeros_is_cut_off(path: Path) -> None:
+    write(path, RECORDS[:2])
+    safe = path.read_bytes()
+    write(path, RECORDS[2:])
+    half = (len(safe) + (whole := path.read_bytes()).rindex(b"\n", 0, -1)) // 2
+    path.write_bytes(safe.ljust(half, b"\0") + whole[half:])  # the end of what was appended is there, its start is not
+    assert Corpus.load(path).records == RECORDS[:2]
+    write(path, RECORDS[2:])
+    assert path.read_bytes() == whole
+
+
 def test_other_settings_are_refused_by_name_and_the_file_is_left_alone(path: Path) -> None:
     write(path, RECORDS[:2])
     before = path.read_bytes()
