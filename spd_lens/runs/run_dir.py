@@ -173,7 +173,7 @@ class Run(Folder, Artefacts):
     | file | what |
     | --- | --- |
     | `config.yaml` | all settings |
-    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs, doubts and seconds by stage |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, doubts, proofs and seconds |
     | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |

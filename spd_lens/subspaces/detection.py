@@ -253,8 +253,9 @@ def _from_base(layer: StoredLayer, base: StoredLayer) -> _Kept:
                 strengths.append(float((own * full).sum() / full.square().sum()))
                 unexplained.append(float((own - strengths[-1] * full).norm() / own.norm()))
         strength = sum(strengths) / len(strengths) if strengths else 0.0
-        same = all(abs(one - strength) <= EXPLAINED for one in strengths)
-        if strengths and same and max(unexplained) <= EXPLAINED:
+        same = all(abs(one - strength) <= EXPLAINED for one in strengths) and 0 < strength < 1 + EXPLAINED
+        keeps = any(own.shape[1] < own.shape[0] for own in removed)  # weights that were only scaled keep nothing
+        if same and keeps and max(unexplained) <= EXPLAINED:
             kept = [rest(own) for own in removed]
             return _Kept(kept, offset=_moved(layer, base, removed, strength), strength=strength)
     return _Kept([], is_change=True)
