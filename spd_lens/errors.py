@@ -20,13 +20,17 @@ class Guardrail(SPDError, UserWarning):
     """A sign that a result should not be trusted: a warning, or under `strictly` an error."""
 
 
-def caution(sentence: str) -> None:
+def caution(sentence: str, stacklevel: int = 3) -> None:
     """Warn of something that works and should not be trusted: the one door of all guardrails.
+
+    Args:
+        sentence: What is doubted, by what sign, and what to do.
+        stacklevel: The line of code that a warning names, as in `warnings.warn`; by default who called the caller.
 
     Raises:
         Guardrail: inside `strictly(True)`, or where the caller has made an error of it with `warnings`.
     """
-    warnings.warn(Guardrail(sentence), stacklevel=3)
+    warnings.warn(Guardrail(sentence), stacklevel=stacklevel)
 
 
 def is_strict() -> bool:

@@ -5,9 +5,8 @@ All of them go through `errors.caution`: a warning, or with `strict` an error. d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from spd_lens.errors import caution
 from spd_lens.evaluation import degeneration, fitting, other_texts, teacher_forced
@@ -15,9 +14,6 @@ from spd_lens.examples import Example
 from spd_lens.generation import Corpus
 from spd_lens.models import ModelPair
 from spd_lens.subspaces import GradientMoments, Policy, Subspace, squared_cosines
-
-if TYPE_CHECKING:
-    from spd_lens.runs.experiment import Experiment
 
 AGREEMENT = 0.25
 """How far the subspaces of two halves must be from chance (0) to the same (1). With SmolLM2-135M and word problems it
@@ -28,11 +24,11 @@ rank costs SmolLM2-135M about 0.1."""
 _N_PROSE = 8
 
 
-def check_items(experiment: Experiment) -> None:
-    """Test items whose prompt is also that of a training prompt or a calibration example."""
-    known = {_plain(example) for example in (*experiment.prompts, *experiment.calibration)}
-    for name, task in experiment.targets.items():
-        items = task.test(experiment.config.n_test(name), experiment.config.data_seed)
+def check_items(used: Iterable[Example], drawn: Mapping[str, Sequence[Example]]) -> None:
+    """Test items, by the name of their task, with a prompt of those that were used: training prompts and calibration
+    examples. Case and spaces make no difference."""
+    known = {_plain(example) for example in used}
+    for name, items in drawn.items():
         if seen := [item for item in items if _plain(item) in known]:
             caution(
                 f"{len(seen)} of {len(items)} test items of {name} have the prompt of a training prompt or a "

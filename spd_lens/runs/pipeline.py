@@ -61,7 +61,8 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     record = Run.open(out, config)
     with record.working(), record.guarded(config.strict):
         _note(record, experiment)
-        check_items(experiment)
+        drawn = {name: task.test(config.n_test(name), config.data_seed) for name, task in experiment.targets.items()}
+        check_items((*experiment.prompts, *experiment.calibration), drawn)
 
         def do(step: Step, place: str, _: Sequence[Step]) -> None:
             log.info("%s %s", place, step.what)

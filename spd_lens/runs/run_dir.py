@@ -285,7 +285,7 @@ class Run(Folder, Artefacts):
     | --- | --- |
     | `config.yaml` | all settings |
     | `manifest.json` | size, sha256 and stage of every finished file |
-    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, proofs, doubts, seconds |
+    | `run.json` | versions, machine, fingerprints, resolved sampling, texts left out, doubts, proofs and seconds |
     | `data_card.json` | for each task: counts, duplicates removed, span statistics, sha256 of the sources |
     | `moments.safetensors`, `subspace.safetensors` | extraction |
     | `corpus.jsonl`, `unprojected.jsonl` | completions with the projection, and some without it |

@@ -159,8 +159,9 @@ def _corpus(corpus: Corpus, subspace: Subspace | None, notes: Mapping[str, Any])
         faults.append(f"the subspace beside it is {subspace.digest()}")
     if notes.get("weights") and settings.get("weights", notes["weights"]) != notes["weights"]:
         faults.append("it was written with other weights than those of the run")
-    if subspace is not None and subspace.fingerprint and settings.get("fingerprint"):
-        faults += _refusal(lambda: Fingerprint.from_dict(settings["fingerprint"]).check(subspace.fingerprint, "it"))
+    model = None if subspace is None else subspace.fingerprint
+    if model is not None and (own := settings.get("fingerprint")):
+        faults += _refusal(lambda: Fingerprint.from_dict(own).check(model, "it"))
     return _link("corpus", f"{len(corpus)} completions, {under}", faults, checked=bool(digest) and subspace is not None)
 
 
@@ -169,11 +170,13 @@ def _subspace(place: Path, subspace: Subspace, moments: GradientMoments | None, 
     counts = ", ".join(f"{origin[n]} {said}" for n, said in _COUNTS.items() if n in origin)
     says = f"{subspace.digest()} in {place.name}, {', '.join(map(str, subspace.sites))}; {counts or dict(origin)}"
     faults: list[str | None] = []
-    if moments is not None and subspace.fingerprint is not None:
-        faults += _refusal(lambda: moments.fingerprint.check(subspace.fingerprint, "moments"))
-    follows = run is not None and moments is not None and run.config.estimator == "paper" and not any(faults)
-    if follows and (share := _overlap(subspace, Experiment.opened(run).subspace(moments))) < SAME:
-        faults.append(f"it does not follow from the moments beside it (overlap {share:.4f})")
+    if moments is not None and (model := subspace.fingerprint) is not None:
+        faults += _refusal(lambda: moments.fingerprint.check(model, "the moments"))
+    follows = False
+    if run is not None and moments is not None and run.config.estimator == "paper" and not faults:
+        follows = True
+        if (share := _overlap(subspace, Experiment.opened(run).subspace(moments))) < SAME:
+            faults.append(f"it does not follow from the moments beside it (overlap {share:.4f})")
     weights = subspace.provenance.get("weights")
     if run is not None and weights and run.notes.get("weights", weights) != weights:
         faults.append("it was taken from other weights than those of the run")

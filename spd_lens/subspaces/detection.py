@@ -86,26 +86,26 @@ class Detection:
     def lines(self) -> Iterator[str]:
         """What was found, as sentences for a terminal."""
         if self.subspace is None:
-            yield (
-                f"no projection in {self.n_sites} sites; the weights come no nearer to a lack of rank than "
-                f"{self.margin:.3g} times what rounding leaves"
-            )
+            yield f"no projection in {self.n_sites} sites"
         else:
-            yield f"a projection at {len(self.subspace.sites)} of {self.n_sites} sites"
-        for site in self.subspace.sites if self.subspace else ():
-            ranks, width = self.subspace.ranks[site], self.subspace.bases[site].shape[1]
-            blocks = "per head" if len(ranks) > 1 else "one block"
-            centred = ", around a point that is not the origin" if site in self.subspace.offset else ""
-            strength = f", strength {self.strengths[site]:.3g}" if self.strengths[site] < 0.995 else ""
-            yield f"{site}: ranks {'/'.join(map(str, ranks))} of {width}, {blocks}{centred}{strength}"
-        if self.subspace is not None and self.margin < float("inf"):
-            yield f"elsewhere the smallest singular value is {self.margin:.3g} times what rounding leaves"
+            yield from self._projections(self.subspace)
+        if self.margin < float("inf"):  # with a base, it is the change that is looked at
+            yield f"at sites without one the smallest singular value is {self.margin:.3g} times what rounding leaves"
         if self.changed:
             yield f"changed in another way, as training does: {', '.join(map(str, self.changed))}"
         if self.empty:
             yield f"with a head of zeros alone, such as a pruned one: {', '.join(map(str, self.empty))}"
         for match in self.matches:
             yield str(match)
+
+    def _projections(self, kept: Subspace) -> Iterator[str]:
+        yield f"a projection at {len(kept.sites)} of {self.n_sites} sites"
+        for site, ranks in sorted(kept.ranks.items()):
+            blocks = "per head" if len(ranks) > 1 else "one block"
+            centred = ", around a point that is not the origin" if site in kept.offset else ""
+            strength = f", strength {self.strengths[site]:.3g}" if self.strengths[site] < 0.995 else ""
+            width = kept.bases[site].shape[1]
+            yield f"{site}: ranks {'/'.join(map(str, ranks))} of {width}, {blocks}{centred}{strength}"
 
 
 def detect(
@@ -253,8 +253,9 @@ def _from_base(layer: StoredLayer, base: StoredLayer) -> _Kept:
                 strengths.append(float((own * full).sum() / full.square().sum()))
                 unexplained.append(float((own - strengths[-1] * full).norm() / own.norm()))
         strength = sum(strengths) / len(strengths) if strengths else 0.0
-        same = all(abs(one - strength) <= EXPLAINED for one in strengths)
-        if strengths and same and max(unexplained) <= EXPLAINED:
+        same = all(abs(one - strength) <= EXPLAINED for one in strengths) and 0 < strength < 1 + EXPLAINED
+        keeps = any(own.shape[1] < own.shape[0] for own in removed)  # weights that were only scaled keep nothing
+        if same and keeps and max(unexplained) <= EXPLAINED:
             kept = [rest(own) for own in removed]
             return _Kept(kept, offset=_moved(layer, base, removed, strength), strength=strength)
     return _Kept([], is_change=True)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,7 +133,8 @@ _DOMINANT = 0.9
 
 
 def _add_all(moments: GradientMoments, gradients: Iterable[TokenGradients], shards: int, settings: Extraction) -> None:
-    first, energy = Counter[Site](), Counter[Site]()
+    first: dict[Site, float] = defaultdict(float)
+    energy: dict[Site, float] = defaultdict(float)
     for rows in gradients:
         shard, e = rows.index % shards, rows.encoded
         positions = positions_by_class(e, rows.sinks)

@@ -89,7 +89,7 @@ def projected(lens: Any, subspace: Subspace, strength: float = 1.0) -> Iterator[
             )
         silent = [str(site) for site, n in projection.firings.items() if n == 0]
         if silent:
-            caution(f"the projection never fired at {', '.join(silent)}: no forward pass went there")
+            caution(f"the projection never fired at {', '.join(silent)}: no forward pass went there", stacklevel=4)
     finally:
         for hook in hooks:
             hook.remove()

@@ -100,7 +100,7 @@ class Subspace:
         if like is None:
             return cls(**fields)
         # of other origin, it was not made from the same data
-        unlike = {"findings": (), **({"provenance": {}} if "origin" in fields else {})}
+        unlike: dict[str, Any] = {"findings": (), **({"provenance": {}} if "origin" in fields else {})}
         return replace(like, **{**unlike, **fields})
 
     def blocks(self, site: Site) -> list[Basis]:

@@ -19,7 +19,6 @@ from spd_lens.runs.summary import write_summary
 from spd_lens.sites import Site
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.policy import Policy
-from spd_lens.tasks import Task
 from tests.helpers import refused
 
 
@@ -113,14 +112,13 @@ def test_a_projection_that_leaves_nothing(said, own, monkeypatch):
     assert "plain prose costs" in said()
 
 
-def test_items_that_were_trained_on(said, own, monkeypatch):
-    guardrails.check_items(own)
+def test_items_that_were_trained_on(said, own):
+    items, used = own.items("synthetic-math"), [*own.prompts, *own.calibration]
+    guardrails.check_items(used, {"synthetic-math": items})
     assert not said()
-    prompts = own.prompts
-    spaced = replace(prompts[0], prompt=prompts[0].prompt.replace(" ", "  ").upper())
-    monkeypatch.setattr(type(own.task), "test", lambda self, n, seed=42: [*Task.test(self, n, seed)[1:], spaced])
-    guardrails.check_items(own)
-    assert f"1 of {own.config.n_test(own.config.task)} test items" in said() and spaced.name in said()
+    spaced = replace(used[0], prompt=used[0].prompt.replace(" ", "  ").upper())
+    guardrails.check_items(used, {"fine": items, "own": [*items, spaced]})
+    assert f"1 of {len(items) + 1} test items of own" in said() and spaced.name in said()
 
 
 def test_gradients_of_the_first_token_alone(said, own, monkeypatch):

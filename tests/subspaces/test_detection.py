@@ -111,9 +111,10 @@ def test_what_training_changes_is_no_projection(twin_of, tmp_path):
     for site, rank in ((Site(0, "k"), 2), (Site(2, "v"), 16)):
         low = torch.randn(16, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
         site_layer(twin, site).base.weight.data += 0.01 * low
+    site_layer(twin, Site(3, "v")).base.weight.data *= 0.9
     twin.save_pretrained(tmp_path / "trained")
     found = detect(tmp_path / "trained", tmp_path / "base")
-    assert found.subspace is None and found.changed == (Site(0, "k"), Site(2, "v"))
+    assert found.subspace is None and found.changed == (Site(0, "k"), Site(2, "v"), Site(3, "v"))
     assert "as training does" in "\n".join(found.lines())
     assert detect(tmp_path / "base", tmp_path / "base").changed == ()
 
