@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Final, Literal
 
 from filelock import FileLock
 from pydantic import Field, ValidationError, field_validator
@@ -23,7 +23,7 @@ from spd_lens.files.schemas import Schema
 
 MANIFEST = "manifest.json"
 _LOCK = ".manifest.lock"
-_KIND = "manifest of spd_lens"
+_KIND: Final = "manifest of spd_lens"
 _ABOVE = 6
 """How many folders above a file its manifest may be: `SOURCE/METHOD/SEED/eval/TASK.json` is in that of a study."""
 

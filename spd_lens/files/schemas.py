@@ -31,9 +31,10 @@ def fitting(kind: type[_T], value: Any, path: str | Path) -> _T:
         value: What was read.
         path: The file, for the message.
     """
+    hashable: Any = kind
     try:
         # from JSON, since of Python's own values the strict mode would take instances of the class alone
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+        return _adapter(hashable).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "its content"

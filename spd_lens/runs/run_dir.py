@@ -18,13 +18,11 @@ from spd_lens.errors import DamagedFile, SPDError
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import (
     MANIFEST,
-    Manifest,
     Schema,
     fitting,
     is_blank,
     is_free,
     make_directory,
-    note_undigested,
     read_json,
     record_files,
     write_json,
@@ -123,8 +121,6 @@ class Folder:
         folder = cls(path)
         if not folder.config_path.exists():
             raise SPDError(f"{path} is not a {cls.kind}: it has no {cls.settings_file}")
-        if Manifest.of(folder.path) is None:
-            note_undigested(folder.config_path)
         read_kept(folder.config_path)
         return folder
 

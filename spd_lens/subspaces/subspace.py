@@ -284,7 +284,6 @@ class Subspace:
     @neutral()
     def check(self, model: nn.Module) -> None:
         """Raise `SPDError` if this is not a subspace of `model` (lens model or twin), or none at all."""
-        self._check_orthonormal()
         mine = Fingerprint.of(model)
         if self.fingerprint is not None:
             self.fingerprint.check(mine, "the subspace")
@@ -297,6 +296,7 @@ class Subspace:
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
+        self._check_orthonormal()
 
     def _check_orthonormal(self) -> None:
         for site, basis in self.bases.items():
