@@ -1,4 +1,5 @@
 # What the face hands on, each loaded when it is first used.
+from .contents import holding as holding
 from .contents import is_made as is_made
 from .contents import load_tensors as load_tensors
 from .contents import note_undigested as note_undigested
@@ -38,8 +39,8 @@ from .tables import read_csv as read_csv
 
 __all__ = [
     "MANIFEST", "STRICT", "Manifest", "Schema", "Store", "canonical", "check_recorded", "check_writable", "damage",
-    "file_sha256", "filling", "fitting", "forget", "hash_again", "inventory", "is_blank", "is_free", "is_made",
-    "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv", "read_json", "reading",
-    "record_files", "refuse_stand_in", "replacing", "save_tensors", "signed", "sync", "unreadable_weights",
+    "file_sha256", "filling", "fitting", "forget", "hash_again", "holding", "inventory", "is_blank", "is_free",
+    "is_made", "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv", "read_json",
+    "reading", "record_files", "refuse_stand_in", "replacing", "save_tensors", "signed", "sync", "unreadable_weights",
     "update_text", "write_json", "write_text",
 ]  # fmt: skip

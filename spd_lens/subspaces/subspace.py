@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import DamagedFile, SPDError, plain, whole
-from spd_lens.files import Schema, fitting, load_tensors, save_tensors
+from spd_lens.errors import SPDError, plain, whole
+from spd_lens.files import Schema, fitting, holding, load_tensors, save_tensors
 from spd_lens.models import Fingerprint, check_whole, neutral, weights_digest, without_autocast
 from spd_lens.sites import Site
 from spd_lens.stats import Finding, Grade, grade
@@ -392,7 +392,7 @@ class Subspace:
             return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
 
         of = fitting(_Header, header, path)
-        try:
+        with holding(path, "a subspace"):
             own = tuple(still_stored(map(Finding.from_dict, of.findings), Path(path).parent))
             found = cls(
                 bases=part("basis"),
@@ -404,10 +404,6 @@ class Subspace:
                 origin=of.origin,
             )
             found._check_orthonormal()
-        except DamagedFile:
-            raise
-        except SPDError as error:
-            raise DamagedFile(f"{path} holds no subspace: {error}") from error
         return found.with_findings(*own, *beside(path))
 
 
