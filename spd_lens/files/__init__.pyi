@@ -31,6 +31,7 @@ from .publishing import replacing as replacing
 from .publishing import sync as sync
 from .publishing import unreadable_weights as unreadable_weights
 from .schemas import STRICT as STRICT
+from .schemas import Loss as Loss
 from .schemas import Schema as Schema
 from .schemas import fitting as fitting
 from .stand_ins import refuse_stand_in as refuse_stand_in
@@ -38,9 +39,9 @@ from .store import Store as Store
 from .tables import read_csv as read_csv
 
 __all__ = [
-    "MANIFEST", "STRICT", "Manifest", "Schema", "Store", "canonical", "check_recorded", "check_writable", "damage",
-    "file_sha256", "filling", "fitting", "forget", "hash_again", "holding", "inventory", "is_blank", "is_free",
-    "is_made", "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv", "read_json",
-    "reading", "record_files", "refuse_stand_in", "replacing", "save_tensors", "signed", "sync", "unreadable_weights",
-    "update_text", "write_json", "write_text",
+    "Loss", "MANIFEST", "STRICT", "Manifest", "Schema", "Store", "canonical", "check_recorded", "check_writable",
+    "damage", "file_sha256", "filling", "fitting", "forget", "hash_again", "holding", "inventory", "is_blank",
+    "is_free", "is_made", "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv",
+    "read_json", "reading", "record_files", "refuse_stand_in", "replacing", "save_tensors", "signed", "sync",
+    "unreadable_weights", "update_text", "write_json", "write_text",
 ]  # fmt: skip
