@@ -11,7 +11,7 @@ from pydantic import with_config
 
 from spd_lens.errors import SPDError
 from spd_lens.evaluation.outcomes import OUTCOMES
-from spd_lens.files import STRICT, Schema, fitting, read_json, write_json
+from spd_lens.files import STRICT, Loss, Schema, fitting, read_json, write_json
 from spd_lens.stats import Estimate, mean_interval, paired_difference, score_interval
 
 _LEFT_OUT = {"copies_loss": None, "results_loss": None, "answer_only_loss": None, "rest_loss": None, "judged": True}
@@ -37,11 +37,11 @@ class ItemResult:
     """Length of the completion in tokens."""
     finish_reason: str
     """`"eos"`, `"stop"` (a stop string of the model's generation config) or `"length"`."""
-    aligned_loss: float | None = None
+    aligned_loss: Loss | None = None
     """Nats per correctness token of the gold completion; None if the item has no spans."""
-    completion_loss: float | None = None
+    completion_loss: Loss | None = None
     """Nats per token of the gold completion."""
-    kl: float | None = None
+    kl: Loss | None = None
     """KL(base || policy) in nats per token of the gold completion."""
     token_accuracy: float | None = None
     """Share of the gold completion's tokens that are the policy's most probable next token."""
@@ -49,13 +49,13 @@ class ItemResult:
     """Multiple choice: the answer with the largest log-likelihood."""
     choice_score: float | None = None
     """The task's verdict on that answer, in [0, 1]."""
-    results_loss: float | None = None
+    results_loss: Loss | None = None
     """Nats per token of each value of the gold completion where it is computed; None where the task marks none."""
-    copies_loss: float | None = None
+    copies_loss: Loss | None = None
     """Nats per token of the answer where its value stands earlier in the gold completion; None where none does."""
-    rest_loss: float | None = None
+    rest_loss: Loss | None = None
     """Nats per token of the gold completion that is neither; None where nothing is marked."""
-    answer_only_loss: float | None = None
+    answer_only_loss: Loss | None = None
     """Nats per token of the answer where it is asked for without reasoning; None where it cannot be."""
     judged: bool = True
     """Whether anything tells right from wrong. If not (a wrong answer passes the item's tests), the score is 0."""

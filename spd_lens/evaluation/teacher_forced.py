@@ -6,6 +6,7 @@ Accuracy on a few hundred items cannot tell small effects apart; these measures 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from spd_lens.errors import SPDError, whole
 from spd_lens.evaluation.skip_layers import Prefix
 from spd_lens.examples import Example, worked_examples
-from spd_lens.files import STRICT
+from spd_lens.files import STRICT, Loss
 from spd_lens.models import (
     Encoded,
     ModelPair,
@@ -42,22 +43,28 @@ class ForcedItem:
     """One gold completion under one policy. Losses and KL are in nats, each a mean over tokens."""
 
     id: str
-    aligned_loss: float
+    aligned_loss: Loss
     """Mean of `-log p` over the tokens of `S` (Eq. 6)."""
-    completion_loss: float
+    completion_loss: Loss
     """Mean of `-log p` over all tokens of the completion."""
-    kl: float
+    kl: Loss
     """Mean over the completion's tokens of KL(base || policy)."""
     token_accuracy: float
     """Share of the completion's tokens that are the policy's most probable next token."""
-    results_loss: float | None = None
+    results_loss: Loss | None = None
     """Mean of `-log p` over the tokens of each value where it is computed; None where the task marks none."""
-    copies_loss: float | None = None
+    copies_loss: Loss | None = None
     """Mean of `-log p` over the answer's tokens whose value stands earlier in the completion; None where none does."""
-    rest_loss: float | None = None
+    rest_loss: Loss | None = None
     """Mean of `-log p` over the completion's tokens that are neither; None where nothing is marked."""
-    answer_only_loss: float | None = None
+    answer_only_loss: Loss | None = None
     """Mean of `-log p` over the answer's tokens where it is asked for without reasoning; None where it cannot be."""
+
+    def __post_init__(self) -> None:
+        if any(value is not None and math.isnan(value) for name, value in vars(self).items() if name != "id"):
+            raise SPDError(
+                f"what the model says of item {self.id!r} is no number; use dtype='float32', or keep more directions"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields for JSON, without losses that it does not have."""

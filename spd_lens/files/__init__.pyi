@@ -1,4 +1,5 @@
 # What the face hands on, each loaded when it is first used.
+from .contents import holding as holding
 from .contents import is_made as is_made
 from .contents import load_tensors as load_tensors
 from .contents import note_undigested as note_undigested
@@ -31,6 +32,7 @@ from .publishing import scratch_directory as scratch_directory
 from .publishing import sync as sync
 from .publishing import unreadable_weights as unreadable_weights
 from .schemas import STRICT as STRICT
+from .schemas import Loss as Loss
 from .schemas import Schema as Schema
 from .schemas import fitting as fitting
 from .stand_ins import refuse_stand_in as refuse_stand_in
@@ -38,9 +40,10 @@ from .store import Store as Store
 from .tables import read_csv as read_csv
 
 __all__ = [
-    "MANIFEST", "Manifest", "STRICT", "Schema", "Store", "canonical", "check_recorded", "check_writable", "damage",
-    "file_sha256", "filling", "fitting", "forget", "hash_again", "inventory", "is_blank", "is_free", "is_made",
-    "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv", "read_json", "reading",
-    "record_files", "refuse_stand_in", "replacing", "save_tensors", "scratch_directory", "signed", "sync",
+    "Loss", "MANIFEST", "Manifest", "STRICT", "Schema", "Store", "canonical", "check_recorded", "check_writable",
+    "damage", "file_sha256", "filling", "fitting", "forget", "hash_again", "holding", "inventory", "is_blank",
+    "is_free", "is_made", "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv",
+    "read_json", "reading", "record_files", "refuse_stand_in", "replacing", "save_tensors", "scratch_directory",
+    "signed", "sync",
     "unreadable_weights", "update_text", "write_json", "write_text",
 ]  # fmt: skip

@@ -107,6 +107,18 @@ def reading(path: str | Path) -> Iterator[None]:
         raise DamagedFile(f"{path} has a damaged header ({error!r}); make it again") from error
 
 
+@contextlib.contextmanager
+def holding(path: str | Path, what: str) -> Iterator[None]:
+    """Whatever is refused or fails while a file becomes an object: say that it does not hold `what` it should."""
+    try:
+        yield
+    except DamagedFile:
+        raise
+    except (SPDError, *UNREADABLE) as error:
+        reason = error if isinstance(error, SPDError) else repr(error)
+        raise DamagedFile(f"{path} does not hold {what} that can be: {reason}; make it again") from error
+
+
 def is_made(path: Path, load: Callable[[Path], object]) -> bool:
     """Whether an artefact is there and whole. One that `load` finds damaged is as good as none; the log says so."""
     if not path.exists():

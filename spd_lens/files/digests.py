@@ -22,7 +22,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     for name, tensor in sorted(tensors.items()):
         about = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(canonical(about))
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

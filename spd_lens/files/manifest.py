@@ -10,20 +10,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Final, Literal
 
 from filelock import FileLock
 from pydantic import Field, ValidationError, field_validator
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
-from spd_lens.files.digests import canonical, signed, unsigned
+from spd_lens.files.digests import DIGEST, canonical, signed, unsigned
 from spd_lens.files.limits import json_within
 from spd_lens.files.publishing import clear_leftovers, file_sha256, replacing
 from spd_lens.files.schemas import Schema
 
 MANIFEST = "manifest.json"
 _LOCK = ".manifest.lock"
-_KIND = "manifest of spd_lens"
+_KIND: Final = "manifest of spd_lens"
 _ABOVE = 6
 """How many folders above a file its manifest may be: `SOURCE/METHOD/SEED/eval/TASK.json` is in that of a study."""
 
@@ -89,7 +89,7 @@ def check_recorded(path: str | Path) -> None:
     """Raise `DamagedFile` for a file that is not as the manifest above it has it. Each state of it is hashed once."""
     for folder, manifest, name in _listing(Path(path)):
         if name in manifest.files and (problem := manifest.damage(folder, name)):
-            raise DamagedFile(f"{problem}; make it again")
+            raise DamagedFile(f"{problem}; restore it, or delete {MANIFEST} if the change is yours")
 
 
 def hash_again() -> None:
@@ -160,7 +160,7 @@ def _state(path: Path) -> _State:
 @lru_cache(maxsize=64)
 def _read(path: Path, state: _State) -> Manifest | None:
     content = json_within(path)
-    if type(content) is not dict or content.get("kind") != _KIND:
+    if type(content) is not dict or (content.get("kind") != _KIND and DIGEST not in content):
         return None
     return Manifest.model_validate_json(canonical(unsigned(content)))
 

@@ -19,13 +19,11 @@ from spd_lens.errors import DamagedFile, Guardrail, SPDError, caution, is_strict
 from spd_lens.evaluation import EvalResult
 from spd_lens.files import (
     MANIFEST,
-    Manifest,
     Schema,
     fitting,
     is_blank,
     is_free,
     make_directory,
-    note_undigested,
     read_json,
     record_files,
     write_json,
@@ -125,8 +123,6 @@ class Folder:
         folder = cls(path)
         if not folder.config_path.exists():
             raise SPDError(f"{path} is not a {cls.kind}: it has no {cls.settings_file}")
-        if Manifest.of(folder.path) is None:
-            note_undigested(folder.config_path)
         read_kept(folder.config_path)
         return folder
 
@@ -250,7 +246,11 @@ class Folder:
         """Files that are whole, as far as one can tell: notes change with every start, and pages of analyses are
         recorded by those who write them, as is what is in a folder with a manifest of its own."""
         for place in sorted(folder.iterdir()):
-            if place.name.startswith(".") or place.suffix in (".lock", ".training") or place.is_symlink():
+            if (
+                place.name.startswith(".")
+                or place.suffix in (".lock", ".training", ".tensorboard")
+                or place.is_symlink()
+            ):
                 continue
             if place.is_dir():
                 if place.name != "analysis" and not (place / MANIFEST).exists():

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spd_lens.errors import DamagedFile, SPDError, plain, whole
-from spd_lens.files import Schema, fitting, load_tensors, save_tensors
+from spd_lens.errors import SPDError, plain, whole
+from spd_lens.files import Schema, fitting, holding, load_tensors, save_tensors
 from spd_lens.models import Fingerprint, check_whole, neutral, weights_digest, without_autocast
 from spd_lens.sites import Site
 from spd_lens.stats import Finding, Grade, grade
@@ -296,7 +296,6 @@ class Subspace:
     @neutral()
     def check(self, model: nn.Module) -> None:
         """Raise `SPDError` if this is not a subspace of `model` (lens model or twin), or none at all."""
-        self._check_orthonormal()
         mine = Fingerprint.of(model)
         if self.fingerprint is not None:
             self.fingerprint.check(mine, "the subspace")
@@ -309,6 +308,7 @@ class Subspace:
                     f"the subspace's site {site} with {basis.shape[0]} blocks of width {basis.shape[1]} does not exist "
                     f"in this model of {mine.n_layers} layers and width {width}; extract it again from this model"
                 )
+        self._check_orthonormal()
 
     def _check_orthonormal(self) -> None:
         for site, basis in self.bases.items():
@@ -419,7 +419,7 @@ class Subspace:
             return {Site.parse(key.removeprefix(prefix)): v for key, v in tensors.items() if key.startswith(prefix)}
 
         of = fitting(_Header, header, path)
-        try:
+        with holding(path, "a subspace"):
             own = tuple(still_stored(map(Finding.from_dict, of.findings), Path(path).parent))
             found = cls(
                 bases=part("basis"),
@@ -432,10 +432,6 @@ class Subspace:
                 provenance=of.provenance,
             )
             found._check_orthonormal()
-        except DamagedFile:
-            raise
-        except SPDError as error:
-            raise DamagedFile(f"{path} holds no subspace: {error}") from error
         return found.with_findings(*own, *beside(path))
 
 

@@ -12,8 +12,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_lens.errors import DamagedFile, SPDError, whole
-from spd_lens.files import Schema, fitting, load_tensors, reading, save_tensors
+from spd_lens.errors import SPDError, whole
+from spd_lens.files import Schema, fitting, holding, load_tensors, save_tensors
 from spd_lens.models import Fingerprint, neutral
 from spd_lens.sites import Site
 from spd_lens.subspaces.positions import CLASSES
@@ -320,24 +320,22 @@ class TokenSums:
         """Read what `save` wrote; `SPDError` for a damaged or foreign file."""
         tensors, header = load_tensors(path, "gradient moments")
         of = fitting(_Header, header, path)
-        with reading(path):
+        with holding(path, "moments"):
             n_heads = {Site.parse(site): n for site, n in of.n_heads.items()}
-            shared = {
-                "fingerprint": Fingerprint.from_dict(of.fingerprint, path), "n_heads": n_heads, "settings": of.settings,
-            }  # fmt: skip
+            fingerprint = Fingerprint.from_dict(of.fingerprint, path)
 
-            def part(prefix: str) -> Self:
+            def part(prefix: str) -> dict[str, Any]:
                 found: dict[str, Any] = {name: tensors[f"{prefix}{name}"] for name in _PER_SHARD}
                 for name in _PER_SITE:
                     names = {site: f"{prefix}{name}.{site}" for site in n_heads}
                     kept = [site for site in n_heads if name not in _OPTIONAL or names[site] in tensors]
                     found[name] = {site: tensors[names[site]] for site in kept}
-                return cls(**shared, **found)
+                return {"fingerprint": fingerprint, "n_heads": n_heads, "settings": of.settings, **found}
 
-            classes = {name: part(f"{name}/") for name in CLASSES if f"{name}/n_tokens" in tensors}
-            made = replace(part(""), classes=classes)
-            if fault := next(filter(None, (one.fault() for one in (made, *classes.values()))), None):
-                raise DamagedFile(f"{path} holds moments that no extraction gives: {fault}; make it again")
+            there = [name for name in CLASSES if f"{name}/n_tokens" in tensors]
+            made = cls(**part(""), classes={name: cls(**part(f"{name}/")) for name in there})
+            if fault := next(filter(None, (one.fault() for one in (made, *made.classes.values()))), None):
+                raise SPDError(fault)
         return made
 
     def fault(self) -> str | None:

@@ -20,6 +20,7 @@ from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.report import default_cell, report
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import teacher_forced
+from spd_lens.files import write_text
 from spd_lens.runs import Experiment
 from spd_lens.runs.run_dir import Run
 from spd_lens.settings import Extraction
@@ -38,7 +39,7 @@ def run_by(finished_run, tiny_pair, tmp_path):
     def _run_by(name, estimator, **settings):
         path = shutil.copytree(finished_run.path, tmp_path / name)
         config = finished_run.config.model_copy(update={"estimator": estimator, **settings})
-        (path / "config.yaml").write_text(config.to_yaml())
+        write_text(path / "config.yaml", config.to_yaml())
         for kept in path.glob("moments*"):
             kept.unlink()
         experiment = Experiment.opened(Run(path), pair=tiny_pair, progress=False)

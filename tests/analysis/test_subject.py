@@ -16,6 +16,7 @@ import torch
 from spd_lens.analysis.common.style import figure
 from spd_lens.analysis.common.subject import Subject, place, subjects
 from spd_lens.errors import SPDError
+from spd_lens.files import write_text
 from spd_lens.models.pair import ModelPair
 from spd_lens.runs.run_dir import Run
 from spd_lens.sites import Site
@@ -62,7 +63,7 @@ def test_where_a_share_of_energy_was_kept_its_median_rank_stands_for_a_rank(
     subspace = subject.moments.subspace(energy=0.9)
     subspace.save(subject.run.subspace_path)
     changed = subject.run.config.model_copy(update={"energy": 0.9})
-    (subject.run.path / "config.yaml").write_text(changed.to_yaml())
+    write_text(subject.run.path / "config.yaml", changed.to_yaml())
     subject = Subject(subject.run.path, pair=tiny_pair, progress=False)
     assert subject.run.config.energy == 0.9
     ranks = [rank for site in subspace.sites for rank in subspace.ranks[site]]

@@ -11,6 +11,7 @@ import torch
 import spd_lens as spd
 from spd_lens import estimators
 from spd_lens.analysis.common.subject import Subject
+from spd_lens.files import write_text
 from spd_lens.runs import Run, run
 from spd_lens.runs import experiment as module
 from spd_lens.runs.experiment import Experiment
@@ -149,7 +150,7 @@ def test_moments_of_a_run_without_its_model_name_the_flag(other_run, tmp_path):
     experiment = Experiment.opened(Run(copied), progress=False)
     assert experiment.subspace(estimator="prompt").ranks  # what is there needs no model
     text = (copied / "config.yaml").read_text().replace(f"model: {other_run.config.model}", "model: no/such-model")
-    (copied / "config.yaml").write_text(text)
+    write_text(copied / "config.yaml", text)
     with refused("cross", "no/such-model", "--keep cross"):
         Experiment.opened(Run(copied), progress=False).subspace(estimator="attribution")
     assert files(copied) == files(other_run.path)
@@ -160,7 +161,7 @@ def test_a_run_of_a_version_without_the_settings_goes_on(finished_run, tmp_path,
     lines = (copied / "config.yaml").read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.partition(":")[0] not in ("estimator", "span")]
     assert len(lines) - len(kept) == 2
-    (copied / "config.yaml").write_text("".join(kept))
+    write_text(copied / "config.yaml", "".join(kept))
     assert run(finished_run.config, copied, progress=False).subspace.digest() == finished_run.subspace.digest()
 
 

@@ -16,7 +16,7 @@ from spd_lens.evaluation import Format
 from spd_lens.evaluation.outcomes import OUTCOMES
 from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem
-from spd_lens.files import read_json
+from spd_lens.files import read_json, write_text
 from spd_lens.files.contents import write_json
 from spd_lens.runs import summary as report
 from spd_lens.runs.summary import changed, effects_section, quoted, write_summary
@@ -137,7 +137,7 @@ def test_rounding_is_owned_up_to(run, dtype, n_compared, said):
     run.note(resolved={**run.notes["resolved"], "dtype": dtype})
     if n_compared == 12:
         for name in ("unprojected.jsonl", "unprojected.settings.json"):
-            shutil.copy(run.path / name.replace("unprojected", "corpus"), run.path / name)
+            write_text(run.path / name, (run.path / name.replace("unprojected", "corpus")).read_text())
     assert ("differ by their batch alone" in write_summary(run)) is said
 
 
@@ -255,7 +255,7 @@ def test_items_that_cannot_be_judged_have_a_column_where_there_are_some(run):
 def named(run, **settings):
     """The run with settings that name its model."""
     config = spd.SPDConfig.make({**run.config.model_dump(), **settings})
-    run.config_path.write_text(config.to_yaml())
+    write_text(run.config_path, config.to_yaml())
 
 
 def test_what_is_published_stands_beside_the_base(run, monkeypatch):
@@ -345,6 +345,8 @@ def outline(text):
 def test_no_text_can_break_the_page(run):
     before = outline(write_summary(run))
     records = [json.loads(line) for line in (run.path / "corpus.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["sum"]  # the change is meant
     poisoned = [json.dumps({**record, "prompt": NASTY, "completion": NASTY}) + "\n" for record in records]
     (run.path / "corpus.jsonl").write_text("".join(poisoned))
     for policy in ("base", "spd"):
@@ -386,7 +388,7 @@ def test_long_texts_keep_their_ends():
 
 def test_a_run_without_base_can_be_summed_up(run):
     config = spd.SPDConfig.make({**run.config.model_dump(), "policies": ["spd"]})
-    run.config_path.write_text(config.to_yaml())
+    write_text(run.config_path, config.to_yaml())
     text = write_summary(run)
     assert list(table(text, f"## `{TASK}`")) == ["spd"]
     assert "minus base" not in text

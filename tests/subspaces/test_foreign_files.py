@@ -104,6 +104,7 @@ SUMS: dict[str, Change] = {
     "heads in words": say("n_heads", "1.k", value="2"),
     "other heads": say("n_heads", "1.k", value=4),
     "no site": say("n_heads", value={}),
+    "a site that is none": say("n_heads", "x", value=1),
     "a layer beyond the model": lambda t, h: (beyond(t), h["n_heads"].update({"9.k": 2})),
     "a dtype that is none": say("settings", "dtype", value="os"),
     "settings in a list": say("settings", value=[]),

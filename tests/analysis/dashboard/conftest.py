@@ -36,6 +36,7 @@ def two_runs(finished_run, tmp_path_factory):
     for name in ("corpus.jsonl", "unprojected.jsonl"):
         lines = [json.loads(line) for line in (alpha / name).read_text(encoding="utf-8").splitlines()]
         for line in lines:
+            del line["sum"]  # the change is meant
             if line["id"] == first:
                 line["prompt"] = HOSTILE
                 line["completion"] = f"{HOSTILE} alpha {name} \u202e omega"
