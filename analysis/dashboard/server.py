@@ -26,8 +26,8 @@ from spd_lens.analysis.common import PACKAGE, Subject, subjects
 from spd_lens.analysis.dashboard.document import assemble
 from spd_lens.analysis.dashboard.page import page
 from spd_lens.analysis.dashboard.playground import MAX_NEW_TOKENS, MAX_PROMPT, NAMES, Ask, Playground
-from spd_lens.errors import UNREADABLE, SPDError, shortened
-from spd_lens.files import file_sha256, read_json
+from spd_lens.errors import SPDError, shortened
+from spd_lens.files import Manifest, file_sha256
 from spd_lens.output import Console, render
 from spd_lens.subspaces import resolve_rank
 
@@ -156,11 +156,10 @@ def _saved(subject: Subject | None, name: str) -> str:
 
 def _recorded(run: Path) -> dict[str, str]:
     """The sha256 of each file of the analyses that a run's manifest lists; empty where it lists none."""
-    try:
-        files = read_json(run / "manifest.json")["files"] if (run / "manifest.json").is_file() else {}
-        return {name: entry["sha256"] for name, entry in files.items() if name.startswith("analysis/")}
-    except (SPDError, *UNREADABLE) as error:
-        raise SPDError("the run's manifest.json is damaged, so no page of it is shown") from error
+    manifest = Manifest.of(run)
+    return {} if manifest is None else {
+        name: entry.sha256 for name, entry in manifest.files.items() if name.startswith("analysis/")
+    }  # fmt: skip
 
 
 def _question() -> Any:
