@@ -49,10 +49,19 @@ TESTS = {
             "tasks/test_own.py",
             "models/test_adapter_files.py",
             "models/test_templates.py",
+            "runs/test_plain_yaml.py",
             "runs/test_run_dir.py",
         ),
     ),
-    "programs": ("hostile and forging programs", ("sandbox/test_harm.py", "sandbox/test_forgery.py")),
+    "programs": (
+        "hostile and forging programs",
+        (
+            "sandbox/test_harm.py",
+            "sandbox/test_forgery.py",
+            "sandbox/test_seccomp.py",
+            "sandbox/test_weak_tests.py",
+        ),
+    ),
     "pages": (
         "hostile text in pages and on the terminal",
         ("output", "analysis/dashboard/test_page.py", "analysis/dashboard/test_playground.py"),
