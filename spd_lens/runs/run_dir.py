@@ -217,7 +217,11 @@ class Folder:
         """Files that are whole, as far as one can tell: notes change with every start, and pages of analyses are
         recorded by those who write them, as is what is in a folder with a manifest of its own."""
         for place in sorted(folder.iterdir()):
-            if place.name.startswith(".") or place.suffix in (".lock", ".training", ".tensorboard") or place.is_symlink():
+            if (
+                place.name.startswith(".")
+                or place.suffix in (".lock", ".training", ".tensorboard")
+                or place.is_symlink()
+            ):
                 continue
             if place.is_dir():
                 if place.name != "analysis" and not (place / MANIFEST).exists():
