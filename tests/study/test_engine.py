@@ -64,7 +64,7 @@ def contents(folder):
             name = str(path.relative_to(folder))
             found[name] = path.read_bytes()
             if path.name == "training.json":
-                found[name] = {**json.loads(found[name]), "seconds": None, "sha256": None}  # which is of the seconds, too
+                found[name] = {**json.loads(found[name]), "seconds": None, "sha256": None}
             elif path.name == "adapter_config.json":  # PEFT writes a set, in another order in every process
                 record = json.loads(found[name])
                 found[name] = {**record, "target_modules": sorted(record["target_modules"])}
