@@ -62,7 +62,7 @@ class Manifest(Schema):
         path = folder / MANIFEST
         try:
             return _read(path, _state(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, DamagedFile, ValidationError, *UNREADABLE) as error:
             reason = error if isinstance(error, DamagedFile) else "it is no manifest"

@@ -51,8 +51,7 @@ def fitting(kind: type[_T], value: Any, path: str | Path) -> _T:
         place = ".".join(map(str, problem["loc"])) or "its content"
         found = "" if problem["type"] in ("missing", "extra_forbidden") else f" ({problem['input']!r:.60})"
         raise DamagedFile(
-            f"{path} holds what was never written there, at {shortened(place, 100)}{found}: {problem['msg']}; make it "
-            "again"
+            f"{path} is damaged at {shortened(place, 100)}{found}: {problem['msg']}; make it again"
         ) from error
 
 

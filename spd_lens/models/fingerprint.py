@@ -89,7 +89,7 @@ class Fingerprint:
                     f"{what} was made from another model: it has {name} = {mine}, this model has {theirs}; "
                     "extract it again from this model"
                 )
-        mine, theirs = (torch.tensor(one.sample, dtype=torch.float64) for one in (self, other))
+        mine, theirs = (torch.tensor(one.sample, dtype=torch.float64, device="cpu") for one in (self, other))
         cosine = (mine / mine.norm() @ (theirs / theirs.norm())).item() if len(mine) == len(theirs) else math.nan
         if not cosine >= _MIN_COSINE:  # NaN too
             raise SPDError(

@@ -88,7 +88,7 @@ def check_orthonormal(basis: Float[Tensor, "block width rank"], ranks: Sequence[
 
     Anything else would not project: longer columns enlarge what they should keep.
     """
-    columns = torch.arange(basis.shape[2]) < torch.tensor(ranks)[:, None]
+    columns = torch.arange(basis.shape[2], device="cpu") < torch.tensor(ranks, device="cpu")[:, None]
     wide = basis.detach().to("cpu", torch.float64)
     off = (wide.mT @ wide - torch.diag_embed(columns.double())).abs()
     if off.numel() and not off.max() <= max(_ORTHONORMAL, 8 * torch.finfo(basis.dtype).eps):  # NaN too

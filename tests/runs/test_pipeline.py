@@ -29,7 +29,7 @@ from tests.conftest import N_CTX
 from tests.helpers import assert_same_bits, killed_once_there, publish, refused
 
 SITES = [Site(1, "k"), Site(1, "v"), Site(3, "k"), Site(3, "v")]
-NOTES = ("run.json", "data_card.json", "summary.md", ".lock")
+NOTES = ("run.json", "data_card.json", "summary.md", "manifest.json", ".lock")
 """What every start writes, whatever there is left to do."""
 
 

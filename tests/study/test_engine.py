@@ -28,8 +28,8 @@ from tests.study.conftest import counting
 
 MATH = {"synthetic-math": {"max_new_tokens": 8}}
 TASK_OPTIONS = {**MATH, "synthetic-qa": {"max_new_tokens": 4}}
-REPORTS = {"study.json", "report.md", "report.html", "comparisons.csv"}
-"""Reports and notes speak of times."""
+REPORTS = {"study.json", "report.md", "report.html", "comparisons.csv", "manifest.json"}
+"""Reports and notes speak of times, and the manifest has their digests."""
 LOGGERS = {"spd_lens.runs.stages", "spd_lens.study.engine"}
 TABLES = {*REPORTS, "study.yaml", "results.csv", "corpora.csv", "findings.json", "README.md"}
 """What every start writes anew, or may: an adapter's card says what is known of it by now."""
@@ -64,7 +64,7 @@ def contents(folder):
             name = str(path.relative_to(folder))
             found[name] = path.read_bytes()
             if path.name == "training.json":
-                found[name] = {**json.loads(found[name]), "seconds": None}
+                found[name] = {**json.loads(found[name]), "seconds": None, "sha256": None}
             elif path.name == "adapter_config.json":  # PEFT writes a set, in another order in every process
                 record = json.loads(found[name])
                 found[name] = {**record, "target_modules": sorted(record["target_modules"])}
