@@ -65,9 +65,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if isinstance(what, Subspace):
-            what = what.save(folder / SUBSPACE)
-        path = Path(what)
+        path = what.save(folder / SUBSPACE) if isinstance(what, Subspace) else Path(what)
         _stage(path, folder, repo_id, base_model, licence, data_licence)
         try:
             api = HfApi()
@@ -75,8 +73,9 @@ def push_to_hub(
             said = "Published with spd_lens"
             commit = api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, commit_message=said)
         except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError) as error:
+            named = "the subspace" if isinstance(what, Subspace) else path
             raise SPDError(
-                f"{path} cannot be published as {repo_id!r}: {one_line(error, 300)}; check the name, and log in with "
+                f"{named} cannot be published as {repo_id!r}: {one_line(error, 300)}; check the name, and log in with "
                 "'hf auth login' or HF_TOKEN"
             ) from error
     return str(commit.commit_url)
