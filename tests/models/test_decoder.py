@@ -150,30 +150,36 @@ LEFT_ON = [
 ]
 
 
-@pytest.mark.parametrize("settings", [*LEFT_ON, {"output_attentions": True}], ids=str)
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Granite"])
-def test_settings_left_on_a_model_change_nothing(family, settings, tmp_path):
+def everything(family, out, **settings):
+    """What each part of the library makes of a model with these settings."""
     sizes = {**TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256} if family == "GPT2" else GROUPED
-    model_class = "GPT2LMHeadModel" if family == "GPT2" else None
+    model = make(family, "GPT2LMHeadModel" if family == "GPT2" else None, **sizes)
+    if settings.get("output_attentions"):
+        model.set_attn_implementation("eager")  # transformers allows it with no other
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    pair = ModelPair(model, TOKENIZER)
+    moments = extract(pair, EXAMPLES[:2], progress=False)
+    corpus = spd.generate(pair, ["Tom", "7 *"], subspace=moments.subspace(), max_new_tokens=4, progress=False)
+    adapter = finetune(pair, corpus, out=out, epochs=1, progress=False)
+    result = evaluate(pair, "synthetic-math", n=2, adapter=adapter, max_new_tokens=4, progress=False)
+    return moments, corpus, result
 
-    def everything(out, settings):
-        model = make(family, model_class, **sizes)
-        if settings.get("output_attentions"):
-            model.set_attn_implementation("eager")  # transformers allows it with no other
-        for name, value in settings.items():
-            setattr(model.config, name, value)
-        pair = ModelPair(model, TOKENIZER)
-        moments = extract(pair, EXAMPLES[:2], progress=False)
-        corpus = spd.generate(pair, ["Tom", "7 *"], subspace=moments.subspace(), max_new_tokens=4, progress=False)
-        adapter = finetune(pair, corpus, out=out, epochs=1, progress=False)
-        result = evaluate(pair, "synthetic-math", n=2, adapter=adapter, max_new_tokens=4, progress=False)
-        return moments, corpus, result
 
-    plain, found = everything(tmp_path / "a", {}), everything(tmp_path / "b", settings)
-    for site in plain[0].sites:
-        assert relative_error(found[0].gradient[site], plain[0].gradient[site]) < 1e-5
-    assert [r.completion_ids for r in found[1]] == [r.completion_ids for r in plain[1]]
-    assert [i.completion for i in found[2].items] == [i.completion for i in plain[2].items]
+@pytest.fixture(scope="module", params=["Llama", "GPT2", "Granite"])
+def plain(request, tmp_path_factory):
+    """A family's name, and everything of it with the settings as they are."""
+    return request.param, everything(request.param, tmp_path_factory.mktemp("plain") / "adapter")
+
+
+@pytest.mark.parametrize("settings", [*LEFT_ON, {"output_attentions": True}], ids=str)
+def test_settings_left_on_a_model_change_nothing(plain, settings, tmp_path):
+    family, expected = plain
+    found = everything(family, tmp_path / "adapter", **settings)
+    for site in expected[0].sites:
+        assert relative_error(found[0].gradient[site], expected[0].gradient[site]) < 1e-5
+    assert [r.completion_ids for r in found[1]] == [r.completion_ids for r in expected[1]]
+    assert [i.completion for i in found[2].items] == [i.completion for i in expected[2].items]
 
 
 def test_the_context_is_read_under_the_names_that_it_has():
