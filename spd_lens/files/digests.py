@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from spd_lens.errors import DamagedFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGEST = "sha256"
 """The key of a digest in the metadata of a safetensors file, and in a JSON file whose outermost value is a table."""
@@ -18,6 +18,8 @@ DIGEST = "sha256"
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The sha256 over the metadata (without `sha256`), and the name, dtype, shape and bytes of each tensor by name."""
+    import torch  # here, so that settings are read without it
+
     digest = hashlib.sha256(canonical({key: text for key, text in metadata.items() if key != DIGEST}))
     for name, tensor in sorted(tensors.items()):
         about = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic import TypeAdapter
 
 from spd_lens.errors import DamagedFile, SPDError
 
@@ -15,6 +15,7 @@ _JSON_BYTES = 2**30
 _HEADER_BYTES = 2**25
 _TENSORS = 30_000
 """Moments of 200 layers that keep everything are 25,000 tensors; their library takes 40 s for 300,000."""
+_ANY = TypeAdapter(Any)
 
 
 def json_within(path: Path) -> Any:
@@ -28,7 +29,7 @@ def json_within(path: Path) -> Any:
             raise SPDError(f"{path} has {size} bytes, and no JSON of spd_lens has more than {_JSON_BYTES}")
         text = file.read(_JSON_BYTES + 1).decode("utf-8")
     try:
-        from_json(text)  # fast, and it stops at a depth that everything else can work with
+        _ANY.validate_json(text)  # fast, and it stops at a depth that everything else can work with
     except ValueError as error:
         if "recursion" in str(error):
             raise

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from spd_lens.errors import SPDError, one_line
 from spd_lens.models.adapter_files import check_adapter, layers_of_models
 from spd_lens.models.adapters import merged_copy
-from spd_lens.models.config_files import read_settings
+from spd_lens.models.config_files import check_layers, read_settings
 from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.device_map import check_spread
 from spd_lens.models.multimodal import auto_class, text_part
@@ -45,6 +45,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
         return cast(twin, dtype)
     settings = read_settings(directory)
     quantised = _quantisation(directory, settings)
+    check_layers(directory, settings)
     if quantised and placed:
         raise SPDError(
             f"the weights in {directory} are quantised and would be de-quantised on one device; save "

@@ -60,7 +60,6 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if (directory / "generation_config.json").exists():  # transformers leaves out one that it cannot read
         _checked(directory / "generation_config.json", _Generation)
     _check_index(directory)
-    _check_layers(directory, settings)
     return settings
 
 
@@ -91,8 +90,13 @@ def _check_index(directory: Path) -> None:
             raise SPDError(f"{file} does not name the files beside it that hold the weights; get a complete copy")
 
 
-def _check_layers(directory: Path, settings: dict[str, Any]) -> None:
-    """Refuse a number of layers or experts that the weights cannot have, before transformers makes them all."""
+def check_layers(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse a number of layers or experts that the weights cannot have, before transformers makes them all.
+
+    Args:
+        directory: The model's.
+        settings: What `read_settings` read there.
+    """
     n_weights = 0
     for file in directory.glob("*.safetensors"):
         try:

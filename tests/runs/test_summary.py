@@ -244,7 +244,7 @@ def test_items_that_cannot_be_judged_have_a_column_where_there_are_some(run):
     assert heading not in write_summary(run)
     rewrite(run, "spd", judged=lambda i, item: i > 1, score=lambda i, item: float(i > 1))
     text = write_summary(run)
-    rows = table(text, f"## {TASK}")
+    rows = table(text, f"## `{TASK}`")
     assert (rows["base"][heading], rows["spd"][heading]) == ("0", "2")
     assert_estimate(rows["spd"]["accuracy"], 1.0, *wilson(10, 10), 10)
 
