@@ -38,13 +38,14 @@ step() { # step NAME COMMAND…: run it, keep its closing line
 # What multiplies by other code where newer instructions are missing. PyTorch and oneDNN use nothing beyond AVX2 here.
 without_newer=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2)
 multiplying=(tests/generation/test_{generate,slots}.py tests/subspaces/test_{extract,projection}.py
-  tests/models/test_{onednn,attention,parity,matrix}.py tests/evaluation/test_{choices,teacher_forced}.py
+  tests/models/test_{onednn,attention,parity}.py tests/evaluation/test_{choices,teacher_forced}.py
   tests/training/test_{finetune,length_groups,loss}.py)
 
 # What comes near TransformerLens. The rest is tested in the first lane: the second has the same torch and transformers.
-with_lens=(tests/{estimators,methods,models,protocols,runs} tests/subspaces/test_{extract,findings,labels,positions}.py
+with_lens=(tests/{estimators,methods,models} tests/subspaces/test_{extract,findings,labels,positions}.py
   tests/subspaces/test_{projection,reference_protocol,subspace}.py tests/analysis/test_{command,directions,drift,heads}.py
-  tests/generation/test_{cut_prompts,engines,generate,generate_per_prompt}.py tests/study/test_engine.py
+  tests/generation/test_{cut_prompts,engines,generate,generate_per_prompt}.py
+  tests/runs/test_{config,estimators,experiment,guardrails,model_check,pipeline,stages}.py
   tests/test_{artefacts,bad_input_core,cli,extending,notebooks,sites,smollm2}.py)
 
 scripts/lint.sh </dev/null >"$logs/lint.log" 2>&1 & # beside the tests; its step is the last
