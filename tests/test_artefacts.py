@@ -196,7 +196,8 @@ def test_a_finished_run_is_left_as_it_is(pair, copied):
     assert_left(before, files_of(path), {"data_card.json"})
     summary = re.sub("## Evidence\n.*?(?=## )", "", after.summary, flags=re.DOTALL)  # which is younger
     written = (FOLDER / "run/summary.md").read_text()  # where the name of a task stood as it is
-    assert re.sub("## `(.*?)`", r"## \1", summary).partition("## Time")[0] == written.partition("## Time")[0]
+    here, there = (text.replace("`synthetic-math`", "synthetic-math") for text in (summary, written))
+    assert here.partition("## Time")[0] == there.partition("## Time")[0]
 
 
 def test_a_run_that_was_killed_while_it_generated_goes_on(pair, copied):

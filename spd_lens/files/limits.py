@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from spd_lens.errors import DamagedFile, SPDError
 
@@ -30,9 +30,9 @@ def json_within(path: Path) -> Any:
         text = file.read(_JSON_BYTES + 1).decode("utf-8")
     try:
         _ANY.validate_json(text)  # fast, and it stops at a depth that everything else can work with
-    except ValueError as error:
+    except ValidationError as error:
         if "recursion" in str(error):
-            raise
+            raise ValueError("it is nested more than some 200 deep, the limit of recursion") from error
     return json.loads(text)  # which takes half characters, too
 
 
