@@ -140,10 +140,8 @@ def _saved(subject: Subject | None, name: str) -> str:
 
     A link may lead to any file of this machine. A page that the run's own versions did not write may say anything.
     """
-    path = None if subject is None else subject.folder / name
-    if path is None or path.suffix != ".html" or not path.is_file():
+    if subject is None or (path := subject.folder / name).suffix != ".html" or not path.is_file():
         raise SPDError("there is no such page")
-    assert subject is not None
     if path.resolve() != subject.run.path.resolve() / "analysis" / name:
         raise SPDError(f"{name} leads out of its folder and is not shown")
     if path.stat().st_size > _LARGEST:

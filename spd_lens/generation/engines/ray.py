@@ -60,7 +60,7 @@ class RayEngine(Engine):
             actor = ray.remote(
                 num_cpus=1, max_restarts=retries, max_task_retries=retries, scheduling_strategy="SPREAD", **gpus
             )(Worker)
-            recipe = Recipe.of(self.pair, self.decoding, policy, self.batch_size)
+            recipe = ray.put(Recipe.of(self.pair, self.decoding, policy, self.batch_size))
             workers = [actor.remote(recipe) for _ in range(n)]
             try:
                 yield partial(_spread, ray, workers, retries)
