@@ -42,8 +42,10 @@ multiplying=(tests/generation/test_{generate,slots}.py tests/subspaces/test_{ext
   tests/training/test_{finetune,length_groups,loss}.py)
 
 # What comes near TransformerLens. The rest is tested in the first lane: the second has the same torch and transformers.
-with_lens=(tests/{estimators,methods,models} tests/subspaces/test_{extract,findings,labels,positions}.py
-  tests/subspaces/test_{projection,reference_protocol,subspace}.py tests/analysis/test_{command,directions,drift,heads}.py
+with_lens=(tests/{estimators,methods} tests/analysis/test_{command,directions,drift,heads}.py
+  tests/models/test_{architectures,checkpoint,decoder,device_map,load,matrix,memory,multimodal,neutral}.py
+  tests/models/test_{parity,probe,processed,proof,sync,untouched,verbatim}.py
+  tests/subspaces/test_{extract,findings,labels,positions,projection,reference_protocol,subspace}.py
   tests/generation/test_{cut_prompts,engines,generate,generate_per_prompt}.py
   tests/runs/test_{config,estimators,experiment,guardrails,model_check,pipeline,stages}.py
   tests/test_{artefacts,bad_input_core,cli,extending,notebooks,sites,smollm2}.py)

@@ -7,6 +7,7 @@ as read-only, or leave them as they were.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -40,6 +41,13 @@ from tests import fake_device
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     fake_device.register()
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays until the end: nobody who collects garbage (accelerate, statsmodels) need look at it."""
+    gc.collect()
+    gc.freeze()
+
 
 TEXTS = (
     "Tom has 12 apples and buys 30 more. How many apples does he have now? 12 + 30 = 42. The answer is 42.",

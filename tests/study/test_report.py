@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,15 +38,6 @@ def _one(table: pd.DataFrame, **where: str) -> pd.Series:
         table = table[table[column] == value]
     assert len(table) == 1
     return table.iloc[0]
-
-
-@pytest.fixture(autouse=True)
-def quick_collection() -> Iterator[None]:
-    """statsmodels collects garbage in every correction; what is there already need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # numbers
