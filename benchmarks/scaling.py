@@ -28,7 +28,7 @@ from benchmarks.table import Row
 from spd_lens.study import HELD_PROMPT, HELD_TOKEN, Costs, Machine, StudyConfig, Unit, shape_of
 from spd_lens.subspaces import BlockSpectrum
 
-SIZES = {"extract": (3, 8), "generate": (4, 12), "finetune": (2, 6)}
+SIZES = {"extract": (24, 96), "generate": (32, 96), "finetune": (16, 48)}
 """Examples, prompts or texts of each stage: those of the calibration, and the larger set, which the first model has."""
 NEW_TOKENS, DTYPE = 16, "bfloat16"
 CORE = Machine("one CPU core in bfloat16", 0.125e12, 4e9, 0.5e-3, recomputes=False)

@@ -44,7 +44,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays until the end: nobody who collects garbage (accelerate, statsmodels) need look at it."""
+    """What imports made stays to the end: whoever collects garbage (accelerate, statsmodels) need not look at it."""
     gc.collect()
     gc.freeze()
 
