@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -67,8 +68,8 @@ def row(args: argparse.Namespace, engine: str, pair: spd.ModelPair, folder: Path
     return corpus
 
 
-def main() -> None:
-    """Print the table as Markdown."""
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subspace")
     parser.add_argument("engines", nargs="+")
@@ -78,7 +79,12 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="a Python that has vLLM, for the engine vllm")
     parser.add_argument("--url", help="a server that has the policy, for the engine openai")
     parser.add_argument("--served", help="the name under which that server has it")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    args = parsed(sys.argv[1:])
     pair, first = spd.load(args.model, dtype="float32"), None
     print(f"| engine | seconds, start included | tokens/s | same tokens as {args.engines[0]} | resumed after a kill |")
     print("| --- | --- | --- | --- | --- |")

@@ -63,7 +63,7 @@ class Served:
         own = json.loads(asked.get("generation_config", "{}"))
         ends = asked.get("stop_token_ids") or own.get("eos_token_id") or [tokenizer.eos_token_id]
         top_k = (asked.get("top_k") or own.get("top_k") or -1) if self.heeds_top_k else -1
-        generator = torch.Generator().manual_seed(asked["seed"])
+        generator = torch.Generator().manual_seed(asked.get("seed", 0))
         new: list[int] = []
         while len(new) < asked["max_tokens"]:
             with self.lock, torch.no_grad():
