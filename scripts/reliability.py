@@ -8,6 +8,7 @@ keeps the rows of earlier calls that are not made again. Exit code 0: nothing wa
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -126,6 +127,7 @@ def _begin_worker(model: str) -> None:
     global _pair
     torch.set_num_threads(1)
     _pair = spd.load(model, dtype="float32", device="cpu")
+    gc.freeze()  # every training collects garbage, and what imports made is none
 
 
 def _attempt(job: str, fault: Callable[..., str | None], argument: Any) -> str:
