@@ -128,11 +128,11 @@ $(HOOKED)/library: $(PROJECT) constraints.txt $(HOOKED)/model | $(HOOKED)/torch
 	@touch $@
 
 $(HOOKED)/dev: $(HOOKED)/library
-	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers]"
+	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,signing]"
 	@touch $@
 
 $(HOOKED)/bench: $(HOOKED)/dev
-	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,bench]"
+	scripts/install.sh .venv -c constraints.txt --no-build-isolation -e ".[hooked,cluster,dashboard,dev,evals,quantised,servers,signing,bench]"
 	@touch $@
 
 $(BRIDGE)/test: $(PROJECT) constraints-bridge.txt $(BRIDGE)/model | $(BRIDGE)/torch $(HOOKED)/dev

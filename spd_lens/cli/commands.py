@@ -305,14 +305,16 @@ def push_command(
         str | None, typer.Option("--data-license", help="Licence of the data; known for published benchmarks.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    sign_key: Annotated[Path | None, typer.Option("--sign-key", help="Private key (PEM) to sign it with.")] = None,
 ) -> None:
     """Publish a subspace, an adapter or a model on the hub, with a card made from what is known of it."""
     set_up_logging(quiet=True)
     from spd_lens.subspaces import push_to_hub
 
     address = push_to_hub(
-        path, repository, base_model=base_model, licence=licence, data_licence=data_licence, private=private
-    )
+        path, repository, base_model=base_model, licence=licence, data_licence=data_licence, private=private,
+        sign_key=sign_key,
+    )  # fmt: skip
     Console().print(f"published: {address}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -321,12 +323,13 @@ def pull_command(
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="The file of a subspace, or a directory.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; else the newest.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM); else nothing is verified.")] = None,
 ) -> None:
     """A subspace, an adapter or a model from the hub, checked: no pickled weights and no code."""
     set_up_logging(quiet=True)
     from spd_lens.subspaces import copy_from_hub
 
-    found = copy_from_hub(repository, out, revision=revision)
+    found = copy_from_hub(repository, out, revision=revision, key=key)
     Console().print(f"written to {found}", highlight=False, markup=False)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from spd_lens.output import markdown, visible
 from spd_lens.stats import Finding, Grade
 from spd_lens.subspaces.findings import adapter_grade, beside
 from spd_lens.subspaces.lora import ORIGIN
+from spd_lens.subspaces.signing import SIGNATURE, check_signature, sign
 from spd_lens.subspaces.subspace import Subspace
 
 SUBSPACE = "subspace.safetensors"
@@ -41,6 +43,7 @@ def push_to_hub(
     data_licence: str | None = None,
     private: bool = False,
     revision: str | None = None,
+    sign_key: str | Path | None = None,
 ) -> str:
     """Publish a subspace, an adapter or a whole checkpoint on the hub, with a card made from what is known of it.
 
@@ -56,17 +59,21 @@ def push_to_hub(
         data_licence: Licence of the data that it was made from; None: that of a published benchmark, else unknown.
         private: Whether a new repository is private.
         revision: The branch; None: the main one.
+        sign_key: A private key on an elliptic curve (PEM), with which all of it is signed; None: no signature.
 
     Returns:
         The address of the commit.
 
     Raises:
-        SPDError: there is no such thing; an adapter names its base by a path of this machine; or the hub refuses.
+        SPDError: there is no such thing; an adapter names its base by a path of this machine; the key is none; or the
+            hub refuses.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         path = what.save(folder / SUBSPACE) if isinstance(what, Subspace) else Path(what)
         _stage(path, folder, repo_id, base_model, licence, data_licence)
+        if sign_key is not None:
+            sign(folder, _taken(folder), sign_key)
         try:
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -81,7 +88,7 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def from_hub(repo_id: str, *, revision: str | None = None) -> Path:
+def from_hub(repo_id: str, *, revision: str | None = None, key: str | Path | None = None) -> Path:
     """The local copy of a repository of the hub: of a subspace the file, of an adapter or a model the directory.
 
     `load`, `evaluate(adapter=...)` and `Subspace.load` take it. No pickled weights and no code are fetched.
@@ -89,17 +96,21 @@ def from_hub(repo_id: str, *, revision: str | None = None) -> Path:
     Args:
         repo_id: `owner/name`.
         revision: Branch, tag or commit; None: the newest.
+        key: The publisher's public key (PEM): what is not signed with its private half is refused. None: a signature
+            is not looked at.
 
     Raises:
-        SPDError: there is no such repository or revision, the hub is out of reach, or it holds none of these.
+        SPDError: there is no such repository or revision, the hub is out of reach, it holds none of these, or they are
+            not the key's.
     """
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_READ))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*_READ, SIGNATURE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SPDError(
             f"{repo_id!r}{f' at revision {revision!r}' if revision else ''} cannot be had from the hub: "
             f"{one_line(error, 300)}; check its name and revision"
         ) from error
+    check_signature(folder, _taken(folder), key)
     if (folder / SUBSPACE).is_file():
         return folder / SUBSPACE
     if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
@@ -107,17 +118,23 @@ def from_hub(repo_id: str, *, revision: str | None = None) -> Path:
     raise SPDError(f"{repo_id!r} holds no subspace, adapter or model: it has neither {SUBSPACE} nor a configuration")
 
 
-def copy_from_hub(repo_id: str, out: str | Path, *, revision: str | None = None) -> Path:
+def copy_from_hub(repo_id: str, out: str | Path, *, revision: str | None = None, key: str | Path | None = None) -> Path:
     """`from_hub` into a file or directory of one's own, which must not be there yet."""
     out = Path(out)
     if not is_free(out):
         raise SPDError(f"{out} is there already; choose another --out")
-    found = from_hub(repo_id, revision=revision)
+    found = from_hub(repo_id, revision=revision, key=key)
     if found.is_file():
         return Subspace.load(found).save(out)
     with filling(out) as scratch:
         shutil.copytree(found, scratch, dirs_exist_ok=True)
     return out
+
+
+def _taken(folder: Path) -> list[str]:
+    """Which files of a folder are taken from a repository."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in _READ)]
 
 
 def _stage(

@@ -126,3 +126,56 @@ def test_the_picture_has_a_line_for_each_block_and_is_text_alone(subspace):
     assert picture.count("<polyline") == sum(len(ranks) for ranks in subspace.ranks.values())
     assert "nan" not in picture and "<script" not in picture
     assert "<polyline" not in spectrum_svg(subspace.random_like(0))
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """Private and public key of a publisher, and the public key of another."""
+    pytest.importorskip("model_signing", reason="signatures need the extra 'signing'")
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    for name in ("mine", "other"):
+        private = ec.generate_private_key(ec.SECP256R1())
+        traditional, plain = forms.PrivateFormat.TraditionalOpenSSL, forms.NoEncryption()
+        (tmp_path / f"{name}.pem").write_bytes(private.private_bytes(forms.Encoding.PEM, traditional, plain))
+        public = private.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    return tmp_path / "mine.pem", tmp_path / "mine.pub", tmp_path / "other.pub"
+
+
+def test_a_signature_says_who_published_all_of_it(hub, subspace, keys, tmp_path):
+    private, public, other = keys
+    push_to_hub(subspace, "me/signed", sign_key=private)
+    assert "model.sig" in hub.repositories["me/signed"][-1]
+    assert spd.Subspace.load(from_hub("me/signed", key=public)).digest() == subspace.digest()
+    with pytest.warns(UserWarning, match="signed, but by whom was not checked"):
+        from_hub("me/signed")
+    with refused("other.pub over the files as they are"):
+        from_hub("me/signed", key=other)
+    with refused("none.pub is no file"):
+        from_hub("me/signed", key=tmp_path / "none.pub")
+    push_to_hub(subspace, "me/plain")
+    with refused("there is no model.sig"):
+        copy_from_hub("me/plain", tmp_path / "plain.safetensors", key=public)
+    assert not (tmp_path / "plain.safetensors").exists()
+    with refused("nothing can be signed with", "mine.pub"):
+        push_to_hub(subspace, "me/plain", sign_key=public)
+
+
+@pytest.mark.parametrize("change", ["another subspace", "a file more", "a file less", "no signature in it"])
+def test_what_was_changed_after_signing_is_refused(hub, subspace, keys, tmp_path, change):
+    private, public, _ = keys
+    push_to_hub(subspace, "me/signed", sign_key=private)
+    files = dict(hub.repositories["me/signed"][-1])
+    if change == "another subspace":
+        files["subspace.safetensors"] = subspace.random_like(0).save(tmp_path / "x.safetensors").read_bytes()
+    elif change == "a file more":
+        files["adapter_config.json"] = b"{}"
+    elif change == "a file less":
+        del files["README.md"]
+    else:
+        files["model.sig"] = b"{}"
+    hub.repositories["me/signed"].append(files)
+    with refused("its signature is not that of"):
+        from_hub("me/signed", key=public)
