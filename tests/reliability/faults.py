@@ -6,9 +6,12 @@ import errno
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 import spd_lens as spd
 from tests.reliability.crash_states import watched
@@ -34,6 +37,7 @@ def kill(job: str, pair: spd.ModelPair, place: Path, after: float) -> bool:
     child = os.fork()
     if not child:
         try:
+            tqdm.set_lock(threading.RLock())  # else the one of all processes, which nobody would ever open again
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, after)
             JOBS[job](pair, place)
