@@ -16,6 +16,11 @@ from spd_lens.errors import SPDError, strictly
 from spd_lens.runs import SPDConfig
 from spd_lens.settings import Settings
 
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings only: no log, and no progress bars.")]
+SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
+AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
+
 # What may be said with a pair of flags instead of a value.
 _SWITCHES = {
     "add_special_tokens": "--add-special-tokens/--no-add-special-tokens",
