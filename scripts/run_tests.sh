@@ -48,7 +48,7 @@ with_lens=(tests/{estimators,methods} tests/analysis/test_{command,directions,dr
   tests/subspaces/test_{extract,findings,labels,positions,projection,reference_protocol,subspace}.py
   tests/generation/test_{cut_prompts,engines,generate,generate_per_prompt}.py
   tests/runs/test_{config,estimators,experiment,guardrails,model_check,pipeline,stages}.py
-  tests/test_{artefacts,bad_input_core,cli,extending,notebooks,sites,smollm2}.py)
+  tests/test_{artefacts,bad_input_core,cli,extending,interoperation,notebooks,sites,smollm2}.py)
 
 scripts/lint.sh </dev/null >"$logs/lint.log" 2>&1 & # beside the tests; its step is the last
 lint=$!
