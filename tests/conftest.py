@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import logging
 import multiprocessing
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from multiprocessing.context import BaseContext
@@ -18,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -30,6 +34,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from spd_lens.cli.commands import main
 from spd_lens.models.load import load
 from spd_lens.models.pair import ModelPair
 from spd_lens.runs.config import SPDConfig
@@ -273,3 +278,23 @@ def finished_run(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPat
     """A run that was never disturbed. Copy it before changing it."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return run(SPDConfig.make(tiny_settings), out, progress=False)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run `spd-lens` with some arguments in this process: exit code, stdout and stderr."""
+    level, verbosity = logging.getLogger("spd_lens").level, transformers.utils.logging.get_verbosity()
+
+    def _call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spd-lens", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
+            main()
+        output = capfd.readouterr()
+        return stop.value.code or 0, output.out, output.err
+
+    yield _call
+    logging.getLogger("spd_lens").setLevel(level)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()

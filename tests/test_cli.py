@@ -1,14 +1,12 @@
 """The command line: settings as flags, each stage alone, and every mistake as one sentence with exit code 2."""
 
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spd_lens as spd
-from spd_lens.cli.commands import app, main
+from spd_lens.cli.commands import app
 from spd_lens.models.backends import choose_backends
 from spd_lens.sites import Site
 from spd_lens.subspaces import random_basis
@@ -28,28 +26,6 @@ from tests.conftest import BACKENDS, N_CTX
 from tests.helpers import make_adapter
 
 COMMANDS = [command.name for command in app.registered_commands]
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run `spd-lens` with some arguments in this process: exit code, stdout and stderr."""
-    import transformers
-
-    level, verbosity = logging.getLogger("spd_lens").level, transformers.utils.logging.get_verbosity()
-
-    def _call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spd-lens", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
-            main()
-        output = capfd.readouterr()
-        return stop.value.code or 0, output.out, output.err
-
-    yield _call
-    logging.getLogger("spd_lens").setLevel(level)
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from spd_lens.cli.flags import Out, Quiet, with_settings
+from spd_lens.cli.flags import AsJson, Out, Quiet, print_json, with_settings
 from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
 from spd_lens.output import Console, set_up_logging
@@ -108,6 +108,7 @@ def detect_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the directions that are left, as a subspace.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Has a projection been folded into these weights? Layers, heads and ranks, from the files alone."""
     set_up_logging(quiet=True)
@@ -117,24 +118,35 @@ def detect_command(
         check_writable(out)
     known = {str(path): Subspace.load(path) for path in subspaces or []}
     found = detect(checkpoint, base, kinds=[kind.strip() for kind in kinds.split(",")], subspaces=known)
+    if out is not None and found.subspace is not None:
+        found.subspace.save(out)
+    if as_json:
+        print_json(found.to_dict())
+        return
     Console().print("\n".join(found.lines()), highlight=False, markup=False, soft_wrap=True)
     if out is not None and found.subspace is not None:
-        Console().print(f"written to {found.subspace.save(out)}", highlight=False, markup=False)
+        Console().print(f"written to {out}", highlight=False, markup=False)
 
 
 def grade_command(
     places: Annotated[list[Path], typer.Argument(help="Runs, studies and contests; those of other models, too.")],
+    as_json: AsJson = False,
 ) -> None:
     """How far the evidence for subspaces and adapters reaches, from stored results (docs/evidence.md)."""
     from spd_lens.output import markdown
     from spd_lens.study import grades_of
 
-    rows = [[str(path), str(grade), grade.reasons[-1]] for path, grade in grades_of(places).items()]
+    grades = grades_of(places)
+    if as_json:
+        print_json([{"of": path, "grade": str(grade), "reasons": grade.reasons} for path, grade in grades.items()])
+        return
+    rows = [[str(path), str(grade), grade.reasons[-1]] for path, grade in grades.items()]
     Console().print("\n".join(markdown(["of", "grade", "by"], rows)), highlight=False, markup=False, soft_wrap=True)
 
 
 def verify_command(
     places: Annotated[list[Path], typer.Argument(help="Runs, studies, rounds, corpora or single files.")],
+    as_json: AsJson = False,
 ) -> None:
     """Is every file what was written? Reads and hashes all of them again (docs/reliability.md); exit code 2 if not."""
     set_up_logging(quiet=True)
@@ -142,12 +154,18 @@ def verify_command(
     from spd_lens.runs import verify
 
     console, found = Console(), [verify(place) for place in places]
-    for problem in (problem for one in found for problem in one.damaged):
-        console.print(visible(problem), highlight=False, markup=False, soft_wrap=True)
+    damaged = [problem for one in found for problem in one.damaged]
     n_files, n_recorded = sum(one.n_files for one in found), sum(one.n_recorded for one in found)
-    if n_damaged := sum(len(one.damaged) for one in found):
-        raise SPDError(f"{n_damaged} of {n_files} files are not what was written")
-    console.print(f"{n_files} files, {n_recorded} of them listed in a manifest.json: none is damaged", highlight=False)
+    if as_json:
+        print_json({"n_files": n_files, "n_recorded": n_recorded, "damaged": damaged})
+    for problem in [] if as_json else damaged:
+        console.print(visible(problem), highlight=False, markup=False, soft_wrap=True)
+    if damaged:
+        raise SPDError(f"{len(damaged)} of {n_files} files are not what was written")
+    if not as_json:
+        console.print(
+            f"{n_files} files, {n_recorded} of them listed in a manifest.json: none is damaged", highlight=False
+        )
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

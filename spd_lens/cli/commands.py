@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +14,11 @@ import typer
 from rich.markdown import Markdown
 
 from spd_lens.cli.artefacts import COMMANDS
-from spd_lens.cli.flags import AdapterDir, Out, Quiet, SubspaceFile, with_settings
+from spd_lens.cli.examples import epilog
+from spd_lens.cli.flags import AdapterDir, AsJson, Out, Quiet, SubspaceFile, print_json, with_settings
 from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
-from spd_lens.output import Console, set_up_logging, start
+from spd_lens.output import Console, log_to, set_up_logging, start
 from spd_lens.runs import DEMO, SPDConfig, validated
 from spd_lens.settings import DEFAULT_MODEL, EngineSettings, Extraction
 
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
     from spd_lens.subspaces import Policy
 
 app = typer.Typer(
-    help="Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -36,9 +36,27 @@ _MODEL = ("protocol", "model", "backend", "dtype", "device", "device_map", "offl
 _DATA = ("task", "data_dir", "task_options", "data_seed", "too_long")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("spd_lens"))
+        raise typer.Exit
+
+
+@app.callback()
+def with_log(
+    log_file: Annotated[
+        Path | None, typer.Option("--log-file", help="Also write the log to this file; stands before the command.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", callback=_version)] = False,
+) -> None:
+    """Self-Policy Distillation (arXiv 2605.22675): find, look at, apply and distil a capability subspace."""
+    if log_file is not None:
+        log_to(log_file)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
-    start(app, on_interrupt=_after_interrupt(sys.argv[1:2]))
+    start(app, on_interrupt=_after_interrupt(sys.argv[1:]))
 
 
 @app.command("run")
@@ -291,6 +309,7 @@ def compare_command(
     first: Annotated[str, typer.Argument(help="A run directory, or several with commas between (other seeds).")],
     second: Annotated[str, typer.Argument(help="What to compare with it.")],
     out: Annotated[Path | None, typer.Option("--out", help="Also write the table here, as Markdown.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Two runs on the same test items: paired differences with intervals and exact tests."""
     from spd_lens.files import write_text
@@ -299,9 +318,13 @@ def compare_command(
     if out is not None:
         check_writable(out)
     runs = [[Run.open(path.strip()) for path in side.split(",")] for side in (first, second)]
-    table = comparison_table(compare(*runs), first, second)
+    found = compare(*runs)
+    table = comparison_table(found, first, second)
     if out is not None:
         write_text(out, table)
+    if as_json:
+        print_json([{**asdict(one), "verdict": one.verdict} for one in found])
+        return
     Console().print(Markdown(table, hyperlinks=False))
 
 
@@ -310,7 +333,7 @@ def compare_command(
 def check_command(
     config: SPDConfig,
     model: Annotated[str, typer.Argument(help="Hub name, model directory or .gguf file.")] = DEFAULT_MODEL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     show_tokens: Annotated[str | None, typer.Option(help="Also print the tokens that this prompt becomes.")] = None,
 ) -> None:
     """Does this model work here, provably: hooks, folding, gradients, padding, cache? Exit code 1 if not."""
@@ -354,8 +377,10 @@ def dashboard_command(
     Console().print(f"written to {written}", highlight=False, markup=False)
 
 
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+for _name, _function in COMMANDS.items():
+    app.command(_name)(_function)
+for _command in app.registered_commands:
+    _command.epilog = epilog(_command.name)
 
 
 def _policy(config: SPDConfig, subspace: Path | None, adapter: Path | None) -> Policy:
@@ -373,7 +398,6 @@ def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
     Console().print(f"Everything is in {out}.", highlight=False, markup=False)
 
 
-def _after_interrupt(command: list[str]) -> str:
-    if command and command[0] in _RESUMABLE:
-        return "the same command continues where it was"
-    return "nothing was written"
+def _after_interrupt(words: list[str]) -> str:
+    command = next((word for word in words if word in {one.name for one in app.registered_commands}), None)
+    return "the same command continues where it was" if command in _RESUMABLE else "nothing was written"

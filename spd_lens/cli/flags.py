@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic_core
 import typer
 
 from spd_lens.errors import SPDError, strictly
@@ -18,8 +19,15 @@ from spd_lens.settings import Settings
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings only: no log, and no progress bars.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, and nothing else; what is not finite becomes null."""
+    typer.echo(pydantic_core.to_json(value, indent=2, inf_nan_mode="null", fallback=str).decode())
+
 
 # What may be said with a pair of flags instead of a value.
 _SWITCHES = {

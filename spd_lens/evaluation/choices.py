@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from spd_lens.evaluation.teacher_forced import ForcedBatch, forced_logits
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally, token_losses
+from spd_lens.output import progress_bar
 from spd_lens.subspaces import Policy, with_answers
 
 
@@ -37,7 +37,7 @@ def most_likely(
     variants = [(item.id, choice, with_answers(item, [choice])) for item in items for choice in choices[item.id]]
     encoded = [pair.encode(variant) for _, _, variant in variants]
     scores: dict[str, dict[str, float]] = {item.id: {} for item in items}
-    with policy.applied(pair) as model, tqdm(total=len(variants), desc="choices", disable=not progress) as bar:
+    with policy.applied(pair) as model, progress_bar(progress, total=len(variants), desc="choices") as bar:
         for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
             losses = token_losses(forced_logits(pair, model, batch), batch.target)

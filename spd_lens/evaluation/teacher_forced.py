@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import with_config
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError, whole
 from spd_lens.evaluation.skip_layers import Prefix
@@ -31,6 +30,7 @@ from spd_lens.models import (
     run_twin,
     unembed_only,
 )
+from spd_lens.output import progress_bar
 from spd_lens.subspaces import Policy
 
 _ROWS = 32
@@ -151,7 +151,7 @@ def teacher_forced(
         raise SPDError(f"policies need names of their own, but these were given: {', '.join(names)}")
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
-    bar = tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress)
+    bar = progress_bar(progress, total=len(examples) * len(policies), desc="teacher-forced")
     with bar, contextlib.nullcontext() if prefix is None else prefix.watching():
         for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from tqdm.auto import tqdm
-
 from spd_lens.errors import SPDError, whole
 from spd_lens.examples import Example, as_examples, id_text
 from spd_lens.generation import engines
 from spd_lens.generation.corpus import Corpus, CorpusWriter, Key, Record, recorded_settings
 from spd_lens.generation.jobs import Decoding, Job
 from spd_lens.models import ModelPair, adapter_digest, dtype_name, neutrally, weights_digest
+from spd_lens.output import progress_bar
 from spd_lens.settings import EngineSettings, SamplingKeywords, SamplingSettings
 from spd_lens.subspaces import Policy, Subspace
 
@@ -108,7 +107,7 @@ def _complete(
                 f"the corpus holds a completion of another text for prompt {job.example.id!r}; give the same prompts "
                 "again or another path"
             )
-    with tqdm(total=len(jobs), initial=len(done), unit="prompt", disable=not progress) as bar:
+    with progress_bar(progress, total=len(jobs), initial=len(done), unit="prompt") as bar:
         for group in groups:
             left = [job for job in group.jobs if job.key not in done]
             if not left:

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -156,6 +157,28 @@ def _patient_streams() -> Iterator[Callable[[], str | None]]:
         yield lost
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+def log_to(path: Path) -> None:
+    """Also write the log of `spd_lens` to a file, at its end: a line each with date, level and where it comes from.
+
+    Raises:
+        SPDError: the file cannot be written.
+    """
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise SPDError(f"cannot write the log {path}: {error.strerror}; choose another --log-file") from error
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("spd_lens", "py.warnings"):
+        logging.getLogger(name).addHandler(handler)
+
+
+class _Plain(logging.Formatter):
+    """Control characters of a stranger's text are spelled out here too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def set_up_logging(quiet: bool, *, errors_only: bool = False) -> None:

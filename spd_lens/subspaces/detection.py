@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -97,6 +97,20 @@ class Detection:
             yield f"with a head of zeros alone, such as a pruned one: {', '.join(map(str, self.empty))}"
         for match in self.matches:
             yield str(match)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found, as JSON has it: sites by their names, the directions by their ranks."""
+        kept = {} if self.subspace is None else self.subspace.ranks
+        return {
+            "checkpoint": self.checkpoint, "n_sites": self.n_sites, "margin": self.margin,
+            "projections": {
+                str(site): {"ranks": ranks, "strength": self.strengths[site], "centred": site in self.subspace.offset}
+                for site, ranks in sorted(kept.items())
+                if self.subspace is not None
+            },
+            "changed": [*map(str, self.changed)], "empty": [*map(str, self.empty)],
+            "matches": [{**vars(match), "is_same": match.is_same} for match in self.matches],
+        }  # fmt: skip
 
     def _projections(self, kept: Subspace) -> Iterator[str]:
         yield f"a projection at {len(kept.sites)} of {self.n_sites} sites"

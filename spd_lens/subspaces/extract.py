@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from spd_lens.errors import SPDError, caution, whole
 from spd_lens.examples import Example, worked_examples
@@ -46,6 +45,7 @@ from spd_lens.models import (
     unembed_only,
     weights_digest,
 )
+from spd_lens.output import progress_bar
 from spd_lens.settings import Extraction, ExtractionKeywords
 from spd_lens.sites import Site
 from spd_lens.subspaces.moments import GradientMoments
@@ -314,7 +314,7 @@ def _rows(
     sites = pair.sites(settings.layers, settings.kinds)
     tap = _tap(pair, sites, settings.engine, max(len(e.ids) for e in encoded))
     layers = sorted({site.layer for site in sites})
-    with tqdm(total=sum(map(len, batches)), desc="extract", unit="example", disable=not progress) as bar:
+    with progress_bar(progress, total=sum(map(len, batches)), desc="extract", unit="example") as bar:
         for batch in batches:
             for rows in _batch_gradients(tap, batch, [encoded[i] for i in batch], pair, settings):
                 yield replace(rows, sinks=sinks_of(pair, rows.encoded, layers, settings.sinks))

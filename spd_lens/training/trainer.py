@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from spd_lens.errors import SPDError
 from spd_lens.files import read_json, write_text
 from spd_lens.models import angles_change_beyond, fastest_attention, sync_trained_alone
+from spd_lens.output import progress_bar
 from spd_lens.training.checkpoint_dir import complete_checkpoint
 from spd_lens.training.length_groups import passes
 from spd_lens.training.loss import NextTokenLoss
@@ -181,7 +181,7 @@ class _Bar(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not self._shown)
+        self._bar = progress_bar(self._shown, total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
