@@ -11,6 +11,7 @@ from .contents import write_json as write_json
 from .contents import write_text as write_text
 from .digests import canonical as canonical
 from .digests import signed as signed
+from .limits import refuse_special as refuse_special
 from .manifest import MANIFEST as MANIFEST
 from .manifest import Manifest as Manifest
 from .manifest import check_recorded as check_recorded
@@ -27,6 +28,7 @@ from .publishing import is_free as is_free
 from .publishing import make_directory as make_directory
 from .publishing import occupants as occupants
 from .publishing import publish as publish
+from .publishing import refuse_linked as refuse_linked
 from .publishing import replacing as replacing
 from .publishing import scratch_directory as scratch_directory
 from .publishing import sync as sync
@@ -43,7 +45,7 @@ __all__ = [
     "Loss", "MANIFEST", "Manifest", "STRICT", "Schema", "Store", "canonical", "check_recorded", "check_writable",
     "damage", "file_sha256", "filling", "fitting", "forget", "hash_again", "holding", "inventory", "is_blank",
     "is_free", "is_made", "load_tensors", "make_directory", "note_undigested", "occupants", "publish", "read_csv",
-    "read_json", "reading", "record_files", "refuse_stand_in", "replacing", "save_tensors", "scratch_directory",
-    "signed", "sync",
-    "unreadable_weights", "update_text", "write_json", "write_text",
+    "read_json", "reading", "record_files", "refuse_linked", "refuse_special", "refuse_stand_in", "replacing",
+    "save_tensors", "scratch_directory", "signed", "sync", "unreadable_weights", "update_text",
+    "write_json", "write_text",
 ]  # fmt: skip

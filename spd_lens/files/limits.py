@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,22 @@ _TENSORS = 30_000
 _ANY = TypeAdapter(Any)
 
 
+def refuse_special(path: str | Path) -> None:
+    """Raise `SPDError` where a pipe, a device or a socket stands in place of a file: reading it may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever reads the file says so
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SPDError(f"{path} is no file but a pipe, a device or a socket; put the file itself there")
+
+
 def json_within(path: Path) -> Any:
     """The JSON in a file: at most 1 GiB of UTF-8, nested at most some 200 deep.
 
     Raises what a damaged file raises (`errors.UNREADABLE`), `OSError`, or `SPDError` for a file that is too large.
     """
+    refuse_special(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _JSON_BYTES:
@@ -38,6 +50,7 @@ def json_within(path: Path) -> Any:
 
 def check_header(path: Path) -> None:
     """Raise `DamagedFile` for a safetensors file whose header is larger than any of ours, before it is taken up."""
+    refuse_special(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size - 8):

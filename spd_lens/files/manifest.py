@@ -6,6 +6,7 @@ process, an entry is that of the file beside it, or there is none.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -102,7 +103,7 @@ def forget(path: str | Path) -> None:
     """Take a file, or all that is below a directory, out of the manifest, before it is written anew or added to."""
     for folder, manifest, name in _listing(Path(path)):
         if any(_is_below(listed, name) for listed in manifest.files):
-            with FileLock(folder / _LOCK):
+            with _locked(folder):
                 now = Manifest.of(folder) or Manifest()
                 _write(folder, {listed: entry for listed, entry in now.files.items() if not _is_below(listed, name)})
 
@@ -125,8 +126,22 @@ def record_files(folder: Path, files: Iterable[Path], stage_of: Callable[[PurePo
             made[name] = Entry(size=state[1], sha256=_sha256(path, state), stage=stage)
     if not made:
         return
-    with FileLock(folder / _LOCK):
+    with _locked(folder):
         _write(folder, {**made, **(Manifest.of(folder) or Manifest()).files})
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from the manifest."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire()
+    except OSError as error:  # a link that stands there, for instance
+        raise SPDError(f"{folder / _LOCK} cannot be locked ({error.strerror}); delete it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write(folder: Path, files: dict[str, Entry]) -> None:

@@ -84,6 +84,14 @@ def make_directory(path: Path) -> None:
         _sync(place.parent)
 
 
+def refuse_linked(path: Path) -> None:
+    """Raise `SPDError` where a directory below `path` is a link: what is written there would land somewhere else."""
+    for folder, inner, _ in os.walk(path):
+        for name in inner:
+            if (place := Path(folder, name)).is_symlink():
+                raise SPDError(f"{place} is a link, and files would be written where it leads; put a directory there")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A new empty file to write to. It becomes `path` at the end, or goes if anything goes wrong.

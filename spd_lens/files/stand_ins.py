@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spd_lens.errors import SPDError
+from spd_lens.files.limits import refuse_special
 
 _GIT_LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _STAND_INS = {
@@ -17,7 +18,8 @@ _STAND_INS = {
 
 
 def refuse_stand_in(path: str | Path) -> None:
-    """Raise `SPDError` where a file is not itself but a pointer of git-lfs or the page of a failed download."""
+    """Raise `SPDError` where a file is not itself but a pointer of git-lfs, a failed download's page, or a pipe."""
+    refuse_special(path)
     try:
         with Path(path).open("rb") as file:
             start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()

@@ -72,7 +72,18 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool
             f"the model in {directory} cannot be loaded: its files lack {missing} "
             f"({len(report['missing_keys'])} weights in all); get a complete copy"
         )
+    if not placed:
+        _unmap(twin)
     return text_part(_dequantised(twin, dtype) if quantised else twin)
+
+
+@torch.no_grad()
+def _unmap(twin: nn.Module) -> None:
+    """Give weights memory of their own. transformers leaves what it need not convert mapped to its file: whoever writes
+    over the file would change the model, and a shorter file would end the process."""
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def check_whole(twin: nn.Module) -> None:

@@ -6,16 +6,19 @@ today's date.
 
 from __future__ import annotations
 
-import math
+import operator
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, Sized, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 from jinja2 import Template, nodes
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.sandbox import SecurityError
+from jinja2.visitor import NodeTransformer
 
 from spd_lens.models.transformers_private import template_environment
 
@@ -27,14 +30,25 @@ _CHARACTERS = 1_000_000
 """Characters of one rendering beyond those of the messages."""
 _SECONDS = 2.0
 """Seconds of computing that one rendering may take; the templates that we know take milliseconds."""
-_GROWN = 64 * _CHARACTERS
-_GROWING = frozenset(
-    "batch center expandtabs indent join ljust replace rjust slice tojson urlize wordwrap xmlattr zfill".split()
+_HELD = 8
+"""How many times what may be written a template may hold in one value, or write within macros and blocks."""
+_BITS, _INDENT = 4096, 64
+"""Of whole numbers, and the most that a text is indented or a number has behind its point."""
+_FILTERS = frozenset(
+    "abs capitalize count d default dictsort e escape first float format groupby indent int items join last length "
+    "list lower map max min reject rejectattr replace reverse round safe select selectattr sort string title tojson "
+    "trim truncate unique upper".split()
 )
-"""Filters and methods whose result may be as long as the product of what they are given."""
+"""The filters that templates have: of each it is known how much it makes of what it is given."""
+_METHODS = frozenset(
+    "capitalize count endswith find format get index isalnum isalpha isdigit islower isspace isupper items join keys "
+    "lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
+    "startswith strip title upper values".split()
+)
+"""The methods of texts, lists and dictionaries that they have."""
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^}]*(\{|:[^}]*\d{6})")
 """A field of a format that is very wide, or as wide as another value says."""
-_WATCH = "spd_lens_watch"
+_WATCH, _JOINED = "spd_lens_watch", "spd_lens_joined"
 
 
 def render(
@@ -58,7 +72,7 @@ def render(
     chunks = []
     _BOUNDS.set(bounds)
     for chunk in _compiled(tokenizer.get_chat_template(None)).generate(
-        **given, strftime_now=now.strftime, range=bounds.range, **{_WATCH: bounds.watch}
+        **given, strftime_now=now.strftime, range=bounds.range, **{_WATCH: bounds.watch, _JOINED: bounds.joined}
     ):
         bounds.add(chunk)
         chunks.append(chunk)
@@ -99,19 +113,55 @@ class _Bounds:
     """Counts what one rendering does."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.written, self.steps = most, 0, 0
+        self.most, self.written, self.steps, self.shown = most, 0, 0, 0
         self.until = time.thread_time() + _SECONDS
 
-    def watch(self, value: Any = None) -> str:
-        """Count one step; called at every turn of a loop, and with everything that is put into a variable."""
+    def watch(self, size: int = 0, *kept: Any) -> str:
+        """Count one step that writes so many characters; called at every turn of a loop, and with everything that is
+        put into a variable."""
         self._count(1)
-        self._refuse(len(value) if isinstance(value, str | list | tuple) else 0)
+        self._show(size)
+        self.hold(kept)
         return ""
 
     def range(self, *ends: int) -> Sequence[int]:
         """Count the whole range at once, since a filter goes through it without a loop."""
         self._count(len(found := range(*ends)))
         return found
+
+    def joined(self, *parts: Any) -> str:
+        """What `~` makes."""
+        self.hold(parts)
+        return "".join(map(str, parts))
+
+    def finalized(self, value: Any) -> Any:
+        """Called with everything that is written, in macros and blocks, too."""
+        self._show(self.hold(value))
+        return value
+
+    def hold(self, value: Any, times: int = 1) -> int:
+        """How much there is in a value, counted as often as it would be written; refuse too much of it.
+
+        Args:
+            value: Texts, numbers, and lists and dictionaries of them.
+            times: How often it is to be repeated.
+        """
+        size, inner = 0, [value]
+        while inner:
+            one = inner.pop()
+            if isinstance(one, int):
+                if one.bit_length() > _BITS:
+                    raise OverflowError(f"it computes with whole numbers of more than {_BITS} bits")
+                size += 1 + one.bit_length() // 3
+                continue
+            size += len(one) if isinstance(one, Sized) and not isinstance(one, Undefined) else 1
+            if size * times > _HELD * self.most:
+                raise OverflowError(f"it makes more than {_HELD * self.most:,} characters")
+            if isinstance(one, Mapping):
+                inner += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple | set | KeysView | ValuesView | ItemsView):
+                inner += one
+        return size
 
     def look_at_the_clock(self) -> None:
         """Called before every filter and function, too, of which a template may have a hundred thousand in a row."""
@@ -124,12 +174,14 @@ class _Bounds:
         if self.steps > _STEPS:
             raise OverflowError(f"its loops take more than {_STEPS:,} steps")
 
+    def _show(self, size: int) -> None:
+        self.shown += size
+        if self.shown > _HELD * self.most:
+            raise OverflowError(f"it makes more than {_HELD * self.most:,} characters")
+
     def add(self, chunk: str) -> None:
         self.written += len(chunk)
-        self._refuse(self.written)
-
-    def _refuse(self, size: int) -> None:
-        if size > self.most:
+        if self.written > self.most:
             raise OverflowError(f"it writes more than {self.most:,} characters")
 
 
@@ -145,32 +197,52 @@ def _compiled(source: str) -> Template:
     environment = _environment()
     tree = environment.parse(source)
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-        node.body.insert(0, _watched())
+        written = sum(len(data.data) for part in node.body for data in part.find_all(nodes.TemplateData))
+        node.body.insert(0, _watched(nodes.Const(written)))
     for body in list(_bodies(tree)):
         for place, node in reversed(list(enumerate(body))):
             if isinstance(node, nodes.Assign | nodes.AssignBlock):
-                body[place + 1 : place + 1] = [_watched(kept) for kept in _targets(node.target)]
+                body[place + 1 : place + 1] = [_watched(nodes.Const(0), *_targets(node.target))]
+    tree = _Concatenations().visit(tree)
     tree.set_lineno(1)  # of the new nodes alone
     tree.set_environment(environment)
     return environment.from_string(tree)
 
 
+class _Concatenations(NodeTransformer):
+    """Lets `~` be computed within bounds."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:  # jinja2's name
+        parts = [self.visit(part) for part in node.nodes]
+        return nodes.Call(nodes.Name(_JOINED, "load"), parts, [], None, None, lineno=node.lineno)
+
+
 def _environment() -> Any:
     """transformers' environment, in which operators, filters and functions are computed within bounds."""
     environment = template_environment()
-    environment.intercepted_binops = frozenset({"*", "**", "%"})
+    environment.intercepted_binops = frozenset({"*", "**", "%", "+"})
     environment.call_binop = _arithmetic
-    environment.filters = {name: _bounded(name, function) for name, function in environment.filters.items()}
+    environment.filters = {name: _bounded(name, environment.filters[name]) for name in sorted(_FILTERS)}
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
+    environment.finalize = _finalized
     call = environment.call
 
     def bounded_call(context: Any, function: Any, *values: Any, **named: Any) -> Any:
         name, receiver = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-        _check_growth(name, (receiver, *values, *named.values()))
-        return call(context, function, *values, **named)
+        if isinstance(receiver, _PLAIN) and name not in _METHODS:
+            raise SecurityError(f"{type(receiver).__name__} has no method {name!r} in chat templates")
+        return _within(name, partial(call, context, function), (receiver,), values, named)
 
     environment.call = bounded_call
     return environment
+
+
+_PLAIN = (str, bytes, int, float, list, tuple, set, dict)
+
+
+def _finalized(value: Any) -> Any:
+    bounds = _BOUNDS.get()
+    return value if bounds is None else bounds.finalized(value)
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,32 +250,52 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)  # and its marks, by which jinja knows what to hand to it
     def filtered(*values: Any, **named: Any) -> Any:
-        _check_growth(name, (*values, *named.values()))
-        return function(*values, **named)
+        return _within(name, function, (), values, named)
 
     return filtered
 
 
-def _check_growth(name: str, given: Sequence[Any]) -> None:
-    """Refuse what would make gigabytes out of short values, before it is computed."""
-    if bounds := _BOUNDS.get():
-        bounds.look_at_the_clock()
-    values = [value for value in given if isinstance(value, int | Sized | Iterator)]
-    if name.startswith("format"):
-        grows = any(isinstance(value, str) and _WIDE.search(value) for value in values[:1])
-    elif name == "replace" and len(values) > 2 and all(isinstance(value, str) for value in values[:3]):
-        text, old, new = map(str, values[:3])
-        grows = text.count(old) * len(new) > _GROWN
-    else:
-        grows = name in _GROWING and math.prod(max(_size(value), 1) for value in values) > _GROWN
-    if grows:
-        raise OverflowError(f"{name} makes more than {_GROWN:,} characters")
+def _within(
+    name: str, function: Callable[..., Any], of: tuple[Any, ...], values: Sequence[Any], named: Mapping[str, Any]
+) -> Any:
+    """What a filter or a function makes of its values, `of` the object that a method belongs to.
+
+    Refuses what would make gigabytes out of short values before it is computed, and what is too much afterwards.
+    """
+    bounds = _BOUNDS.get()
+    if bounds is None:
+        return function(*values, **named)
+    bounds.look_at_the_clock()
+    values = [_held(value, bounds) for value in values]
+    given, options = [*of, *values, *named.values()], [*values[1:], *named.values()]
+    size, texts = bounds.hold(given), [value for value in given if isinstance(value, str)]
+    widths = [abs(one) if isinstance(one, int) else len(one) for one in options if isinstance(one, int | str)]
+    if name in ("format", "strftime"):
+        if any(_WIDE.search(text) for text in texts):
+            raise OverflowError("a field of a format is too wide")
+    elif name == "replace" and len(texts) > 2:
+        bounds.hold(texts[2], texts[0].count(texts[1]))
+    elif name == "join":
+        bounds.hold(max(texts, key=len, default=""), size)
+    elif name in ("indent", "tojson", "round") and max(widths, default=0) > _INDENT:
+        raise OverflowError(f"{name} by more than {_INDENT}")
+    found = function(*values, **named)
+    if not isinstance(found, Iterator):
+        bounds.hold(found)
+    return found
 
 
-def _size(value: int | Sized | Iterator[Any]) -> int:
-    if isinstance(value, int):
-        return abs(value)
-    return len(value) if isinstance(value, Sized) else _STEPS  # of an iterator, the most that it can have
+def _held(value: Any, bounds: _Bounds) -> Any:
+    """What an iterator gives, as a list that is not too much; anything else as it is."""
+    if not isinstance(value, Iterator) or isinstance(value, LoopContext):
+        return value
+    found: list[Any] = []
+    size = 0
+    for one in value:
+        found.append(one)
+        size += bounds.hold(one)
+        bounds.hold("x", size)
+    return found
 
 
 def _bodies(node: nodes.Node) -> Iterator[list[nodes.Node]]:
@@ -228,14 +320,18 @@ def _watched(*values: nodes.Expr) -> nodes.Stmt:
     return nodes.ExprStmt(nodes.Call(nodes.Name(_WATCH, "load"), list(values), [], None, None))
 
 
-def _arithmetic(_context: Any, operator: str, left: Any, right: Any) -> Any:
-    """Compute products, powers and what `%` writes; refuse those that make gigabytes out of two short operands."""
-    if operator == "%":
-        _check_growth("format", (left,))
-        return left % right
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, int) and one > 1:
-            size = len(other) if isinstance(other, str | list | tuple) else 0
-            if size * one > _CHARACTERS or (operator == "**" and one > _CHARACTERS.bit_length()):
-                raise OverflowError(f"{operator} makes more than {_CHARACTERS:,} characters")
-    return left * right if operator == "*" else left**right
+def _arithmetic(_context: Any, sign: str, left: Any, right: Any) -> Any:
+    """Compute sums, products, powers and what `%` writes; refuse what makes gigabytes out of two short operands."""
+    if (bounds := _BOUNDS.get()) is not None:
+        bounds.hold((left, right))
+        if sign == "%" and isinstance(left, str) and _WIDE.search(left):
+            raise OverflowError("a field of a format is too wide")
+        for one, other in ((left, right), (right, left)):
+            if sign == "*" and isinstance(one, int) and isinstance(other, str | bytes | list | tuple):
+                bounds.hold(other, max(one, 0))
+        if sign == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _BITS:
+            raise OverflowError(f"it computes with whole numbers of more than {_BITS} bits")
+    return _OPERATORS[sign](left, right)
+
+
+_OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 # Terminal control codes (all but tab and line feed), marks that reverse the reading direction, characters without a
-# width (but joiners, which scripts and emoji need), separators of lines, invisible tags, half characters.
+# width (but joiners and one selector of an emoji's form, which scripts and emoji need), fillers that look like nothing,
+# separators of lines, invisible tags and selectors, half characters.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e01ef]"
+    "|(?<=[\ufe00-\ufe0f])[\ufe0e\ufe0f]"
 )
 
 
@@ -20,8 +22,8 @@ def visible(text: str) -> str:
 
 
 def inert(text: object) -> str:
-    """Text in a line of Markdown that cannot break out of a table, become HTML or hide anything."""
-    return visible(str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " "))
+    """Text in a line of Markdown that cannot break out of a table, become HTML, a link or a picture, or hide."""
+    return visible(str(text).replace("|", "\\|").replace("<", "&lt;").replace("](", "]&#40;").replace("\n", " "))
 
 
 def all_visible(value: Any) -> Any:

@@ -21,7 +21,7 @@ from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.findings import write_evidence
 from spd_lens.runs.guardrails import check_base, check_items
 from spd_lens.runs.loading import decided_by, ready_pair
-from spd_lens.runs.preflight import check_data, check_model
+from spd_lens.runs.preflight import check_data, check_kept, check_model
 from spd_lens.runs.run_dir import Run
 from spd_lens.runs.stages import Step, note_start, score, work
 from spd_lens.runs.summary import base_warnings, write_summary
@@ -62,6 +62,7 @@ def run(config: SPDConfig, out: str | Path, *, progress: bool = True, pair: Mode
     with record.working():
         with record.guarded(config.strict):
             _note(record, experiment)
+            check_kept(record, experiment.pair)
             drawn = {
                 name: task.test(config.n_test(name), config.data_seed) for name, task in experiment.targets.items()
             }

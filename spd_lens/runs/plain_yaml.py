@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from spd_lens.errors import SPDError, one_line
+from spd_lens.files import refuse_special
 
 _LONGEST = 2**16
 """Bytes of a file of settings; the library's own have a few thousand."""
@@ -58,6 +59,7 @@ def parse_yaml(text: str) -> Any:
 
 def read_text(path: str | Path) -> str:
     """A file of settings; `SPDError` in one sentence if it cannot be read, is no UTF-8 or larger than any of them."""
+    refuse_special(path)
     try:
         with Path(path).open("rb") as file:
             content = file.read(_LONGEST + 1)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from spd_lens import estimators
 from spd_lens.errors import SPDError
 from spd_lens.evaluation import known_as, models_published
-from spd_lens.generation import Decoding, check_room
-from spd_lens.models import ModelPair, choose_backends, refuse_spread, resolve_device, resolve_dtype
+from spd_lens.files import Schema, fitting, is_made, read_json
+from spd_lens.generation import Decoding, check_room, corpus_digest, recorded_settings
+from spd_lens.models import (
+    TRAINING_LOG,
+    Fingerprint,
+    ModelPair,
+    choose_backends,
+    refuse_spread,
+    resolve_device,
+    resolve_dtype,
+)
 from spd_lens.protocols import protocol
 from spd_lens.registry import did_you_mean
 from spd_lens.runs.config import SPDConfig
 from spd_lens.runs.context_limit import forced_texts, left_out
 from spd_lens.runs.experiment import Experiment
 from spd_lens.runs.model_check import require_core
-from spd_lens.subspaces import resolve_rank
+from spd_lens.runs.run_dir import Run
+from spd_lens.subspaces import GradientMoments, resolve_rank
 from spd_lens.tasks import Split
 from spd_lens.training import resolve_targets, scored_padding, trackers
 
@@ -135,3 +146,39 @@ def check_completions(experiment: Experiment) -> None:
                 "nothing of its completion to train on; raise max_length, set max_prompt_tokens below it, or train on "
                 "the prompt too (loss_on 'all')"
             )
+
+
+def check_kept(run: Run, pair: ModelPair) -> None:
+    """Raise `SPDError` where what is there, and is not made again, is of another model or not of what is beside it.
+
+    A manifest tells of most; but one may be missing, or not list what somebody has put there.
+    """
+    subspace = run.subspace if run.has_subspace else None
+    if subspace is not None and subspace.fingerprint is not None:
+        subspace.fingerprint.check(pair.fingerprint, str(run.subspace_path))
+    if is_made(run.moments_path, GradientMoments.load):
+        GradientMoments.load(run.moments_path).fingerprint.check(pair.fingerprint, str(run.moments_path))
+    for path in (run.corpus_path, run.unprojected_path):
+        made = (recorded_settings(path) or {}) if path.exists() else {}
+        if of := made.get("fingerprint"):
+            Fingerprint.from_dict(of, path).check(pair.fingerprint, str(path))
+        if subspace is not None and made.get("subspace") not in (None, subspace.digest()):
+            raise SPDError(
+                f"{path} was generated under the subspace {made['subspace']}, and {run.subspace_path} is "
+                f"{subspace.digest()}; restore the one, or delete the other to make it again"
+            )
+    if run.has_corpus and run.is_trained:
+        made = fitting(_Trained, read_json(run.adapter / TRAINING_LOG), run.adapter / TRAINING_LOG).settings
+        there = {"corpus": corpus_digest(run.corpus), "weights": run.notes.get("weights")}
+        for name, digest in there.items():
+            if None not in (digest, made.get(name)) and made[name] != digest:
+                raise SPDError(
+                    f"{run.adapter} was trained with the {name} {made[name]}, and those of {run.path} are {digest}; "
+                    "restore them, or delete the adapter to train it again"
+                )
+
+
+class _Trained(Schema, extra="ignore"):
+    """What is read of an adapter's `training.json`."""
+
+    settings: dict[str, Any]

@@ -26,6 +26,7 @@ from spd_lens.files import (
     make_directory,
     read_json,
     record_files,
+    refuse_linked,
     write_json,
     write_text,
 )  # fmt: skip
@@ -186,6 +187,7 @@ class Folder:
         lock = FileLock(self.path / _LOCK)
         try:
             make_directory(self.path)
+            refuse_linked(self.path)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise SPDError(f"another process is working on {self.path}; wait for it or choose another --out") from error

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from spd_lens.errors import UNREADABLE, SPDError
 from spd_lens.evaluation import EvalResult, ForcedItem
-from spd_lens.files import MANIFEST, Manifest, check_recorded, fitting, hash_again, read_json
+from spd_lens.files import MANIFEST, Manifest, check_recorded, fitting, hash_again, read_json, refuse_special
 from spd_lens.generation import Corpus, settings_path
 from spd_lens.models import TRAINING_LOG, adapter_damage
 from spd_lens.runs.config import read_kept
@@ -63,7 +63,7 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         if place.is_dir():
             yield from _files(place)
-        elif place.is_file():
+        else:
             yield place
 
 
@@ -77,6 +77,7 @@ def _manifest(folder: Path) -> Manifest | None:
 def _problem(file: Path) -> str | None:
     """What is wrong with a file, in a sentence; None if nothing is, as far as anything is known of it."""
     try:
+        refuse_special(file)
         check_recorded(file)
         _reader(file)(file)
     except (SPDError, OSError, *UNREADABLE) as error:

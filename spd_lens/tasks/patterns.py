@@ -12,6 +12,8 @@ from spd_lens.examples import Span
 
 _SECONDS = 2.0
 """Time that one search for a pattern may take."""
+_MOST_CHARACTERS = 2000
+"""Characters of a pattern."""
 _MOST_COUNTED = 200_000
 """Steps that a pattern may have once its counts (`{2,5}`) are written out, which is what its compilation takes."""
 
@@ -19,6 +21,11 @@ _MOST_COUNTED = 200_000
 @lru_cache(maxsize=256)
 def compiled(pattern: str, where: str) -> tuple[regex.Pattern[str], str]:
     """A pattern and the name of the group that is the span: `answer`, or the only named group."""
+    if len(pattern) > _MOST_CHARACTERS:
+        raise SPDError(
+            f"{where}: the regular expression {pattern[:80]!r} has {len(pattern)} characters, and at most "
+            f"{_MOST_CHARACTERS} are allowed"
+        )
     if written_out(pattern) > _MOST_COUNTED:
         raise SPDError(
             f"{where}: the counts in the regular expression {pattern[:80]!r} multiply to too much; lower them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from spd_lens.errors import UNREADABLE, DamagedFile, SPDError
 from spd_lens.files import (
+    Schema,
     damage,
+    fitting,
     forget,
     inventory,
     is_free,
@@ -34,10 +38,26 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 """Written into a checkpoint once all else is on the disk: its `inventory`. Earlier versions' is empty."""
-_BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_STATE = "trainer_state.json"
+_BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", _STATE)
 """What a checkpoint of one process holds beside the weights."""
 _OF_SEVERAL = ("rng_state_*.pth", "optimizer_*", "pytorch_model_*", "global_step*", "latest", "zero_to_fp32.py")
 """What one of several processes holds besides: each one's random state, and what FSDP and DeepSpeed keep."""
+
+
+def _remove(place: Path) -> None:
+    """Delete a directory with all that is in it, or the link or file that stands in its place."""
+    if place.is_symlink() or not place.is_dir():
+        place.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+class _State(Schema, extra="ignore"):
+    """What is read of transformers' `trainer_state.json`."""
+
+    global_step: int = Field(ge=0, lt=2**31)
+    log_history: list[dict[str, Any]]
 
 
 class TrainingPlace:
@@ -107,15 +127,19 @@ class TrainingPlace:
         `best_epoch`: the epoch, counted from 1, whose weights a checkpoint says are the best so far, or 0 for none.
         Given where they are kept: they must be whole then, too.
         """
-        found = [place for place in self.checkpoints.glob("checkpoint-*") if place.name[11:].isdigit()]
+        found = [place for place in self.checkpoints.glob("checkpoint-*") if re.fullmatch("[0-9]+", place.name[11:])]
         for checkpoint in sorted(found, key=lambda place: int(place.name[11:]), reverse=True):
             problem = _checkpoint_damage(checkpoint)
-            if problem is None and best_epoch is not None and (epoch := best_epoch(str(checkpoint))):
-                problem = _checkpoint_damage(self.epochs / str(epoch))
+            if problem is None and best_epoch is not None:
+                try:
+                    if epoch := best_epoch(str(checkpoint)):
+                        problem = _checkpoint_damage(self.epochs / str(epoch))
+                except UNREADABLE:  # a loss that is no number, or of a step that was none
+                    problem = f"{checkpoint} has the log of no training"
             if problem is None:
                 return str(checkpoint)
             log.info("%s: going on from before it", problem)
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
         return None
 
     def keep_epoch(self, epoch: int, checkpoint: Path) -> None:
@@ -124,10 +148,10 @@ class TrainingPlace:
         Those of two epochs ago go: were they the best, the training would have stopped by now.
         """
         kept = self.epochs / str(epoch)
-        shutil.rmtree(kept, ignore_errors=True)  # of a process that was killed here, or of a checkpoint that was lost
+        _remove(kept)  # of a process that was killed here, or of a checkpoint that was lost
         shutil.copytree(checkpoint, kept, ignore=shutil.ignore_patterns(*_BESIDE_WEIGHTS, *_OF_SEVERAL, COMPLETE))
         complete_checkpoint(kept)
-        shutil.rmtree(self.epochs / str(epoch - 2), ignore_errors=True)
+        _remove(self.epochs / str(epoch - 2))
 
     def take_epoch(self, epoch: int) -> None:
         """Make the weights of an epoch the result."""
@@ -138,7 +162,7 @@ class TrainingPlace:
         write_json(self.result / LOG, {**summary, **trained_files(self.result)})
         forget(self.directory)
         if self.directory.exists():  # free, damaged, or what `resume=False` trains anew
-            shutil.rmtree(self.directory)
+            _remove(self.directory)
         publish(self.result, self.directory)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -183,6 +207,8 @@ def _checkpoint_damage(checkpoint: Path) -> str | None:
     try:
         if not marker.stat().st_size:
             return _earlier_damage(checkpoint)
+        if (state := checkpoint / _STATE).exists():
+            fitting(_State, read_json(state), state)
         return damage(checkpoint, read_json(marker))
     except Exception as error:  # damaged archives raise many types
         return f"{checkpoint} is damaged ({error})"

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import math
+import pickle
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import set_seed
 
-from spd_lens.errors import SPDError, whole
+from spd_lens.errors import SPDError, one_line, whole
 from spd_lens.files import reading
 from spd_lens.generation import Corpus, corpus_digest
 from spd_lens.models import (
@@ -231,17 +232,28 @@ def _fit(
 ) -> dict[str, Any]:
     """Train from the latest checkpoint on, write the weights to `place.result`, and say what `training.json` notes."""
     if stop is None:
-        trainer.train(resume_from_checkpoint=processes.first(place.latest_checkpoint))
+        _go_on(trainer, processes.first(place.latest_checkpoint))
         trainer.save_model(str(place.result), _internal_call=True)
         return {}
     checkpoint = processes.first(lambda: place.latest_checkpoint(stop.best_epoch))
     if checkpoint is not None and (ended := stop.ended(checkpoint)):  # killed at the very end: Trainer would go on
         trainer.state = ended
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        _go_on(trainer, checkpoint)
     report = stop.report(trainer.state, n_epochs)
     processes.first(lambda: place.take_epoch(report["epoch"]))
     return {"early_stop": report}
+
+
+def _go_on(trainer: CorpusTrainer, checkpoint: str | None) -> None:
+    """Train from a checkpoint on."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise SPDError(
+            f"{checkpoint} holds something else than numbers, which was not loaded ({one_line(error, 120)}); delete "
+            "that directory, and the same call goes on from before it"
+        ) from error
 
 
 def _check_corpus(pair: ModelPair, corpus: Corpus) -> None:

@@ -238,7 +238,7 @@ ENDLESS = {
     "filters": "{% for i in messages[0].content %}{{ range(9999) | sum }}{% endfor %}",
     "a product": "{{ 'x' * 100000000 }}",
     "a product of lists": "{% set x = [1] * 10**10 %}",
-    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a power": "{{ 10 ** 10000000000 }}",
     "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "adding up": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "blocks": "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{{ x }}{{ x }}{% endset %}" * 30,
@@ -257,6 +257,32 @@ ENDLESS = {
     "indenting": "{{ ('a\n' * 9999) | indent(99999) }}",
     "joining": "{{ range(9999) | join('x' * 99999) }}",
     "joining what is not there yet": "{{ range(9999) | map('string') | join('x' * 99999) }}",
+    "digits": "{{ 1 | round(300000000, 'floor') }}",
+    "bytes": "{{ (1).to_bytes(1000000000, 'big') | length }}",
+    "translating": "{{ ('a' * 10000).translate({97: 'b' * 100000}) }}",
+    "a list of one list": "{{ (['x' * 1000000] * 1000) | join }}",
+    "a list of one list as text": "{{ (['x' * 1000000] * 1000) | string }}",
+    "a list of one list written": "{{ ['x' * 1000000] * 1000 }}",
+    "a list of one list beside a text": "{{ 'x' ~ (['x' * 1000000] * 1000) }}",
+    "a list of one list in a format": "{{ '%s' % (['x' * 1000000] * 1000,) }}",
+    "a list of one list by a method": "{{ ''.join(['x' * 1000000] * 1000) }}",
+    "values of a dictionary": "{{ dict(a=['x' * 1000000] * 1000).values() | list | tojson }}",
+    "macros of macros": "{% macro m(s) %}{{ s ~ s }}{% endmacro %}{{ " + "m(" * 40 + "'ab'" + ")" * 40 + " }}",
+    "macros that write": "{% macro m(s) %}{% for i in range(5000) %}{{ s }}{% endfor %}{% endmacro %}"
+    "{% set x = m('x' * 100000) %}",
+    "macros of prose": "{% macro m() %}{% for i in range(99000) %}" + "text " * 2000 + "{% endfor %}{% endmacro %}"
+    "{% set x = m() | length %}",
+    "padding each": "{{ range(999) | map('center', 60000) | join }}",
+    "replacing in each": "{{ range(9999) | map('string') | map('replace', '1', 'x' * 60000) | list | length }}",
+    "indented JSON": "{{ messages | tojson(indent=50000000) }}",
+    "JSON indented by a text": "{{ messages | tojson(indent='x' * 500000) }}",
+    "a format of names": "{{ '{a:999999999}'.format_map({'a': 1}) }}",
+    "a wide day": "{{ strftime_now('%999999999Y') }}",
+    "keys of a long text": "{{ dict.fromkeys('x' * 900000 , 'x' * 900000) | tojson }}",
+    "whole numbers": "{% set ns = namespace(x=10**900) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}"
+    "{% endfor %}",
+    "nested lists": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}",
+    "a sum of texts": "{{ (['x' * 999] * 900) | map('list') | sum(start=[]) | length }}",
     "prose": "{{ lipsum(n=100000) }}",
     "a long template": "{# " + "x" * 1_000_001 + " #}",
     "much text": "{% for i in range(1000) %}" + "text " * 2000 + "{% endfor %}",
@@ -294,7 +320,7 @@ EVERYTHING = (
     "{% continue %}{% else %}{% set (a, b) = (1, m.content) %}{{ a }}{{ b | trim }}{% endif %}{% endfor %}"
     "{{ ns.n }}"
     "{{ 'ab' * 3 }}{{ 2 ** 5 }}{{ 2.5 * 2 }}{{ 7 % 2 }}{{ '%03d|%s' % (5, 'x') }}{{ '%d' | format(7) }}"
-    "{{ '{:>4}'.format('*{x}*') }}{{ 'abc'.replace('b', 'x') | replace('c', 'yy') | center(9) | indent(2) }}"
+    "{{ '{:>4}'.format('*{x}*') }}{{ 'abc'.replace('b', 'x') | replace('c', 'yy') | upper | indent(2) }}"
     "{{ messages | map(attribute='role') | join(', ') }}{{ messages | tojson(indent=2) }}"
     "{% macro f(x) %}<{{ x }}>{{ caller() if caller }}"
     "{% endmacro %}{{ f(1) }}"

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import rich.console
+from markdown_it import MarkdownIt
 from rich.logging import RichHandler
 from rich.markdown import Markdown
 from rich.text import Text
 
 from spd_lens.output.console import Console, _Patient
+from spd_lens.output.safe_text import inert, visible
 from spd_lens.output.tables import terminal
 
 EVIL = "a\x1b]0;x\x07b\x1b[2Jc\x9b31md\u202ee\u200bf\x1b[8mg"
@@ -129,6 +131,25 @@ def test_what_is_shown_moves_no_cursor_and_hides_nothing(shown, words):
     Console(file=out, force_terminal=True, width=120, highlight=False).print(shown)
     said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # the library's own colours
     assert words in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    "\xad\u034f\u115f\u1160\u3164\uffa0\u180b\u180e\ufe00\ufe0d\U000e0100\U000e01ef\U0001d173\u200b\u2060\ufeff",
+)
+def test_what_cannot_be_seen_is_spelled_out(hidden):
+    assert visible(f"a{hidden}b") == f"a\\u{ord(hidden):04x}b"
+
+
+def test_emoji_and_scripts_keep_what_they_need():
+    assert visible("\u2764\ufe0f \u0645\u06cc\u200c\u062e") == "\u2764\ufe0f \u0645\u06cc\u200c\u062e"
+    assert visible("\u2764\ufe0f\ufe0e\ufe0f") == "\u2764\ufe0f\\ufe0e\\ufe0f"  # a text in selectors
+
+
+@pytest.mark.parametrize("text", ["![a](http://x)", "[b](http://x)", "[![c](http://x)](http://y)"])
+def test_texts_in_a_table_are_no_links_and_pictures(text):
+    shown = MarkdownIt("commonmark").enable("table").render(f"| {inert(text)} |\n| --- |\n| {inert(text)} |\n")
+    assert "<img" not in shown and ">a<" not in shown and ">b<" not in shown
 
 
 def test_the_log_and_warnings_go_the_same_way(monkeypatch):

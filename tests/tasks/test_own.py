@@ -1,5 +1,7 @@
 """Own data: the three ways to say where correctness lies, splits, scores, and every bad record by file and line."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -195,6 +197,13 @@ def test_patterns_have_a_time_in_all(write, monkeypatch):
 def test_a_pattern_that_is_too_large_is_refused(write, pattern):
     with pytest.raises(SPDError, match="line 1: the counts in the regular expression .* multiply to too much"):
         load(write, {"prompt": "p", "completion": "a", "pattern": pattern}).train(1)
+
+
+def test_a_long_pattern_is_refused_before_it_is_looked_at(write):
+    start = time.process_time()
+    with pytest.raises(SPDError, match="line 1: the regular expression .* has 200010 characters, and at most 2000"):
+        load(write, {"prompt": "p", "completion": "a", "pattern": "(?P<a>x)" + "[" * 200_002}).train(1)
+    assert time.process_time() - start < 5
 
 
 @given(

@@ -9,13 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from spd_lens.files import read_json, write_json
 from spd_lens.generation.corpus import Corpus
 from spd_lens.generation.generate import generate
-from spd_lens.training.checkpoint_dir import COMPLETE, LOG, TrainingPlace, is_finished
+from spd_lens.training.checkpoint_dir import COMPLETE, LOG, TrainingPlace, complete_checkpoint, is_finished
+from spd_lens.training.early_stop import EarlyStop
 from spd_lens.training.finetune import finetune
 from spd_lens.training.trainer import CorpusTrainer, save_weights
 from tests.helpers import make_adapter, refused
@@ -118,6 +120,64 @@ def test_a_damaged_checkpoint_is_none(out, name, kind):
 def test_a_hostile_marker_marks_nothing(out, content):
     (checkpoint(out, 2) / COMPLETE).write_text(content)
     assert TrainingPlace(out).latest_checkpoint() == str(checkpoint(out, 1))
+
+
+def forge(place: Path) -> None:
+    """Mark a checkpoint as whole with the files that it has now."""
+    (place / COMPLETE).unlink()
+    complete_checkpoint(place)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-²", "checkpoint-x", "checkpoint-"])
+def test_a_name_that_is_no_number_is_no_checkpoint(out, name):
+    shutil.copytree(checkpoint(out, 2), checkpoint(out, 2).with_name(name))
+    assert TrainingPlace(out).latest_checkpoint() == str(checkpoint(out, 2))
+
+
+def test_a_link_in_place_of_a_checkpoint_goes_and_its_target_stays(out, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("mine")
+    checkpoint(out, 99).symlink_to(tmp_path / "victim")
+    checkpoint(out, 98).write_text("no directory")
+    assert TrainingPlace(out).latest_checkpoint() == str(checkpoint(out, 2))
+    assert not checkpoint(out, 99).is_symlink() and not checkpoint(out, 98).exists()
+    assert (tmp_path / "victim" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"log_history": 5}, {"log_history": [{"loss": "x", "step": 1}]}, {"log_history": [{"loss": 1.0}]},
+        {"global_step": "x"}, {"global_step": 10**9}, {"global_step": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_log_of_a_forged_checkpoint_is_none(out, state):
+    file = checkpoint(out, 2) / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **state}))
+    forge(checkpoint(out, 2))
+    stop = EarlyStop(TrainingPlace(out), steps_per_epoch=1)
+    shutil.rmtree(checkpoint(out, 1))
+    assert TrainingPlace(out).latest_checkpoint(stop.best_epoch) is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_pickle_in_a_forged_checkpoint_is_not_executed(tiny_pair, corpus, out, name, tmp_path):
+    torch.save({"x": Evil(str(tmp_path / "canary"))}, checkpoint(out, 2) / name)
+    forge(checkpoint(out, 2))
+    with refused("checkpoint-2 holds something else than numbers", "goes on from before it"):
+        finetune(tiny_pair, corpus, out=out, **OPTIONS)
+    assert not (tmp_path / "canary").exists()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
 
 
 @pytest.mark.parametrize("kind", [None, *DAMAGE])
