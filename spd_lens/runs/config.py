@@ -455,7 +455,7 @@ def preset_sizes(name: str, config: SPDConfig) -> dict[str, Any]:
 DEMO: dict[str, Any] = {
     "task": "synthetic-math",
     "task_options": {"difficulty": "easy"},
-    # a few dozen short texts make 6 to 24 optimiser steps: at the paper's 1e-5 nothing would move that one could see
+    # a few dozen short texts make 4 to 24 optimiser steps: at the paper's 1e-5 nothing would move that one could see
     "lr": 2e-4,
 }
 """Settings of `spd-lens demo` at every size: the whole job in a few minutes on two cores."""
@@ -463,7 +463,7 @@ _SIZES = ("n_calibration", "n_train", "epochs", "max_new_tokens", "n_eval", "n_r
 DEMO_SIZES: dict[str, dict[str, Any]] = {
     name: {**DEMO, **dict(zip(_SIZES, counts, strict=True))}
     for name, counts in {
-        "small": (20, 20, 2, 64, 20, 2, 8),
+        "small": (20, 16, 2, 64, 20, 2, 8),
         "medium": (32, 40, 2, 64, 40, 3, 16),
         "large": (50, 64, 3, 96, 96, 5, 32),
     }.items()

@@ -36,8 +36,9 @@ _BATCH_TOKENS = 2048
 """Padded tokens in a batch of an extraction; a batch that is measured teacher-forced has half."""
 _KEPT = 34
 """Values kept per token, layer and unit of d_model for the backward pass (attention scores are not kept)."""
-_REACHED = 0.5
-"""The share of a machine's rate of matrix products that whole stages reach (docs/speed.md)."""
+_REACHED = 0.4
+"""The share of a machine's rate of matrix products that passes over many texts reach: 0.40 in float32 (AVX2) and 0.42
+in bfloat16 of SmolLM2's teacher-forced passes on a core of 2024."""
 _SHARDS = 8
 """Shards of the moments of an extraction."""
 HELD_PROMPT, HELD_TOKEN = 1200, 48

@@ -56,13 +56,13 @@ def test_the_seconds_of_a_run_are_counted_by_hand():
     found = run_seconds(config, shape, machine(1e11))
     token = shape.n_params / 1e11  # seconds of one operation with each weight
     assert found["extract"] == pytest.approx(4 * 20 * (prompt + gold) * token)
-    assert found["finetune"] == pytest.approx(4 * 2 * 20 * (prompt + 64) * token)
+    assert found["finetune"] == pytest.approx(4 * 2 * 16 * (prompt + 64) * token)
     n_passes = 1 + 2 + config.n_random  # base, projected and fine-tuned, random subspaces
     items = 20 * (prompt + gold + prompt + 10)  # and once more where the answer alone is asked for
     assert found["effects"] == pytest.approx(2 * n_passes * (items + 16 * 87) * token)
-    cache = 20 * (prompt + 32) * 30 * 2 * 3 * 64  # rows, tokens on the mean, layers, K and V, heads, d_head
-    step = max(2 * 20 * token, 4 * (shape.n_params + cache) / (1e11 / 30)) + 30 * 5e-4
-    assert found["generate"] == pytest.approx(2 * 20 * prompt * token + 64 * step)
+    cache = 16 * (prompt + 32) * 30 * 2 * 3 * 64  # rows, tokens on the mean, layers, K and V, heads, d_head
+    step = max(2 * 16 * token, 4 * (shape.n_params + cache) / (1e11 / 30)) + 30 * 5e-4
+    assert found["generate"] == pytest.approx(2 * 16 * prompt * token + 64 * step)
     assert found["compare"] < found["generate"] < found["evaluate"]
 
 
