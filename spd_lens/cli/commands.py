@@ -16,7 +16,7 @@ from spd_lens.cli.flags import with_settings
 from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
 from spd_lens.output import Console, set_up_logging, start
-from spd_lens.runs import SPDConfig, validated
+from spd_lens.runs import Size, SPDConfig, validated
 from spd_lens.settings import DEFAULT_MODEL, EngineSettings, Extraction
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings only: no log, and no progress bars.")]
 SubspaceFile = Annotated[Path | None, typer.Option("--subspace", help="Subspace file to project with.")]
 SizeOption = Annotated[
-    Literal["small", "medium", "large"] | None,
-    typer.Option("--size", help="By default the largest that this machine makes in a few minutes."),
+    Size | None, typer.Option("--size", help="By default the largest that this machine makes in a few minutes.")
 ]
 AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of a fine-tuned adapter.")]
 

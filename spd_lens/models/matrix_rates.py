@@ -36,24 +36,20 @@ def matrix_rates(device: torch.device, dtype: torch.dtype) -> MatrixRates:
     What else the machine is doing slows them down as it would slow down what comes after.
     """
     shapes = [(_WIDTH, _INNER), (_INNER, _WIDTH)] * (_LAYERS // 2)
-    layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, *shape, bias=False, device=device) for shape in shapes)
-    for weight in layers.to(dtype).parameters():
-        weight.fill_(1 / _INNER)
+    layers = [nn.utils.skip_init(nn.Linear, *shape, bias=False, device=device, dtype=dtype) for shape in shapes]
+    for layer in layers:
+        layer.weight.fill_(1 / _INNER)
 
-    def seconds(n_rows: int, some: nn.ModuleList) -> float:
+    def seconds(n_rows: int, some: list[nn.Linear]) -> float:
         inputs = {width: torch.ones(n_rows, width, device=device, dtype=dtype) for width in (_WIDTH, _INNER)}
         return _median_seconds(lambda: [layer(inputs[layer.in_features]) for layer in some], device)
 
-    few = layers[:2]
+    size = _WIDTH * _INNER  # of each weight
     with fast_products(device, dtype):
-        flops = 2 * _MANY * _size(few) / seconds(_MANY, few)
-    with packed(layers):
-        bandwidth = _size(layers) * dtype.itemsize / seconds(_FEW, layers)
+        flops = 2 * _MANY * 2 * size / seconds(_MANY, layers[:2])
+    with packed(nn.ModuleList(layers)):
+        bandwidth = _LAYERS * size * dtype.itemsize / seconds(_FEW, layers)
     return MatrixRates(flops, bandwidth)
-
-
-def _size(layers: nn.ModuleList) -> int:
-    return sum(weight.numel() for weight in layers.parameters())
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

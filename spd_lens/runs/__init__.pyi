@@ -5,6 +5,7 @@ from .comparison import MEASURES as MEASURES
 from .comparison import compare as compare
 from .comparison import comparison_table as comparison_table
 from .config import DEMO_SIZES as DEMO_SIZES
+from .config import Size as Size
 from .config import SPDConfig as SPDConfig
 from .config import differ as differ
 from .config import items_of as items_of
@@ -60,8 +61,8 @@ from .verification import verify as verify
 
 __all__ = [
     "Artefacts", "DEMO_SIZES", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "N_OTHER", "Notes",
-    "Run", "SPDConfig", "Step", "StopRule", "Verified", "allow_execution", "check_base", "check_data", "check_halves",
-    "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table", "contrasts",
+    "Run", "SPDConfig", "Size", "Step", "StopRule", "Verified",
+    "allow_execution", "check_base", "check_data", "check_halves", "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table", "contrasts",
     "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair",
     "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
     "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",

@@ -459,13 +459,12 @@ DEMO: dict[str, Any] = {
     "lr": 2e-4,
 }
 """Settings of `spd-lens demo` at every size: the whole job in a few minutes on two cores."""
-_SIZES = ("n_calibration", "n_train", "epochs", "max_new_tokens", "n_eval", "n_random", "n_compared")
-DEMO_SIZES: dict[str, dict[str, Any]] = {
-    name: {**DEMO, **dict(zip(_SIZES, counts, strict=True))}
-    for name, counts in {
-        "small": (20, 16, 2, 64, 20, 2, 8),
-        "medium": (32, 40, 2, 64, 40, 3, 16),
-        "large": (50, 64, 3, 96, 96, 5, 32),
-    }.items()
+Size = Literal["small", "medium", "large"]
+_COUNTED = ("n_calibration", "n_train", "epochs", "max_new_tokens", "n_eval", "n_random", "n_compared")
+_COUNTS: dict[Size, tuple[int, ...]] = {
+    "small": (20, 16, 2, 64, 20, 2, 8),
+    "medium": (32, 40, 2, 64, 40, 3, 16),
+    "large": (50, 64, 3, 96, 96, 5, 32),
 }
+DEMO_SIZES = {size: {**DEMO, **dict(zip(_COUNTED, counts, strict=True))} for size, counts in _COUNTS.items()}
 """Settings of `spd-lens demo` by size, in ascending order."""

@@ -375,4 +375,4 @@ def _times(run: Run) -> str:
     if not foreseen:
         return "\n".join(["## Time", "", *markdown([*stages, "total"], shown)])
     labelled = [[label, *row] for label, row in zip(("taken", "foreseen"), shown, strict=True)]
-    return "\n".join(["## Time", "", *markdown(["", *stages, "total"], labelled)])
+    return "\n".join(["## Time", "", *markdown(["time", *stages, "total"], labelled)])

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.errors import SPDError, shortened
-from spd_lens.runs import parse_yaml
+from spd_lens.runs import Size, parse_yaml
 from spd_lens.study.cluster import Workers, assemble, here, on_ray, on_submitit, run_parts
-from spd_lens.study.config import Size, preset_names
+from spd_lens.study.config import preset_names
 from spd_lens.study.engine import run_study
 from spd_lens.study.folder import Study
 from spd_lens.study.plan import make_plan

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError
 from spd_lens.protocols import Protocol, protocol
-from spd_lens.runs import SPDConfig, differ, items_of, named, one_protocol, read_yaml, to_yaml, validated
+from spd_lens.runs import Size, SPDConfig, differ, items_of, named, one_protocol, read_yaml, to_yaml, validated
 from spd_lens.settings import Settings
 
 if TYPE_CHECKING:
     from spd_lens.tasks import Task
 
-Size = Literal["small", "medium", "large"]
 TINY = "tiny"
 TINY_SIZES: dict[Size, dict[str, Any]] = {
     "small": {

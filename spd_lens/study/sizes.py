@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spd_lens.runs import DEMO_SIZES, Run, SPDConfig
+from spd_lens.runs import DEMO_SIZES, Run, Size, SPDConfig
 from spd_lens.settings import DEFAULT_MODEL
-from spd_lens.study.config import TINY, TINY_SIZES, Size, StudyConfig
+from spd_lens.study.config import TINY, TINY_SIZES, StudyConfig
 from spd_lens.study.costs import Machine, run_seconds
 from spd_lens.study.folder import Study
 from spd_lens.study.plan import duration, make_plan

@@ -163,7 +163,7 @@ def test_what_was_foreseen_stands_beside_what_was_taken(finished_run, tmp_path):
     run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
     run.note(foreseen={"extract": 30.0, "effects": 71.0})
     rows = table(write_summary(run), "## Time")
-    assert rows["taken"] == next(iter(table(finished_run.summary, "## Time").values()))
+    assert rows["taken"] == {"time": "taken", **next(iter(table(finished_run.summary, "## Time").values()))}
     assert (rows["foreseen"]["extract"], rows["foreseen"]["total"]) == ("30 s", "101 s")
 
 
