@@ -61,10 +61,10 @@ from .verification import verify as verify
 
 __all__ = [
     "Artefacts", "DEMO_SIZES", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "N_OTHER", "Notes",
-    "Run", "SPDConfig", "Size", "Step", "StopRule", "Verified",
-    "allow_execution", "check_base", "check_data", "check_halves", "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table", "contrasts",
-    "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair",
-    "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
-    "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
-    "score", "stored", "to_yaml", "validated", "verify", "work", "write_card", "write_evidence",
+    "Run", "SPDConfig", "Size", "Step", "StopRule", "Verified", "allow_execution", "check_base", "check_data",
+    "check_halves", "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table",
+    "contrasts", "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of",
+    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report",
+    "protocol_in_words", "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings",
+    "run_rounds", "say", "score", "stored", "to_yaml", "validated", "verify", "work", "write_card", "write_evidence",
 ]  # fmt: skip
