@@ -151,6 +151,7 @@ def test_rank_as_a_flag(call, text, rank):
         (["finetune"], "Missing option '--corpus'"),
         (["run", "--epochs"], "'--epochs' requires an argument"),
         (["spans"], "Missing argument"),
+        (["demo", "--size", "huge"], "huge"),
     ],
 )
 def test_usage_errors_are_clicks_own(call, in_tmp, arguments, word):

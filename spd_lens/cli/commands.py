@@ -19,7 +19,7 @@ from spd_lens.cli.flags import AdapterDir, AsJson, Out, Quiet, SubspaceFile, pri
 from spd_lens.errors import SPDError
 from spd_lens.files import check_writable
 from spd_lens.output import Console, log_to, set_up_logging, start
-from spd_lens.runs import DEMO, SPDConfig, validated
+from spd_lens.runs import Size, SPDConfig, validated
 from spd_lens.settings import DEFAULT_MODEL, EngineSettings, Extraction
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SizeOption = Annotated[
+    Size | None, typer.Option("--size", help="By default the largest that this machine makes in a few minutes.")
+]
 _RESUMABLE = ("run", "demo", "rounds", "study", "generate", "finetune")
 _FORMAT = ("prompt_format", "add_special_tokens", "span_rule", "system", "enable_thinking", "prompt_date")
 _MODEL = ("protocol", "model", "backend", "dtype", "device", "device_map", "offload_folder", *_FORMAT)
@@ -71,13 +74,17 @@ def run_command(
     if show_config:
         sys.stdout.write(config.to_yaml(ascii=not Console().encoding.startswith("utf")))
         return
+    set_up_logging(quiet)
     _run(config, out, quiet)
 
 
 @app.command("demo")
-def demo(out: Out = Path("runs/demo"), quiet: Quiet = False) -> None:
+def demo(out: Out = Path("runs/demo"), size: SizeOption = None, quiet: Quiet = False) -> None:
     """The whole job on SmolLM2-135M-Instruct and synthetic word problems, in a few minutes on two cores."""
-    _run(SPDConfig.make(DEMO), out, quiet)
+    set_up_logging(quiet)
+    from spd_lens.study import begin_demo
+
+    _run(begin_demo(out, size), out, quiet)
 
 
 @app.command("study")
@@ -86,6 +93,7 @@ def study_command(
     preset: Annotated[
         str | None, typer.Option("--preset", help="A ready-made study; settings of the file replace its own.")
     ] = None,
+    size: SizeOption = None,
     out: Out = Path("runs/study"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its costs, and do nothing.")] = False,
     protocol: Annotated[
@@ -118,7 +126,7 @@ def study_command(
     few = 2 if "local" in (ray, submitit) else None
     study(
         file, preset, out, settings, dry_run=dry_run, console=Console(), workers=workers, store=store,
-        at_once=at_once or few,
+        at_once=at_once or few, size=size,
     )  # fmt: skip
 
 
@@ -390,7 +398,6 @@ def _policy(config: SPDConfig, subspace: Path | None, adapter: Path | None) -> P
 
 
 def _run(config: SPDConfig, out: Path, quiet: bool) -> None:
-    set_up_logging(quiet)
     from spd_lens.runs import run
 
     record = run(config, out, progress=not quiet)

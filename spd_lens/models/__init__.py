@@ -24,6 +24,7 @@ from spd_lens.models.hooks import LensHook, run_only, unembed_only
 from spd_lens.models.launchers import fails_first, own_device, several_processes, single_process
 from spd_lens.models.load import load
 from spd_lens.models.losses import token_losses
+from spd_lens.models.matrix_rates import MatrixRates, matrix_rates
 from spd_lens.models.neutral import neutral, neutrally, ordinary_buffers, random_kept, refuse_compiled, without_autocast
 from spd_lens.models.onednn import available, fast_products, packed, recomputed_alike
 from spd_lens.models.pair import ModelPair
@@ -45,13 +46,14 @@ from spd_lens.models.weights import SiteLayer, positionwise_in_last_block, site_
 
 __all__ = [
     "ARCHITECTURES", "Architecture",
-    "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "ModelPair", "Parity",
+    "CHECK_TEXTS", "Encoded", "Fingerprint", "JointText", "LensHook", "Loss", "MatrixRates", "ModelPair", "Parity",
     "PromptFormat", "SiteLayer", "SpanRule", "StoredLayer", "StoredLayers", "TOLERANCE", "TRAINING_LOG", "adapted",
     "adapter_damage", "adapter_digest", "angles_change_beyond",
     "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
     "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
     "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",
-    "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "merged_copy", "n_kv_heads",
+    "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "matrix_rates",
+    "merged_copy", "n_kv_heads",
     "named_outputs", "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product",
     "ordinary_buffers", "out_of_memory", "overlapping", "own_device", "own_memory", "packed",
     "positionwise_in_last_block", "probe",

@@ -10,11 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from spd_lens.errors import SPDError, one_line, shortened
@@ -22,6 +19,9 @@ from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
 from spd_lens.models.adapter_inventory import check_trained
 from spd_lens.models.architectures import numbers_in
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 TAKEN = frozenset(
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS "
@@ -153,6 +153,8 @@ def peft_config(directory: Path, modules: Iterable[str]) -> PeftConfig:
         SPDError: a setting is none that PEFT has for this kind, names layers by a pattern, or asks for more memory or
             work than the file's tensors are worth.
     """
+    from peft import PeftConfig  # takes a second, which a model without an adapter does not wait for
+
     settings = read_settings(directory)
     _check_settings(directory, settings)
     names = list(modules)
@@ -182,6 +184,9 @@ def _check_kind(directory: Path, settings: dict[str, Any]) -> None:
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse what PEFT would not know or import, and names that it would take for patterns."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]])}
     for name, value in settings.items():
         if value and name not in known:  # PEFT would leave it out; what is off or empty changes nothing

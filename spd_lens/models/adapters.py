@@ -6,11 +6,10 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from spd_lens.models.parity import Parity
 from spd_lens.models.torch_private import lazy_copy
 from spd_lens.models.twin import in_float32, run_twin
 from spd_lens.models.untouched import untouched
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _COMPUTED = ("inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of buffers that checkpoints of earlier versions of transformers hold: rotary frequencies and causal
@@ -81,6 +83,8 @@ def merged_copy(twin: PreTrainedModel, adapter: str | Path | None) -> PreTrained
 
 def _put_on(twin: PreTrainedModel, directory: Path) -> PeftModel:
     """PEFT's model around the twin, holding every tensor of the file."""
+    from peft import PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
+
     config = peft_config(directory, [name for name, _ in twin.named_modules() if name])
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
     try:
@@ -111,6 +115,8 @@ def _fault(wrapped: PeftModel, stored: dict[str, Tensor], result: Any, own: set[
     `result` is what PEFT returned for loading it, `own` are the model's own tensors. A file may hold some of those:
     PEFT saves embeddings, and biases that were trained.
     """
+    from peft import get_peft_model_state_dict
+
     there = wrapped.state_dict(keep_vars=True)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys()

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +20,7 @@ from spd_lens.models.decoder import refuse_encoder
 from spd_lens.models.device_map import check_spread
 from spd_lens.models.multimodal import auto_class, text_part
 from spd_lens.models.twin import cast
+from spd_lens.models.weights import of_peft
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, trust_remote_code: bool, **placed: Any) -> PreTrainedModel:
@@ -98,7 +96,7 @@ def check_whole(twin: nn.Module) -> None:
             f"the weights of {type(twin).__name__} are quantised, so no projection can be written into them; load it "
             "by name or directory with spd_lens.load, which de-quantises bitsandbytes and GGUF weights"
         )
-    if any(isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in twin.modules()):
+    if any(map(of_peft, twin.modules())):
         raise SPDError(
             f"{type(twin).__name__} carries a PEFT adapter; merge it (model.merge_and_unload()), load the adapter's "
             "directory with spd_lens.load, or give the model without it and pass adapter= where you want it"

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Int
-from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,14 +47,24 @@ class SiteLayer:
         DoRA divides by a norm of its weights, and other kinds of adapters scale, rotate or make weights anew in every
         pass: a map of its features would have to pass through all that.
         """
-        if isinstance(self.module, lora.Linear):
-            return type(self.module) is lora.Linear and not self.module.lora_variant and not self.module.merged
-        return not isinstance(self.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not of_peft(self.module):
+            return True
+        from peft.tuners import lora
+
+        return type(self.module) is lora.Linear and not self.module.lora_variant and not self.module.merged
 
     @property
     def transposed(self) -> bool:
         """Whether its weight is `[in, out]` (GPT-2's Conv1D) and not `[out, in]`."""
         return isinstance(self.base, Conv1D)
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, or derived from one.
+
+    Told by its classes' names: to import PEFT takes a second, which a model without an adapter does not wait for.
+    """
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def site_layer(model: nn.Module, site: Site) -> SiteLayer:
@@ -88,8 +95,16 @@ def attention_layer(model: nn.Module, layer: int) -> nn.Module:
 def _in_force(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules under the names that they have without an adapter; a trained copy stands in for its original."""
     for name, module in model.named_modules():
-        if ".original_module" not in name and not isinstance(module, ModulesToSaveWrapper):
+        if ".original_module" not in name and not _saves_a_copy(module):
             yield re.sub(r"\.modules_to_save\.[^.]+", "", name), module
+
+
+def _saves_a_copy(module: nn.Module) -> bool:
+    if not of_peft(module):
+        return False
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
 
 
 def twin_hook(model: nn.Module, site: Site, function: Callable[[Tensor], Tensor]) -> Any:

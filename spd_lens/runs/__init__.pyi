@@ -4,7 +4,8 @@ from .comparison import FORCED as FORCED
 from .comparison import MEASURES as MEASURES
 from .comparison import compare as compare
 from .comparison import comparison_table as comparison_table
-from .config import DEMO as DEMO
+from .config import DEMO_SIZES as DEMO_SIZES
+from .config import Size as Size
 from .config import SPDConfig as SPDConfig
 from .config import differ as differ
 from .config import items_of as items_of
@@ -36,6 +37,7 @@ from .loading import make_tasks as make_tasks
 from .loading import ready_pair as ready_pair
 from .model_check import MOMENTS_TOLERANCE as MOMENTS_TOLERANCE
 from .model_check import print_report as print_report
+from .pipeline import N_OTHER as N_OTHER
 from .pipeline import run as run
 from .plain_yaml import parse_yaml as parse_yaml
 from .preflight import check_data as check_data
@@ -58,11 +60,11 @@ from .verification import Verified as Verified
 from .verification import verify as verify
 
 __all__ = [
-    "Artefacts", "DEMO", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "Notes", "Run",
-    "SPDConfig", "Step", "StopRule", "Verified", "allow_execution", "check_base", "check_data", "check_halves",
-    "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table", "contrasts",
-    "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of", "load_pair",
-    "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report", "protocol_in_words",
-    "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings", "run_rounds", "say",
-    "score", "stored", "to_yaml", "validated", "verify", "work", "write_card", "write_evidence",
+    "Artefacts", "DEMO_SIZES", "Experiment", "FORCED", "Folder", "MEASURES", "MOMENTS_TOLERANCE", "N_OTHER", "Notes",
+    "Run", "SPDConfig", "Size", "Step", "StopRule", "Verified", "allow_execution", "check_base", "check_data",
+    "check_halves", "check_items", "check_model", "check_settings", "check_stage", "compare", "comparison_table",
+    "contrasts", "decided_by", "differ", "environment", "examples_digest", "fitted", "in_words", "items_of",
+    "load_pair", "made_by", "make_tasks", "named", "note_start", "one_protocol", "parse_yaml", "print_report",
+    "protocol_in_words", "quoted", "read_kept", "read_yaml", "ready_pair", "result_name", "run", "run_findings",
+    "run_rounds", "say", "score", "stored", "to_yaml", "validated", "verify", "work", "write_card", "write_evidence",
 ]  # fmt: skip

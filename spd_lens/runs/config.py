@@ -455,11 +455,16 @@ def preset_sizes(name: str, config: SPDConfig) -> dict[str, Any]:
 DEMO: dict[str, Any] = {
     "task": "synthetic-math",
     "task_options": {"difficulty": "easy"},
-    "n_train": 64,
-    "n_eval": 96,
-    "max_new_tokens": 96,
-    # 64 short texts make 24 optimiser steps: at the paper's 1e-5 nothing would move that one could see
-    "epochs": 3,
+    # a few dozen short texts make 4 to 24 optimiser steps: at the paper's 1e-5 nothing would move that one could see
     "lr": 2e-4,
 }
-"""Settings of `spd-lens demo`: the whole job in a few minutes on two cores."""
+"""Settings of `spd-lens demo` at every size: the whole job in a few minutes on two cores."""
+Size = Literal["small", "medium", "large"]
+_COUNTED = ("n_calibration", "n_train", "epochs", "max_new_tokens", "n_eval", "n_random", "n_compared")
+_COUNTS: dict[Size, tuple[int, ...]] = {
+    "small": (20, 16, 2, 64, 20, 2, 8),
+    "medium": (32, 40, 2, 64, 40, 3, 16),
+    "large": (50, 64, 3, 96, 96, 5, 32),
+}
+DEMO_SIZES = {size: {**DEMO, **dict(zip(_COUNTED, counts, strict=True))} for size, counts in _COUNTS.items()}
+"""Settings of `spd-lens demo` by size, in ascending order."""

@@ -71,6 +71,7 @@ class Notes(Schema, extra="allow"):
     resolved: dict[str, Any] = {}
     left_out: dict[str, Any] = {}
     seconds: dict[str, float] = {}
+    foreseen: dict[str, float] = {}
     hooks: _Hooks | None = None
     measured: dict[str, _Measured] = {}
     settings: dict[str, Any] = {}

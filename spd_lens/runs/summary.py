@@ -368,7 +368,11 @@ def quoted(text: str, limit: int = 600) -> str:
 
 
 def _times(run: Run) -> str:
-    seconds = run.notes.get("seconds", {})
-    known = {stage: seconds[stage] for stage in STAGES if stage in seconds}
-    known["total"] = sum(known.values())
-    return "\n".join(["## Time", "", *markdown(list(known), [[f"{time:.0f} s" for time in known.values()]])])
+    seconds, foreseen = run.notes.get("seconds", {}), run.notes.get("foreseen", {})
+    stages = [stage for stage in STAGES if stage in seconds]
+    rows = [[*(times.get(stage, 0.0) for stage in stages)] for times in (seconds, foreseen) if times]
+    shown = [[f"{time:.0f} s" for time in (*row, sum(row))] for row in rows]
+    if not foreseen:
+        return "\n".join(["## Time", "", *markdown([*stages, "total"], shown)])
+    labelled = [[label, *row] for label, row in zip(("taken", "foreseen"), shown, strict=True)]
+    return "\n".join(["## Time", "", *markdown(["time", *stages, "total"], labelled)])

@@ -36,11 +36,13 @@ from .results import results_frame as results_frame
 from .shapes import Shape as Shape
 from .shapes import read_shape as read_shape
 from .shapes import shape_of as shape_of
+from .sizes import begin_demo as begin_demo
+from .sizes import machine_size as machine_size
 
 __all__ = [
     "A100", "BACKBONES", "BASE", "Cell", "Costs", "Evidence", "FOCUS", "HELD_PROMPT", "HELD_TOKEN", "Machine",
     "Outcome", "PHASES", "RANDOM", "Report", "Shape", "Study", "StudyConfig", "Unit", "assemble", "backbone",
-    "base_and_published", "base_warnings", "corpora_frame", "differences_from_paper", "duration", "grades_of",
-    "make_plan", "on_ray", "on_submitit", "preset_names", "read_shape", "results_frame", "run_parts", "run_study",
-    "shape_of", "study", "workers_of",
+    "base_and_published", "base_warnings", "begin_demo", "corpora_frame", "differences_from_paper", "duration",
+    "grades_of", "machine_size", "make_plan", "on_ray", "on_submitit", "preset_names", "read_shape", "results_frame",
+    "run_parts", "run_study", "shape_of", "study", "workers_of",
 ]  # fmt: skip

@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from spd_lens.errors import SPDError, shortened
-from spd_lens.runs import parse_yaml
+from spd_lens.runs import Size, parse_yaml
 from spd_lens.study.cluster import Workers, assemble, here, on_ray, on_submitit, run_parts
-from spd_lens.study.config import StudyConfig, preset_names
+from spd_lens.study.config import preset_names
 from spd_lens.study.engine import run_study
 from spd_lens.study.folder import Study
 from spd_lens.study.plan import make_plan
 from spd_lens.study.shapes import read_shape
+from spd_lens.study.sizes import sized_study
 
 _EXAMPLES = {
     "--set": "seeds=[1,2] or settings.n_train=64",
@@ -35,17 +36,18 @@ def study(
     workers: Workers | None = None,
     store: str | None = None,
     at_once: int | None = None,
+    size: Size | None = None,
 ) -> None:
     """Run a study of a file, a preset, or a file over a preset; or print its plan, with seconds measured so far.
 
     With workers or a store it is made part by part; with a store alone, what is finished there is put together.
     """
     if file is None and preset is None:
-        if store is None or workers is not None or settings or dry_run:
+        if store is None or workers is not None or settings or dry_run or size:
             raise SPDError(f"give a study's YAML file, or --preset with one of {', '.join(preset_names())}")
         done = assemble(store, out)
     else:
-        config = StudyConfig.read(file, preset=preset, overrides=overrides(settings))
+        config = sized_study(file, preset, overrides(settings), out, size)
         if dry_run:  # it needs no weights, and for known models no network
             config = Study(out).admits(config)
             plan = make_plan(config, read_shape(config.settings["model"]), measured=Study(out).measured())

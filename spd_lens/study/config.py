@@ -11,12 +11,24 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spd_lens.errors import SPDError
 from spd_lens.protocols import Protocol, protocol
-from spd_lens.runs import SPDConfig, differ, items_of, named, one_protocol, read_yaml, to_yaml, validated
+from spd_lens.runs import Size, SPDConfig, differ, items_of, named, one_protocol, read_yaml, to_yaml, validated
 from spd_lens.settings import Settings
 
 if TYPE_CHECKING:
     from spd_lens.tasks import Task
 
+TINY = "tiny"
+TINY_SIZES: dict[Size, dict[str, Any]] = {
+    "small": {
+        "seeds": [1, 2],
+        "n_forced": 16,
+        "n_side_effects": 2,
+        "settings": {"n_calibration": 16, "n_train": 16, "n_eval": 16},
+    },
+    "medium": {"n_forced": 32, "settings": {"n_calibration": 24, "n_train": 24, "n_eval": 32}},
+    "large": {},
+}
+"""What the sizes of the preset `tiny` change in it, in ascending order."""
 BASE = "base"
 """The method that is no training at all; a study always measures it, since everything is compared with it."""
 
@@ -97,10 +109,21 @@ class StudyConfig(Settings):
 
     @classmethod
     def read(
-        cls, path: str | Path | None = None, *, preset: str | None = None, overrides: Mapping[str, Any] | None = None
+        cls,
+        path: str | Path | None = None,
+        *,
+        preset: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        size: Size | None = None,
     ) -> StudyConfig:
-        """Read a YAML file over a preset, with some settings over both. Nested settings are joined key by key."""
+        """Read a YAML file over a preset, with some settings over both. Nested settings are joined key by key.
+
+        `size` is one of the preset `tiny`, which without it is `large`.
+        """
+        if size is not None and preset != TINY:
+            raise SPDError(f"the preset {TINY!r} alone has sizes; leave the size out, or choose that preset")
         merged: dict[str, Any] = {} if preset is None else preset_settings(preset)
+        merged = _joined(merged, {} if size is None else TINY_SIZES[size])
         over = overrides or {}
         if path is not None:
             file = read_yaml(path)
@@ -124,6 +147,15 @@ class StudyConfig(Settings):
                 "seed": seed,
             }
         )
+
+    @classmethod
+    def of_run(cls, run: SPDConfig) -> StudyConfig:
+        """The study of one cell that a run is."""
+        settings = {key: value for key, value in run.model_dump(mode="json").items() if key not in _OURS}
+        return cls.make({
+            "methods": [BASE, "spd"], "sources": [run.task], "targets": list(run.targets.values()), "seeds": [run.seed],
+            "n_side_effects": 0, "task_options": {run.task: run.task_options}, "settings": settings,
+        })  # fmt: skip
 
     @property
     def shared(self) -> SPDConfig:

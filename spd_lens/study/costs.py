@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from spd_lens import estimators, methods
-from spd_lens.models import resolve_device, resolve_dtype
+from spd_lens.models import dtype_name, matrix_rates, resolve_device, resolve_dtype
+from spd_lens.runs import N_OTHER, SPDConfig
 from spd_lens.sites import resolve_sites
 from spd_lens.study.config import BASE, StudyConfig, may_project, named
 from spd_lens.study.shapes import Shape
@@ -27,12 +28,17 @@ LENGTHS = {
 """Mean tokens of prompt (in a chat template) and gold completion, of 100 test items with SmolLM2's tokenizer."""
 _OTHER_LENGTHS, _SIDE_SETS, _SIDE_TOKENS = (150, 100), 4, 200
 """Lengths of any other task; sets of texts, and tokens of a text, that are supposed for side effects."""
+_OTHER_TOKENS = 87
+"""Tokens of each of the other texts that a run measures, in SmolLM2's chat template."""
 _ANSWER = 10
 """Tokens of an answer without reasoning; gold completions that are no longer are one already, and measured once."""
 _BATCH_TOKENS = 2048
 """Padded tokens in a batch of an extraction; a batch that is measured teacher-forced has half."""
 _KEPT = 34
 """Values kept per token, layer and unit of d_model for the backward pass (attention scores are not kept)."""
+_REACHED = 0.4
+"""The share of a machine's rate of matrix products that passes over many texts reach: 0.40 in float32 (AVX2) and 0.42
+in bfloat16 of SmolLM2's teacher-forced passes on a core of 2024."""
 _SHARDS = 8
 """Shards of the moments of an extraction."""
 HELD_PROMPT, HELD_TOKEN = 1200, 48
@@ -81,6 +87,18 @@ class Machine(NamedTuple):
         if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
             return A100
         return TWO_CORES if n_bytes == 2 else TWO_CORES_FLOAT32
+
+    @classmethod
+    def measured(cls, device: str, dtype: str) -> Machine:
+        """This machine as it is now, under the settings `device` and `dtype`: its products are timed for a second."""
+        place = resolve_device(device)
+        weights = resolve_dtype(dtype, place)
+        rates, on_gpu = matrix_rates(place, weights), place.type == "cuda"
+        step = (A100 if on_gpu else TWO_CORES).step
+        return cls(
+            f"this machine ({rates.flops / 1e9:.0f} GFLOP/s in products of {dtype_name(weights)} matrices)",
+            _REACHED * rates.flops, rates.bandwidth, step, recomputes=on_gpu,
+        )  # fmt: skip
 
 
 # 35 % of a GPU's 312 TFLOP/s and 60 % of its 2 TB/s; SmolLM2-135M on two cores of 2024, with avx512_bf16 and without
@@ -197,6 +215,28 @@ class Costs:
     def _kept(self, tokens: int, n_layers: float) -> float:
         """Bytes of activations that the backward pass through some layers needs."""
         return n_layers * tokens * self.shape.d_model * self.n_bytes * _KEPT
+
+
+def run_seconds(config: SPDConfig, shape: Shape, machine: Machine) -> dict[str, float]:
+    """Seconds of each stage of a run: those of a study of one cell, and of the controls that a run has beside it."""
+    costs = Costs(StudyConfig.of_run(config), shape, machine)
+    costs.n_policies += config.n_random
+    n_compared = min(config.n_compared, config.n_train)
+    without = Costs(StudyConfig.of_run(config.model_copy(update={"n_train": n_compared})), shape, machine)
+    source = next(iter(named([config.task])))
+    extract, generate, finetune = (
+        Unit(stage, source, "spd", config.seed) for stage in ("extract", "generate", "finetune")
+    )
+    others = N_OTHER * _OTHER_TOKENS * (1 + costs.n_policies)
+    measure, score = ([Unit(stage, target=target) for target in config.targets] for stage in ("measure", "score"))
+    return {
+        "extract": costs.of(extract).seconds,
+        "generate": costs.of(generate).seconds,
+        "compare": without.of(generate).seconds,
+        "finetune": costs.of(finetune).seconds,
+        "effects": sum(costs.of(unit).seconds for unit in measure) + 2 * others * shape.n_active / machine.flops,
+        "evaluate": sum(costs.of(unit).seconds for unit in score) * len(config.policies),
+    }
 
 
 def _asks_alone(task: Task) -> bool:

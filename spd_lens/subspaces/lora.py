@@ -6,12 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftConfig, TaskType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +17,9 @@ from spd_lens.errors import SPDError
 from spd_lens.files import filling, is_free
 from spd_lens.models import SiteLayer, site_layer
 from spd_lens.sites import Site
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ORIGIN = "projection.json"
 """Beside PEFT's files: the subspace by its digest, the model's name and weights, and the strength."""
@@ -60,6 +61,8 @@ def write_lora(
     Raises:
         SPDError: something is in the directory; or nothing is removed.
     """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME  # takes a second, which a projection without one does not wait for
+
     directory = Path(directory)
     if not is_free(directory):
         raise SPDError(f"{directory} is not empty; give a new directory for the adapter")
@@ -90,6 +93,8 @@ def write_lora(
 
 def vllm_note(adapter: str | Path) -> str:
     """One sentence: with which options vLLM serves an adapter that `to_lora` wrote, or why it does not."""
+    from peft import PeftConfig
+
     config: Any = PeftConfig.from_pretrained(str(adapter))
     rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
     why = f"its rank {rank} is above {VLLM_RANKS[-1]}" if rank > VLLM_RANKS[-1] else ""
@@ -119,6 +124,8 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _config(model: Any, changes: Mapping[str, _Change], strength: float, *, transposed: bool) -> LoraConfig:
+    from peft import LoraConfig, TaskType
+
     ranks = {name: change.a.shape[0] for name, change in changes.items()}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}

@@ -432,6 +432,19 @@ def test_the_default_model_without_hub_and_wheel_says_how_to_get_it(monkeypatch,
         load(hub.DEFAULT_MODEL)
 
 
+def test_a_model_without_an_adapter_waits_for_no_peft(tiny_llama_dir):
+    code = (
+        "import sys, spd_lens as spd\n"
+        "from spd_lens.models import site_layer\n"
+        f"pair = spd.load({str(tiny_llama_dir)!r}, dtype='float32', device='cpu')\n"
+        "spd.generate(pair, ['What is 2 + 2?'], max_new_tokens=2, temperature=0.0, progress=False)\n"
+        "assert site_layer(pair.hf, spd.Site(0, 'k')).is_linear\n"
+        "assert not {'peft', 'bitsandbytes'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_models_that_are_not_there(tmp_path, tiny_llama_dir):
     with refused("/no/such/model", "does not exist"):
         load("/no/such/model")

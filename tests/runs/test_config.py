@@ -1,9 +1,11 @@
 """Settings: the paper's values, what is refused and how, files under flags, and round trips."""
 
+import itertools
+
 import pytest
 import yaml
 
-from spd_lens.runs.config import DEMO, SPDConfig
+from spd_lens.runs.config import DEMO_SIZES, SPDConfig
 from tests.helpers import refused
 
 PAPER = {
@@ -40,8 +42,12 @@ def test_nothing_is_left_to_sample_greedily_by_default():
     assert (config.temperature, config.top_p, config.top_k) == (None, None, None)  # the model's own, then 0.7 and 0.95
 
 
-def test_demo_settings_are_settings():
-    assert SPDConfig.make(DEMO).task == "synthetic-math"
+def test_the_demo_is_the_same_job_at_every_size():
+    sizes = [SPDConfig.make(settings) for settings in DEMO_SIZES.values()]
+    counted = {"n_calibration", "n_train", "epochs", "max_new_tokens", "n_eval", "n_random", "n_compared"}
+    for smaller, larger in itertools.pairwise(sizes):
+        assert smaller.differences(larger).keys() <= counted
+        assert all(getattr(smaller, name) <= getattr(larger, name) for name in counted)
 
 
 def test_unknown_setting_is_refused_by_name():

@@ -18,6 +18,7 @@ from spd_lens.evaluation.results import EvalResult, ItemResult
 from spd_lens.evaluation.teacher_forced import ForcedItem
 from spd_lens.files import read_json, write_text
 from spd_lens.files.contents import write_json
+from spd_lens.runs import Run
 from spd_lens.runs import summary as report
 from spd_lens.runs.summary import changed, effects_section, quoted, write_summary
 from tests.helpers import publish
@@ -156,6 +157,14 @@ def test_seconds(finished_run):
     row = next(iter(table(finished_run.summary, "## Time").values()))
     assert list(row) == ["extract", "generate", "compare", "finetune", "effects", "evaluate", "total"]
     assert row["total"] == f"{sum(seconds.values()):.0f} s"
+
+
+def test_what_was_foreseen_stands_beside_what_was_taken(finished_run, tmp_path):
+    run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
+    run.note(foreseen={"extract": 30.0, "effects": 71.0})
+    rows = table(write_summary(run), "## Time")
+    assert rows["taken"] == {"time": "taken", **next(iter(table(finished_run.summary, "## Time").values()))}
+    assert (rows["foreseen"]["extract"], rows["foreseen"]["total"]) == ("30 s", "101 s")
 
 
 # verdicts
