@@ -25,7 +25,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_llms_txt",
 ]
@@ -42,7 +41,7 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 
 default_role = "code"  # what docstrings mean by `name`
-autodoc_typehints = "signature"
+autodoc_typehints_format = "fully-qualified"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autosummary_ignore_module_all = False
@@ -53,11 +52,9 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = f"spd_lens {release}"
 html_math_renderer = "mathml"
-html_show_sphinx = False
-pygments_style, pygments_dark_style = "sphinx", "monokai"
-copybutton_exclude = ".linenos, .gp, .go"
+html_show_copyright = False
 
-llms_txt_full_file = False
+llms_txt_uri_template = "_sources/{docname}{suffix}{sourcelink_suffix}"  # pages as Markdown
 llms_txt_exclude = ["api/*"]
 
 
