@@ -63,7 +63,7 @@ bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generati
 gpu-check: $(HOOKED)/library  ## what a GPU computes against the CPU, and how fast; writes docs/gpu.md; GPU_CHECK_ARGS='--only generation'
 	PYTHONPATH=. .venv/bin/python scripts/gpu_check.py --out docs/gpu.md $(GPU_CHECK_ARGS)
 
-speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md and docs/scaling.md from benchmarks/results/
+speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md, docs/speed-tables.md and docs/scaling.md from benchmarks/results/
 	.venv/bin/python -m benchmarks.speed_table
 	.venv/bin/python -m benchmarks.scaling_table
 
