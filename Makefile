@@ -96,7 +96,7 @@ audit: .cache/audit/bin/pip-audit  ## look up known holes in what constraints.tx
 	  { rm -r .cache/audit; echo "not audited: pip-audit cannot be installed from the package index"; exit 1; }
 
 clean:  ## remove caches and build output
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
+	rm -rf build dist docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also the environments and the downloaded model
