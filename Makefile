@@ -35,7 +35,7 @@ PROJECT := pyproject.toml setup.py
 HOOKED := .venv/.stamps
 BRIDGE := .venv-bridge/.stamps
 
-.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table notebooks model-table reliability constraints audit system-packages clean distclean
+.PHONY: help setup setup-test demo test lint format bench gpu-check speed-table docs notebooks model-table reliability constraints audit system-packages clean distclean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,9 +63,13 @@ bench: $(HOOKED)/bench  ## benchmarks against peers; BENCH_ARGS='--only generati
 gpu-check: $(HOOKED)/library  ## what a GPU computes against the CPU, and how fast; writes docs/gpu.md; GPU_CHECK_ARGS='--only generation'
 	PYTHONPATH=. .venv/bin/python scripts/gpu_check.py --out docs/gpu.md $(GPU_CHECK_ARGS)
 
-speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md and docs/scaling.md from benchmarks/results/
+speed-table: $(HOOKED)/bench  ## write the tables of docs/speed.md, docs/speed-tables.md and docs/scaling.md from benchmarks/results/
 	.venv/bin/python -m benchmarks.speed_table
 	.venv/bin/python -m benchmarks.scaling_table
+
+docs: $(HOOKED)/dev  ## the site of docs/ in build/docs, without a network; a warning or a lost link is an error
+	OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -W --keep-going -q -d .cache/doctrees docs build/docs
+	.venv/bin/python scripts/check_site.py build/docs
 
 notebooks: $(HOOKED)/dev  ## execute every notebook and write its page to docs/notebooks; the notebooks stay as they are
 	.venv/bin/python scripts/render_notebooks.py
@@ -92,7 +96,7 @@ audit: .cache/audit/bin/pip-audit  ## look up known holes in what constraints.tx
 	  { rm -r .cache/audit; echo "not audited: pip-audit cannot be installed from the package index"; exit 1; }
 
 clean:  ## remove caches and build output
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
+	rm -rf build dist docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache/test-logs
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also the environments and the downloaded model

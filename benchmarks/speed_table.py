@@ -1,8 +1,8 @@
-"""Write the tables of docs/speed.md from the JSON that `make bench` left in benchmarks/results/.
+"""Write the tables of docs/speed.md and docs/speed-tables.md from the JSON of `make bench` in benchmarks/results/.
 
     make speed-table
 
-Each `<!-- NAME -->` ... `<!-- end of NAME -->` in the page becomes the table of `benchmarks/results/NAME.json`.
+Each `<!-- NAME -->` ... `<!-- end of NAME -->` in a page becomes the table of `benchmarks/results/NAME.json`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.table import Row
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "speed.md"
+DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "docs" / "speed-tables.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -58,9 +58,9 @@ def written(text: str, results: Path) -> str:
 
 
 def main() -> None:
-    """All tables of the page."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(written(text, RESULTS), encoding="utf-8")
+    """All tables of the pages."""
+    for page in DOCUMENTS:
+        page.write_text(written(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def render(notebook: Any, title: str, note: str) -> str:
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts.append(markdown.render(cell.source).replace(".ipynb", ".html"))
+            parts.append(_on_the_site(markdown.render(cell.source)))
             continue
         parts.append(f'<div class="code"><pre>{highlight(cell.source, PythonLexer(), formatter)}</pre></div>')
         parts += [_shown(output, images) for output in cell.outputs]
@@ -133,6 +133,11 @@ def render(notebook: Any, title: str, note: str) -> str:
         title=html.escape(title), style=HtmlFormatter().get_style_defs(".code"), body="\n".join(parts),
         note=html.escape(note),
     )  # fmt: skip
+
+
+def _on_the_site(page: str) -> str:
+    """Links to other notebooks and to pages of docs/, as they lead there from docs/notebooks once the site is built."""
+    return re.sub(r'href="\.\./docs/([\w/-]+)\.md', r'href="../\1.html', page.replace(".ipynb", ".html"))
 
 
 def _shown(output: Any, images: Any) -> str:

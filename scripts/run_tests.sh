@@ -52,6 +52,11 @@ with_lens=(tests/{estimators,methods} tests/analysis/test_{command,directions,dr
 
 scripts/lint.sh </dev/null >"$logs/lint.log" 2>&1 & # beside the tests; its step is the last
 lint=$!
+docs=
+if [ -z "${TEST_ARGS:-}" ] && .venv/bin/python -c "import sphinx" 2>/dev/null; then
+  make -s docs </dev/null >"$logs/docs.log" 2>&1 &
+  docs=$!
+fi
 for lane in ${LANES:-hooked bridge}; do
   case $lane in
     hooked) python=.venv/bin/python ;;
@@ -72,6 +77,12 @@ wait "$lint"
 lint_code=$?
 linted() { cat "$logs/lint.log" && return "$lint_code"; }
 step lint linted
+if [ -n "$docs" ]; then
+  wait "$docs"
+  docs_code=$?
+  built() { cat "$logs/docs.log" && return "$docs_code"; }
+  step docs built
+fi
 
 printf '\n== summary (%s torch threads, %s workers)\n' "$OMP_NUM_THREADS" "$workers"
 printf '%s\n' "${summary[@]}"

