@@ -267,6 +267,9 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     assert {*MEASURES, "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
     assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
     assert report("rank_sweep", subject, grid, generate=False, **also) == advice  # from what was kept
+    kept = run / "analysis" / "completions" / "source"  # by the subspace: for every sweep of the run
+    written = {"base", *(cell.subspace(subject.moments_everywhere()).digest() for cell in [default])}
+    assert written <= {path.stem for path in kept.glob("*.jsonl")}
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
 
 
