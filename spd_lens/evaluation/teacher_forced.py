@@ -29,6 +29,7 @@ from spd_lens.models import (
     right_pad,
     run_twin,
     unembed_only,
+    weights_digest,
 )
 from spd_lens.subspaces import Policy
 
@@ -130,24 +131,27 @@ class ForcedPasses:
         pair: The model.
         layers: Layers at which passes will begin (`Policy.first_layer`); at others they run in full. See `expect`.
         keep: Also keep what the base model computed, up to 256 MiB, for when a batch comes again: then only its logits
-            are computed. The base model's weights must stay what they are meanwhile.
+            are computed. It is forgotten where the model's weights are seen to have changed (`weights_digest`).
     """
 
     def __init__(self, pair: ModelPair, layers: Iterable[int] = (), *, keep: bool = False) -> None:
-        self._pair, self._end = pair, pair.n_layers if keep else 0
+        self.pair, self._end = pair, pair.n_layers if keep else 0
         self._layers: set[int] = set()
         self._prefix = Prefix(pair.hf, ())
         self._kept: dict[bytes, dict[int, Any]] = {}
         self._free = _KEPT
+        self._weights = ""
         self._batch: ForcedBatch
         self._begun: dict[int, Any]
         self.expect([*layers, self._end])
 
     def expect(self, layers: Iterable[int]) -> None:
         """More layers at which passes will begin, from the next batch on."""
-        if new := exact_starts(self._pair, layers) - self._layers:
+        if new := exact_starts(self.pair, layers) - self._layers:
             self._layers |= new
-            self._prefix = Prefix(self._pair.hf, self._layers)
+            self._prefix = Prefix(self.pair.hf, self._layers)
+        if self._end and (weights := weights_digest(self.pair.hf)) != self._weights:
+            self._kept, self._free, self._weights = {}, _KEPT, weights
 
     def base(self, batch: ForcedBatch) -> Float[Tensor, "n d_vocab"]:
         """Float32 logits of the base model that predict a batch's completion tokens."""
@@ -156,10 +160,10 @@ class ForcedPasses:
         self._begun = self._kept.get(name, {})
         if self._end in self._begun and self._layers <= self._begun.keys():
             with self._prefix.starting_at(self._end, self._begun):
-                return forced_logits(self._pair, self._pair.hf, batch)
+                return forced_logits(self.pair, self.pair.hf, batch)
         self._free += _size(self._kept.pop(name, {}))
         with self._prefix.recording() as self._begun:
-            logits = forced_logits(self._pair, self._pair.hf, batch)
+            logits = forced_logits(self.pair, self.pair.hf, batch)
         if self._end in self._begun and (size := _size(self._begun)) <= self._free:
             self._kept[name] = self._begun
             self._free -= size
@@ -167,9 +171,9 @@ class ForcedPasses:
 
     def under(self, policy: Policy) -> Float[Tensor, "n d_vocab"]:
         """The same of a policy, on the batch of the last call of `base`."""
-        first = policy.first_layer(self._pair)
-        with policy.applied(self._pair) as model, self._prefix.starting_at(first, self._begun):
-            return forced_logits(self._pair, model, self._batch)
+        first = policy.first_layer(self.pair)
+        with policy.applied(self.pair) as model, self._prefix.starting_at(first, self._begun):
+            return forced_logits(self.pair, model, self._batch)
 
 
 def _size(begun: Mapping[int, Any]) -> int:
@@ -213,6 +217,8 @@ def teacher_forced(
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
     passes = passes or ForcedPasses(pair)
+    if passes.pair.hf is not pair.hf:
+        raise SPDError(f"the passes are those of {passes.pair.name} as another pair has it; give those of this pair")
     passes.expect(policy.first_layer(pair) for policy in policies if not policy.is_base)
     with tqdm(total=len(examples) * len(policies), desc="teacher-forced", disable=not progress) as bar:
         for indices in pair.batches(encoded, batch_tokens):

@@ -10,7 +10,7 @@ from spd_lens.evaluation.skip_layers import exact_starts
 from spd_lens.evaluation.teacher_forced import ForcedPasses, teacher_forced
 from spd_lens.models.load import load
 from spd_lens.subspaces.policy import Policy
-from tests.helpers import EXAMPLES, make_adapter
+from tests.helpers import EXAMPLES, make_adapter, refused
 
 teacher_forced_file = importlib.import_module("spd_lens.evaluation.teacher_forced")
 
@@ -119,3 +119,15 @@ def test_no_more_is_kept_than_there_is_room_for(tiny_pair, late, runs_of, monkey
         teacher_forced(tiny_pair, EXAMPLES, [Policy("late", late)], passes=passes, batch_tokens=1, progress=False)
     n = len(EXAMPLES)
     assert runs_of == [2 * n - 1, 2 * n - 1, 4 * n - 1, 4 * n - 1]
+
+
+def test_nothing_is_kept_of_other_weights_or_another_model(tiny_pair, tiny_llama_dir, late):
+    pair, how = load(str(tiny_llama_dir), dtype="float32", device="cpu"), {"batch_tokens": 10**6, "progress": False}
+    passes, policies = ForcedPasses(pair, keep=True), [Policy("base"), Policy("late", late)]
+    before = teacher_forced(pair, EXAMPLES, policies, passes=passes, **how)
+    with torch.no_grad():
+        pair.hf.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    after = teacher_forced(pair, EXAMPLES, policies, passes=passes, **how)
+    assert after == teacher_forced(pair, EXAMPLES, policies, **how) != before
+    with refused("another pair"):
+        teacher_forced(tiny_pair, EXAMPLES, policies, passes=passes, **how)
