@@ -31,7 +31,7 @@ from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.tokens.command import token_energy
 from spd_lens.evaluation.choices import most_likely
 from spd_lens.evaluation.matching import at_equal_kl
-from spd_lens.evaluation.skip_layers import exact_prefix
+from spd_lens.evaluation.skip_layers import exact_starts
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.files import read_json
 from spd_lens.generation import slots
@@ -175,9 +175,8 @@ def a_plain_batch(pair, made):
 @path
 def teacher_forcing(pair, made):
     policies = [Policy("base"), Policy("p", made.subspace), Policy("a", adapter=made.adapter)]
-    prefix = exact_prefix(pair, SOME, {1, 3})
-    assert prefix is not None
-    return teacher_forced(pair, SOME, policies, prefix=prefix, progress=False)
+    assert exact_starts(pair, {1, 3}) == {1, 3}
+    return teacher_forced(pair, SOME, policies, progress=False)
 
 
 @path

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from spd_lens.analysis.common import NULL_COLOR, figure, line
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import ForcedBatch, forced_logits
+from spd_lens.evaluation import ForcedBatch, ForcedPasses
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, batches_by_length, kl_divergence, neutrally
 from spd_lens.stats import Estimate, bootstrap_ends, paired_difference, verdict
@@ -65,16 +65,14 @@ def absorption(
     policies = [Policy(PROJECTED, subspace, strength)]
     policies += [Policy(f"random-{i}", subspace.random_like(seed + i), strength) for i in range(n_random)]
     encoded = [pair.encode(item) for item in items]
-    rows = []
+    trained = Policy("tuned", adapter=adapter)
+    passes, rows = ForcedPasses(pair, [one.first_layer(pair) for one in (trained, *policies)]), []
     with tqdm(total=len(items), desc="absorption", unit="item", disable=not progress) as bar:
         for indices in batches_by_length([len(e.ids) for e in encoded], _BATCH_TOKENS):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
-            base = forced_logits(pair, pair.hf, batch)
-            with Policy("tuned", adapter=adapter).applied(pair) as model:
-                tuned = forced_logits(pair, model, batch)
+            base, tuned = passes.base(batch), passes.under(trained)
             for policy in policies:
-                with policy.applied(pair) as model:
-                    logits = forced_logits(pair, model, batch)
+                logits = passes.under(policy)
                 to_base, to_tuned = kl_divergence(logits, base), kl_divergence(logits, tuned)
                 for i, index in enumerate(indices):
                     mine = batch.of_completion(i)

@@ -19,10 +19,9 @@ from spd_lens.errors import SPDError
 from spd_lens.evaluation import (
     OUTCOMES,
     ForcedItem,
+    ForcedPasses,
     Policy,
-    Prefix,
     all_at_equal_kl,
-    exact_prefix,
     other_texts,
     teacher_forced,
     with_answer_only,
@@ -126,10 +125,9 @@ class Held:
         return Policy(entrant.estimator, saved.truncate(record["rank"]), record["strength"])
 
     @cached_property
-    def prefix(self) -> Prefix | None:
-        """Passes under a subspace begin at the first layer that is projected."""
-        sites = self.pair.sites(self.config.layers, self.config.kinds)
-        return exact_prefix(self.pair, self.items, [min(site.layer for site in sites)])
+    def passes(self) -> ForcedPasses:
+        """What the base model computed on the texts that are measured: the same for all cells."""
+        return ForcedPasses(self.pair, keep=True)
 
     def _mark(self) -> None:
         """Mark the items' results where a search finds them, such as by running programs: once, for all cells."""
@@ -171,14 +169,14 @@ class Held:
         log.info("%s: measuring %s", self.place.name, ", ".join(made))
         for name, subspace in made.items():
             subspace.save(self._file(name))
-        policies = all_at_equal_kl(self.pair, made, self.matching, self.contest.kl, prefix=self.prefix)
+        policies = all_at_equal_kl(self.pair, made, self.matching, self.contest.kl)
         reached = [policy for policy in policies.values() if policy is not None]
         found = self._forced([Policy("base"), *reached])
         if "base" not in self.store:
             self.store.write("base", {"items": _columns(found["base"])})
-        elsewhere = (
-            teacher_forced(self.pair, self.reporting, reached, prefix=self.prefix, progress=False) if reached else {}
-        )
+        elsewhere = {}
+        if reached:
+            elsewhere = teacher_forced(self.pair, self.reporting, reached, passes=self.passes, progress=False)
         for name, policy in policies.items():
             if policy is None or policy.subspace is None:
                 log.info("%s does not move the model as far as a KL of %g", name, self.contest.kl)
@@ -191,10 +189,10 @@ class Held:
 
     def _forced(self, policies: Sequence[Policy]) -> dict[str, list[ForcedItem]]:
         found = teacher_forced(
-            self.pair, self.items, policies, prefix=self.prefix, batch_tokens=self.contest.batch_tokens,
+            self.pair, self.items, policies, passes=self.passes, batch_tokens=self.contest.batch_tokens,
             progress=self.place.experiment.progress,
         )  # fmt: skip
-        return with_answer_only(self.pair, self.task, self.items, policies, found, prefix=self.prefix, progress=False)
+        return with_answer_only(self.pair, self.task, self.items, policies, found, passes=self.passes, progress=False)
 
     def _calibrations(self, task: Task) -> list[list[Example]]:
         """Draws of calibration examples that share none, or where there are too few, each drawn anew."""

@@ -10,7 +10,7 @@ import torch
 
 from spd_lens.analysis.common import by_item, known, place
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import exact_prefix, teacher_forced
+from spd_lens.evaluation import teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally
 from spd_lens.sites import Site
@@ -81,8 +81,7 @@ def head_effects(
     for site, head in cells:
         for name, whole in (("own", subspace), *((str(i), control) for i, control in enumerate(controls))):
             policies.append(Policy(f"{site}/{head}/{name}", only_head(whole, site, head)))
-    prefix = exact_prefix(pair, items, {site.layer for site in subspace.sites})
-    found = teacher_forced(pair, items, policies, prefix=prefix, batch_tokens=batch_tokens, progress=progress)
+    found = teacher_forced(pair, items, policies, batch_tokens=batch_tokens, progress=progress)
     rows = []
     for site, head in cells:
         for measure, unprojected in by_item(found["base"], MEASURES).items():

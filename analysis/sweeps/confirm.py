@@ -36,7 +36,7 @@ _SHARES = ("accuracy", "repetition", "truncated")
 
 
 def measure_chosen(
-    subject: Subject, estimated: Estimated, grid: Grid, cells: Sequence[GridCell], name: str, **also: Any
+    subject: Subject, estimated: Estimated, grid: Grid, cells: Sequence[GridCell], **also: Any
 ) -> pd.DataFrame:
     """Measure chosen cells on fresh items with ten fresh random draws, and by generation on the sweep's own items.
 
@@ -52,7 +52,7 @@ def measure_chosen(
         **also,
     )  # fmt: skip
     log.info("generating under the chosen cells")
-    return pd.concat([again, _by_generation(subject, grid, chosen, name)], ignore_index=True)
+    return pd.concat([again, _by_generation(subject, grid, chosen)], ignore_index=True)
 
 
 def remeasure(
@@ -75,22 +75,24 @@ def remeasure(
     return _rows(found, chosen, n_random, tuple(MEASURES))
 
 
-def _by_generation(subject: Subject, grid: Grid, chosen: Mapping[str, Subspace], name: str) -> pd.DataFrame:
+def _by_generation(subject: Subject, grid: Grid, chosen: Mapping[str, Subspace]) -> pd.DataFrame:
     """Greedy completions under chosen subspaces and random ones of their shape: accuracy, repetition, length.
 
     Beside these there is the KL from the base model on the base model's own completions of the same prompts, since gold
-    completions are another author's text, on which a model may be less sure. An interrupted run continues.
+    completions are another author's text, on which a model may be less sure. An interrupted run continues, and
+    sweeps of one run share the completions of the base model and of cells that they have in common.
     """
     config, pair = subject.run.config, subject.pair
     task = subject.task if grid.task is None else subject.targets[grid.task]
     policies = beside_controls(chosen, grid.n_random, grid.seed, config.strength)
+    place = subject.folder / "completions" / (grid.task or "source")
     results: dict[str, EvalResult] = {}
     for policy in policies:
         # by content: the same name in another sweep is another subspace
         stem = "base" if policy.subspace is None else policy.subspace.digest()
         results[policy.name] = evaluate(
             pair, task, grid.n_items, policy=policy, seed=config.data_seed, batch_size=config.generation_batch_size,
-            forced=[], path=subject.folder / name / "completions" / f"{stem}.jsonl", progress=subject.progress,
+            forced=[], path=place / f"{stem}.jsonl", progress=subject.progress,
         )  # fmt: skip
     found = {policy: written(pair, result) for policy, result in results.items()}
     own = [  # the base model's completions as if they were gold

@@ -24,7 +24,7 @@ from spd_lens.analysis.common import (
 )
 from spd_lens.analysis.sweeps.grid import Grid, GridCell
 from spd_lens.analysis.sweeps.store import FORCED, MEASURES, OTHER_TEXT, Measured, Store
-from spd_lens.evaluation import Prefix, exact_prefix, teacher_forced, with_answer_only
+from spd_lens.evaluation import ForcedPasses, teacher_forced, with_answer_only
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair, neutrally, weights_digest
 from spd_lens.runs import Folder
@@ -127,9 +127,9 @@ def sweep(
 ) -> Sweep:
     """The outcomes of `OUTCOMES` side by side of every cell of a grid, teacher-forced on held-out items.
 
-    One extraction serves all cells. Cells are taken in chunks that share the base model's logits; within a batch, no
-    layer below a cell's first one is run again. The cost is about `cells × (1 + n_random)` forward passes over the
-    layers from the first projected one on.
+    One extraction serves all cells. The base model's pass is shared by all cells, and no layer below a cell's first
+    one is run again. The cost is about `cells × (1 + n_random)` forward passes over the layers from the first projected
+    one on.
 
     Args:
         pair: The model.
@@ -143,8 +143,8 @@ def sweep(
         estimated: Where subspaces come from, whose centring is then the one above; None: the moments (Eq. 9-11).
         answer_only: Task of the items, which are then also asked for the answer alone (a pass of its own).
         texts: Texts of another kind (`other_texts()`), on which KL from base is measured too (a pass of its own).
-        chunk: Number of cells measured together: more need fewer base passes and lose more when killed. None: as many
-            as make 24 subspaces.
+        chunk: Number of cells measured together: more need the base model's logits less often, and lose more when
+            killed. None: as many as make 24 subspaces.
         progress: Show a progress bar.
 
     Raises:
@@ -161,7 +161,7 @@ def sweep(
         }  # fmt: skip
         store.check(_settings(pair, moments, items, grid, float(strength), center, also))
         todo = [cell for cell in cells if cell.name not in store]
-        prefix = exact_prefix(pair, items, {cell.first_layer for cell in todo})
+        passes = ForcedPasses(pair, {cell.first_layer for cell in todo}, keep=True)
         chunk = chunk or max(1, _TOGETHER // (1 + grid.n_random))
         done = len(cells) - len(todo)
         with tqdm(total=len(cells), initial=done, desc="sweep", unit="cell", disable=not progress) as bar:
@@ -172,7 +172,7 @@ def sweep(
                 named = {cell.name: subspace for cell, subspace in zip(cut, chosen, strict=True)}
                 found = measure(
                     pair, items, beside_controls(named, grid.n_random, grid.seed, strength), answer_only=answer_only,
-                    texts=texts, prefix=prefix, batch_tokens=grid.batch_tokens,
+                    texts=texts, passes=passes, batch_tokens=grid.batch_tokens,
                 )  # fmt: skip
                 _keep(store, zip(cut, chosen, strict=True), found, grid.n_random)
                 bar.update(len(cut))
@@ -233,16 +233,16 @@ def measure(
     items: Sequence[Example],
     policies: Sequence[Policy],
     *,
-    prefix: Prefix | None = None,
+    passes: ForcedPasses | None = None,
     batch_tokens: int = 1024,
     answer_only: Task | None = None,
     texts: Sequence[Example] = (),
 ) -> dict[str, Values]:
-    """`teacher_forced` as arrays, one number per item; a prefix shares what lies below the projected layers."""
-    how: dict[str, Any] = {"prefix": prefix, "batch_tokens": batch_tokens, "progress": False}
+    """`teacher_forced` as arrays, one number per item; `passes` as there."""
+    how: dict[str, Any] = {"passes": passes, "batch_tokens": batch_tokens, "progress": False}
     found = teacher_forced(pair, items, policies, **how)
     if answer_only is not None:
-        found = with_answer_only(pair, answer_only, items, policies, found, progress=False)
+        found = with_answer_only(pair, answer_only, items, policies, found, passes=passes, progress=False)
     values = {policy: by_item(rows, FORCED) for policy, rows in found.items()}
     if texts:
         for policy, rows in teacher_forced(pair, texts, policies, **how).items():

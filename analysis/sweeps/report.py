@@ -114,7 +114,7 @@ def report(
     _print(name, subject, table, says)
     if generate:
         chosen = {c.name: c for c in (cells.get(advice.cell or ""), default) if c is not None}
-        dear = measure_chosen(subject, estimated, grid, list(chosen.values()), name, **also)
+        dear = measure_chosen(subject, estimated, grid, list(chosen.values()), **also)
         subject.save(f"{name}-chosen", dear, says="", **facts)
         _print_chosen(dear)
     return advice

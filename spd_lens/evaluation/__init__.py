@@ -24,14 +24,13 @@ from spd_lens.evaluation.published import (
     warning,
 )
 from spd_lens.evaluation.results import EvalResult, ItemResult
-from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
-from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, forced_logits, per_item, teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedBatch, ForcedItem, ForcedPasses, per_item, teacher_forced
 from spd_lens.subspaces import Policy
 
 __all__ = [
-    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "Format", "ItemResult", "KL_TOLERANCE", "LOSS_TASKS",
-    "Measured", "NEUTRAL", "OF_COMPLETIONS", "OUTCOMES", "Policy", "Prefix", "SAYS", "Subject", "all_at_equal_kl",
-    "at_equal_kl", "corpus_diagnostics", "degeneration", "evaluate", "exact_prefix", "fitting", "forced_logits",
-    "known_as", "models_published", "other_texts", "own_names", "per_item", "published", "repeated_ngrams",
-    "settled_at", "share_after_answer", "teacher_forced", "warning", "with_answer_only",
+    "Baseline", "EvalResult", "ForcedBatch", "ForcedItem", "ForcedPasses", "Format", "ItemResult", "KL_TOLERANCE",
+    "LOSS_TASKS", "Measured", "NEUTRAL", "OF_COMPLETIONS", "OUTCOMES", "Policy", "SAYS", "Subject", "all_at_equal_kl",
+    "at_equal_kl", "corpus_diagnostics", "degeneration", "evaluate", "fitting", "known_as", "models_published",
+    "other_texts", "own_names", "per_item", "published", "repeated_ngrams", "settled_at", "share_after_answer",
+    "teacher_forced", "warning", "with_answer_only",
 ]  # fmt: skip

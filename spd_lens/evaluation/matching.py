@@ -7,10 +7,9 @@ from collections.abc import Generator, Mapping, Sequence
 from statistics import fmean
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.skip_layers import Prefix
-from spd_lens.evaluation.teacher_forced import teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedPasses, teacher_forced
 from spd_lens.examples import Example
-from spd_lens.models import ModelPair
+from spd_lens.models import ModelPair, neutrally
 from spd_lens.subspaces import Policy, Subspace
 
 KL_TOLERANCE = 0.05
@@ -27,12 +26,12 @@ def at_equal_kl(
     kl: float,
     *,
     tolerance: float = KL_TOLERANCE,
-    prefix: Prefix | None = None,
 ) -> Policy | None:
     """The projection onto a subspace at the strength at which it moves the model by `kl`: see `all_at_equal_kl`."""
-    return all_at_equal_kl(pair, {"projected": subspace}, texts, kl, tolerance=tolerance, prefix=prefix)["projected"]
+    return all_at_equal_kl(pair, {"projected": subspace}, texts, kl, tolerance=tolerance)["projected"]
 
 
+@neutrally
 def all_at_equal_kl(
     pair: ModelPair,
     subspaces: Mapping[str, Subspace],
@@ -40,13 +39,12 @@ def all_at_equal_kl(
     kl: float,
     *,
     tolerance: float = KL_TOLERANCE,
-    prefix: Prefix | None = None,
 ) -> dict[str, Policy | None]:
     """Projections that all move the model equally far, so that what they do can be compared.
 
     KL grows with the strength, and about with its square, which says where in a bracket of (0, 1] to look next. Where a
     subspace at full strength moves the model less, its leading directions alone are kept, fewer and fewer, until it
-    moves it far enough. All subspaces are searched side by side and share the base model's passes.
+    moves it far enough. All subspaces are searched side by side and share the base model's one pass.
 
     Args:
         pair: The model; the base is its twin as it stands.
@@ -54,7 +52,6 @@ def all_at_equal_kl(
         texts: Examples on whose completions KL is measured.
         kl: Mean over the texts of KL(base || policy), in nats per token of the completion; above 0.
         tolerance: How far KL may be off, relative to `kl`.
-        prefix: From `exact_prefix`: passes then begin at the first projected layer, and give the same bits.
 
     Returns:
         For each name its policy; None where not even one direction per block at full strength moves the model so far,
@@ -71,8 +68,9 @@ def all_at_equal_kl(
         )
     searches = {name: _search(name, subspace, kl, tolerance) for name, subspace in subspaces.items()}
     asked, found = {name: next(search) for name, search in searches.items()}, {}
+    passes = ForcedPasses(pair, keep=True)
     while asked:
-        measured = teacher_forced(pair, texts, [*asked.values()], prefix=prefix, progress=False)
+        measured = teacher_forced(pair, texts, [*asked.values()], passes=passes, progress=False)
         for name, items in measured.items():
             mean = fmean(item.kl for item in items)
             if not math.isfinite(mean):

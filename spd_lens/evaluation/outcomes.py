@@ -8,8 +8,7 @@ from dataclasses import replace
 from importlib import resources
 
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.skip_layers import Prefix
-from spd_lens.evaluation.teacher_forced import ForcedItem, teacher_forced
+from spd_lens.evaluation.teacher_forced import ForcedItem, ForcedPasses, teacher_forced
 from spd_lens.examples import Example
 from spd_lens.models import ModelPair
 from spd_lens.subspaces import Policy
@@ -77,7 +76,7 @@ def with_answer_only(
     policies: Sequence[Policy],
     found: Mapping[str, Sequence[ForcedItem]],
     *,
-    prefix: Prefix | None = None,
+    passes: ForcedPasses | None = None,
     progress: bool = True,
 ) -> dict[str, list[ForcedItem]]:
     """What `teacher_forced` found, with the loss on each answer where it is asked for without reasoning.
@@ -91,13 +90,13 @@ def with_answer_only(
         items: Items that were measured.
         policies: Policies that are measured now; others in `found` stay as they are.
         found: By the policy's name, one measured item per item of `items`.
-        prefix: As for `teacher_forced`.
+        passes: As for `teacher_forced`.
         progress: Whether to show a progress bar.
     """
     forms = {item.id: form for item in items if (form := task.answer_only(item)) is not None}
     same = {item.id for item in items if forms.get(item.id) == item}
     asked = fitting(pair, [form for id, form in forms.items() if id not in same])
-    again = teacher_forced(pair, asked, policies, prefix=prefix, progress=progress) if asked else {}
+    again = teacher_forced(pair, asked, policies, passes=passes, progress=progress) if asked else {}
     result = {name: list(measured) for name, measured in found.items()}
     for policy in policies:
         losses = {item.id: item.aligned_loss for item in again.get(policy.name, [])}

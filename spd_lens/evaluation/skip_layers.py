@@ -1,115 +1,89 @@
-"""`Prefix`: layers below a projection compute what they computed for the base model, so they are not run again."""
+"""`Prefix`: layers below a policy's first compute what they computed for the base model, so they are not run again."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from spd_lens.errors import SPDError
-from spd_lens.examples import Example
-from spd_lens.models import Fingerprint, ModelPair, fast_products, neutrally, right_pad, run_twin, site_layer
+from spd_lens.models import ModelPair, site_layer
 from spd_lens.sites import Site
 
 log = logging.getLogger(__name__)
 
+_exact: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+"""Of each model, at which layers a pass may begin: the architecture decides that, so it is tried once."""
+
 
 class Prefix:
-    """Keeps what enters some layers in a forward pass of the base model; later passes on that batch begin there.
+    """Keeps what some layers begin with in a forward pass of the base model; later passes over that batch begin there.
 
-    A forward pass inside `watching` records. One inside `starting_at(layer)` on the same tokens skips all layers below
-    `layer` and gives the same bits; on other tokens it runs in full. Architectures that pass anything between layers
-    but the residual stream would come out wrong: `agrees` tells, on a real batch.
+    Layer `n_layers` stands for what comes behind the last block. A pass that begins in the middle has to be over the
+    same tokens with the same padding. Architectures that pass anything between blocks but what a block returns would
+    come out wrong, which `exact_starts` tells.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
-        self._model = model
         self._layers = sorted(set(layers))
-        n_layers = Fingerprint.of(model).n_layers
-        self._blocks: list[Any] = [site_layer(model, Site(layer, "resid")).module for layer in range(n_layers)]
-        self._stream: dict[int, Tensor] = {}
-        self._tokens: Tensor | None = None
-        self._start: int | None = None
-        self._skipping = False
+        n_blocks = max(self._layers, default=0)
+        self._blocks: list[Any] = [site_layer(model, Site(layer, "resid")).module for layer in range(n_blocks)]
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record, until the context ends."""
-        hooks = [(self._model, self._begin), *((self._blocks[n], partial(self._enter, n)) for n in self._layers)]
+    def recording(self) -> Iterator[dict[int, Any]]:
+        """Yields a table that the pass inside fills: by the layer, what the block below it returned."""
+        begun: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
-            stack.callback(vars(self).update, _stream={}, _tokens=None)
-            for module, hook in hooks:
-                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+            for layer in self._layers:
+                keep = partial(_keep, begun, layer)
+                stack.enter_context(self._blocks[layer - 1].register_forward_hook(keep))
+            yield begun
 
     @contextlib.contextmanager
-    def starting_at(self, layer: int) -> Iterator[None]:
-        """Skip what lies below `layer`."""
-        below = self._blocks[:layer] if layer in self._layers else []
+    def starting_at(self, layer: int, begun: Mapping[int, Any]) -> Iterator[None]:
+        """Skip what lies below `layer`, as a recorded pass left it; a layer that was not recorded skips nothing."""
+        below = self._blocks[:layer] if layer in begun else []
         own = [dict(vars(block)) for block in below]
         for block in below:
-            block.forward = partial(self._pass_on, block.forward)
-        self._start = layer if below else None
+            block.forward = lambda *_, **__: begun[layer]
         try:
             yield
         finally:
-            self._start = None
             for block, before in zip(below, own, strict=True):
                 del block.forward  # the class's own comes back
                 vars(block).update(before)
 
-    def agrees(self, forward: Callable[[], Tensor]) -> bool:
-        """Whether a pass of the base model that begins at each layer gives, bit for bit, what a whole pass gives."""
-        with self.watching():
-            whole = forward()
-            for layer in self._layers:
-                with self.starting_at(layer):
-                    if not torch.equal(forward(), whole):
-                        return False
-        return True
 
-    def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        known = self._tokens is not None and torch.equal(self._tokens, tokens)
-        self._skipping = self._start is not None and known
-        if self._start is None:
-            self._tokens, self._stream = tokens, {}
-
-    def _enter(self, layer: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._start is None:
-            self._stream[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        elif self._skipping and layer == self._start:
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": self._stream[layer]}
-            return (self._stream[layer], *args[1:]), kwargs
-        return None
-
-    def _pass_on(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._skipping:
-            return forward(*args, **kwargs)
-        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+def _keep(begun: dict[int, Any], layer: int, _block: nn.Module, _args: Any, output: Any) -> None:
+    begun[layer] = output
 
 
-@neutrally
-def exact_prefix(pair: ModelPair, items: Sequence[Example], layers: Iterable[int]) -> Prefix | None:
-    """A prefix for passes that begin at some of these layers; None where this architecture's blocks let no pass begin
-    in the middle exactly."""
-    above = set(layers) - {0}
-    if not above:
-        return None
+def exact_starts(pair: ModelPair, layers: Iterable[int]) -> set[int]:
+    """Those of some layers at which a pass may begin: it gives, bit for bit, what a whole pass gives."""
+    wanted = set(layers) - {0}
+    known = _exact.setdefault(pair.hf, {})
+    if new := sorted(wanted - known.keys()):
+        known |= _tried(lambda: pair.check_logits(pair.hf), pair.hf, new)
+        if not all(map(known.get, new)):
+            log.info("passes run all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
+    return {layer for layer in wanted if known.get(layer)}
+
+
+def _tried(forward: Callable[[], Tensor], model: nn.Module, layers: Iterable[int]) -> dict[int, bool]:
+    """Whether a pass of the base model that begins at a layer agrees with a whole one, as far as any can begin."""
+    found: dict[int, bool] = {}
     try:
-        prefix = Prefix(pair.hf, above)
-    except SPDError:  # an architecture whose blocks are not known
-        return None
-    shortest = sorted((pair.encode(item) for item in items), key=lambda e: len(e.ids))[:2]
-    tokens, mask = right_pad([e.ids for e in shortest], pair.pad_id, pair.device)
-    with torch.no_grad(), fast_products(pair.device, pair.dtype):
-        exact = prefix.agrees(lambda: run_twin(pair.hf, tokens, attention_mask=mask, use_cache=False).logits)
-    if not exact:
-        log.info("every pass runs all layers: those of %s cannot begin in the middle", type(pair.hf).__name__)
-    return prefix if exact else None
+        prefix = Prefix(model, layers)
+        with prefix.recording() as begun:
+            whole = forward()
+        for layer in layers:
+            with prefix.starting_at(layer, begun):
+                found[layer] = torch.equal(forward(), whole)
+    except Exception as error:  # unknown blocks, or such as need what lower ones left: each fails in its own way
+        log.debug("a pass that begins in the middle of %s fails: %s", type(model).__name__, error)
+    return found

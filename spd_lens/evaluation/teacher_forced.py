@@ -5,9 +5,8 @@ Accuracy on a few hundred items cannot tell small effects apart; these measures 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -18,7 +17,7 @@ from pydantic import with_config
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError, whole
-from spd_lens.evaluation.skip_layers import Prefix
+from spd_lens.evaluation.skip_layers import Prefix, exact_starts
 from spd_lens.examples import Example, worked_examples
 from spd_lens.files import STRICT, Loss
 from spd_lens.models import (
@@ -29,12 +28,15 @@ from spd_lens.models import (
     right_pad,
     run_twin,
     unembed_only,
+    weights_digest,
 )
 from spd_lens.output import progress_bar
 from spd_lens.subspaces import Policy
 
 _ROWS = 32
 """How many rows of logits are compared at a time."""
+_KEPT = 2**28
+"""Bytes of hidden states that are kept for batches that come again: those of 100,000 tokens of SmolLM2-135M."""
 
 
 @with_config(STRICT)
@@ -119,6 +121,67 @@ class ForcedBatch:
         return {name: part for name, part in found.items() if part}
 
 
+class ForcedPasses:
+    """Logits on batches of gold completions: of the base model on each batch first, then of policies on the same batch.
+
+    A policy's pass begins at the first layer that it changes, with what the base model's pass left there, wherever that
+    gives the bits of a whole pass (`exact_starts`). To be used inside of `neutral` and `torch.no_grad`.
+
+    Args:
+        pair: The model.
+        layers: Layers at which passes will begin (`Policy.first_layer`); at others they run in full. See `expect`.
+        keep: Also keep what the base model computed, up to 256 MiB, for when a batch comes again: then only its logits
+            are computed. It is forgotten where the model's weights are seen to have changed (`weights_digest`).
+    """
+
+    def __init__(self, pair: ModelPair, layers: Iterable[int] = (), *, keep: bool = False) -> None:
+        self.pair, self._end = pair, pair.n_layers if keep else 0
+        self._layers: set[int] = set()
+        self._prefix = Prefix(pair.hf, ())
+        self._kept: dict[bytes, dict[int, Any]] = {}
+        self._free = _KEPT
+        self._weights = ""
+        self._batch: ForcedBatch
+        self._begun: dict[int, Any]
+        self.expect([*layers, self._end])
+
+    def expect(self, layers: Iterable[int]) -> None:
+        """More layers at which passes will begin, from the next batch on."""
+        if new := exact_starts(self.pair, layers) - self._layers:
+            self._layers |= new
+            self._prefix = Prefix(self.pair.hf, self._layers)
+        if self._end and (weights := weights_digest(self.pair.hf)) != self._weights:
+            self._kept, self._free, self._weights = {}, _KEPT, weights
+
+    def base(self, batch: ForcedBatch) -> Float[Tensor, "n d_vocab"]:
+        """Float32 logits of the base model that predict a batch's completion tokens."""
+        self._batch = batch
+        name = torch.stack([batch.tokens, batch.mask]).cpu().numpy().tobytes() if self._end else b""
+        self._begun = self._kept.get(name, {})
+        if self._end in self._begun and self._layers <= self._begun.keys():
+            with self._prefix.starting_at(self._end, self._begun):
+                return forced_logits(self.pair, self.pair.hf, batch)
+        self._free += _size(self._kept.pop(name, {}))
+        with self._prefix.recording() as self._begun:
+            logits = forced_logits(self.pair, self.pair.hf, batch)
+        if self._end in self._begun and (size := _size(self._begun)) <= self._free:
+            self._kept[name] = self._begun
+            self._free -= size
+        return logits
+
+    def under(self, policy: Policy) -> Float[Tensor, "n d_vocab"]:
+        """The same of a policy, on the batch of the last call of `base`."""
+        first = policy.first_layer(self.pair)
+        with policy.applied(self.pair) as model, self._prefix.starting_at(first, self._begun):
+            return forced_logits(self.pair, model, self._batch)
+
+
+def _size(begun: Mapping[int, Any]) -> int:
+    """Bytes of what blocks returned; those of some architectures return more than a tensor."""
+    parts = (part for one in begun.values() for part in (one if isinstance(one, tuple) else (one,)))
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
 @neutrally
 @torch.no_grad()
 def teacher_forced(
@@ -126,17 +189,19 @@ def teacher_forced(
     examples: Sequence[Example],
     policies: Sequence[Policy],
     *,
-    prefix: Prefix | None = None,
+    passes: ForcedPasses | None = None,
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> dict[str, list[ForcedItem]]:
     """Losses on the parts of the same gold completions, and KL from base, of each policy, in one pass each.
 
+    Layers below the first that a policy changes are run once, for the base (`ForcedPasses`).
+
     Args:
         pair: The model; the base is its twin as it stands.
         examples: Examples with completion and spans, held out from calibration and training.
         policies: Compared with the base on every batch, so that all see the same padding.
-        prefix: From `exact_prefix`: passes under a subspace then begin at its first layer, and give the same bits.
+        passes: Those of earlier calls, which may have kept what the base computed on the same batches.
         batch_tokens: Padded tokens per batch. Two float32 rows of the vocabulary per completion token are in memory.
         progress: Whether to show a progress bar.
 
@@ -151,16 +216,16 @@ def teacher_forced(
         raise SPDError(f"policies need names of their own, but these were given: {', '.join(names)}")
     encoded = [pair.encode(example) for example in examples]
     items: dict[str, dict[int, ForcedItem]] = {name: {} for name in names}
-    bar = progress_bar(progress, total=len(examples) * len(policies), desc="teacher-forced")
-    with bar, contextlib.nullcontext() if prefix is None else prefix.watching():
+    passes = passes or ForcedPasses(pair)
+    if passes.pair.hf is not pair.hf:
+        raise SPDError(f"the passes are those of {passes.pair.name} as another pair has it; give those of this pair")
+    passes.expect(policy.first_layer(pair) for policy in policies if not policy.is_base)
+    with progress_bar(progress, total=len(examples) * len(policies), desc="teacher-forced") as bar:
         for indices in pair.batches(encoded, batch_tokens):
             batch = ForcedBatch.of([encoded[i] for i in indices], pair)
-            base = forced_logits(pair, pair.hf, batch).log_softmax(dim=-1)
+            base = passes.base(batch).log_softmax(dim=-1)
             for policy in policies:
-                logits = None
-                if not policy.is_base:
-                    with policy.applied(pair) as model, _skipping(prefix, policy):
-                        logits = forced_logits(pair, model, batch)
+                logits = None if policy.is_base else passes.under(policy)
                 losses, kl, right = _compare(base, logits, batch.target)
                 for i, index in enumerate(indices):
                     mine = batch.of_completion(i)
@@ -174,13 +239,6 @@ def teacher_forced(
                     )
                 bar.update(len(indices))
     return {name: [found[i] for i in range(len(examples))] for name, found in items.items()}
-
-
-def _skipping(prefix: Prefix | None, policy: Policy) -> contextlib.AbstractContextManager[None]:
-    """Begin passes at the first layer that a policy projects, where it changes nothing below."""
-    if prefix is None or policy.subspace is None or policy.adapter is not None:
-        return contextlib.nullcontext()
-    return prefix.starting_at(min(site.layer for site in policy.subspace.sites))
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """Models: a Hugging Face twin, its TransformerLens counterpart, and the weights between them."""
 
-from spd_lens.models.adapter_files import adapter_digest
+from spd_lens.models.adapter_files import adapter_digest, first_adapted_layer
 from spd_lens.models.adapter_inventory import TRAINING_LOG, adapter_damage, trained_files
 from spd_lens.models.adapters import adapted, merged_copy
 from spd_lens.models.architectures import (
@@ -51,9 +51,9 @@ __all__ = [
     "adapter_damage", "adapter_digest", "angles_change_beyond",
     "architecture", "attention_implementation", "attention_received", "available", "batches_by_length",
     "check_saveable", "check_whole", "choose_backends", "default_generation_settings", "draw", "drawn_tokens",
-    "dtype_name", "fails_first", "fast_products", "fastest_attention", "free_memory",
-    "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "matrix_rates",
-    "merged_copy", "n_kv_heads",
+    "dtype_name", "fails_first", "fast_products", "fastest_attention", "first_adapted_layer", "free_memory",
+    "kl_divergence", "lens_logits", "load", "load_tokenizer", "logits_processors", "matrix_rates", "merged_copy",
+    "n_kv_heads",
     "named_outputs", "neutral", "neutrally", "one_query_at_a_time", "onednn_packed", "onednn_product",
     "ordinary_buffers", "out_of_memory", "overlapping", "own_device", "own_memory", "packed",
     "positionwise_in_last_block", "probe",

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from spd_lens.errors import SPDError, one_line, shortened
 from spd_lens.files import read_json, refuse_stand_in
 from spd_lens.models import hub
 from spd_lens.models.adapter_inventory import check_trained
-from spd_lens.models.architectures import numbers_in
+from spd_lens.models.architectures import architecture, numbers_in
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -255,6 +256,23 @@ def _shapes(directory: Path) -> dict[str, list[int]]:
             f"the adapter in {directory} does not fit any model: adapter_model.safetensors cannot be read ({error}); "
             "make it again"
         ) from error
+
+
+def first_adapted_layer(twin: nn.Module, adapter: str | Path) -> int:
+    """The lowest block in which an adapter changes anything; 0 where its file does not say so.
+
+    A LoRA acts where its file holds tensors, and nowhere else. Other kinds of adapters may make theirs from a seed, and
+    a whole checkpoint may differ everywhere.
+
+    Raises:
+        SPDError: it is of a kind that is not taken, or is damaged.
+    """
+    directory = check_adapter(adapter)
+    if not is_peft(directory) or read_settings(directory)["peft_type"] != "LORA":
+        return 0
+    block = re.compile(rf"\.{re.escape(architecture(twin).blocks)}\.(\d+)\.")
+    places = [block.search(name) for name in _shapes(directory)]
+    return min((0 if place is None else int(place[1]) for place in places), default=0)
 
 
 def _check_sizes(directory: Path, settings: dict[str, Any], most_tensors: int) -> None:

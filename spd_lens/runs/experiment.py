@@ -14,7 +14,7 @@ from typing import Any
 
 from spd_lens import estimators
 from spd_lens.errors import SPDError
-from spd_lens.evaluation import EvalResult, ForcedItem, evaluate, teacher_forced, with_answer_only
+from spd_lens.evaluation import EvalResult, ForcedItem, ForcedPasses, evaluate, teacher_forced, with_answer_only
 from spd_lens.examples import Example
 from spd_lens.generation import Corpus, engines, generate
 from spd_lens.models import Loss, ModelPair, weights_digest
@@ -359,7 +359,12 @@ class Experiment:
         )  # fmt: skip
 
     def measure(
-        self, items: Sequence[Example], policies: Sequence[Policy], target: str | None = None
+        self,
+        items: Sequence[Example],
+        policies: Sequence[Policy],
+        target: str | None = None,
+        *,
+        passes: ForcedPasses | None = None,
     ) -> dict[str, list[ForcedItem]]:
         """Teacher-forced outcomes of policies on held-out items, by the policy's name.
 
@@ -367,11 +372,13 @@ class Experiment:
             items: Held-out items.
             policies: The policies.
             target: The target whose items they are; its answers are then also asked for without reasoning.
+            passes: As for `teacher_forced`, where the same items are measured more than once.
         """
-        found = teacher_forced(self.pair, items, policies, progress=self.progress)
+        how: dict[str, Any] = {"passes": passes, "progress": self.progress}
+        found = teacher_forced(self.pair, items, policies, **how)
         if target is None:
             return found
-        return with_answer_only(self.pair, self.targets[target], items, policies, found, progress=self.progress)
+        return with_answer_only(self.pair, self.targets[target], items, policies, found, **how)
 
     def score(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from spd_lens import methods
-from spd_lens.evaluation import ForcedItem
+from spd_lens.evaluation import ForcedItem, ForcedPasses
 from spd_lens.examples import Example
 from spd_lens.files import replacing, write_json
 from spd_lens.generation import Header, Sampling, corpus_digest, settings_path
@@ -37,6 +37,11 @@ class Bench:
     def any(self) -> Experiment:
         """One of the experiments, for what all have in common: the model, the targets, the settings of evaluation."""
         return next(iter(self.experiments.values()))
+
+    @cached_property
+    def passes(self) -> ForcedPasses:
+        """What the base model computed on the items that are measured: the same for all sources, methods and seeds."""
+        return ForcedPasses(self.any.pair, keep=True)
 
     def of(self, cell: Cell) -> Experiment:
         """What the cell's method works from; all methods and seeds of a source share its extractions."""
@@ -156,7 +161,7 @@ def _measure(bench: Bench, cells: Sequence[Cell], name: str, items: Sequence[Exa
                 known[key] = other.effects(name, side=side)["projected"]
             else:
                 policies[key] = Policy(key, cell.subspace, under[1])
-    found = known | bench.any.measure(items, list(policies.values()), None if side else name)
+    found = known | bench.any.measure(items, list(policies.values()), None if side else name, passes=bench.passes)
     for cell in cells:
         phases = {"trained": found[cell.method]}
         if (under := cell.projection) is not None:

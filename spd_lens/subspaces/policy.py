@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spd_lens.errors import SPDError
-from spd_lens.models import ModelPair, adapted
+from spd_lens.models import ModelPair, adapted, first_adapted_layer
 from spd_lens.subspaces.projection import folded
 from spd_lens.subspaces.subspace import Subspace, check_strength
 
@@ -54,6 +54,13 @@ class Policy:
     def is_base(self) -> bool:
         """Whether it changes nothing."""
         return self.adapter is None and (self.subspace is None or self.strength == 0.0)
+
+    def first_layer(self, pair: ModelPair) -> int:
+        """Below this layer the twin computes under the policy what it computes without; 0 where that is not known."""
+        layers = [] if self.subspace is None else [min(site.layer for site in self.subspace.sites)]
+        if self.adapter is not None:
+            layers.append(first_adapted_layer(pair.hf, self.adapter))
+        return min(layers, default=0)
 
     @contextlib.contextmanager
     def applied(self, pair: ModelPair) -> Iterator[nn.Module]:

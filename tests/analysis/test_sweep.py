@@ -18,7 +18,7 @@ from spd_lens.analysis.sweeps.grid import Grid
 from spd_lens.analysis.sweeps.report import default_cell, report
 from spd_lens.analysis.sweeps.store import MEASURES, Store
 from spd_lens.errors import SPDError
-from spd_lens.evaluation.skip_layers import Prefix, exact_prefix
+from spd_lens.evaluation.skip_layers import exact_starts
 from spd_lens.sites import Site
 from spd_lens.subspaces.policy import Policy
 from tests.helpers import EXAMPLES, hook_at, refused
@@ -130,23 +130,24 @@ def test_the_placebo_puts_each_draw_in_the_place_of_the_cell(undisturbed):
     assert list(second["p"]) == [c.p for c in expected] and list(second["p_holm"]) == [c.p_holm for c in expected]
 
 
-def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, undisturbed):
+def test_layers_below_are_not_run_again_and_nothing_changes(tiny_pair, moments, undisturbed, monkeypatch):
     cells = GRID.cells(moments)
     passes = {layer: 0 for layer in range(4)}
 
     def count(layer):
         passes[layer] += 1
 
-    policies = [Policy("whole", cells[0].subspace(moments))]
+    policies = [Policy("one", cells[0].subspace(moments))]
+    assert policies[0].first_layer(tiny_pair) == 3
+    exact_starts(tiny_pair, {3})  # tried once for a model, in passes of its own
     handles = [
         block.mlp.register_forward_hook(lambda *_, layer=layer: count(layer))
         for layer, block in enumerate(tiny_pair.hf.model.layers)
     ]
-    whole = measure(tiny_pair, EXAMPLES, policies, batch_tokens=10_000)["whole"]
-    assert passes == {0: 2, 1: 2, 2: 2, 3: 2}  # the base model and the policy
-    prefix = Prefix(tiny_pair.hf, [3])
-    policies = [Policy("short", cells[0].subspace(moments))]
-    short = measure(tiny_pair, EXAMPLES, policies, prefix=prefix, batch_tokens=10_000)["short"]
+    short = measure(tiny_pair, EXAMPLES, policies, batch_tokens=10_000)["one"]
+    assert passes == {0: 1, 1: 1, 2: 1, 3: 2}  # the base model and, in the last layer, the policy
+    monkeypatch.setattr(Policy, "first_layer", lambda policy, pair: 0)
+    whole = measure(tiny_pair, EXAMPLES, policies, batch_tokens=10_000)["one"]
     assert passes == {0: 3, 1: 3, 2: 3, 3: 4}
     for handle in handles:
         handle.remove()
@@ -266,20 +267,23 @@ def test_the_command_sweeps_recommends_and_generates(finished_run, tiny_pair, tm
     assert {*MEASURES, "kl_own", "accuracy", "repetition", "truncated"} == set(dear["measure"])
     assert dear.loc[dear["measure"] == "aligned_loss", "n_random"].eq(10).all()
     assert report("rank_sweep", subject, grid, generate=False, **also) == advice  # from what was kept
+    kept = run / "analysis" / "completions" / "source"  # by the subspace: for every sweep of the run
+    written = {"base", *(cell.subspace(subject.moments_everywhere()).digest() for cell in [default])}
+    assert written <= {path.stem for path in kept.glob("*.jsonl")}
     pd.testing.assert_frame_equal(subject.saved("rank_sweep"), table)
 
 
 def measured_together(pair, cells, moments, batch_tokens):
     policies = [Policy("base"), *(Policy(cell.name, cell.subspace(moments)) for cell in cells)]
-    prefix = exact_prefix(pair, EXAMPLES, {cell.first_layer for cell in cells})
-    return measure(pair, EXAMPLES, policies, prefix=prefix, batch_tokens=batch_tokens)
+    return measure(pair, EXAMPLES, policies, batch_tokens=batch_tokens)
 
 
-def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
+def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments, monkeypatch):
     """Encodings, batches, the base model's pass and the layers below are shared; numbers are not touched by that."""
     cells = Grid(ranks=[1, 2, 3, 4, 5, 6], layers=["0", "1", "2", "3"]).cells(moments)
     assert len(cells) == 24
     together = measured_together(tiny_pair, cells, moments, batch_tokens=100)
+    monkeypatch.setattr(Policy, "first_layer", lambda policy, pair: 0)  # alone, each cell runs all layers
     base = measure(tiny_pair, EXAMPLES, [Policy("base")], batch_tokens=100)["base"]
     for cell in cells:
         one_layer = extract(tiny_pair, EXAMPLES, layers=[cell.first_layer], shards=2, progress=False)
@@ -295,6 +299,7 @@ def test_a_grid_gives_each_cell_the_bits_it_gets_alone(tiny_pair, moments):
 
 def test_a_grid_runs_the_base_model_once(tiny_pair, moments):
     cells = Grid(ranks=[1, 2, 4], layers=["2", "3"]).cells(moments)
+    exact_starts(tiny_pair, {2, 3})  # tried once for a model, in passes of its own
     tokens = [0] * 4
     handles = []
     for layer, block in enumerate(tiny_pair.hf.model.layers):
@@ -309,5 +314,4 @@ def test_a_grid_runs_the_base_model_once(tiny_pair, moments):
         for handle in handles:
             handle.remove()
     batch = len(EXAMPLES) * max(len(tiny_pair.encode(example).ids) for example in EXAMPLES)
-    check = 2 * sorted(len(tiny_pair.encode(example).ids) for example in EXAMPLES)[1]  # of the prefix: two short items
-    assert tokens == [batch + check, batch + check, 4 * batch + 2 * check, 7 * batch + 3 * check]
+    assert tokens == [batch, batch, 4 * batch, 7 * batch]

@@ -9,7 +9,6 @@ import pytest
 
 from spd_lens.evaluation import matching
 from spd_lens.evaluation.matching import KL_TOLERANCE, all_at_equal_kl, at_equal_kl
-from spd_lens.evaluation.skip_layers import exact_prefix
 from spd_lens.evaluation.teacher_forced import teacher_forced
 from spd_lens.subspaces.extract import extract
 from spd_lens.subspaces.policy import Policy
@@ -54,12 +53,10 @@ def test_where_full_strength_is_too_little_fewer_directions_are_kept(tiny_pair, 
     assert at_equal_kl(tiny_pair, subspace, TEXTS, 2 * max(by_rank.values())) is None
 
 
-def test_side_by_side_and_with_a_prefix_they_are_the_same(tiny_pair, subspace):
+def test_side_by_side_they_are_the_same(tiny_pair, subspace):
     others = {"own": subspace, "random": subspace.random_like(1), "weak": subspace.random_like(2).truncate(1)}
     wanted = kl_of(tiny_pair, subspace) / 2
-    prefix = exact_prefix(tiny_pair, TEXTS, [min(site.layer for site in subspace.sites)])
-    assert prefix is not None
-    together = all_at_equal_kl(tiny_pair, others, TEXTS, wanted, prefix=prefix)
+    together = all_at_equal_kl(tiny_pair, others, TEXTS, wanted)
     assert list(together) == list(others)
     for name, policy in together.items():
         alone = at_equal_kl(tiny_pair, others[name], TEXTS, wanted)
