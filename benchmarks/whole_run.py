@@ -75,7 +75,7 @@ def without_end(pair: spd.ModelPair) -> spd.ModelPair:
     tokenizer.pad_token_id = pair.pad_id
     tokenizer.eos_token = None
     pair.hf.generation_config.eos_token_id = None
-    return spd.ModelPair(pair.hf, tokenizer, name=pair.name, prompt_format="verbatim", span_rule="inside")
+    return spd.ModelPair(pair.hf, tokenizer, name=pair.name, prompt_format="verbatim")
 
 
 def config_of(sizes: Sizes, dtype: str, **settings: Any) -> spd.SPDConfig:

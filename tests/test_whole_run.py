@@ -10,7 +10,7 @@ from benchmarks import reference_way, subjects, whole_run
 from benchmarks.reference_way import STAGES, Outcome
 from benchmarks.whole_run import Sizes
 
-SIZES = Sizes(n_calibration=3, n_train=6, n_eval=2, new_tokens=5, test_tokens=3)
+SIZES = Sizes(n_calibration=3, n_train=9, n_eval=2, new_tokens=5, test_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def both(tiny_llama_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "DATA", tmp_path_factory.mktemp("none"))
         pair = whole_run.without_end(spd.load(str(tiny_llama_dir), dtype="float32", device="cpu"))
-        config = whole_run.config_of(SIZES, "float32", lr=1e-3)
+        config = whole_run.config_of(SIZES, "float32", lr=0.1)
         work = whole_run.work_of(pair, config)
-        patch.setattr(reference_way, "LR", 1e-3)
+        patch.setattr(reference_way, "LR", 0.1)
         before = {name: weight.clone() for name, weight in pair.hf.state_dict().items()}
         peer = reference_way.run(pair, work)
         assert all(torch.equal(weight, before[name]) for name, weight in pair.hf.state_dict().items())
@@ -33,9 +33,9 @@ def test_both_sides_generate_the_same_tokens_and_train_with_the_same_loss(both):
     _, own, peer, _ = both
     row = whole_run.same_tokens("m", "float32", own, peer)
     assert row.met and row.value == 1.0
-    assert row.ours == row.peer == f"{6 * 5 + 2 * 2 * 3} tokens"
+    assert row.ours == row.peer == f"{9 * 5 + 2 * 2 * 3} tokens"
     losses = whole_run.same_losses("m", "float32", own, peer)
-    assert losses.met and len(own.losses) == 2
+    assert losses.met and len(own.losses) == 3
     assert own.answers["base"] != own.answers["spd"]
 
 
@@ -52,7 +52,7 @@ def test_both_sides_read_the_tokens_that_are_counted(both):
     work, _, _, pair = both
     lengths = [len(ids) + SIZES.new_tokens for ids in work.prompts]
     assert whole_run.n_trained(work) == sum(min(256, length) for length in lengths)
-    assert (len(work.calibration), len(work.prompts), len(work.items)) == (3, 6, 2)
+    assert (len(work.calibration), len(work.prompts), len(work.items)) == (3, 9, 2)
     assert set(whole_run.ideal_seconds(pair, work)) == {*STAGES, "all"}
 
 
