@@ -58,6 +58,11 @@ class Outcome:
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
     """New tokens of each test item, by policy: `base` and `spd`."""
 
+    @property
+    def generated(self) -> list[list[int]]:
+        """All new tokens, text by text."""
+        return [*self.completions, *(ids for made in self.answers.values() for ids in made)]
+
 
 def run(pair: spd.ModelPair, work: Work) -> Outcome:
     """All stages, in order. The pair's twin is trained as a copy, which is made before the clock starts."""
