@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from benchmarks import curves, subjects
+from scripts.curves_figure import figure
 
 
 def test_an_exponent_is_the_slope_through_the_logarithms_of_the_largest_sizes():
@@ -40,3 +45,15 @@ def test_each_stage_has_as_many_tokens_as_its_size_says(tmp_path):
     corpus = calls["generate"]()
     assert [record.n_prompt_tokens for record in corpus] == [size.tokens - curves.COMPLETION] * 2
     assert set(calls["extract"]().ranks.values()) == {(2,)}
+
+
+def test_the_picture_has_a_line_for_each_stage_in_each_of_its_panels():
+    points = [(8, 4.0, 2**20), (16, 8.0, 2**21), (32, 16.0, 2**22)]
+    rows = [
+        asdict(row) for axis in curves.AXES for stage in curves.STAGES for row in curves.rows_of(axis, stage, points)
+    ]
+    lines = figure(json.loads(json.dumps(rows))).data
+    panels = Counter((line.xaxis, line.yaxis) for line in lines)
+    assert len(panels) == 2 * len(curves.AXES) and set(panels.values()) == {len(curves.STAGES)}
+    assert {line.y for line in lines if line.yaxis == "y"} == {(4.0, 8.0, 16.0)}
+    assert {line.y for line in lines if line.xaxis == "x6"} == {(1.0, 2.0, 4.0)}
