@@ -121,7 +121,7 @@ def curves() -> list[str]:
         stage, _, axis = row["what"].partition(": time by ")
         if axis:
             lines.append([axis, stage])
-        lines[-1] += [f"{row['value']:.2f}", row["peer"]]  # a row of memory is behind that of time
+        lines[-1] += [f"{round(row['value'], 2) + 0:.2f}", row["peer"]]  # a row of memory is behind that of time
     head = ["what grows", "stage", "time", "expected", "peak memory", "expected"]
     return markdown(head, lines)
 
