@@ -117,7 +117,7 @@ def stages(pair: spd.ModelPair, size: Size, folder: Path) -> dict[str, Callable[
     """What each stage does at a size."""
     prompt = size.tokens - COMPLETION
     examples = [
-        spd.Example(subjects.numbers(prompt, i), subjects.numbers(COMPLETION, i + 1), [(0, 1)], id=str(i))
+        spd.Example(subjects.numbers(prompt, i), subjects.numbers(COMPLETION, i + 1), ((0, 1),), id=str(i))
         for i in range(size.examples)
     ]
     subspace = spd.extract(pair, examples[:2], engine="twin", progress=False).subspace(size.rank)

@@ -168,7 +168,7 @@ def train(hf: Any, texts: Sequence[list[int]], pad_id: int) -> tuple[nn.Module, 
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = Trainer(model=model, args=args, train_dataset=rows)  # type: ignore[arg-type]  # a list has all it asks
+        trainer = Trainer(model=model, args=args, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

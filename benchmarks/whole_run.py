@@ -6,7 +6,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,10 @@ def _model(name: str, dtype: str, sizes: Sizes) -> Iterator[Row]:
     config = config_of(sizes, dtype)
     work = work_of(pair, config)
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"ours": partial(ours, pair, config, Path(folder)), "reference": lambda _: reference_way.run(pair, work)}
+        ways: dict[str, Callable[[int], Outcome]] = {
+            "ours": partial(ours, pair, config, Path(folder)),
+            "reference": lambda _: reference_way.run(pair, work),
+        }
         samples = in_turn(ways, sizes.rounds, lambda: reference_way.run(pair, sliver(work)), settled=True)
         yield from _speeds(name, dtype, pair, work, samples)
         yield _beside(name, dtype, samples["ours"])
