@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 import spd_lens as spd
 from benchmarks import machine, subjects
+from benchmarks.bounds import TOKENS_AT_ONCE, attention_factor, extraction_products
 from benchmarks.measure import Sample, in_fresh_process, in_turn, settle, timed
 from benchmarks.table import Row
-from spd_lens.models import batches_by_length, lens_logits, site_layer
+from spd_lens.models import Encoded, batches_by_length, lens_logits, site_layer
 
 ROUNDS = {"smollm2": 4, "qwen2.5-0.5b-shape": 2}
 N_EXAMPLES = 50
-TOKENS_AT_ONCE = 1024
 GOALS = {
     ("float32", "plain"): 3.0,
     ("float32", "notebook"): 5.0,
@@ -90,49 +90,21 @@ def _timings(pairs: dict[str, spd.ModelPair], examples: list[spd.Example], round
     halves = [examples[i % 2 :: 2] for i in range(rounds)]
     parts = [examples[i::5] for i in range(rounds)]
     short = [part[: max(1, len(part) // 5)] for part in parts] if few else parts
-    sites = pair.sites()
+    sites, encoded = pair.sites(), [pair.encode(example) for example in examples]
+    lengths = [len(e.ids) for e in encoded]
     ways: dict[str, Callable[[int], Any]] = {
         "plain": lambda i: plain_way(pair, sites, parts[i]),
         "notebook": lambda i: notebook_way(pair, sites, short[i]),
     }
     tokens = {way: [_n_tokens(pair, part) for part in given] for way, given in (("plain", parts), ("notebook", short))}
     for dtype, own in pairs.items():
-        multiply = machine.fastest(_products(own))
+        multiply = machine.fastest(extraction_products(own))
         ways[dtype] = partial(lambda own, i: _ours(own, halves[i]), own)
         ways[f"products, {dtype}"] = partial(lambda multiply, _: multiply(), multiply)
         tokens[dtype] = [_n_tokens(own, half) for half in halves]
-        tokens[f"products, {dtype}"] = [round(TOKENS_AT_ONCE / _attention(own, examples))] * rounds
+        tokens[f"products, {dtype}"] = [round(TOKENS_AT_ONCE / attention_factor(own, lengths))] * rounds
     samples = in_turn(ways, rounds, warm_up=lambda: [_ours(own, examples[:2]) for own in pairs.values()])
     return Timings(samples, tokens)
-
-
-def _products(pair: spd.ModelPair) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The products that cannot be avoided, of `TOKENS_AT_ONCE` tokens.
-
-    Forward through all linear layers, and the gradient of activations through the layers above the first target.
-    """
-    first = min(site.layer for site in pair.sites())
-    products: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer, block in enumerate(pair.hf.model.layers):
-        for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
-            products.append((_noise(linear.in_features, pair), linear.weight.T))
-            if layer > first:
-                products.append((_noise(linear.out_features, pair), linear.weight))
-    return products
-
-
-def _attention(pair: spd.ModelPair, examples: Sequence[spd.Example]) -> float:
-    """The factor by which the products inside attention add to the multiplications, if they ran at the same rate.
-
-    Two products over what a causal mask leaves, half of all pairs; four for the gradient.
-    """
-    first = min(site.layer for site in pair.sites())
-    lengths = [len(pair.encode(example).ids) for example in examples]
-    passes = pair.n_layers + 2 * (pair.n_layers - 1 - first)
-    shape = pair.fingerprint
-    inside = passes * sum(n * n for n in lengths) * shape.n_heads * shape.d_head
-    linear = sum(left.shape[1] * right.shape[1] for left, right in _products(pair)) * sum(lengths)
-    return 1 + inside / linear
 
 
 def _ours(pair: spd.ModelPair, part: Sequence[spd.Example]) -> spd.GradientMoments:
@@ -146,7 +118,14 @@ def _n_tokens(pair: spd.ModelPair, part: Sequence[spd.Example]) -> int:
 def plain_way(
     pair: spd.ModelPair, sites: Sequence[spd.Site], examples: Sequence[spd.Example]
 ) -> dict[spd.Site, torch.Tensor]:
-    """Eq. 6-9 written down: an example at a time, all logits, gradients of all weights, SVD of all rows."""
+    """Eq. 6-9 written down: the rows of `plain_rows`, and their SVD."""
+    return _decomposed(plain_rows(pair, sites, [pair.encode(example) for example in examples]))
+
+
+def plain_rows(
+    pair: spd.ModelPair, sites: Sequence[spd.Site], texts: Sequence[Encoded]
+) -> dict[spd.Site, list[torch.Tensor]]:
+    """The rows of `G`, `[token, width]` of each text: one at a time, all logits, gradients of all weights."""
     stacked: dict[spd.Site, list[torch.Tensor]] = {site: [] for site in sites}
     kept: dict[spd.Site, torch.Tensor] = {}
 
@@ -156,8 +135,7 @@ def plain_way(
 
     handles = [site_layer(pair.hf, site).module.register_forward_hook(partial(keep, site)) for site in sites]
     pair.hf.requires_grad_(True)
-    for example in examples:
-        encoded = pair.encode(example)
+    for encoded in texts:
         ids = torch.tensor([encoded.ids], device=pair.device)
         logits = pair.hf(input_ids=ids).logits[0]
         scored = torch.tensor(encoded.scored, device=pair.device)
@@ -168,7 +146,7 @@ def plain_way(
     pair.hf.requires_grad_(False)
     for handle in handles:
         handle.remove()
-    return _decomposed(stacked)
+    return stacked
 
 
 def notebook_way(
@@ -203,10 +181,6 @@ def _decomposed(stacked: dict[spd.Site, list[torch.Tensor]]) -> dict[spd.Site, t
         _, values, right = torch.linalg.svd(torch.cat(parts), full_matrices=False)
         found[site] = values[:, None] * right
     return found
-
-
-def _noise(width: int, pair: spd.ModelPair) -> torch.Tensor:
-    return torch.randn(TOKENS_AT_ONCE, width, dtype=pair.dtype, device=pair.device)
 
 
 def _exact(name: str, pair: spd.ModelPair, examples: Sequence[spd.Example]) -> Row:

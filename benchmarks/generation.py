@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import spd_lens as spd
-from benchmarks import machine, subjects
+from benchmarks import subjects
+from benchmarks.bounds import generation_seconds
 from benchmarks.completions import (
     arrival_order,
     hf_generate,
@@ -99,25 +100,12 @@ def _fixed_rows(subject: subjects.Subject, samples: dict[str, list[Sample]]) -> 
     lens_name, n = type(subject.pair.lens).__name__, BATCH * NEW_TOKENS
     what = f"{lens_name}.generate under hooks, batch {BATCH}"
     row = speed_row(subject.name, subject.dtype, what, samples, "lens", n, _TARGETS[subject.name])
-    bound = statistics.median(sample.seconds for sample in samples["lens"]) / _matrix_seconds(subject.pair)
+    ideal = generation_seconds(subject.pair, BATCH, BATCH * PROMPT_TOKENS, NEW_TOKENS)
+    bound = statistics.median(sample.seconds for sample in samples["lens"]) / ideal
     yield replace(row, bound=f"{bound:.2f} (matrix products alone)")
     what = f"transformers' generate under hooks on the twin, batch {BATCH}"
     yield speed_row(subject.name, subject.dtype, what, samples, "twin", n, None)
     yield same_tokens_row(subject, f"{lens_name}.generate", samples["ours"][0].result, samples["lens"][0].result)
-
-
-def _matrix_seconds(pair: spd.ModelPair) -> float:
-    """Seconds of nothing but the matrix products that the prompts and the steps need, at the rate of this moment."""
-    linears = [module for module in pair.hf.modules() if isinstance(module, torch.nn.Linear)]
-    head = pair.hf.get_output_embeddings()
-
-    def products(n: int, layers: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        widths = {layer.in_features for layer in layers}
-        inputs = {width: torch.randn(n, width, dtype=pair.dtype, device=pair.device) for width in widths}
-        return [(inputs[layer.in_features], layer.weight.T) for layer in layers]
-
-    reading = machine.matrix_seconds(products(BATCH * PROMPT_TOKENS, [m for m in linears if m is not head]))
-    return reading + NEW_TOKENS * machine.matrix_seconds(products(BATCH, linears))
 
 
 def _one_at_a_time(subject: subjects.Subject, subspace: spd.Subspace, quick: bool) -> Iterator[Row]:

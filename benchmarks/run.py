@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +15,14 @@ from rich.console import Console
 from benchmarks import machine, subjects, table
 from spd_lens.output import set_up_logging, single_command, start
 
-STAGES = ("extraction", "lens", "generation", "training", "sweep", "memory", "profile", "scaling")
-"""Each is a module here with `rows(models, quick)`."""
+STAGES = {
+    **{
+        name: name for name in ("extraction", "lens", "generation", "training", "sweep", "memory", "profile", "scaling")
+    },
+    "run": "whole_run",
+    "curves": "curves",
+}
+"""Modules here with `rows(models, quick)`, by the name that `--only` takes."""
 
 
 def main(
@@ -46,10 +52,10 @@ def main(
 
 
 def _rows(stage: str, models: list[str], quick: bool) -> Iterator[table.Row]:
-    yield from importlib.import_module(f"benchmarks.{stage}").rows(models, quick)
+    yield from importlib.import_module(f"benchmarks.{STAGES[stage]}").rows(models, quick)
 
 
-def _choice(text: str, among: tuple[str, ...]) -> list[str]:
+def _choice(text: str, among: Iterable[str]) -> list[str]:
     chosen = [word.strip() for word in text.split(",") if word.strip()]
     for word in chosen:
         if word not in among:

@@ -1,4 +1,5 @@
-"""Write the tables of docs/scaling.md: what plans say of large models, and `benchmarks/results/scaling.json`.
+"""Write the tables of docs/scaling.md: what plans say of large models, and `scaling.json` and `curves.json` in
+`benchmarks/results/`.
 
     python -m benchmarks.scaling_table
 
@@ -19,7 +20,7 @@ from spd_lens.subspaces import moments_size
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"
-RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MODELS = (
     "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen2.5-7B-Instruct",
     "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "meta-llama/Llama-3.1-70B-Instruct",
@@ -103,7 +104,7 @@ def moments() -> list[str]:
 
 def measured() -> list[str]:
     """What was measured beside what was foreseen."""
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))
     lines = [
         [row["model"], row["what"], row["peer"], row["ours"], f"{row['value'] - 1:+.0%}", row["note"]]
         for row in record["rows"]
@@ -112,7 +113,22 @@ def measured() -> list[str]:
     return markdown(head, lines)
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"costs": costs, "moments": moments, "measured": measured}
+def curves() -> list[str]:
+    """The exponents of time and of peak memory, measured and expected, for each stage and for what grows."""
+    record = json.loads((RESULTS / "curves.json").read_text(encoding="utf-8"))
+    lines = []
+    for row in record["rows"]:
+        stage, _, axis = row["what"].partition(": time by ")
+        if axis:
+            lines.append([axis, stage])
+        lines[-1] += [f"{round(row['value'], 2) + 0:.2f}", row["peer"]]  # a row of memory is behind that of time
+    head = ["what grows", "stage", "time", "expected", "peak memory", "expected"]
+    return markdown(head, lines)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "costs": costs, "moments": moments, "measured": measured, "curves": curves,
+}  # fmt: skip
 
 
 def written(text: str) -> str:

@@ -2,7 +2,8 @@
 
     make speed-table
 
-Each `<!-- NAME -->` ... `<!-- end of NAME -->` in a page becomes the table of `benchmarks/results/NAME.json`.
+Each `<!-- NAME -->` ... `<!-- end of NAME -->` in a page becomes the table of `benchmarks/results/NAME.json`; where there
+is no such file, the page stays as it is.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def table(record: dict[str, object], rows: list[Row]) -> str:
 def written(text: str, results: Path) -> str:
     """The page with all of its tables as the JSON files have them."""
     for name in re.findall(r"<!-- end of ([\w-]+) -->", text):
-        record = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        if not (path := results / f"{name}.json").exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**{key: value for key, value in row.items() if key != "met"}) for row in record["rows"]]
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import spd_lens as spd
 from spd_lens.generation import Record
@@ -59,6 +61,26 @@ def subject(name: str, dtype: str = "float32", device: str = "auto", backend: st
     return Subject(name, spd.ModelPair(twin, tokenizer, name="random-qwen2.5-0.5b-shape", backend=backend))
 
 
+def of_numbers(width: int, n_layers: int, n_heads: int, n_kv_heads: int = 1) -> spd.ModelPair:
+    """Random weights in the shape of Llama, in float32 on the CPU, with a token for each number up to 999."""
+    words = {"</s>": 0} | {str(number): number + 1 for number in range(1000)}
+    core = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=n_layers, num_attention_heads=n_heads, num_key_value_heads=n_kv_heads,
+        eos_token_id=0, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return spd.ModelPair(LlamaForCausalLM(config), tokenizer, name=f"random, width {width}, {n_layers} layers")
+
+
+def numbers(n: int, seed: int) -> str:
+    """A text of `n` tokens for it."""
+    return " ".join(str((seed * 7919 + i * 104729) % 1000) for i in range(n))
+
+
 def task() -> spd.tasks.Task:
     """GSM8K, or its synthetic stand-in."""
     path = DATA / "gsm8k"
@@ -67,8 +89,13 @@ def task() -> spd.tasks.Task:
 
 def made_corpus(pair: spd.ModelPair, n: int) -> spd.Corpus:
     """GSM8K's prompts with their gold answers, in the prompt format of the model."""
+    return gold_corpus(pair, task().train(n=n, seed=0))
+
+
+def gold_corpus(pair: spd.ModelPair, examples: Sequence[spd.Example]) -> spd.Corpus:
+    """A corpus whose completions are the gold ones."""
     records = []
-    for example in task().train(n=n, seed=0):
+    for example in examples:
         encoded = pair.encode(example, "full")
         prompt, completion = encoded.ids[: encoded.completion_start], encoded.ids[encoded.completion_start :]
         records.append(

@@ -40,6 +40,8 @@ class Row:
     peer: str = ""
     """Throughput or size of each, with its unit."""
     note: str = ""
+    points: Sequence[Sequence[float]] = ()
+    """Of a curve: size and measurement at each of its points."""
 
     @classmethod
     def of(cls, stage: str, model: str, dtype: str, what: str, rounds: Sequence[float], **options: Any) -> Row:

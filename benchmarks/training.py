@@ -20,7 +20,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import spd_lens as spd
-from benchmarks import machine, subjects
+from benchmarks import subjects
+from benchmarks.bounds import training_seconds
 from benchmarks.measure import Sample, settle, timed
 from benchmarks.table import Row
 from spd_lens.generation import Record
@@ -31,7 +32,6 @@ BATCH = 8
 LR = 1e-4
 SEED = 42
 GOAL = 1.2
-TOKENS_AT_ONCE = 1024
 
 
 @dataclass
@@ -75,7 +75,7 @@ def _training(subject: subjects.Subject, quick: bool) -> Iterator[Row]:
     ours(subject.pair, spd.Corpus(corpus.records[:2]))  # a warm-up
     samples = {way: timed(call) for way, call in ways.items()}
     n_tokens = sum(len(_ids(record)) for record in corpus)
-    ideal = _matrix_seconds(subject.pair) * n_tokens
+    ideal = training_seconds(subject.pair, n_tokens)
     for way, what, target in (
         ("plain", "SFTTrainer without gradient checkpointing", GOAL),
         ("default", "SFTTrainer as it comes, with gradient checkpointing", None),
@@ -163,19 +163,6 @@ def _wait() -> None:
 
 def _ids(record: Record) -> list[int]:
     return [*record.prompt_ids, *record.completion_ids]
-
-
-def _matrix_seconds(pair: spd.ModelPair) -> float:
-    """Seconds per token of the matrix products that cannot be avoided, at the rate of this moment.
-
-    Forward through all linear layers, and the gradient of activations through all of them: weights are frozen.
-    """
-    products = []
-    for linear in (module for module in pair.hf.modules() if isinstance(module, torch.nn.Linear)):
-        for width, weight in ((linear.in_features, linear.weight.T), (linear.out_features, linear.weight)):
-            products.append((width, weight.detach()))
-    inputs = {w: torch.randn(TOKENS_AT_ONCE, w, dtype=pair.dtype, device=pair.device) for w, _ in products}
-    return machine.matrix_seconds([(inputs[width], weight) for width, weight in products]) / TOKENS_AT_ONCE
 
 
 def _speed(
