@@ -2,8 +2,8 @@
 
     make speed-table
 
-Each `<!-- NAME -->` ... `<!-- end of NAME -->` in a page becomes the table of `benchmarks/results/NAME.json`; where there
-is no such file, the page stays as it is.
+Each `<!-- NAME -->` ... `<!-- end of NAME -->` in a page becomes the table of `benchmarks/results/NAME.json`; where
+there is no such file, the page stays as it is.
 """
 
 from __future__ import annotations
