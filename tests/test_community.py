@@ -13,12 +13,12 @@ FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.ym
 
 def test_the_workflow_runs_what_make_has():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text())
-    assert list(workflow["jobs"]) == ["tests", "docs", "wheel"]
+    assert list(workflow["jobs"]) == ["tests", "docs", "wheel", "audit"]
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"(?m)^([a-z-]+):", makefile))
     named = [command.split()[1] for command in commands if command.startswith("make ")]
-    assert named == ["test", "docs"] and set(named) <= targets
+    assert named == ["test", "docs", "audit"] and set(named) <= targets
     assert workflow["jobs"]["tests"]["strategy"]["matrix"]["lane"] == ["hooked", "bridge"]
     variables = {name for command in commands for name in re.findall(r"\b([A-Z_]+)=", command)}
     assert variables == {"LANES", "TORCH"} and all(f"\n{name} ?=" in makefile for name in variables)
