@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic_core
 import typer
+from pydantic import TypeAdapter
 
 from spd_lens.errors import SPDError, strictly
 from spd_lens.runs import SPDConfig
@@ -26,7 +26,7 @@ AdapterDir = Annotated[Path | None, typer.Option("--adapter", help="Directory of
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, and nothing else; what is not finite becomes null."""
-    typer.echo(pydantic_core.to_json(value, indent=2, inf_nan_mode="null", fallback=str).decode())
+    typer.echo(TypeAdapter(Any).dump_json(value, indent=2, fallback=str).decode())
 
 
 # What may be said with a pair of flags instead of a value.

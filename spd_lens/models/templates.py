@@ -16,7 +16,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any
 
 from jinja2 import Template, nodes
-from jinja2.runtime import LoopContext, Undefined
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import SecurityError
 from jinja2.visitor import NodeTransformer
 
@@ -154,7 +154,10 @@ class _Bounds:
                     raise OverflowError(f"it computes with whole numbers of more than {_BITS} bits")
                 size += 1 + one.bit_length() // 3
                 continue
-            size += len(one) if isinstance(one, Sized) and not isinstance(one, Undefined) else 1
+            if isinstance(one, Context | Undefined):
+                size += 1
+                continue
+            size += len(one) if isinstance(one, Sized) else 1
             if size * times > _HELD * self.most:
                 raise OverflowError(f"it makes more than {_HELD * self.most:,} characters")
             if isinstance(one, Mapping):
@@ -229,8 +232,8 @@ def _environment() -> Any:
 
     def bounded_call(context: Any, function: Any, *values: Any, **named: Any) -> Any:
         name, receiver = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-        if isinstance(receiver, _PLAIN) and name not in _METHODS:
-            raise SecurityError(f"{type(receiver).__name__} has no method {name!r} in chat templates")
+        if (isinstance(receiver, _PLAIN) or any(receiver is one for one in _PLAIN)) and name not in _METHODS:
+            raise SecurityError(f"there is no method {name!r} in chat templates")
         return _within(name, partial(call, context, function), (receiver,), values, named)
 
     environment.call = bounded_call

@@ -68,7 +68,7 @@ def test_the_seconds_of_a_run_are_counted_by_hand():
 
 def test_a_size_that_is_chosen_is_said_recorded_and_kept(rates, tmp_path, caplog):
     rates(SLOW)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="spd_lens"):
         config = begin_demo(tmp_path / "demo")
     assert config == SPDConfig.make(DEMO_SIZES["small"])
     (said,) = (record.getMessage() for record in caplog.records if "size" in record.getMessage())

@@ -460,6 +460,7 @@ def test_no_variable_changes_what_a_seed_names(tiny_pair, corpus, undisturbed, t
 
 
 def test_the_callers_own_accelerator_stays_theirs(tiny_pair, corpus, undisturbed, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     accelerator = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=4)
     try:
         found = trained(tiny_pair, corpus, tmp_path / "found", epochs=1)
