@@ -52,6 +52,9 @@ TESTS = {
             "models/test_templates.py",
             "runs/test_plain_yaml.py",
             "runs/test_run_dir.py",
+            "runs/test_kept.py",
+            "files/test_special_files.py",
+            "training/test_checkpoint_dir.py",
         ),
     ),
     "programs": (

@@ -51,11 +51,11 @@ with_lens=(tests/analysis/test_{directions,drift,heads}.py tests/generation/test
 # And the other way round: TransformerBridge in half precision is tried by the second lane alone.
 [ "${LANES:-hooked bridge}" = "hooked bridge" ] && export SPD_LENS_BOTH_LANES=1
 
-scripts/lint.sh </dev/null >"$logs/lint.log" 2>&1 & # beside the tests; its step is the last
+scripts/lint.sh </dev/null >"$logs/lint.out" 2>&1 & # beside the tests; its step is the last
 lint=$!
 docs=
 if [ -z "${TEST_ARGS:-}" ] && .venv/bin/python -c "import sphinx" 2>/dev/null; then
-  make -s docs </dev/null >"$logs/docs.log" 2>&1 &
+  make -s docs </dev/null >"$logs/docs.out" 2>&1 &
   docs=$!
 fi
 for lane in ${LANES:-hooked bridge}; do
@@ -76,12 +76,12 @@ done
 
 wait "$lint"
 lint_code=$?
-linted() { cat "$logs/lint.log" && return "$lint_code"; }
+linted() { cat "$logs/lint.out" && return "$lint_code"; }
 step lint linted
 if [ -n "$docs" ]; then
   wait "$docs"
   docs_code=$?
-  built() { cat "$logs/docs.log" && return "$docs_code"; }
+  built() { cat "$logs/docs.out" && return "$docs_code"; }
   step docs built
 fi
 
