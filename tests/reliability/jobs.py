@@ -13,8 +13,9 @@ from spd_lens.study import StudyConfig, run_study
 from tests.conftest import build_llama, build_tokenizer
 
 _TIMES = re.compile(r"^## Time\n.*|^- Time:[^\n]*|<li>Time:[^<]*", re.MULTILINE | re.DOTALL)
-_DIFFER = ("seconds", "measured", "sha256", "sum")
-"""Keys of seconds, and of digests of what holds them or depends on the order of lines."""
+_DIFFER = ("seconds", "measured", "sha256", "size", "sum")
+"""Keys of seconds, and of digests and sizes of what holds them or depends on the order of lines: the files themselves
+are compared."""
 _PROMPTS = ("Tom has 12 apples.", "7 * 3", "def add(a, b):", "Which planet is the largest?")
 _SETTINGS = {
     "dtype": "float32", "device": "cpu", "engine": "twin", "n_calibration": 4, "n_train": 4, "n_eval": 4,
